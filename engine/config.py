@@ -1,0 +1,256 @@
+"""The configuration: a YAML file, overridden by `ROUNDHOUSE_*` variables.
+
+An unknown key or an impossible value is an error that names the key. The file
+has three sections::
+
+    engine:            # EngineConfig without `models`
+      memory: 80%
+    server: {}         # read by server/settings.py
+    models:
+      - id: llama
+        source: meta-llama/Llama-3.2-3B-Instruct
+
+`ROUNDHOUSE_MEMORY=20GiB` overrides `engine.memory`, and so on for every
+scalar key of `engine` and `server`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from engine.errors import ConfigError, ModelNotFound
+from engine.runtimes import REGISTRY, runtime_class
+from engine.units import Budget, Duration, MemoryBudget
+
+ENV_PREFIX = "ROUNDHOUSE_"
+ENV_CONFIG = "ROUNDHOUSE_CONFIG"
+"""The configuration file to read; it is no key of either section."""
+
+ModelId = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\s]+$")]
+
+
+def user_dir(variable: str, default: str) -> Path:
+    """`$variable/roundhouse`, or `~/default/roundhouse` (XDG base directories)."""
+    return Path(os.environ.get(variable) or Path.home() / default) / "roundhouse"
+
+
+class Section(BaseModel):
+    """Base of every part of the configuration: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+class ModelConfig(Section):
+    """One model that can be asked for."""
+
+    id: ModelId
+    aliases: tuple[ModelId, ...] = ()
+    runtime: str = "vllm"
+    task: Literal["generate", "embed"] = "generate"
+    source: Annotated[str, StringConstraints(min_length=1)]
+    """A local folder, `starter:NAME`, or a hub repository `owner/name`."""
+    keep_alive: Duration | None = None
+    """Seconds an idle model stays; None takes `engine.keep_alive`."""
+    pin: bool = False
+    """Load at start and never evict."""
+    options: Any = Field(default_factory=dict)
+    """The runtime's own options; an instance of its `Options` after validation."""
+
+    @field_validator("runtime")
+    @classmethod
+    def _runtime_exists(cls, value: str) -> str:
+        if value not in REGISTRY:
+            raise ValueError(f"no runtime {value!r}; there is {', '.join(sorted(REGISTRY))}")
+        return value
+
+    @field_validator("options")
+    @classmethod
+    def _options_fit_runtime(cls, value: Any, info: Any) -> Any:
+        runtime = info.data.get("runtime")
+        if runtime is None:  # the runtime itself was wrong and is reported already
+            return value
+        options = runtime_class(runtime).Options
+        try:
+            return options.model_validate(value)
+        except ValidationError as error:
+            lines = "; ".join(_describe(options, item, "options") for item in error.errors())
+            raise PydanticCustomError("options", "{lines}", {"lines": lines}) from error
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The id and all aliases."""
+        return (self.id, *self.aliases)
+
+
+class EngineConfig(Section):
+    """How the engine shares the device among the models."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    memory: Budget | None = None
+    """What the models may use: a size, or a share of the device.
+
+    None takes 90% of a GPU, 50% of host memory.
+    """
+    cache_dir: Path = Field(default_factory=lambda: user_dir("XDG_CACHE_HOME", ".cache"))
+    state_dir: Path = Field(default_factory=lambda: user_dir("XDG_STATE_HOME", ".local/state"))
+    keep_alive: Duration = Field(default=300.0)
+    """Seconds an idle model stays resident when nothing else needs its room."""
+    max_queue: int = Field(default=4096, ge=1)
+    """Requests that may wait or run in the whole engine; beyond, 503."""
+    max_queue_per_model: int = Field(default=1024, ge=1)
+    """Requests that may wait for one model; beyond, 429."""
+    queue_timeout_s: Duration = Field(default=300.0)
+    max_overtake_s: Duration = Field(default=10.0)
+    """No request is overtaken by later ones for longer than this."""
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        owner: dict[str, str] = {}
+        for model in self.models:
+            for name in model.names:
+                if name in owner:
+                    raise ValueError(
+                        f"models: the name {name!r} of {model.id!r} is taken by {owner[name]!r}"
+                    )
+                owner[name] = model.id
+        return self
+
+    def find(self, name: str) -> ModelConfig:
+        """The model with this id or alias.
+
+        Raises:
+            ModelNotFound: there is none.
+
+        """
+        for model in self.models:
+            if name in model.names:
+                return model
+        known = [each for model in self.models for each in model.names]
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ModelNotFound(f"The model {name!r} does not exist.{hint}", param="model")
+
+    def memory_budget(self, device: str) -> MemoryBudget:
+        """`memory`, or the default of that kind of device."""
+        return self.memory or MemoryBudget(share=0.9 if device == "cuda" else 0.5)
+
+
+def read_sections(
+    path: Path, environ: Mapping[str, str], fields: Mapping[str, Iterable[str]]
+) -> dict[str, Any]:
+    """Read the file and lay the environment over it.
+
+    `fields` maps each section to the scalar keys that a variable may set.
+    Returns one raw mapping per section, plus `models`.
+
+    Raises:
+        ConfigError: unreadable, not a mapping, an unknown section or variable.
+
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top")
+    for key in document:
+        if key not in (*fields, "models"):
+            raise ConfigError(_unknown(str(key), (*fields, "models")))
+    sections: dict[str, Any] = {"models": document.get("models") or []}
+    for section in fields:
+        value = document.get(section) or {}
+        if not isinstance(value, dict):
+            raise ConfigError(f"{section}: expected a mapping")
+        sections[section] = dict(value)
+    variables = {
+        f"{ENV_PREFIX}{key.upper()}": (section, key)
+        for section, keys in fields.items()
+        for key in keys
+    }
+    for variable, text in environ.items():
+        if not variable.startswith(ENV_PREFIX) or variable == ENV_CONFIG:
+            continue
+        if variable not in variables:
+            raise ConfigError(_unknown(variable, variables))
+        section, key = variables[variable]
+        sections[section][key] = text
+    return sections
+
+
+def parse_section(kind: type[SectionT], raw: Any, prefix: str) -> SectionT:
+    """Validate one section, telling what is wrong by its full key.
+
+    Raises:
+        ConfigError: naming every key at fault.
+
+    """
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        lines = [_describe(kind, item, prefix) for item in error.errors()]
+        raise ConfigError("; ".join(lines)) from error
+
+
+def engine_config(sections: Mapping[str, Any]) -> EngineConfig:
+    """Build the engine's configuration from `read_sections`.
+
+    Raises:
+        ConfigError: naming every key at fault.
+
+    """
+    return parse_section(
+        EngineConfig, {**sections.get("engine", {}), "models": sections["models"]}, "engine"
+    )
+
+
+def engine_fields() -> list[str]:
+    """The keys of `engine` that an environment variable may set."""
+    return [name for name in EngineConfig.model_fields if name != "models"]
+
+
+def _describe(kind: type[BaseModel], item: Any, prefix: str) -> str:
+    path = ""
+    for part in item["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    path = path.removeprefix(".")
+    key = path if path.startswith("models") else f"{prefix}.{path}" if path else prefix
+    if item["type"] == "extra_forbidden":
+        known: Sequence[str] = ()
+        if len(item["loc"]) == 1:
+            known = list(kind.model_fields)
+        elif path.startswith("models") and len(item["loc"]) == 3:
+            known = list(ModelConfig.model_fields)
+        return _unknown(key, known)
+    if item["type"] == "options":
+        return "; ".join(
+            f"{key.removesuffix('.options')}.{line}" for line in item["msg"].split("; ")
+        )
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{key}: {message}" if path or not message.startswith("models") else message
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(known), n=1)
+    return f"{key}: unknown key" + (f" (did you mean {close[0]}?)" if close else "")

@@ -1,0 +1,141 @@
+"""The device that holds the models: how much it has, and how much others use of it."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import platform
+import shutil
+import subprocess
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar
+
+import psutil
+
+from engine.errors import ConfigError
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+class Device(ABC):
+    """One memory that models share."""
+
+    kind: ClassVar[str]
+    name: str
+    total_bytes: int
+
+    @abstractmethod
+    def foreign_bytes(self) -> int:
+        """Bytes in use now that no model of ours accounts for. Cheap; measured at every call."""
+
+    def settle(self) -> None:  # noqa: B027 - only host memory mixes libraries with models
+        """Take what the process uses now, after the imports and before any model, for its own."""
+
+    @abstractmethod
+    def release_cached(self) -> None:
+        """Hand memory that an allocator keeps for later back to the device."""
+
+
+class CpuDevice(Device):
+    """Host memory, within the limit of the container if there is one."""
+
+    kind: ClassVar[str] = "cpu"
+
+    def __init__(self) -> None:
+        self.name = platform.processor() or platform.machine()
+        self._process = psutil.Process()
+        self._limit_bytes = _cgroup_number("memory.max")
+        total_bytes = psutil.virtual_memory().total
+        self.total_bytes = min(total_bytes, self._limit_bytes or total_bytes)
+        self.settle()
+        libc = ctypes.util.find_library("c") if platform.libc_ver()[0] == "glibc" else None
+        self._libc = ctypes.CDLL(libc) if libc else None
+
+    def settle(self) -> None:
+        """Take the process as it is now for the part that is no model."""
+        self._baseline_bytes = self._process.memory_info().rss
+
+    def foreign_bytes(self) -> int:
+        """What other processes use, and this process before its first model."""
+        memory = psutil.virtual_memory()
+        used_bytes = memory.total - memory.available
+        if self._limit_bytes is not None:
+            # Page cache of files counts towards the limit but is given up on demand.
+            cache_bytes = _cgroup_stat("inactive_file")
+            used_bytes = (_cgroup_number("memory.current") or used_bytes) - cache_bytes
+        others_bytes = max(0, used_bytes - self._process.memory_info().rss)
+        return others_bytes + self._baseline_bytes
+
+    def release_cached(self) -> None:
+        """Give the C allocator's free pages back to the system (glibc keeps them otherwise)."""
+        if self._libc is not None:
+            self._libc.malloc_trim(0)
+
+
+class CudaDevice(Device):
+    """The first visible NVIDIA GPU."""
+
+    kind: ClassVar[str] = "cuda"
+
+    def __init__(self) -> None:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError("engine.device: no CUDA device answers")
+        self._torch = torch
+        torch.cuda.init()
+        self.name = torch.cuda.get_device_name()
+        self.total_bytes = torch.cuda.mem_get_info()[1]
+
+    def foreign_bytes(self) -> int:
+        """What the card reports as used beyond what our allocator reserved.
+
+        The CUDA context, loaded kernels and graphs are in here with other programs.
+        """
+        free_bytes, total_bytes = self._torch.cuda.mem_get_info()
+        return max(0, int(total_bytes - free_bytes - self._torch.cuda.memory_reserved()))
+
+    def release_cached(self) -> None:
+        """Empty torch's caching allocator."""
+        self._torch.cuda.empty_cache()
+
+
+def open_device(kind: str) -> Device:
+    """The device that the configuration names; `auto` takes a GPU where one answers.
+
+    May import torch (seconds).
+
+    Raises:
+        ConfigError: there is no such device.
+
+    """
+    if kind == "cuda" or (kind == "auto" and has_nvidia_gpu()):
+        return CudaDevice()
+    return CpuDevice()
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether `nvidia-smi` lists a GPU."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return False
+    answer = subprocess.run([program, "-L"], capture_output=True, text=True, check=False)
+    return answer.returncode == 0 and "GPU" in answer.stdout
+
+
+def _cgroup_number(name: str) -> int | None:
+    try:
+        text = (CGROUP / name).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _cgroup_stat(name: str) -> int:
+    try:
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    values = dict(line.split() for line in lines)
+    return int(values.get(name, 0))

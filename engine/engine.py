@@ -1,0 +1,434 @@
+"""The façade: everything a server needs of the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
+
+from prometheus_client.registry import CollectorRegistry
+
+from engine import process
+from engine.config import EngineConfig, ModelConfig
+from engine.device import Device, open_device
+from engine.errors import (
+    ConfigError,
+    EngineError,
+    OutOfDeviceMemory,
+    QueueTimeout,
+    RuntimeFailed,
+    ShuttingDown,
+)
+from engine.estimates import EstimateStore
+from engine.ledger import Ledger
+from engine.metrics import EngineMetrics
+from engine.requests import Document, Event, Frame, Priority, TextRequest
+from engine.residency import Residency
+from engine.runtimes import runtime_class
+from engine.runtimes.base import Prepared, Runtime
+from engine.scheduler import EventKind, Lease, Scheduler, SchedulerEvent, Ticket
+from engine.status import EngineState, EngineStatus, ModelStatus
+
+log = logging.getLogger(__name__)
+
+FOREIGN_CHECK_S = 5.0
+"""How often the use of the device by others is looked at while nothing else happens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where a request's time went, in milliseconds."""
+
+    queue_ms: float
+    load_ms: float
+    run_ms: float
+    """To the first event of a stream; the whole run of a document."""
+
+
+class Session:
+    """A request that runs: its first event is here already, so it has not failed so far."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        first: Event,
+        rest: AsyncGenerator[Event, None],
+        lease: Lease,
+        timings: Timings,
+    ) -> None:
+        self.model = model
+        self.first = first
+        self.timings = timings
+        self._rest = rest
+        self._lease = lease
+
+    async def frames(self) -> AsyncGenerator[Frame, None]:
+        """The whole stream, `first` included. Closing it cancels the work.
+
+        Raises:
+            EngineError: the run failed part-way.
+
+        """
+        try:
+            if isinstance(self.first, Frame):
+                yield self.first
+            async for event in self._rest:
+                if isinstance(event, Frame):
+                    yield event
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Stop what still runs and end the lease."""
+        try:
+            await self._rest.aclose()
+        finally:
+            self._lease.release()
+
+
+class Engine:
+    """One device, one ledger, many models."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        device: Device | None = None,
+        runtimes: Mapping[str, Runtime] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Cheap: opens no device and imports no library before `start`.
+
+        `device` and `runtimes` take the place of what the configuration names.
+        """
+        self.config = config
+        self.state = EngineState.STARTING
+        self._clock = clock
+        self._device = device
+        self._runtimes: dict[str, Runtime] = dict(runtimes or {})
+        self._models = {model.id: model for model in config.models}
+        self._ledger = Ledger(0, 0)
+        self._residency = Residency(self._models, self._runtimes, clock)
+        self._metrics = EngineMetrics(self.status)
+        self._scheduler = Scheduler(
+            config,
+            self._ledger,
+            self._residency,
+            clock,
+            on_event=self._on_event,
+            created=int(time.time()),
+        )
+        self._residency.outcomes = self._scheduler
+        self._started = asyncio.Event()
+        self._emptied = asyncio.Event()
+        self._start_error: str | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._preloads: list[asyncio.Task[None]] = []
+
+    @property
+    def metrics(self) -> CollectorRegistry:
+        """The engine's own series."""
+        return self._metrics.registry
+
+    def registries(self) -> tuple[CollectorRegistry, ...]:
+        """Every registry: the engine's and the libraries'."""
+        own = [runtime.metrics for runtime in self._runtimes.values()]
+        return (self.metrics, *(registry for registry in own if registry is not None))
+
+    async def start(self) -> None:
+        """Open the device, import the libraries, begin to load the pinned models.
+
+        Raises:
+            ConfigError: the device that the configuration names is not there, or a library.
+
+        """
+        try:
+            device = await asyncio.to_thread(self._open)
+            for runtime in self._runtimes.values():
+                await runtime.warm_up()
+        except Exception as error:
+            self._start_error = str(error) or type(error).__name__
+            self.state = EngineState.STOPPED
+            self._started.set()
+            raise
+        process.freeze_heap()
+        device.settle()
+        self._device = device
+        self._residency.open(device, EstimateStore(self.config.state_dir, device.name))
+        budget = self.config.memory_budget(device.kind)
+        self._ledger.set_device(budget.budget_bytes(device.total_bytes), device.total_bytes)
+        self._scheduler.on_timer()
+        self._started.set()
+        if self.state is not EngineState.STARTING:  # told to stop meanwhile
+            return
+        self.state = EngineState.READY
+        self._watch = asyncio.create_task(self._watch_device())
+        self._preloads = [
+            asyncio.create_task(self._preload(model)) for model in self.config.models if model.pin
+        ]
+
+    def _open(self) -> Device:
+        device = self._device or open_device(self.config.device)
+        for name in {model.runtime for model in self.config.models} - self._runtimes.keys():
+            self._runtimes[name] = runtime_class(name)(device, self.config.cache_dir)
+        for name, runtime in self._runtimes.items():
+            try:
+                runtime.start()
+            except ImportError as error:
+                raise ConfigError(f"models: the runtime {name!r} cannot start: {error}") from error
+        if "torch" in sys.modules:
+            process.share_torch_state()
+        return device
+
+    async def drain(self, limit_s: float) -> None:
+        """Refuse new work and wait for what runs, `limit_s` seconds at most."""
+        self.state = EngineState.DRAINING
+        self._scheduler.on_drain()
+        for task in self._preloads:
+            task.cancel()
+        if self._scheduler.empty:
+            return
+        self._emptied.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._emptied.wait()
+
+    async def stop(self) -> None:
+        """Unload everything and let go of the libraries. Requests still running are cut off."""
+        if self.state is not EngineState.DRAINING:
+            await self.drain(0.0)
+        if self._watch is not None:
+            self._watch.cancel()
+        await self._residency.stop()
+        for runtime in self._runtimes.values():
+            await runtime.stop()
+        process.thaw_heap()
+        self.state = EngineState.STOPPED
+
+    async def check_alive(self, timeout_s: float = 5.0) -> bool:
+        """Whether the scheduler's loop and every library's own threads answer in time."""
+        if self.state in (EngineState.STARTING, EngineState.STOPPED):
+            return self.state is EngineState.STARTING
+        try:
+            async with asyncio.timeout(timeout_s):
+                for runtime in self._runtimes.values():
+                    await runtime.check_alive()
+        except TimeoutError:
+            return False
+        return True
+
+    async def open(self, request: TextRequest) -> Session:
+        """Admit a request, load its model if need be, and wait for its first event.
+
+        Raises:
+            EngineError: whatever can go wrong before the first byte.
+
+        """
+        model = self.config.find(request.model)
+        timeout_s = (
+            self.config.queue_timeout_s
+            if request.queue_timeout_s is None
+            else request.queue_timeout_s
+        )
+        await self._wait_started(timeout_s)
+        prepared = self._runtimes[model.runtime].prepare(model, request)
+        try:
+            return await self._attempt(model, prepared, timeout_s, exclusive=False)
+        except OutOfDeviceMemory as error:
+            log.warning("%s: %s; trying once more, alone", request.request_id, error)
+        return await self._attempt(model, prepared, timeout_s, exclusive=True)
+
+    async def _wait_started(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._started.wait()
+        except TimeoutError:
+            raise QueueTimeout("The engine is still starting.", retry_after_s=5.0) from None
+        if self._start_error is not None:
+            raise RuntimeFailed(f"The engine could not start: {self._start_error}")
+        if self.state in (EngineState.DRAINING, EngineState.STOPPED):
+            raise ShuttingDown("The engine is shutting down.", retry_after_s=5.0)
+
+    async def _attempt(
+        self, model: ModelConfig, prepared: Prepared, timeout_s: float, *, exclusive: bool
+    ) -> Session:
+        request = prepared.request
+        lease = await self._lease(
+            model,
+            request_id=request.request_id,
+            operation=request.operation.value,
+            working_bytes=prepared.working_bytes,
+            priority=request.priority,
+            timeout_s=timeout_s,
+            exclusive=exclusive,
+        )
+        granted_at = self._clock()
+        events = self._residency.loaded[model.id].run(prepared)
+        try:
+            try:
+                first = await anext(events)
+            except StopAsyncIteration:
+                raise RuntimeFailed("The model gave no answer.") from None
+            if isinstance(first, Document):
+                await events.aclose()
+        except BaseException:
+            await events.aclose()
+            lease.release()
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                # A library may answer a cancellation with an error of its own.
+                raise asyncio.CancelledError from None
+            raise
+        run_s = self._clock() - granted_at
+        if isinstance(first, Document):
+            lease.release()
+        queue_s = lease.timings.queued_s - lease.timings.load_s
+        for phase, seconds in (("queue", queue_s), ("load", lease.timings.load_s), ("run", run_s)):
+            self._metrics.request_seconds.labels(model.id, phase).observe(seconds)
+        timings = Timings(queue_s * 1e3, lease.timings.load_s * 1e3, run_s * 1e3)
+        return Session(model, first, events, lease, timings)
+
+    async def _lease(
+        self,
+        model: ModelConfig,
+        *,
+        request_id: str,
+        operation: str,
+        working_bytes: int = 0,
+        priority: Priority = Priority.NORMAL,
+        timeout_s: float,
+        exclusive: bool = False,
+        ignore_backoff: bool = False,
+    ) -> Lease:
+        granted: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+
+        def on_granted(lease: Lease) -> None:
+            if granted.cancelled():
+                lease.release()
+            else:
+                granted.set_result(lease)
+
+        def on_refused(error: EngineError) -> None:
+            if not granted.cancelled():
+                granted.set_exception(error)
+
+        ticket = Ticket(
+            request_id=request_id,
+            model_id=model.id,
+            operation=operation,
+            working_bytes=working_bytes,
+            priority=priority,
+            timeout_s=timeout_s,
+            exclusive=exclusive,
+            on_granted=on_granted,
+            on_refused=on_refused,
+        )
+        self._scheduler.on_request(ticket, ignore_backoff=ignore_backoff)
+        try:
+            return await granted
+        except asyncio.CancelledError:
+            if granted.done() and not granted.cancelled() and granted.exception() is None:
+                granted.result().release()  # granted in the very moment the caller left
+            self._scheduler.on_cancel(ticket)
+            raise
+
+    def status(self) -> EngineStatus:
+        """Everything, at this moment."""
+        return EngineStatus(
+            state=self.state,
+            device_kind=self._device.kind if self._device else self.config.device,
+            device_name=self._device.name if self._device else "",
+            ledger=self._ledger.status(),
+            models=self._scheduler.models(),
+            queue=self._scheduler.queue(),
+            transition=self._scheduler.transition,
+        )
+
+    def model_status(self, name: str) -> ModelStatus:
+        """One model, by id or alias.
+
+        Raises:
+            ModelNotFound: there is none.
+
+        """
+        model_id = self.config.find(name).id
+        return next(status for status in self._scheduler.models() if status.id == model_id)
+
+    async def load(self, name: str) -> None:
+        """Bring a model in as if a request had asked for it, and return once it is ready.
+
+        Raises:
+            EngineError: it does not exist, does not fit, or cannot be loaded.
+
+        """
+        model = self.config.find(name)
+        await self._wait_started(self.config.queue_timeout_s)
+        lease = await self._lease(
+            model,
+            request_id=f"load-{model.id}",
+            operation="load",
+            timeout_s=self.config.queue_timeout_s,
+            ignore_backoff=True,
+        )
+        lease.release()
+
+    async def unload(self, name: str) -> None:
+        """Take an idle model out, and return once its bytes are free.
+
+        Raises:
+            ModelNotFound: there is none.
+            Conflict: it is in use, waited for, pinned, or being loaded.
+
+        """
+        model_id = self.config.find(name).id
+        gone = self._residency.gone(model_id)
+        self._scheduler.request_unload(model_id)
+        await gone
+
+    def pin(self, name: str) -> None:
+        """Never evict a model from now on.
+
+        Raises:
+            ModelNotFound: there is none.
+
+        """
+        self._scheduler.pin(self.config.find(name).id)
+
+    def unpin(self, name: str) -> None:
+        """Let a model be evicted when it is idle.
+
+        Raises:
+            ModelNotFound: there is none.
+
+        """
+        self._scheduler.unpin(self.config.find(name).id)
+
+    async def _preload(self, model: ModelConfig) -> None:
+        try:
+            await self.load(model.id)
+        except EngineError as error:
+            log.error("cannot load the pinned model %s: %s", model.id, error)
+
+    async def _watch_device(self) -> None:
+        while True:
+            await asyncio.sleep(FOREIGN_CHECK_S)
+            self._scheduler.on_timer()
+
+    def _on_event(self, event: SchedulerEvent) -> None:
+        self._metrics.count(event, self._clock())
+        if event.kind is EventKind.UNLOADED and self._scheduler.empty:
+            self._emptied.set()
+        level = logging.DEBUG if event.kind is EventKind.GRANT else logging.INFO
+        log.log(
+            level,
+            "%s %s%s (granted %d of %d bytes)",
+            event.kind.value,
+            event.model,
+            f": {event.reason}" if event.reason else "",
+            event.granted_bytes,
+            event.capacity_bytes,
+        )

@@ -1,0 +1,122 @@
+"""Every error that a caller of the engine can meet.
+
+The tree::
+
+    EngineError
+    ├── ConfigError                the configuration cannot be served as written
+    ├── InvalidRequest             the request itself is wrong; `param` names the field
+    ├── ModelNotFound              no model has that id or alias
+    ├── Conflict                   the model's state forbids it now (in use, pinned)
+    ├── Overloaded                 try again later; `retry_after_s` says when
+    │   ├── QueueFull              the model's queue is at its bound
+    │   ├── QueueTimeout           waited its whole time without being granted
+    │   └── ShuttingDown           the engine accepts no new work
+    ├── InsufficientCapacity       would not fit even on an empty device
+    ├── LoadFailed                 the runtime could not load the model
+    ├── OutOfDeviceMemory          ran out of memory while running
+    └── RuntimeFailed              the native library failed while running
+
+Catch by type. The HTTP status of each lives in one table, `server/errors.py`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class EngineError(Exception):
+    """Base of the tree.
+
+    `message` is written for the person who made the request; `code` is a
+    stable machine-readable word; `param` is the request field at fault.
+    """
+
+    code: ClassVar[str] = "engine_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class ConfigError(EngineError):
+    """The configuration is wrong; the message names the key."""
+
+    code = "config_error"
+
+
+class InvalidRequest(EngineError):
+    """The request is malformed or asks for what the model cannot do.
+
+    `status` keeps the 4xx status that the native library chose, where it chose one.
+    """
+
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 400) -> None:
+        super().__init__(message, param=param)
+        self.status = status
+
+
+class ModelNotFound(EngineError):
+    """No configured model has this id or alias."""
+
+    code = "model_not_found"
+
+
+class Conflict(EngineError):
+    """The model's present state forbids the operation."""
+
+    code = "conflict"
+
+
+class Overloaded(EngineError):
+    """The engine cannot take the work now; it may in `retry_after_s` seconds."""
+
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFull(Overloaded):
+    """Too many requests already wait."""
+
+    code = "queue_full"
+
+
+class QueueTimeout(Overloaded):
+    """The request waited its whole time without being granted."""
+
+    code = "queue_timeout"
+
+
+class ShuttingDown(Overloaded):
+    """The engine is draining and accepts no new work."""
+
+    code = "shutting_down"
+
+
+class InsufficientCapacity(EngineError):
+    """The model or request would not fit even on an otherwise empty device."""
+
+    code = "insufficient_capacity"
+
+
+class LoadFailed(EngineError):
+    """The runtime could not load the model; the message carries the reason."""
+
+    code = "model_load_failed"
+
+
+class OutOfDeviceMemory(EngineError):
+    """The device ran out of memory while the request ran."""
+
+    code = "out_of_device_memory"
+
+
+class RuntimeFailed(EngineError):
+    """The native library failed while the request ran."""
+
+    code = "runtime_failed"

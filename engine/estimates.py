@@ -1,0 +1,73 @@
+"""What models were measured to take, remembered across restarts."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+from engine.config import ModelConfig
+from engine.runtimes.base import Block, Estimate
+
+log = logging.getLogger(__name__)
+
+FILE_NAME = "estimates.json"
+
+
+class EstimateStore:
+    """The last measurement of each model, in one small JSON file.
+
+    A model is known by its runtime, source and options, so a changed
+    configuration is estimated afresh. A damaged or read-only file costs the
+    memory of it, never a request.
+    """
+
+    def __init__(self, state_dir: Path, device_name: str) -> None:
+        self._path = state_dir / FILE_NAME
+        self._device_name = device_name
+        self._entries: dict[str, dict[str, object]] = {}
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                entries = json.loads(self._path.read_text(encoding="utf-8"))
+                self._entries = entries if isinstance(entries, dict) else {}
+            except (OSError, ValueError) as error:
+                if isinstance(error, FileNotFoundError):
+                    raise
+                log.warning("cannot read %s: %s; starting afresh", self._path, error)
+
+    def get(self, model: ModelConfig) -> Estimate | None:
+        """The last measurement, or None."""
+        entry = self._entries.get(self._key(model))
+        if entry is None:
+            return None
+        try:
+            blocks = tuple(Block(str(name), int(size)) for name, size in entry["blocks"])  # type: ignore[attr-defined]
+            return Estimate(blocks=blocks, load_seconds=float(entry["load_seconds"]))  # type: ignore[arg-type]
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    def put(self, model: ModelConfig, estimate: Estimate) -> None:
+        """Remember a measurement."""
+        self._entries[self._key(model)] = {
+            "model": model.id,
+            "blocks": [[block.name, block.nbytes] for block in estimate.blocks],
+            "load_seconds": round(estimate.load_seconds, 3),
+        }
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", dir=self._path.parent, delete=False, encoding="utf-8"
+            ) as file:
+                json.dump(self._entries, file, indent=1)
+            os.replace(file.name, self._path)
+        except OSError as error:
+            log.warning("cannot write %s: %s", self._path, error)
+
+    def _key(self, model: ModelConfig) -> str:
+        options = model.options.model_dump_json()
+        text = "\n".join((self._device_name, model.runtime, model.task, model.source, options))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

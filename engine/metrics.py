@@ -1,0 +1,126 @@
+"""The engine's own Prometheus series."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from engine.scheduler import EventKind, SchedulerEvent
+from engine.status import EngineStatus
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+class StatusCollector(Collector):
+    """Gauges read from the engine's status at the moment of the scrape."""
+
+    def __init__(self, status: Callable[[], EngineStatus]) -> None:
+        self._status = status
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing to check for duplicates; lets the status be asked for only when scraped."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Ledger, residency and queue as they are now."""
+        status = self._status()
+        ledger = status.ledger
+        yield GaugeMetricFamily(
+            "roundhouse_capacity_bytes",
+            "Device bytes that may be granted now.",
+            value=ledger.capacity_bytes,
+        )
+        yield GaugeMetricFamily(
+            "roundhouse_granted_bytes", "Device bytes granted.", value=ledger.granted_bytes
+        )
+        yield GaugeMetricFamily(
+            "roundhouse_foreign_bytes",
+            "Device bytes in use that no model accounts for.",
+            value=ledger.foreign_bytes,
+        )
+        resident = GaugeMetricFamily(
+            "roundhouse_resident_bytes",
+            "Bytes of a model's parts, by tier.",
+            labels=("model", "part", "tier"),
+        )
+        leases = GaugeMetricFamily(
+            "roundhouse_leases", "Requests running on a model.", labels=("model",)
+        )
+        waiting = GaugeMetricFamily(
+            "roundhouse_queue_length", "Requests waiting for a model.", labels=("model",)
+        )
+        for model in status.models:
+            for block in model.blocks:
+                resident.add_metric((model.id, block.name, block.tier), block.nbytes)
+            leases.add_metric((model.id,), model.leases)
+            waiting.add_metric((model.id,), model.waiting)
+        yield resident
+        yield leases
+        yield waiting
+
+
+class EngineMetrics:
+    """Counts what the scheduler tells."""
+
+    def __init__(self, status: Callable[[], EngineStatus]) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(StatusCollector(status))
+        self._loads = Counter(
+            "roundhouse_loads",
+            "Loads of a model that ended, by outcome.",
+            ("model", "outcome"),
+            registry=self.registry,
+        )
+        self._unloads = Counter(
+            "roundhouse_evictions",
+            "Times a model left the device.",
+            ("model",),
+            registry=self.registry,
+        )
+        self._load_seconds = Histogram(
+            "roundhouse_load_seconds",
+            "Disk to ready.",
+            ("model",),
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._unload_seconds = Histogram(
+            "roundhouse_eviction_seconds",
+            "Decision to bytes free.",
+            ("model",),
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._refusals = Counter(
+            "roundhouse_refusals",
+            "Requests refused before they ran.",
+            ("model",),
+            registry=self.registry,
+        )
+        self.request_seconds = Histogram(
+            "roundhouse_request_seconds",
+            "Seconds of a request by phase: queue, load, run.",
+            ("model", "phase"),
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._began: dict[str, float] = {}
+
+    def count(self, event: SchedulerEvent, now: float) -> None:
+        """Take one scheduler event; `now` is the scheduler's clock in seconds."""
+        match event.kind:
+            case EventKind.LOAD | EventKind.UNLOAD:
+                self._began[event.model] = now
+            case EventKind.LOADED:
+                self._loads.labels(event.model, "ok").inc()
+                self._load_seconds.labels(event.model).observe(now - self._began[event.model])
+            case EventKind.LOAD_FAILED:
+                self._loads.labels(event.model, "failed").inc()
+            case EventKind.UNLOADED:
+                self._unloads.labels(event.model).inc()
+                self._unload_seconds.labels(event.model).observe(now - self._began[event.model])
+            case EventKind.REFUSE:
+                self._refusals.labels(event.model).inc()

@@ -1,0 +1,160 @@
+"""The whole contract between the engine and a native library.
+
+A runtime adapts one library and lives in one file. The engine calls `prepare`
+and `estimate` before anything is loaded, `load`/`unload` one at a time, and
+`LoadedModel.run` as often as leases allow.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from prometheus_client.registry import CollectorRegistry
+
+from engine.config import ModelConfig, Section
+from engine.device import Device
+from engine.requests import Event, TextRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The unit of residency: one named part of a model and its device bytes."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a model will take, told before it is loaded.
+
+    `blocks` are the parts that stay on the device while the model is resident.
+    `load_seconds` is disk to ready.
+    """
+
+    blocks: tuple[Block, ...]
+    load_seconds: float
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of all blocks together."""
+        return sum(block.nbytes for block in self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that passed every check that needs no loaded model.
+
+    `payload` is the runtime's own parsed form. `working_bytes` is the device
+    memory the run needs on top of the model's blocks.
+    """
+
+    request: TextRequest
+    payload: Any
+    working_bytes: int = 0
+
+
+class LoadedModel(ABC):
+    """A model that is on the device and can run."""
+
+    @abstractmethod
+    def blocks(self) -> tuple[Block, ...]:
+        """Measured device bytes of each part."""
+
+    @property
+    @abstractmethod
+    def max_concurrency(self) -> int:
+        """How many leases may be held at once (1 or more)."""
+
+    @property
+    @abstractmethod
+    def failure(self) -> str | None:
+        """Why this model can no longer run, or None while it can."""
+
+    @abstractmethod
+    def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
+        """Run one request and yield its events.
+
+        Closing the generator cancels the work and gives back what it held.
+
+        Raises:
+            InvalidRequest: the loaded model rejects the request (context too long, …).
+            OutOfDeviceMemory: the device ran out of memory.
+            RuntimeFailed: the library failed.
+
+        """
+
+
+class Runtime(ABC):
+    """The adapter of one native library."""
+
+    name: ClassVar[str]
+
+    Options: ClassVar[type[Section]]
+    """What `options` of a model of this runtime may hold."""
+
+    metrics: CollectorRegistry | None = None
+    """The library's own metric series, where it has any."""
+
+    @abstractmethod
+    def __init__(self, device: Device, cache_dir: Path) -> None:
+        """Take note of where models go and where their files are kept; import nothing."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Import the library and do what must happen once per process.
+
+        Called off the event loop, before the heap is frozen; may take many seconds.
+        """
+
+    async def warm_up(self) -> None:  # noqa: B027 - most libraries need none
+        """Do what the first load would else do for the whole process.
+
+        Called once, after `start`. What it leaves behind counts as the process's own.
+        """
+
+    @abstractmethod
+    def prepare(self, model: ModelConfig, request: TextRequest) -> Prepared:
+        """Check a request before anything is loaded for it.
+
+        Raises:
+            InvalidRequest: naming the field at fault.
+
+        """
+
+    @abstractmethod
+    def estimate(self, model: ModelConfig) -> Estimate:
+        """Read what the model will take from its files' headers, without loading it.
+
+        Called off the event loop.
+
+        Raises:
+            LoadFailed: the files are missing or unreadable.
+
+        """
+
+    @abstractmethod
+    async def load(self, model: ModelConfig, on_failure: Callable[[str], None]) -> LoadedModel:
+        """Bring the model onto the device.
+
+        `on_failure(reason)` is called on the event loop if the model later
+        dies by itself. On any error everything taken is given back first.
+
+        Raises:
+            LoadFailed: with the reason in words.
+
+        """
+
+    @abstractmethod
+    async def unload(self, loaded: LoadedModel) -> None:
+        """Take the model off the device and give every byte back. Never raises for a dead model."""
+
+    async def check_alive(self) -> None:  # noqa: B027 - most libraries have no thread of their own
+        """Return once the library's own threads have answered."""
+
+    async def stop(self) -> None:  # noqa: B027 - most libraries have nothing to stop
+        """Give back what `start` took."""

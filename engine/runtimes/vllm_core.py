@@ -1,0 +1,404 @@
+"""vLLM's engine cores inside this process, all stepped by one thread.
+
+vLLM starts an engine core in a child process and talks to it over ZeroMQ.
+Here the core is an object like any other: `CoreClient` takes the place of
+vLLM's own client (what `AsyncLLM` asks of it is the set of methods below), and
+`CoreThread` steps every live core in turn. One thread is needed because the
+forward context of vLLM is a module global: two cores stepping on two threads
+read each other's.
+
+Importing this module imports vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import vllm.config.vllm as vllm_config_module
+import vllm.v1.engine.core as vllm_core_module
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.platforms import current_platform
+from vllm.renderers import hf
+from vllm.tokenizers import cached_get_tokenizer
+from vllm.utils import func_utils
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.executor import uniproc_executor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.worker import gpu_model_runner
+from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+from engine.process import GATE
+
+log = logging.getLogger(__name__)
+
+STEP_METHODS = frozenset(
+    {"execute_model", "sample_tokens", "take_draft_token_ids", "execute_dummy_batch"}
+)
+"""Worker methods that belong to a step; every other one may change process-wide state."""
+
+LOAD_FORMAT = "roundhouse"
+
+
+HOLD_S = 0.02
+"""How long a load keeps steps waiting before it lets them through."""
+
+
+@register_model_loader(LOAD_FORMAT)
+class YieldingModelLoader(DefaultModelLoader):  # type: ignore[misc]
+    """vLLM's loader, letting other models step while the weights are read.
+
+    Building the module and rearranging its weights are short; reading the files
+    takes seconds, so between two tensors the gate is opened now and then.
+    """
+
+    def __init__(self, load_config: Any) -> None:
+        # Not "auto", which falls back to pickled weights. A copy: vLLM asks for the loader again.
+        super().__init__(dataclasses.replace(load_config, load_format="safetensors"))
+
+    def load_weights(self, model: Any, model_config: Any) -> None:
+        """Fill the module; steps get their turn before and after."""
+        GATE.breathe()
+        super().load_weights(model, model_config)
+        GATE.breathe()
+
+    def track_weights_loading(
+        self, model: Any, loaded_weights: set[str] | None, quantized: bool = False
+    ) -> None:
+        """Refuse a checkpoint that leaves a plain linear or embedding layer unfilled.
+
+        vLLM's own check passes over every layer that has a quantisation method,
+        and a plain layer's method is called "unquantised": the model would answer
+        from whatever the memory held.
+        """
+        if loaded_weights is not None and not quantized:
+            missing = [
+                full_name
+                for name, module in model.named_modules()
+                if isinstance(
+                    getattr(module, "quant_method", None),
+                    UnquantizedLinearMethod | UnquantizedEmbeddingMethod,
+                )
+                for parameter, _ in module.named_parameters(recurse=False)
+                if (full_name := f"{name}.{parameter}") not in loaded_weights
+            ]
+            # Tied weights are one parameter under two names; vLLM names the first.
+            named = {name for name, _ in model.named_parameters()}
+            if missing := sorted(named.intersection(missing)):
+                raise ValueError(f"the checkpoint lacks {', '.join(missing)}")
+        super().track_weights_loading(model, loaded_weights, quantized)
+
+    def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, Any]]:
+        """Every (name, tensor) of the checkpoint."""
+        held_since = time.monotonic()
+        for item in super().get_all_weights(model_config, model):
+            if time.monotonic() - held_since > HOLD_S:
+                GATE.breathe()
+                held_since = time.monotonic()
+            yield item
+
+
+class GatedWorker(WorkerWrapperBase):  # type: ignore[misc]
+    """vLLM's worker, each stage of its construction behind the gate; steps go in between."""
+
+    def init_worker(self, all_kwargs: Any) -> None:
+        """Construct the worker."""
+        with GATE.exclusive():
+            super().init_worker(all_kwargs)
+
+    def init_device(self) -> None:
+        """Join the process-wide parallel groups and construct the model runner."""
+        with GATE.exclusive():
+            super().init_device()
+
+    def load_model(self) -> None:
+        """Build the module and fill it."""
+        with GATE.exclusive():
+            self.worker.load_model()
+
+
+class GatedExecutor(UniProcExecutor):  # type: ignore[misc]
+    """vLLM's in-process executor with everything but a step behind the gate."""
+
+    def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the worker; exclusively unless it is part of a step."""
+        if method in STEP_METHODS:
+            return super().collective_rpc(method, *args, **kwargs)
+        with GATE.exclusive():
+            return super().collective_rpc(method, *args, **kwargs)
+
+    def shutdown(self) -> None:
+        """Give back the worker's memory."""
+        with GATE.exclusive():
+            super().shutdown()
+
+
+def own_process_state() -> None:
+    """Make vLLM safe for several engines in one process. Call once, before the first engine.
+
+    Each line answers a hazard that was met by running into it:
+    closing one engine tore down the parallel groups of all; every new engine
+    froze the heap with the others' garbage in it; its construction, or zeroing
+    its KV cache, held up every stream for as long as it took; every engine
+    wrapped the CPU kernels once more (0.2 s and one more call layer each time).
+    """
+    vllm_core_module.cleanup_dist_env_and_memory = _leave_alone
+    vllm_core_module.freeze_gc_heap = _leave_alone
+    uniproc_executor.WorkerWrapperBase = GatedWorker
+    gpu_model_runner.allocate_kv_cache = _yielding(gpu_model_runner.allocate_kv_cache)
+    GATE.state.register(
+        "vllm.current_config",
+        lambda: vllm_config_module._current_vllm_config,
+        lambda config: setattr(vllm_config_module, "_current_vllm_config", config),
+    )
+    platform = type(current_platform)
+    register = getattr(platform, "register_triton_kernel_overrides", None)
+    if register is not None:
+        platform.register_triton_kernel_overrides = _once(register)
+
+
+def forget_tokenizers() -> None:
+    """Drop the caches that keep the tokenizers of engines long gone alive.
+
+    Keyed by tokenizers and their methods, they are made for a process with one
+    engine; of a large vocabulary each reload would leave tens of megabytes.
+    """
+    cached_get_tokenizer.cache_clear()
+    func_utils._supports_kw.cache_clear()
+    hf._cached_resolve_chat_template_kwargs.cache_clear()
+
+
+def _leave_alone(*_args: Any, **_kwargs: Any) -> None:
+    """Stand in for what vLLM does to a process that it takes for its own."""
+
+
+def _yielding(function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with GATE.yielded():
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _once(function: Callable[..., None]) -> Any:
+    done = False
+
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        nonlocal done
+        if not done:
+            function(*args, **kwargs)
+            done = True
+
+    return staticmethod(wrapper)
+
+
+class CoreThread:
+    """The one thread that steps every engine core."""
+
+    def __init__(self) -> None:
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._clients: list[CoreClient] = []
+        self._thread = threading.Thread(target=self._run, name="vllm-cores", daemon=True)
+        self._thread.start()
+
+    def post(self, job: Callable[[], None]) -> None:
+        """Run `job` on the thread between two steps, in the order posted."""
+        self._inbox.put(job)
+
+    def attach(self, client: CoreClient) -> None:
+        """Start stepping a core."""
+        self.post(lambda: self._clients.append(client))
+
+    def detach(self, client: CoreClient) -> None:
+        """Stop stepping a core; returns once no step of it is under way."""
+        done: Future[None] = Future()
+
+        def job() -> None:
+            if client in self._clients:
+                self._clients.remove(client)
+            done.set_result(None)
+
+        self.post(job)
+        done.result()
+
+    def stop(self) -> None:
+        """End the thread after the jobs posted so far."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            working = [client for client in self._clients if client.has_work()]
+            if not self._drain(block=not working):
+                return
+            if not working:
+                continue
+            # One turn at the gate for all, so that no stream waits for two exclusive holders.
+            with GATE.step():
+                for client in working:
+                    if client in self._clients:  # a job just run may have detached it
+                        client.step()
+            # Nothing may keep a dead core alive while the thread waits.
+            working.clear()
+            client = None  # type: ignore[assignment]
+
+    def _drain(self, *, block: bool) -> bool:
+        while True:
+            try:
+                job = self._inbox.get(block=block)
+            except queue.Empty:
+                return True
+            if job is None:
+                return False
+            job()
+            block = False
+
+
+class CoreClient:
+    """What `AsyncLLM` talks to in place of a core in another process."""
+
+    engine_ranks_managed = (0,)
+    dp_engines_running = False
+
+    def __init__(
+        self, thread: CoreThread, vllm_config: Any, executor_class: Any, *, log_stats: bool
+    ) -> None:
+        self.resources = SimpleNamespace(engine_dead=False)
+        self.error: BaseException | None = None
+        self.on_failure: Callable[[BaseException], None] | None = None
+        """Called on the event loop when a step raised and the core is lost."""
+        self._thread = thread
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._outputs: asyncio.Queue[Any] = asyncio.Queue()
+        self.core: Any = EngineCore(vllm_config, executor_class, log_stats)
+        thread.attach(self)
+
+    def connect(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Name the loop on which outputs are awaited. Call before the first request."""
+        self._loop = loop
+
+    # On the core thread.
+
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        return self.error is None and bool(
+            self.core.scheduler.has_requests() or self.core.batch_queue
+        )
+
+    def step(self) -> None:
+        """One scheduling and decoding step of this core; the caller holds the gate."""
+        try:
+            outputs, executed = self.core.step_fn()
+            self.core.post_step(model_executed=executed)
+        except Exception as error:
+            log.exception("a vLLM engine core failed")
+            self._fail(error)
+            return
+        if outputs and (mine := outputs.get(0)) is not None:
+            self._deliver(mine)
+
+    def _fail(self, error: BaseException) -> None:
+        self.error = error
+        self.resources.engine_dead = True
+        self._deliver(EngineDeadError())
+        if self._loop is not None and self.on_failure is not None:
+            self._loop.call_soon_threadsafe(self.on_failure, error)
+
+    def _deliver(self, item: Any) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._outputs.put_nowait, item)
+
+    # On the event loop.
+
+    async def get_output_async(self) -> Any:
+        """The outputs of the next step.
+
+        Raises:
+            EngineDeadError: a step failed.
+
+        """
+        item = await self._outputs.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    async def add_request_async(self, request: Any) -> None:
+        """Queue a request; a request the core refuses is answered with an error output."""
+
+        def add() -> None:
+            if self.error is not None:
+                return
+            try:
+                prepared, wave = self.core.preprocess_add_request(request)
+                self.core.add_request(prepared, wave)
+            except Exception:
+                log.exception("vLLM could not take request %s", request.request_id)
+                refused = EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[],
+                    finish_reason=FinishReason.ERROR,
+                )
+                self._deliver(EngineCoreOutputs(outputs=[refused]))
+
+        if self.error is not None:
+            raise EngineDeadError
+        self._thread.post(add)
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        """Drop requests and free their KV cache before the next step."""
+
+        def abort() -> None:
+            if self.error is None and self.core is not None:
+                self.core.abort_requests(request_ids)
+
+        self._thread.post(abort)
+
+    def call(self, function: Callable[[Any], Any]) -> Future[Any]:
+        """Run `function(core)` on the core thread."""
+        result: Future[Any] = Future()
+
+        def job() -> None:
+            try:
+                result.set_result(function(self.core))
+            except Exception as error:
+                result.set_exception(error)
+
+        self._thread.post(job)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        """`reset_prefix_cache_async` and the like: the core's method, run on the core thread."""
+        if not name.endswith("_async"):
+            raise AttributeError(name)
+        method = name.removesuffix("_async")
+
+        async def utility(*args: Any, **kwargs: Any) -> Any:
+            return await asyncio.wrap_future(
+                self.call(lambda core: getattr(core, method)(*args, **kwargs))
+            )
+
+        return utility
+
+    # On the loading thread.
+
+    def shutdown(self, timeout: float | None = None) -> None:  # noqa: ARG002 - vLLM's signature
+        """Stop stepping and give back what the core holds. Called by `AsyncLLM.shutdown`."""
+        if self.core is None:
+            return
+        self._thread.detach(self)  # the step under way still needs the core
+        self.error = self.error or EngineDeadError()
+        core, self.core = self.core, None
+        core.shutdown()

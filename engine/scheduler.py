@@ -1,0 +1,778 @@
+"""The queue, and the owner of every model's state.
+
+It lives on the event loop: each `on_*` method is called there, changes what it
+knows, asks the planner, and carries the answer out before it returns. It never
+waits and takes no lock. Slow work (reading headers, loading, unloading) goes out
+through `Effects`, which returns at once, and comes back as another event.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import TracebackType
+from typing import Protocol, Self
+
+from engine.config import EngineConfig, ModelConfig
+from engine.errors import (
+    Conflict,
+    EngineError,
+    InsufficientCapacity,
+    LoadFailed,
+    Overloaded,
+    QueueFull,
+    QueueTimeout,
+    ShuttingDown,
+)
+from engine.ledger import EntryKind, Ledger, LedgerOverflow
+from engine.planner import (
+    Load,
+    ModelView,
+    Plan,
+    Refusal,
+    RefusalCode,
+    Snapshot,
+    TicketView,
+    Unload,
+    plan,
+    service_order,
+)
+from engine.requests import Priority
+from engine.runtimes.base import Block, Estimate
+from engine.status import BlockStatus, ModelState, ModelStatus, TicketStatus
+from engine.units import format_size
+
+DEMAND_MEMORY_S = 300.0
+"""Time constant of the demand for a model: what happened this long ago counts 1/e."""
+MEAN_WEIGHT = 0.3
+"""Weight of the newest sample in the running means of load and service seconds."""
+FIRST_BACKOFF_S = 1.0
+LAST_BACKOFF_S = 60.0
+SHORTEST_RETRY_S = 1.0
+LONGEST_RETRY_S = 600.0
+RESERVATION = "reservation"
+
+
+class Effects(Protocol):
+    """What the scheduler asks of the world. Every call returns at once and never raises."""
+
+    def estimate(self, model_id: str) -> None:
+        """Read what the model takes; comes back as `on_estimate` or `on_estimate_failed`."""
+
+    def load(self, model_id: str) -> None:
+        """Bring the model in; comes back as `on_loaded` or `on_load_failed`."""
+
+    def unload(self, model_id: str, reason: str) -> None:
+        """Take the model out; comes back as `on_unloaded`."""
+
+    def measure_foreign(self) -> int:
+        """Device bytes in use, measured now, that no ledger entry accounts for.
+
+        Asked only while no load or unload is under way.
+        """
+
+    def call_at(self, when: float) -> None:
+        """Ask for `on_timer` at that time of the scheduler's clock; replaces the ask before."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseTimings:
+    """What the wait for a lease was made of, in seconds."""
+
+    queued_s: float
+    """From arrival to grant, loading included."""
+    load_s: float
+    """The part of it in which the model was being loaded."""
+
+
+class Lease:
+    """The right to run on a resident model. Give it back with `release`, or as a context."""
+
+    __slots__ = ("_release", "exclusive", "granted_at", "model_id", "name", "timings")
+
+    def __init__(
+        self,
+        model_id: str,
+        name: str,
+        *,
+        exclusive: bool,
+        granted_at: float,
+        timings: LeaseTimings,
+        release: Callable[[Lease], None],
+    ) -> None:
+        self.model_id = model_id
+        self.name = name
+        """Its name in the ledger: the request id and a serial number."""
+        self.exclusive = exclusive
+        self.granted_at = granted_at
+        self.timings = timings
+        self._release = release
+
+    def release(self) -> None:
+        """Give it back; a second call does nothing."""
+        self._release(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ticket:
+    """A request that waits for a lease.
+
+    Exactly one of `on_granted` and `on_refused` is called, once, unless the
+    ticket is cancelled first. Neither may raise. `working_bytes` is the device
+    memory that the run needs beside the model; an `exclusive` ticket runs alone.
+    """
+
+    request_id: str
+    model_id: str
+    operation: str
+    working_bytes: int = 0
+    priority: Priority = Priority.NORMAL
+    timeout_s: float = math.inf
+    exclusive: bool = False
+    on_granted: Callable[[Lease], None]
+    on_refused: Callable[[EngineError], None]
+
+
+class EventKind(StrEnum):
+    """What the scheduler did or learned."""
+
+    GRANT = "grant"
+    REFUSE = "refuse"
+    LOAD = "load"
+    LOADED = "loaded"
+    LOAD_FAILED = "load_failed"
+    UNLOAD = "unload"
+    UNLOADED = "unloaded"
+    MODEL_FAILED = "model_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerEvent:
+    """One thing that happened, for the log and the metrics."""
+
+    kind: EventKind
+    model: str
+    reason: str
+    granted_bytes: int
+    capacity_bytes: int
+    request_id: str | None = None
+    """Of a grant or refusal."""
+
+
+@dataclass(slots=True)
+class _Demand:
+    """Requests per second, exponentially decayed."""
+
+    rate: float = 0.0
+    at: float = 0.0
+
+    def read(self, now: float) -> float:
+        return self.rate * math.exp((self.at - now) / DEMAND_MEMORY_S)
+
+    def count(self, now: float) -> None:
+        self.rate = self.read(now) + 1 / DEMAND_MEMORY_S
+        self.at = now
+
+
+@dataclass(slots=True)
+class _Model:
+    """Everything known of one configured model."""
+
+    config: ModelConfig
+    keep_alive_s: float
+    pinned: bool
+    state: ModelState = ModelState.ABSENT
+    blocks: tuple[Block, ...] = ()
+    granted_bytes: int = 0
+    """For its blocks, or its reservation."""
+    estimating: bool = False
+    needed_bytes: int | None = None
+    """As estimated, then as measured; None until the files have been read."""
+    reload_s: float | None = None
+    load_measured: bool = False
+    overflowed: bool = False
+    """The last load took more than there was; the next one reserves what it took."""
+    max_concurrency: int = 1
+    leases: int = 0
+    leased_working_bytes: int = 0
+    waiting: int = 0
+    grants_since_load: int = 0
+    load_began_at: float = 0.0
+    resident_since: float | None = None
+    idle_since: float | None = None
+    unload_reason: str | None = None
+    failed_while_loading: str | None = None
+    demand: _Demand = field(default_factory=_Demand)
+    service_s: float | None = None
+    failures: int = 0
+    blocked_until: float = -math.inf
+    last_error: str | None = None
+
+    def view(self, now: float) -> ModelView:
+        return ModelView(
+            id=self.config.id,
+            state=self.state,
+            resident_bytes=self.granted_bytes,
+            needed_bytes=self.needed_bytes,
+            leases=self.leases,
+            leased_working_bytes=self.leased_working_bytes,
+            max_concurrency=self.max_concurrency,
+            pinned=self.pinned,
+            resident_since=self.resident_since,
+            idle_since=self.idle_since,
+            keep_alive_s=self.keep_alive_s,
+            reload_s=self.reload_s or 0.0,
+            demand=self.demand.read(now),
+            unload_reason=self.unload_reason,
+        )
+
+
+class Scheduler:
+    """Queues requests and moves models, so that the engine's promises hold."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        ledger: Ledger,
+        effects: Effects,
+        clock: Callable[[], float],
+        *,
+        on_event: Callable[[SchedulerEvent], None] | None = None,
+        created: int = 0,
+    ) -> None:
+        """Start with every model absent.
+
+        `clock` is monotonic seconds. `created` is Unix seconds, only reported.
+        `on_event` must not raise.
+        """
+        self._config = config
+        self._ledger = ledger
+        self._effects = effects
+        self._clock = clock
+        self._on_event = on_event
+        self._created = created
+        self._models = {
+            model.id: _Model(
+                config=model,
+                keep_alive_s=config.keep_alive if model.keep_alive is None else model.keep_alive,
+                pinned=model.pin,
+            )
+            for model in config.models
+        }
+        self._next_serial = 0
+        self._tickets: dict[int, Ticket] = {}
+        self._views: dict[int, TicketView] = {}
+        self._serials: dict[Ticket, int] = {}
+        self._leases: dict[Lease, int] = {}
+        """The leases held, and the working bytes of each."""
+        self._exclusive_running = False
+        self._transition: str | None = None
+        self._draining: frozenset[str] = frozenset()
+        self._shutting_down = False
+        self._asked_at: float | None = None
+        self._replanning = False
+        self._stale = False
+
+    # What the engine asks.
+
+    def on_request(self, ticket: Ticket, *, ignore_backoff: bool = False) -> None:
+        """Queue a ticket; it may be granted before this returns.
+
+        `ignore_backoff` tries a model at once that lately failed to load.
+
+        Raises:
+            ShuttingDown: `on_drain` was called.
+            LoadFailed: the model failed to load and is not tried again yet.
+            Overloaded: the engine's queue is at its bound.
+            QueueFull: the model's queue is at its bound.
+            ValueError: the ticket waits already, or its working memory is negative.
+
+        """
+        if ticket in self._serials or ticket.working_bytes < 0:
+            raise ValueError(f"ticket {ticket.request_id!r} cannot be queued")
+        model = self._models[ticket.model_id]
+        now = self._clock()
+        if self._shutting_down:
+            raise self._shutting_down_error(model)
+        if now < model.blocked_until and not ignore_backoff:
+            wait_s = math.ceil(model.blocked_until - now)
+            raise LoadFailed(f"{model.last_error} (tried again after {wait_s} s)")
+        if len(self._tickets) + len(self._leases) >= self._config.max_queue:
+            raise Overloaded(
+                f"The engine serves or queues {self._config.max_queue} requests, its bound.",
+                retry_after_s=self._retry_after_s(model),
+            )
+        if model.waiting >= self._config.max_queue_per_model:
+            raise QueueFull(
+                f"{model.waiting} requests wait for {model.config.id!r}, its bound.",
+                retry_after_s=self._retry_after_s(model),
+            )
+        serial = self._next_serial
+        self._next_serial += 1
+        self._tickets[serial] = ticket
+        self._serials[ticket] = serial
+        self._views[serial] = TicketView(
+            id=serial,
+            model=ticket.model_id,
+            working_bytes=ticket.working_bytes,
+            priority=ticket.priority,
+            enqueued_at=now,
+            deadline=now + ticket.timeout_s,
+            exclusive=ticket.exclusive,
+        )
+        model.waiting += 1
+        model.demand.count(now)
+        if model.needed_bytes is None and not model.estimating:
+            model.estimating = True
+            self._effects.estimate(ticket.model_id)
+        self._replan()
+
+    def on_cancel(self, ticket: Ticket) -> None:
+        """Forget a waiting ticket. One that was granted or refused already is left alone."""
+        serial = self._serials.get(ticket)
+        if serial is not None:
+            self._remove(serial)
+            self._replan()
+
+    def on_release(self, lease: Lease) -> None:
+        """Take a lease back; a lease that was given back already is left alone."""
+        working_bytes = self._leases.pop(lease, None)
+        if working_bytes is None:
+            return
+        now = self._clock()
+        model = self._models[lease.model_id]
+        if working_bytes:
+            self._ledger.release(lease.model_id, lease.name)
+        model.leases -= 1
+        model.leased_working_bytes -= working_bytes
+        model.service_s = _mean(model.service_s, now - lease.granted_at)
+        if model.leases == 0:
+            model.idle_since = now
+        if lease.exclusive:
+            self._exclusive_running = False
+        self._replan()
+
+    def request_unload(self, model_id: str) -> None:
+        """Take an idle model out; nothing to do if it is absent or leaving already.
+
+        Raises:
+            Conflict: it is in use, waited for, pinned, or being loaded.
+
+        """
+        model = self._models[model_id]
+        if model.state in (ModelState.ABSENT, ModelState.UNLOADING):
+            return
+        for forbidden, why in (
+            (model.state is ModelState.LOADING, "is being loaded"),
+            (model.leases > 0, f"is in use by {model.leases} requests"),
+            (model.waiting > 0, f"is waited for by {model.waiting} requests"),
+            (model.pinned, "is pinned"),
+        ):
+            if forbidden:
+                raise Conflict(f"The model {model_id!r} {why}.", param="model")
+        model.unload_reason = model.unload_reason or "asked to"
+        self._replan()
+
+    def pin(self, model_id: str) -> None:
+        """Never evict the model from now on. Does not load it."""
+        self._models[model_id].pinned = True
+        self._replan()
+
+    def unpin(self, model_id: str) -> None:
+        """Let the model be evicted when it is idle."""
+        self._models[model_id].pinned = False
+        self._replan()
+
+    def on_drain(self) -> None:
+        """Refuse what waits and what comes; each model leaves when its last lease ends."""
+        self._shutting_down = True
+        for model in self._models.values():
+            if model.state in (ModelState.LOADING, ModelState.RESIDENT):
+                model.unload_reason = model.unload_reason or "shutting down"
+        for model in self._models.values():
+            self._refuse_waiting(model, self._shutting_down_error)
+        self._replan()
+
+    # What comes back from the effects.
+
+    def on_estimate(self, model_id: str, estimate: Estimate) -> None:
+        """Take what a model is expected to need; measurements made since are kept."""
+        model = self._models[model_id]
+        model.estimating = False
+        if model.needed_bytes is None:
+            model.needed_bytes = estimate.nbytes
+        if model.reload_s is None:
+            model.reload_s = estimate.load_seconds
+        self._replan()
+
+    def on_estimate_failed(self, model_id: str, reason: str) -> None:
+        """Fail those who wait for the model: its files cannot be read."""
+        model = self._models[model_id]
+        model.estimating = False
+        if model.needed_bytes is None:
+            self._fail_waiting(model, reason)
+        self._replan()
+
+    def on_loaded(
+        self, model_id: str, blocks: Iterable[Block], load_seconds: float, max_concurrency: int
+    ) -> None:
+        """Take a finished load with its measured blocks, and keep the measurements.
+
+        If the blocks need more than was reserved and is free, the model leaves
+        again and those who wait keep waiting; if that happens twice in a row,
+        the load counts as failed.
+        """
+        model = self._expect(model_id, ModelState.LOADING)
+        blocks = tuple(blocks)
+        measured_bytes = sum(block.nbytes for block in blocks)
+        reserved_bytes = model.granted_bytes
+        model.needed_bytes = measured_bytes
+        model.reload_s = _mean(model.reload_s if model.load_measured else None, load_seconds)
+        model.load_measured = True
+        try:
+            self._ledger.convert(
+                model_id, RESERVATION, [(block.name, block.nbytes) for block in blocks]
+            )
+        except LedgerOverflow:
+            reason = (
+                f"took {format_size(measured_bytes)} where {format_size(reserved_bytes)} "
+                "were reserved"
+            )
+            twice = model.overflowed
+            model.overflowed = True
+            if twice:
+                self._fail_waiting(model, f"The model {reason}, twice.")
+            self._begin_unload(model, reason)
+            self._replan()
+            return
+        now = self._clock()
+        model.state = ModelState.RESIDENT
+        model.blocks = blocks
+        model.granted_bytes = measured_bytes
+        model.max_concurrency = max_concurrency
+        model.resident_since = model.idle_since = now
+        model.grants_since_load = 0
+        model.overflowed = False
+        model.failures = 0
+        model.blocked_until = -math.inf
+        model.last_error = None
+        self._transition = None
+        self._tell(EventKind.LOADED, model, f"{format_size(measured_bytes)}, {load_seconds:.1f} s")
+        if model.failed_while_loading is not None:
+            self._fail_resident(model, model.failed_while_loading)
+        self._replan()
+
+    def on_load_failed(self, model_id: str, error: EngineError) -> None:
+        """Give back what a failed load reserved, and fail exactly those who wait for it."""
+        model = self._expect(model_id, ModelState.LOADING)
+        self._leave(model)
+        self._fail_waiting(model, error.message)
+        self._replan()
+
+    def on_unloaded(self, model_id: str) -> None:
+        """Give back what an unloaded model held, and measure what that freed."""
+        model = self._expect(model_id, ModelState.UNLOADING)
+        self._leave(model)
+        self._measure()
+        self._tell(EventKind.UNLOADED, model, "")
+        self._replan()
+
+    def on_model_failed(self, model_id: str, reason: str) -> None:
+        """Stop granting a resident model that died by itself; it leaves after its leases.
+
+        Those who wait for it get a fresh load, unless it died before it served
+        anyone: then it counts as a failed load, or it would be loaded forever.
+        """
+        model = self._models[model_id]
+        if model.state is ModelState.LOADING:
+            # The runtime may tell before the loop has seen the load itself end.
+            model.failed_while_loading = reason
+        elif model.state is ModelState.RESIDENT:
+            self._fail_resident(model, reason)
+            self._replan()
+
+    def on_timer(self) -> None:
+        """Look again; may be called at any time, for instance to notice other programs."""
+        self._asked_at = None
+        if self._transition is None:
+            self._measure()
+        self._replan()
+
+    # What it tells.
+
+    @property
+    def transition(self) -> str | None:
+        """The load or unload under way, in words."""
+        return self._transition
+
+    @property
+    def empty(self) -> bool:
+        """Nothing waits, runs, moves or is resident."""
+        return not (self._tickets or self._leases) and all(
+            model.state is ModelState.ABSENT for model in self._models.values()
+        )
+
+    def models(self) -> tuple[ModelStatus, ...]:
+        """Every configured model, as it is now."""
+        now = self._clock()
+        return tuple(self._model_status(model, now) for model in self._models.values())
+
+    def queue(self) -> tuple[TicketStatus, ...]:
+        """Every waiting request, in the order in which they are considered."""
+        now = self._clock()
+        views = tuple(self._views.values())
+        order = service_order(views, now, self._config.max_overtake_s)
+        return tuple(
+            TicketStatus(
+                request_id=self._tickets[view.id].request_id,
+                model=view.model,
+                operation=self._tickets[view.id].operation,
+                priority=self._tickets[view.id].priority.name.lower(),
+                position=position,
+                waited_s=now - view.enqueued_at,
+            )
+            for position, view in enumerate(order, start=1)
+        )
+
+    # The decision, carried out.
+
+    def _replan(self) -> None:
+        """Carry out plans until one changes nothing."""
+        if self._replanning:
+            # A callback came back with another event. The loop below is still running; what
+            # is left of its plan is from before this event and must not be acted on.
+            self._stale = True
+            return
+        self._replanning = True
+        try:
+            wake_at = self._settle()
+        finally:
+            self._replanning = False
+        if wake_at is not None and wake_at != self._asked_at:
+            self._asked_at = wake_at
+            self._effects.call_at(wake_at)
+
+    def _settle(self) -> float | None:
+        measured = False
+        while True:
+            self._stale = False
+            decision = plan(self._snapshot())
+            self._draining = decision.draining
+            if decision.grants or decision.refusals:
+                self._answer(decision)
+            elif decision.transition is None:
+                return decision.wake_at
+            elif not measured:
+                # Others may have taken or given memory since: decide again on what is true now.
+                self._measure()
+                measured = True
+            else:
+                self._begin(decision.transition)
+                measured = False
+
+    def _answer(self, decision: Plan) -> None:
+        for refusal in decision.refusals:
+            if self._stale:
+                return
+            self._refuse(refusal.ticket_id, self._refusal_error(refusal))
+        for serial in decision.grants:
+            if self._stale:
+                return
+            self._grant(serial)
+
+    def _begin(self, transition: Load | Unload) -> None:
+        model = self._models[transition.model]
+        if isinstance(transition, Unload):
+            self._begin_unload(model, transition.reason)
+            return
+        needed_bytes = model.needed_bytes or 0
+        self._ledger.grant(model.config.id, EntryKind.RESERVATION, RESERVATION, needed_bytes)
+        model.state = ModelState.LOADING
+        model.granted_bytes = needed_bytes
+        model.load_began_at = self._clock()
+        self._transition = f"loading {model.config.id}"
+        self._tell(EventKind.LOAD, model, format_size(needed_bytes))
+        self._effects.load(model.config.id)
+
+    def _begin_unload(self, model: _Model, reason: str) -> None:
+        model.state = ModelState.UNLOADING
+        model.idle_since = None
+        self._transition = f"unloading {model.config.id}: {reason}"
+        self._tell(EventKind.UNLOAD, model, reason)
+        self._effects.unload(model.config.id, reason)
+
+    def _leave(self, model: _Model) -> None:
+        self._ledger.release_all(model.config.id)
+        model.state = ModelState.ABSENT
+        model.blocks = ()
+        model.granted_bytes = 0
+        model.resident_since = model.idle_since = None
+        model.unload_reason = model.failed_while_loading = None
+        self._transition = None
+
+    def _fail_resident(self, model: _Model, reason: str) -> None:
+        model.unload_reason = f"failed: {reason}"
+        model.last_error = reason
+        self._tell(EventKind.MODEL_FAILED, model, reason)
+        if model.grants_since_load == 0:
+            self._fail_waiting(model, reason)
+
+    def _fail_waiting(self, model: _Model, reason: str) -> None:
+        """Fail everyone who waits for the model, and back off."""
+        # The files may be mended before the next try, so what was read of them is forgotten.
+        model.needed_bytes = model.reload_s = None
+        model.load_measured = model.overflowed = False
+        model.last_error = reason
+        backoff_s = min(LAST_BACKOFF_S, FIRST_BACKOFF_S * 2**model.failures)
+        model.failures += 1
+        model.blocked_until = self._clock() + backoff_s
+        self._tell(EventKind.LOAD_FAILED, model, reason)
+        self._refuse_waiting(model, lambda _: LoadFailed(reason))
+
+    def _refuse_waiting(self, model: _Model, error: Callable[[_Model], EngineError]) -> None:
+        # One error each: an exception raised in two tasks would mix their tracebacks.
+        for serial in [s for s, view in self._views.items() if view.model == model.config.id]:
+            if serial in self._tickets:  # a callback may have cancelled it
+                self._refuse(serial, error(model))
+
+    def _grant(self, serial: int) -> None:
+        now = self._clock()
+        view = self._views[serial]
+        ticket = self._remove(serial)
+        model = self._models[ticket.model_id]
+        name = f"{ticket.request_id}#{serial}"
+        if ticket.working_bytes:
+            self._ledger.grant(ticket.model_id, EntryKind.LEASE, name, ticket.working_bytes)
+        model.leases += 1
+        model.leased_working_bytes += ticket.working_bytes
+        model.grants_since_load += 1
+        model.idle_since = None
+        loaded_at = model.resident_since or now
+        load_s = max(0.0, loaded_at - max(view.enqueued_at, model.load_began_at))
+        lease = Lease(
+            ticket.model_id,
+            name,
+            exclusive=ticket.exclusive,
+            granted_at=now,
+            timings=LeaseTimings(queued_s=now - view.enqueued_at, load_s=load_s),
+            release=self.on_release,
+        )
+        self._leases[lease] = ticket.working_bytes
+        self._exclusive_running = self._exclusive_running or ticket.exclusive
+        self._tell(EventKind.GRANT, model, "", ticket.request_id)
+        ticket.on_granted(lease)
+
+    def _refuse(self, serial: int, error: EngineError) -> None:
+        ticket = self._remove(serial)
+        model = self._models[ticket.model_id]
+        self._tell(EventKind.REFUSE, model, error.message, ticket.request_id)
+        ticket.on_refused(error)
+
+    def _remove(self, serial: int) -> Ticket:
+        ticket = self._tickets.pop(serial)
+        del self._views[serial]
+        del self._serials[ticket]
+        self._models[ticket.model_id].waiting -= 1
+        return ticket
+
+    def _refusal_error(self, refusal: Refusal) -> EngineError:
+        model = self._models[self._tickets[refusal.ticket_id].model_id]
+        message = f"The request for {model.config.id!r} was {refusal.reason}."
+        if refusal.code is RefusalCode.DEADLINE:
+            return QueueTimeout(message, retry_after_s=self._retry_after_s(model))
+        return InsufficientCapacity(f"The request for {model.config.id!r} {refusal.reason}.")
+
+    def _shutting_down_error(self, model: _Model) -> ShuttingDown:
+        return ShuttingDown(
+            "The engine is shutting down.", retry_after_s=self._retry_after_s(model)
+        )
+
+    def _retry_after_s(self, model: _Model) -> float:
+        """When one more request for the model would be served, by measured service times."""
+        turns = (model.waiting + model.leases) / model.max_concurrency
+        wait_s = turns * (model.service_s or SHORTEST_RETRY_S)
+        if model.state is not ModelState.RESIDENT:
+            wait_s += model.reload_s or 0.0
+        return min(LONGEST_RETRY_S, max(SHORTEST_RETRY_S, wait_s))
+
+    def _measure(self) -> None:
+        self._ledger.observe(self._effects.measure_foreign())
+
+    def _snapshot(self) -> Snapshot:
+        now = self._clock()
+        return Snapshot(
+            now=now,
+            budget_bytes=self._ledger.budget_bytes,
+            capacity_bytes=self._ledger.capacity_bytes,
+            free_bytes=self._ledger.free_bytes,
+            max_overtake_s=self._config.max_overtake_s,
+            models=tuple(model.view(now) for model in self._models.values()),
+            tickets=tuple(self._views.values()),
+            busy=self._transition is not None,
+            exclusive_running=self._exclusive_running,
+            draining=self._draining,
+        )
+
+    def _expect(self, model_id: str, state: ModelState) -> _Model:
+        model = self._models[model_id]
+        if model.state is not state:
+            raise RuntimeError(f"{model_id!r} is {model.state}, not {state}")
+        return model
+
+    def _tell(
+        self, kind: EventKind, model: _Model, reason: str, request_id: str | None = None
+    ) -> None:
+        if self._on_event is not None:
+            ledger = self._ledger
+            self._on_event(
+                SchedulerEvent(
+                    kind,
+                    model.config.id,
+                    reason,
+                    ledger.granted_bytes,
+                    ledger.capacity_bytes,
+                    request_id,
+                )
+            )
+
+    def _model_status(self, model: _Model, now: float) -> ModelStatus:
+        config = model.config
+        tier = "device" if model.blocks else "disk"
+        return ModelStatus(
+            id=config.id,
+            aliases=config.aliases,
+            runtime=config.runtime,
+            task=config.task,
+            source=config.source,
+            state=model.state,
+            tier=tier,
+            blocks=tuple(BlockStatus(block.name, block.nbytes, tier) for block in model.blocks),
+            device_bytes=model.granted_bytes,
+            estimated_bytes=model.needed_bytes,
+            estimated_load_s=model.reload_s,
+            leases=model.leases,
+            waiting=model.waiting,
+            pinned=model.pinned,
+            keep_alive_s=model.keep_alive_s,
+            idle_s=None if model.idle_since is None else now - model.idle_since,
+            last_error=model.last_error,
+            created=self._created,
+        )
+
+
+def _mean(mean: float | None, sample: float) -> float:
+    """A running mean that weighs the newest sample `MEAN_WEIGHT`."""
+    return sample if mean is None else mean + MEAN_WEIGHT * (sample - mean)

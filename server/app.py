@@ -1,0 +1,76 @@
+"""The HTTP application: routes, layers and error handlers around one engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from engine.errors import EngineError, Overloaded
+from server.auth import Guard
+from server.context import RequestContext
+from server.errors import Failure
+from server.metrics import HttpMetrics
+from server.routes.engine import engine_router
+from server.routes.models import models_router
+from server.routes.probes import probes_router
+from server.routes.text import text_router
+from server.settings import ServerSettings
+from server.start import Start
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(engine: Engine, settings: ServerSettings, start: Start | None = None) -> FastAPI:
+    """The application; its lifespan starts the engine in the background and stops it.
+
+    `start` lets the caller learn of a failed start.
+    """
+    start = start or Start(engine)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        start.begin()
+        try:
+            yield
+        finally:
+            await start.end()
+
+    metrics = HttpMetrics()
+    app = FastAPI(
+        title="Roundhouse",
+        lifespan=lifespan,
+        # The pages that show the schema load scripts from another host, and the bodies are the
+        # libraries' own, so the schema would say little.
+        openapi_url=None,
+        redirect_slashes=False,
+    )
+    app.include_router(probes_router(engine, start, metrics))
+    app.include_router(text_router(engine, settings))
+    app.include_router(models_router(engine))
+    app.include_router(engine_router(engine))
+    app.add_exception_handler(EngineError, _on_engine_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(RequestContext, metrics=metrics)  # added last: outermost
+    return app
+
+
+async def _on_engine_error(request: Request, error: Exception) -> Response:
+    failure = Failure.of(error)
+    if failure.status >= 500 and not isinstance(error, Overloaded):
+        logger.error("request %s failed: %s", request.state.request_id, error)
+    return failure.response(request.url.path, request.state.request_id)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    failure = Failure.of_status(error.status_code, str(error.detail), error.headers or {})
+    return failure.response(request.url.path, request.state.request_id)

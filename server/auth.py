@@ -1,0 +1,137 @@
+"""Who may ask: keys, and without keys, only this machine.
+
+With keys configured, every route but the probes needs one; the routes that change the engine
+need an admin key. Without keys the server is open to programs on this machine, but not to web
+pages that a browser on it happens to show: a page may send requests to loopback addresses, and
+a host name may be rebound to one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from enum import IntEnum
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.errors import Failure
+from server.settings import ServerSettings, is_loopback
+
+PROBES = frozenset({"/health", "/ready", "/ping"})
+ADMIN_PREFIX = "/v1/engine/"
+
+
+class Role(IntEnum):
+    """What a caller may do; each may do what the lower ones may."""
+
+    NOBODY = 0
+    USER = 1
+    ADMIN = 2
+
+
+class Keyring:
+    """The configured keys, kept as digests."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._digests = [
+            (_digest(key.get_secret_value()), role)
+            for role, keys in ((Role.USER, settings.api_keys), (Role.ADMIN, settings.admin_keys))
+            for key in keys
+        ]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def role_of(self, presented: str) -> Role:
+        """The highest role this key has, told in a time that does not depend on the keys."""
+        digest = _digest(presented)
+        role = Role.NOBODY
+        for known, granted in self._digests:
+            # No early exit: how long the search takes would tell where a key is.
+            role = max(role, granted if hmac.compare_digest(known, digest) else Role.NOBODY)
+        return role
+
+
+class Guard:
+    """ASGI middleware that lets a request through or answers 401 or 403."""
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+        self._app = app
+        self._keyring = Keyring(settings)
+        self._local = is_loopback(settings.host)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request through, or answer for it."""
+        if scope["type"] == "http":
+            failure = self._refusal(scope["method"], scope["path"], Headers(scope=scope))
+            if failure is not None:
+                response = failure.response(scope["path"], scope["state"]["request_id"])
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, method: str, path: str, headers: Headers) -> Failure | None:
+        admin = method == "POST" and path.startswith(ADMIN_PREFIX)
+        if not self._keyring:
+            return self._refusal_without_keys(headers, admin=admin)
+        if path in PROBES:
+            return None
+        presented = _presented_keys(headers)
+        if not presented:
+            return _unauthorized(
+                "No API key given. Send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'."
+            )
+        role = max(self._keyring.role_of(key) for key in presented)
+        if role is Role.NOBODY:
+            return _unauthorized("Incorrect API key.")
+        if admin and role < Role.ADMIN:
+            return _forbidden("This needs an admin key (server.admin_keys).", "admin_key_required")
+        return None
+
+    def _refusal_without_keys(self, headers: Headers, *, admin: bool) -> Failure | None:
+        host = headers.get("host")
+        hostname = _hostname(f"//{host}") if host else None
+        if self._local and host is not None and not (hostname and is_loopback(hostname)):
+            return _forbidden(
+                "Without API keys only loopback host names are answered.", "host_forbidden"
+            )
+        origin = headers.get("origin")
+        if origin is not None:
+            page = _hostname(origin)
+            if page is None or not (is_loopback(page) or page == hostname):
+                return _forbidden(
+                    "Without API keys requests of other web pages are refused.", "origin_forbidden"
+                )
+        if admin and not self._local:
+            return _forbidden("This needs an admin key (server.admin_keys).", "admin_key_required")
+        return None
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _presented_keys(headers: Headers) -> list[str]:
+    keys = headers.getlist("x-api-key")
+    for value in headers.getlist("authorization"):
+        scheme, _, key = value.partition(" ")
+        if scheme.lower() == "bearer":
+            keys.append(key.strip())
+    return [key for key in keys if key]
+
+
+def _hostname(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
+
+
+def _unauthorized(message: str) -> Failure:
+    return Failure(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+
+def _forbidden(message: str, code: str) -> Failure:
+    return Failure(403, message, code=code)

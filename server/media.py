@@ -1,0 +1,66 @@
+"""URLs that a request names: nothing is fetched unless its host is allowed.
+
+A server that fetches what a stranger names can be made to read its own network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from engine.errors import InvalidRequest
+
+_ROOTS = ("messages", "input", "system", "prompt")
+_URL_KEYS = frozenset({"image_url", "audio_url", "video_url", "file_url", "source"})
+"""Keys whose value is a URL, or an object with a `url` (`source` is Anthropic's)."""
+
+
+def refuse_foreign_media(body: Mapping[str, Any], allowed_hosts: Sequence[str]) -> None:
+    """Check every media URL in a request body: `data:`, or http(s) to an allowed host.
+
+    Raises:
+        InvalidRequest: naming the first field that is neither.
+
+    """
+    for root in _ROOTS:
+        _walk(body.get(root), root, allowed_hosts)
+
+
+def _walk(node: Any, param: str, allowed_hosts: Sequence[str]) -> None:
+    # The depth is bounded by the JSON parser's.
+    if isinstance(node, list):
+        for index, item in enumerate(node):
+            if isinstance(item, dict | list):
+                _walk(item, f"{param}[{index}]", allowed_hosts)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            # Arguments a model made up for a tool are shown to it again, never fetched.
+            if key == "input" and node.get("type") == "tool_use":
+                continue
+            if key in _URL_KEYS:
+                _check(value, f"{param}.{key}", allowed_hosts)
+            if isinstance(value, dict | list):
+                _walk(value, f"{param}.{key}", allowed_hosts)
+
+
+def _check(value: Any, param: str, allowed_hosts: Sequence[str]) -> None:
+    url = value.get("url") if isinstance(value, dict) else value
+    if not isinstance(url, str) or url.startswith("data:") or _is_allowed(url, allowed_hosts):
+        return
+    raise InvalidRequest(
+        "Media must be given as a data: URL; this server does not fetch other URLs"
+        " (server.allowed_media_hosts names the hosts it may fetch from).",
+        param=param,
+    )
+
+
+def _is_allowed(url: str, allowed_hosts: Sequence[str]) -> bool:
+    # URL parsers disagree about these, so what is checked here might not be what is fetched.
+    if "\\" in url or not url.isprintable() or " " in url:
+        return False
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and parts.hostname in allowed_hosts

@@ -1,0 +1,38 @@
+"""OpenAI's list of models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter
+
+from server.wire import model_document
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+
+def models_router(engine: Engine) -> APIRouter:
+    """`GET /v1/models` and `GET /v1/models/{id}`.
+
+    An alias is listed as a model of its own: clients offer, and some check against, exactly the
+    ids listed. `alias_of` tells what is behind it.
+    """
+    router = APIRouter(tags=["models"])
+
+    @router.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {
+            "object": "list",
+            "data": [
+                model_document(model, name)
+                for model in engine.status().models
+                for name in (model.id, *model.aliases)
+            ],
+        }
+
+    @router.get("/v1/models/{name:path}")
+    async def retrieve_model(name: str) -> dict[str, Any]:
+        return model_document(engine.model_status(name), name)
+
+    return router

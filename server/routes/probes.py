@@ -1,0 +1,48 @@
+"""What those who watch the server ask: is it alive, is it ready, what has it counted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from engine.status import EngineState
+from server.metrics import HttpMetrics, render
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+    from server.start import Start
+
+
+def probes_router(engine: Engine, start: Start, metrics: HttpMetrics) -> APIRouter:
+    """`/health` (alive), `/ready` (takes work now), `/ping` (RunPod's convention), `/metrics`."""
+    router = APIRouter(tags=["probes"])
+
+    def state(*, ok: bool) -> JSONResponse:
+        return JSONResponse({"status": engine.state.value}, 200 if ok else 503)
+
+    @router.api_route("/health", methods=["GET", "HEAD"])
+    async def health() -> Response:
+        return state(ok=start.error is None and await engine.check_alive())
+
+    @router.api_route("/ready", methods=["GET", "HEAD"])
+    async def ready() -> Response:
+        return state(ok=engine.state is EngineState.READY)
+
+    @router.api_route("/ping", methods=["GET", "HEAD"])
+    async def ping() -> Response:
+        # RunPod: 204 keeps a worker in "initializing", 200 makes it take requests, anything
+        # else takes it out.
+        if engine.state is EngineState.STARTING and start.error is None:
+            return Response(status_code=204)
+        return state(ok=engine.state is EngineState.READY)
+
+    @router.get("/metrics")
+    async def scrape(request: Request) -> Response:
+        body, content_type = render(
+            (metrics.registry, *engine.registries()), request.headers.get("accept", "")
+        )
+        return Response(body, media_type=content_type)
+
+    return router

@@ -1,0 +1,152 @@
+"""What the server itself needs to know: where to listen, who may ask, how long to drain."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, field_validator
+
+from engine.config import (
+    ENV_CONFIG,
+    EngineConfig,
+    Section,
+    engine_config,
+    engine_fields,
+    parse_section,
+    read_sections,
+)
+from engine.errors import ConfigError
+from engine.units import Duration, Size
+
+logger = logging.getLogger(__name__)
+
+STARTER_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "starter.yaml"
+"""What is served when no configuration is named."""
+
+ADMIN_MARK = "admin:"
+_KEY = re.compile(r"[\x21-\x7e]+")
+
+
+class ServerSettings(Section):
+    """The `server` section of the configuration."""
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: int = Field(default=8000, ge=0, le=65535)
+    """0 takes any free port."""
+    api_keys: tuple[SecretStr, ...] = ()
+    """Keys that may use the models: a list, or one string separated by commas."""
+    admin_keys: tuple[SecretStr, ...] = ()
+    """Keys that may also load, unload and pin."""
+    api_keys_file: Path | None = None
+    """One key a line; `#` starts a comment, `admin:` in front marks an admin key."""
+    insecure: bool = False
+    """Allow listening beyond loopback without any key."""
+    drain_s: Duration = Field(default=30.0, le=86_400)
+    """Seconds that running requests get to finish after a stop was asked for."""
+    max_body_bytes: Size = Field(default=32 * 2**20, gt=0)
+    """A larger request body is refused with 413."""
+    allowed_media_hosts: tuple[str, ...] = ()
+    """Hosts whose URLs a request may name for images, audio and video."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("api_keys", "admin_keys", "allowed_media_hosts", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return () if value is None else value
+
+    @field_validator("api_keys", "admin_keys")
+    @classmethod
+    def _keys_fit_a_header(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        # The message must not hold the key: it ends up in a log.
+        if not all(_KEY.fullmatch(key.get_secret_value()) for key in keys):
+            raise ValueError("a key must be printable ASCII without spaces, and not empty")
+        return keys
+
+    @field_validator("allowed_media_hosts")
+    @classmethod
+    def _hosts_are_lower_case(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(host.lower() for host in hosts)
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether any key at all is configured."""
+        return bool(self.api_keys or self.admin_keys)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address can only mean this machine."""
+    name = host.lower().rstrip(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def config_path(path: Path | None, environ: Mapping[str, str]) -> Path:
+    """The configuration file to read: the one named, else `ROUNDHOUSE_CONFIG`, else the starter."""
+    named = environ.get(ENV_CONFIG)
+    return path or (Path(named) if named else STARTER_CONFIG)
+
+
+def load_settings(
+    path: Path | None,
+    environ: Mapping[str, str],
+    overrides: Mapping[str, object] | None = None,
+) -> tuple[EngineConfig, ServerSettings]:
+    """Read the whole configuration: the file, then the environment, then `overrides`.
+
+    `overrides` are keys of the `server` section, as the command line sets them.
+
+    Raises:
+        ConfigError: naming every key at fault; also when the server would listen beyond
+            loopback without a key.
+
+    """
+    fields = {"engine": engine_fields(), "server": list(ServerSettings.model_fields)}
+    sections = read_sections(config_path(path, environ), environ, fields)
+    raw = {**sections["server"], **(overrides or {})}
+    settings = parse_section(ServerSettings, raw, "server")
+    if settings.api_keys_file is not None:
+        keys, admin_keys = _read_keys(settings.api_keys_file)
+        raw["api_keys"] = (*settings.api_keys, *keys)
+        raw["admin_keys"] = (*settings.admin_keys, *admin_keys)
+        settings = parse_section(ServerSettings, raw, "server")
+    if not (settings.has_keys or settings.insecure or is_loopback(settings.host)):
+        raise ConfigError(
+            f"server.host: {settings.host} can be reached from other machines, and there is no"
+            " key. Set server.api_keys (ROUNDHOUSE_API_KEYS) or server.api_keys_file, or allow it"
+            " with server.insecure (--insecure)"
+        )
+    return engine_config(sections), settings
+
+
+def _read_keys(path: Path) -> tuple[list[str], list[str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        mode = path.stat().st_mode
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"server.api_keys_file: {path}: {error}") from error
+    if mode & (stat.S_IRGRP | stat.S_IROTH):
+        # A warning only: mounted secrets are often 0644 and cannot be changed.
+        logger.warning("%s can be read by other users; chmod 600 it", path)
+    keys: list[str] = []
+    admin_keys: list[str] = []
+    for line in text.splitlines():
+        key = line.partition("#")[0].strip()
+        if key.startswith(ADMIN_MARK):
+            admin_keys.append(key.removeprefix(ADMIN_MARK).strip())
+        elif key:
+            keys.append(key)
+    if not keys and not admin_keys:
+        raise ConfigError(f"server.api_keys_file: {path} holds no key")
+    return keys, admin_keys

@@ -1,0 +1,245 @@
+"""The gate: who may touch what the process shares."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from engine import process
+from engine.process import Gate
+
+WAIT_S = 10.0
+"""Long enough never to pass on a healthy machine; every wait ends by an event."""
+
+
+def run(target: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    return thread
+
+
+def finish(*threads: threading.Thread) -> None:
+    for thread in threads:
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def variable() -> dict[str, str]:
+    return {"value": "usual"}
+
+
+@pytest.fixture
+def gate(variable: dict[str, str]) -> Gate:
+    gate = Gate()
+    gate.state.register(
+        "variable",
+        lambda: variable["value"],
+        lambda value: variable.__setitem__("value", value),
+    )
+    return gate
+
+
+def test_steps_run_beside_each_other(gate: Gate) -> None:
+    both_inside = threading.Barrier(2)
+
+    def step() -> None:
+        with gate.step():
+            both_inside.wait(WAIT_S)
+
+    finish(run(step), run(step))
+    assert not both_inside.broken
+
+
+def test_no_step_runs_beside_exclusive_work(gate: Gate) -> None:
+    log: list[str] = []
+    asked = threading.Event()
+
+    def step() -> None:
+        asked.set()
+        with gate.step():
+            log.append("step")
+
+    with gate.exclusive():
+        thread = run(step)
+        assert asked.wait(WAIT_S)
+        thread.join(0.05)  # a step that is let in wrongly would end at once
+        log.append("exclusive")
+    finish(thread)
+    assert log == ["exclusive", "step"]
+
+
+def test_exclusive_work_waits_for_steps_under_way(gate: Gate) -> None:
+    inside, leave = threading.Event(), threading.Event()
+    log: list[str] = []
+
+    def step() -> None:
+        with gate.step():
+            inside.set()
+            assert leave.wait(WAIT_S)
+            log.append("step")
+
+    def exclusive() -> None:
+        with gate.exclusive():
+            log.append("exclusive")
+
+    stepping = run(step)
+    assert inside.wait(WAIT_S)
+    waiting = run(exclusive)
+    waiting.join(0.05)
+    leave.set()
+    finish(stepping, waiting)
+    assert log == ["step", "exclusive"]
+
+
+def wait_until(condition: Callable[[], bool], gate: Gate) -> None:
+    """Wait for another thread to reach the gate; the gate tells of every change itself."""
+    deadline = threading.Event()
+    timer = threading.Timer(WAIT_S, deadline.set)
+    timer.start()
+    try:
+        while not condition():
+            assert not deadline.is_set()
+            deadline.wait(0.001)
+    finally:
+        timer.cancel()
+
+
+def test_a_step_that_waited_goes_before_the_next_exclusive_work(gate: Gate) -> None:
+    """Else a load that breathes between two parts would never really let a stream go on."""
+    log: list[str] = []
+
+    def step() -> None:
+        with gate.step():
+            log.append("step")
+
+    with gate.exclusive():
+        thread = run(step)
+        wait_until(lambda: gate._steps_waiting == 1, gate)
+        log.append("before")
+        gate.breathe()
+        log.append("after")
+    finish(thread)
+    assert log == ["before", "step", "after"]
+
+
+def test_exclusive_work_is_not_starved_by_steps(gate: Gate) -> None:
+    stop = threading.Event()
+
+    def step_for_ever() -> None:
+        while not stop.is_set():
+            with gate.step():
+                pass
+
+    threads = [run(step_for_ever) for _ in range(3)]
+    done = threading.Event()
+
+    def exclusive() -> None:
+        with gate.exclusive():
+            done.set()
+
+    threads.append(run(exclusive))
+    try:
+        assert done.wait(WAIT_S)
+    finally:
+        stop.set()
+        finish(*threads)
+
+
+def test_exclusive_work_leaves_the_state_as_it_was(gate: Gate, variable: dict[str, str]) -> None:
+    with pytest.raises(KeyError), gate.exclusive():
+        variable["value"] = "mine"
+        raise KeyError
+    assert variable["value"] == "usual"
+    with gate.step():
+        pass  # and the gate is open again
+
+
+def test_steps_never_see_what_yielded_work_changed(gate: Gate, variable: dict[str, str]) -> None:
+    seen: list[str] = []
+
+    def step() -> None:
+        with gate.step():
+            seen.append(variable["value"])
+
+    with gate.exclusive():
+        variable["value"] = "mine"
+        with gate.yielded():
+            finish(run(step))
+        assert variable["value"] == "mine"
+    assert seen == ["usual"]
+    assert variable["value"] == "usual"
+
+
+def test_nested_exclusive_work_keeps_the_gate(gate: Gate, variable: dict[str, str]) -> None:
+    with gate.exclusive():
+        variable["value"] = "outer"
+        with gate.exclusive():
+            variable["value"] = "inner"
+        assert gate.held
+        assert variable["value"] == "inner"
+    assert not gate.held
+    assert variable["value"] == "usual"
+
+
+def test_yielding_outside_of_exclusive_work_does_nothing(gate: Gate) -> None:
+    with gate.yielded():
+        assert not gate.held
+
+
+@pytest.fixture
+def frozen() -> Iterator[None]:
+    process.freeze_heap()
+    yield
+    process.thaw_heap()
+
+
+class Cycle:
+    """Garbage that only a collection finds."""
+
+    def __init__(self, found: list[Any]) -> None:
+        self.me = self
+        self.found = found
+
+    def __del__(self) -> None:
+        self.found.append(True)
+
+
+@pytest.mark.usefixtures("frozen")
+def test_nobody_thaws_or_refreezes_the_heap() -> None:
+    count = gc.get_freeze_count()
+    assert count > 0
+    found: list[Any] = []
+    Cycle(found)
+    gc.freeze()  # as a library does after a load: would make the cycle immortal
+    gc.unfreeze()
+    assert gc.get_freeze_count() == count
+    gc.collect()
+    assert found
+
+
+@pytest.mark.usefixtures("frozen")
+def test_no_collection_while_everybody_waits_at_the_gate() -> None:
+    found: list[Any] = []
+    gc.disable()
+    try:
+        Cycle(found)
+        with process.GATE.exclusive():
+            gc.collect()
+            assert not found
+        gc.collect()
+        assert found
+    finally:
+        gc.enable()
+
+
+def test_thawing_gives_the_collector_back() -> None:
+    before = (gc.collect, gc.freeze, gc.unfreeze)
+    process.freeze_heap()
+    process.thaw_heap()
+    assert (gc.collect, gc.freeze, gc.unfreeze) == before
+    assert gc.get_freeze_count() == 0

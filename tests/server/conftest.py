@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from engine.engine import Engine
+from engine.runtimes import REGISTRY
+from server.app import create_app
+from server.settings import ServerSettings
+from tests.server.fake import FakeRuntime, fake_engine, listening
+
+
+@pytest.fixture(autouse=True)
+def fake_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REGISTRY, "fake", "tests.server.fake:FakeRuntime")
+
+
+@pytest.fixture
+def runtime() -> FakeRuntime:
+    return FakeRuntime()
+
+
+@pytest.fixture
+def settings() -> ServerSettings:
+    return ServerSettings()
+
+
+@pytest.fixture
+def engine(runtime: FakeRuntime, tmp_path: Path) -> Engine:
+    return fake_engine(runtime, tmp_path, max_queue_per_model=1)
+
+
+@pytest.fixture
+def app(engine: Engine, settings: ServerSettings) -> FastAPI:
+    return create_app(engine, settings)
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """Calls the application directly, as a client on this machine."""
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+async def url(app: FastAPI) -> AsyncIterator[str]:
+    """The application behind real sockets."""
+    async with listening(app) as url:
+        yield url

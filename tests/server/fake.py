@@ -1,0 +1,146 @@
+"""A runtime without a library, behind the real interface; the engine around it is the real one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import uvicorn
+from fastapi import FastAPI
+
+from engine.config import EngineConfig, ModelConfig, Section
+from engine.device import Device
+from engine.engine import Engine
+from engine.errors import LoadFailed
+from engine.requests import Document, Event, Frame, TextRequest
+from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
+
+MODEL_BYTES = 1000
+DEVICE_BYTES = 10_000
+
+
+class FakeDevice(Device):
+    kind: ClassVar[str] = "cpu"
+
+    def __init__(self) -> None:
+        self.name = "fake device"
+        self.total_bytes = DEVICE_BYTES
+
+    def foreign_bytes(self) -> int:
+        return 0
+
+    def release_cached(self) -> None:
+        pass
+
+
+class FakeOptions(Section):
+    nbytes: int = MODEL_BYTES
+    error: str | None = None
+
+
+Answer = Callable[[TextRequest], AsyncGenerator[Event, None]]
+
+
+async def echo(request: TextRequest) -> AsyncGenerator[Event, None]:
+    """The request as a document, or three frames where a stream was asked for."""
+    if not request.body.get("stream"):
+        yield Document(json.dumps({"operation": request.operation, **request.body}).encode())
+        return
+    for word in ("one", "two"):
+        yield Frame(f'data: {{"word": "{word}"}}\n\n')
+    yield Frame("data: [DONE]\n\n")
+
+
+class FakeLoaded(LoadedModel):
+    def __init__(self, model: ModelConfig, runtime: FakeRuntime) -> None:
+        self._nbytes = model.options.nbytes
+        self._runtime = runtime
+
+    def blocks(self) -> tuple[Block, ...]:
+        return (Block("weights", self._nbytes),)
+
+    @property
+    def max_concurrency(self) -> int:
+        return 1
+
+    @property
+    def failure(self) -> str | None:
+        return None
+
+    async def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
+        self._runtime.requests.append(prepared.request)
+        events = self._runtime.answer(prepared.request)
+        try:
+            async for event in events:
+                yield event
+        finally:
+            await events.aclose()
+
+
+class FakeRuntime(Runtime):
+    name: ClassVar[str] = "fake"
+    Options: ClassVar[type[Section]] = FakeOptions
+
+    def __init__(self, device: Device | None = None, cache_dir: Path | None = None) -> None:
+        self.answer: Answer = echo
+        self.requests: list[TextRequest] = []
+        self.may_start = threading.Event()
+        self.may_start.set()
+        self.start_error: Exception | None = None
+
+    def start(self) -> None:
+        self.may_start.wait(60)
+        if self.start_error is not None:
+            raise self.start_error
+
+    def prepare(self, model: ModelConfig, request: TextRequest) -> Prepared:
+        return Prepared(request, None)
+
+    def estimate(self, model: ModelConfig) -> Estimate:
+        return Estimate((Block("weights", model.options.nbytes),), 0.1)
+
+    async def load(self, model: ModelConfig, on_failure: Callable[[str], None]) -> LoadedModel:
+        if model.options.error is not None:
+            raise LoadFailed(model.options.error)
+        return FakeLoaded(model, self)
+
+    async def unload(self, loaded: LoadedModel) -> None:
+        pass
+
+
+def fake_engine(runtime: FakeRuntime, state_dir: Path, **config: object) -> Engine:
+    """A real engine with four models: `small`, `other`, one too `big`, one `broken`."""
+    models: list[dict[str, object]] = [
+        {"id": "small", "aliases": ["gpt-4o", "org/small"], "source": "none"},
+        {"id": "other", "source": "none", "keep_alive": "forever"},
+        {"id": "big", "source": "none", "options": {"nbytes": 10 * DEVICE_BYTES}},
+        {"id": "broken", "source": "none", "options": {"error": "the file is torn"}},
+    ]
+    raw = {
+        "memory": DEVICE_BYTES,
+        "state_dir": state_dir,
+        "models": [{"runtime": "fake", **model} for model in models],
+        **config,
+    }
+    return Engine(EngineConfig.model_validate(raw), device=FakeDevice(), runtimes={"fake": runtime})
+
+
+@asynccontextmanager
+async def listening(app: FastAPI) -> AsyncIterator[str]:
+    """The application behind real sockets on loopback; yields its URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, lifespan="on", log_config=None, timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    # Not serve(): it would take the signals of the test process.
+    serving = asyncio.create_task(server._serve(sockets=[listener]))
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await serving

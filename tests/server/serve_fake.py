@@ -1,0 +1,35 @@
+"""The command line with the fake runtime, as a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+from engine.requests import Event, Frame, TextRequest
+from engine.runtimes import REGISTRY
+from server.cli import main
+from tests.server.fake import FakeRuntime
+
+
+async def wait_for_pipe(request: TextRequest) -> AsyncGenerator[Event, None]:
+    """One frame, then another once someone writes to the pipe `until`; without it, never."""
+    yield Frame("data: first\n\n")
+    if "until" in request.body:
+        await asyncio.to_thread(Path(request.body["until"]).read_bytes)
+    else:
+        await asyncio.Event().wait()
+    yield Frame("data: last\n\n")
+
+
+class PipedRuntime(FakeRuntime):
+    """A fake whose answers the test lets go on."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__()
+        self.answer = wait_for_pipe
+
+
+if __name__ == "__main__":
+    REGISTRY["fake"] = "tests.server.serve_fake:PipedRuntime"
+    main()

@@ -1,0 +1,211 @@
+"""The command line: in this process where it returns, as a process where it gets signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from pydantic import SecretStr
+from typer.testing import CliRunner, Result
+
+from engine.errors import ConfigError
+from server.cli import app as command
+from server.settings import ServerSettings
+from tests.server.fake import FakeRuntime
+
+CHAT = "/v1/chat/completions"
+PATIENCE_S = 60
+
+CONFIG = """
+engine: {{device: cpu, memory: 64MiB, state_dir: {state_dir}}}
+server: {{port: 0, drain_s: {drain_s}}}
+models:
+  - {{id: small, runtime: fake, source: "starter:tiny", aliases: [tiny]}}
+"""
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(command, arguments)
+
+
+def write_config(folder: Path, drain_s: float = 30) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(CONFIG.format(state_dir=folder, drain_s=drain_s))
+    return path
+
+
+class TestServe:
+    def test_wrong_configuration(self, tmp_path: Path) -> None:
+        path = tmp_path / "config.yaml"
+        path.write_text("server: {prot: 1}\nmodels: []")
+        result = invoke("serve", "--config", str(path))
+        assert result.exit_code == 2
+        assert "server.prot: unknown key" in result.stderr
+        assert "Traceback" not in result.stderr
+
+    def test_open_to_the_network_without_a_key(self, tmp_path: Path) -> None:
+        result = invoke("serve", "--config", str(write_config(tmp_path)), "--host", "0.0.0.0")
+        assert result.exit_code == 2
+        assert "server.api_keys" in result.stderr
+
+    def test_port_in_use(self, tmp_path: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            result = invoke("serve", "--config", str(write_config(tmp_path)), "--port", port)
+        assert result.exit_code == 1
+        assert "cannot listen on 127.0.0.1" in result.stderr
+
+    def test_engine_that_cannot_start(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fails(self: FakeRuntime) -> None:
+            raise ConfigError("engine.device: no such device")
+
+        monkeypatch.setattr(FakeRuntime, "start", fails)
+        result = invoke("serve", "--config", str(write_config(tmp_path)))
+        assert result.exit_code == 2
+        assert "no such device" in result.stderr
+
+
+class Served:
+    """A running `roundhouse serve`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, introduction: str, url: str) -> None:
+        self.process = process
+        self.introduction = introduction
+        self.client = httpx.AsyncClient(base_url=url, timeout=PATIENCE_S)
+
+    async def drains(self) -> None:
+        """Return once probes see the drain."""
+        async with asyncio.timeout(PATIENCE_S):
+            while (await self.client.get("/ready")).json() != {"status": "draining"}:
+                pass
+
+    async def exit_code(self) -> int:
+        async with asyncio.timeout(PATIENCE_S):
+            return await self.process.wait()
+
+
+@asynccontextmanager
+async def served(folder: Path, drain_s: float = 30) -> AsyncIterator[Served]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.server.serve_fake", "serve"),
+        *("--config", str(write_config(folder, drain_s))),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            introduction = ""
+            while "meaningless" not in introduction:
+                line = await process.stderr.readline()
+                assert line, introduction
+                introduction += line.decode()
+        match = re.search(r"http://127\.0\.0\.1:\d+", introduction)
+        assert match is not None
+        server = Served(process, introduction, match[0])
+        async with server.client:
+            yield server
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+class TestProcess:
+    async def test_sigterm_lets_streams_end(self, tmp_path: Path) -> None:
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        body = {"model": "small", "until": str(pipe)}
+        async with served(tmp_path) as server:
+            assert "model: small = tiny (starter:tiny)" in server.introduction
+            assert str(tmp_path / "config.yaml") in server.introduction
+            async with server.client.stream("POST", CHAT, json=body) as answer:
+                texts = answer.aiter_text()
+                assert await anext(texts) == "data: first\n\n"
+                server.process.send_signal(signal.SIGTERM)
+                await server.drains()
+                refused = await server.client.post(CHAT, json=body)
+                assert refused.status_code == 503
+                assert refused.json()["error"]["code"] == "shutting_down"
+                assert (await server.client.get("/health")).status_code == 200
+                await asyncio.to_thread(pipe.write_bytes, b"go on")
+                assert [text async for text in texts] == ["data: last\n\n"]
+            assert await server.exit_code() == 0
+
+    async def test_streams_are_cut_when_the_drain_is_over(self, tmp_path: Path) -> None:
+        async with served(tmp_path, drain_s=0.1) as server:
+            async with server.client.stream("POST", CHAT, json={"model": "small"}) as answer:
+                texts = answer.aiter_text()
+                assert await anext(texts) == "data: first\n\n"
+                server.process.send_signal(signal.SIGTERM)
+                with pytest.raises(httpx.RemoteProtocolError):
+                    await anext(texts)
+            assert await server.exit_code() == 0
+
+    async def test_second_ctrl_c_leaves_at_once(self, tmp_path: Path) -> None:
+        async with (
+            served(tmp_path) as server,
+            server.client.stream("POST", CHAT, json={"model": "small"}) as answer,
+        ):
+            assert await anext(answer.aiter_text()) == "data: first\n\n"
+            server.process.send_signal(signal.SIGINT)
+            await server.drains()
+            server.process.send_signal(signal.SIGINT)
+            assert await server.exit_code() == 130
+
+
+class TestPs:
+    @pytest.fixture
+    def settings(self) -> ServerSettings:
+        return ServerSettings(api_keys=(SecretStr("user-key"),))
+
+    async def test_table(self, url: str) -> None:
+        headers = {"authorization": "Bearer user-key"}
+        async with httpx.AsyncClient(base_url=url, headers=headers) as client:
+            await client.post(CHAT, json={"model": "small"})
+            await client.post(CHAT, json={"model": "broken"})
+            await client.post("/v1/engine/models/small/pin")
+        result = await asyncio.to_thread(invoke, "ps", "--url", url, "--api-key", "user-key,b")
+        assert result.exit_code == 0, result.output
+        assert "1000 B of 9.8 KiB" in result.output
+        assert re.search(r"small +│ resident +│ device +│ 1000 B", result.output)
+        assert "the file is torn" in result.output
+
+    async def test_wrong_key(self, url: str) -> None:
+        result = await asyncio.to_thread(invoke, "ps", "--url", url)
+        assert result.exit_code == 1
+        assert "401" in result.stderr and "No API key" in result.stderr
+
+    def test_nobody_there(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            port = closed.getsockname()[1]
+        result = invoke("ps", "--url", f"http://127.0.0.1:{port}")
+        assert result.exit_code == 1
+        assert "no Roundhouse answers" in result.stderr
+
+
+def test_version() -> None:
+    result = invoke("version")
+    assert result.exit_code == 0
+    assert [line.split()[0] for line in result.output.splitlines()] == [
+        "roundhouse",
+        "python",
+        "torch",
+        "vllm",
+    ]
+
+
+async def test_nothing_heavy_is_imported() -> None:
+    code = "import sys, server.cli; sys.exit(bool({'torch', 'vllm', 'numpy'} & set(sys.modules)))"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
+    assert await process.wait() == 0

@@ -1,0 +1,399 @@
+"""A real server in a process of its own, real models, the official clients."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import jsonschema
+import openai
+import pytest
+
+from engine.requests import TextOperation
+from server.routes.text import _PATHS
+
+pytestmark = pytest.mark.slow
+
+START_S = 180.0
+STOP_S = 60.0
+ROOT = Path(__file__).parents[2]
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 10},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "mood": {"enum": ["good", "bad"]},
+    },
+    "required": ["name", "age", "mood"],
+    "additionalProperties": False,
+}
+
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 12}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+HELLO: Any = [{"role": "user", "content": "Hello"}]
+
+
+class Server:
+    """`roundhouse serve` in a child process."""
+
+    def __init__(self, home: Path, *arguments: str, **environ: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = (home / "server.log").open("w+")
+        command = "from server.cli import main; main()"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", command, "serve", "--port", str(self.port), *arguments],
+            cwd=ROOT,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env={
+                **os.environ,
+                "HF_HUB_OFFLINE": "1",
+                "XDG_CACHE_HOME": str(home / "cache"),
+                "XDG_STATE_HOME": str(home / "state"),
+                **environ,
+            },
+        )
+
+    def wait_ready(self) -> None:
+        """Poll as an orchestrator does."""
+        deadline = time.monotonic() + START_S
+        while True:
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < deadline, self.log()
+            try:
+                if httpx.get(f"{self.url}/ready").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+
+    def stop(self, sent: signal.Signals = signal.SIGTERM) -> int:
+        """Ask it to stop and return its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(sent)
+        try:
+            return self.process.wait(STOP_S)
+        finally:
+            self.process.kill()
+
+    def log(self) -> str:
+        self._log.seek(0)
+        return self._log.read()[-4000:]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The starter configuration, as a newcomer starts it."""
+    server = Server(tmp_path_factory.mktemp("home"))
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def status(server: Server) -> Any:
+    """`GET /v1/engine`, checked to add up."""
+    status = httpx.get(f"{server.url}/v1/engine").json()
+    ledger = status["ledger"]
+    assert ledger["granted_bytes"] == sum(entry["nbytes"] for entry in ledger["entries"])
+    assert ledger["free_bytes"] == ledger["capacity_bytes"] - ledger["granted_bytes"]
+    assert ledger["granted_bytes"] <= ledger["capacity_bytes"]
+    for model in status["models"]:
+        held = sum(e["nbytes"] for e in ledger["entries"] if e["owner"] == model["id"])
+        assert model["device_bytes"] == held
+    return status
+
+
+def test_the_start_says_that_the_weights_are_random(server: Server) -> None:
+    assert "random" in server.log()
+
+
+def test_chat(client: openai.OpenAI, server: Server) -> None:
+    raw = client.chat.completions.with_raw_response.create(
+        model="tiny-llama", messages=HELLO, max_tokens=8, temperature=0
+    )
+    answer = raw.parse()
+    assert answer.choices[0].message.content
+    assert answer.usage is not None and answer.usage.completion_tokens <= 8
+    assert raw.headers["x-request-id"]
+    for name in ("openai-processing-ms", "x-roundhouse-queue-ms", "x-roundhouse-run-ms"):
+        assert float(raw.headers[name]) >= 0
+    status(server)
+
+
+def test_a_stream_says_the_same_as_a_document(client: openai.OpenAI) -> None:
+    arguments: Any = {
+        "model": "gpt-4o-mini",
+        "messages": HELLO,
+        "max_tokens": 16,
+        "temperature": 0,
+    }
+    whole = client.chat.completions.create(**arguments)
+    text, usage = "", None
+    for chunk in client.chat.completions.create(
+        **arguments, stream=True, stream_options={"include_usage": True}
+    ):
+        text += chunk.choices[0].delta.content or "" if chunk.choices else ""
+        usage = chunk.usage or usage
+    assert text == whole.choices[0].message.content
+    assert usage == whole.usage
+
+
+def test_several_choices_logprobs_stop_and_seed(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tiny-qwen",
+        messages=HELLO,
+        n=3,
+        max_tokens=6,
+        seed=7,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    again = client.chat.completions.create(
+        model="tiny-qwen",
+        messages=HELLO,
+        n=3,
+        max_tokens=6,
+        seed=7,
+    )
+    assert [c.index for c in answer.choices] == [0, 1, 2]
+    assert [c.message.content for c in answer.choices] == [c.message.content for c in again.choices]
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None and logprobs.content
+    assert len(logprobs.content[0].top_logprobs) == 2
+
+
+def test_json_schema(client: openai.OpenAI) -> None:
+    for model in ("tiny-llama", "tiny-qwen"):
+        answer = client.chat.completions.create(
+            model=model,
+            messages=HELLO,
+            max_tokens=200,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "person", "schema": PERSON, "strict": True},
+            },
+        )
+        jsonschema.validate(json.loads(answer.choices[0].message.content or ""), PERSON)
+
+
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-qwen"])
+def test_tools(client: openai.OpenAI, model: str) -> None:
+    answer = client.chat.completions.create(
+        model=model,
+        messages=HELLO,
+        tools=[WEATHER],
+        tool_choice={"type": "function", "function": {"name": "get_weather"}},
+        max_tokens=200,
+    )
+    calls = answer.choices[0].message.tool_calls
+    assert calls is not None and calls[0].type == "function"
+    assert calls[0].function.name == "get_weather"
+    jsonschema.validate(json.loads(calls[0].function.arguments), WEATHER["function"]["parameters"])
+
+
+def test_completions_and_responses(client: openai.OpenAI) -> None:
+    completion = client.completions.create(model="tiny-llama", prompt="hello", max_tokens=4)
+    assert completion.choices[0].finish_reason == "length"
+    response = client.responses.create(model="tiny-llama", input="hello", max_output_tokens=8)
+    assert response.output_text
+    kinds = [
+        event.type
+        for event in client.responses.create(
+            model="tiny-llama", input="hello", max_output_tokens=8, stream=True
+        )
+    ]
+    assert kinds[0] == "response.created"
+    assert kinds[-1] in ("response.completed", "response.incomplete")
+
+
+def test_anthropic_messages(server: Server) -> None:
+    client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+    message = client.messages.create(model="tiny-llama", messages=HELLO, max_tokens=8)
+    assert message.content[0].type == "text" and message.content[0].text
+    with client.messages.stream(model="tiny-llama", messages=HELLO, max_tokens=8) as stream:
+        assert "".join(stream.text_stream)
+    assert client.messages.count_tokens(model="tiny-llama", messages=HELLO).input_tokens > 1
+    with pytest.raises(anthropic.NotFoundError):
+        client.messages.create(model="nothing", messages=HELLO, max_tokens=8)
+    with pytest.raises(anthropic.BadRequestError):
+        client.messages.create(model="tiny-llama", messages=HELLO, max_tokens=10**6)
+
+
+def test_embeddings(client: openai.OpenAI) -> None:
+    answer = client.embeddings.create(model="text-embedding-3-small", input=["one", "two"])
+    first, second = (item.embedding for item in answer.data)
+    assert len(first) == len(second) > 1
+    assert first != second
+    assert sum(x * x for x in first) == pytest.approx(1, abs=1e-3)
+
+
+def test_tokens_go_there_and_back(server: Server) -> None:
+    text = "Grüße, 世界"
+    tokens = httpx.post(
+        f"{server.url}/tokenize",
+        json={"model": "tiny-qwen", "prompt": text, "add_special_tokens": False},
+    ).json()["tokens"]
+    back = httpx.post(
+        f"{server.url}/detokenize", json={"model": "tiny-qwen", "tokens": tokens}
+    ).json()
+    assert back["prompt"] == text
+
+
+def test_models(client: openai.OpenAI) -> None:
+    ids = {model.id for model in client.models.list()}
+    assert {"tiny-llama", "tiny-qwen", "tiny-embed"} <= ids
+    assert client.models.retrieve("tiny-llama").id == "tiny-llama"
+
+
+def test_what_is_wrong_with_a_request_is_told(client: openai.OpenAI, server: Server) -> None:
+    with pytest.raises(openai.NotFoundError) as unknown:
+        client.chat.completions.create(model="nothing", messages=HELLO)
+    assert unknown.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as long:
+        client.chat.completions.create(
+            model="tiny-llama", messages=[{"role": "user", "content": "a b " * 5000}]
+        )
+    assert "2048" in str(long.value)
+    with pytest.raises(openai.BadRequestError) as hot:
+        client.chat.completions.create(model="tiny-llama", messages=HELLO, temperature=99)
+    assert "temperature" in str(hot.value)
+    with pytest.raises(openai.BadRequestError):
+        client.embeddings.create(model="tiny-llama", input="x")
+    torn = httpx.post(f"{server.url}/v1/chat/completions", content=b'{"model": ')
+    assert torn.status_code == 400
+    assert torn.json()["error"]["message"]
+    status(server)
+
+
+@pytest.mark.parametrize("path", sorted(_PATHS))
+def test_no_broken_body_gets_a_server_error(server: Server, path: str) -> None:
+    model = "tiny-embed" if _PATHS[path] is TextOperation.EMBEDDINGS else "tiny-llama"
+    bodies: tuple[dict[str, Any], ...] = (
+        {},
+        {"prompt": {}},
+        {"messages": 3},
+        {"input": None},
+        {"tokens": "x"},
+    )
+    for body in bodies:
+        answer = httpx.post(f"{server.url}{path}", json={"model": model, **body}, timeout=30)
+        assert 400 <= answer.status_code < 500, (body, answer.text)
+        assert answer.json()["error"]["message"]
+
+
+def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
+    body = {"model": "tiny-llama", "prompt": "x", "max_tokens": 2000, "ignore_eos": True}
+    usage = 'vllm:kv_cache_usage_perc{engine="0",model_name="tiny-llama"}'
+
+    def used() -> float:
+        for line in httpx.get(f"{server.url}/metrics").text.splitlines():
+            if line.startswith(usage):
+                return float(line.split()[-1])
+        raise AssertionError("no such series")
+
+    url = f"{server.url}/v1/completions"
+    with httpx.stream("POST", url, json={**body, "stream": True}, timeout=30) as stream:
+        next(stream.iter_lines())
+        leases = {m["id"]: m["leases"] for m in status(server)["models"]}
+        assert leases["tiny-llama"] == 1
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, json=body, timeout=0.5)
+    deadline = time.monotonic() + START_S
+    while any(m["leases"] for m in status(server)["models"]):
+        assert time.monotonic() < deadline
+    # vLLM reports its cache with the next step.
+    httpx.post(url, json={**body, "max_tokens": 1}, timeout=30).raise_for_status()
+    assert used() < 0.01
+
+
+def test_metrics_and_operations(server: Server) -> None:
+    httpx.post(f"{server.url}/v1/engine/models/tiny-embed/load", timeout=60).raise_for_status()
+    text = httpx.get(f"{server.url}/metrics").text
+    for series in (
+        'roundhouse_resident_bytes{model="tiny-embed"',
+        "roundhouse_queue_length",
+        "roundhouse_loads_total",
+        "roundhouse_load_seconds_bucket",
+        "roundhouse_evictions_total",
+        "roundhouse_request_seconds_bucket",
+        "vllm:",
+    ):
+        assert series in text, series
+    assert "warm-up" not in text
+    for family in ("roundhouse_loads", "vllm:num_requests_running"):
+        assert text.count(f"# TYPE {family}") == 1 or text.count(f"# TYPE {family}_total") == 1
+    httpx.post(f"{server.url}/v1/engine/models/tiny-embed/unload", timeout=60).raise_for_status()
+    (embed,) = (m for m in status(server)["models"] if m["id"] == "tiny-embed")
+    assert embed["state"] == "absent"
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert httpx.get(f"{server.url}/ping").status_code == 200
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_running_requests_finish(tmp_path: Path, sent: signal.Signals) -> None:
+    """In room for one model, with keys; the stream under way ends whole and the exit is 0."""
+    server = Server(
+        tmp_path,
+        ROUNDHOUSE_MEMORY="140MiB",
+        ROUNDHOUSE_API_KEYS="user-key",
+        ROUNDHOUSE_ADMIN_KEYS="admin-key",
+    )
+    try:
+        server.wait_ready()
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong").models.list()
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="user-key", max_retries=0)
+
+        def tokens(model: str, number: int, stop_after_first: bool = False) -> int:
+            stream = client.completions.create(
+                model=model,
+                prompt="x",
+                max_tokens=number,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
+            first = next(iter(stream))
+            if stop_after_first:
+                server.process.send_signal(sent)
+            return sum(bool(chunk.choices) for chunk in [first, *stream])
+
+        with ThreadPoolExecutor(4) as pool:
+            both = [pool.submit(tokens, ("tiny-llama", "tiny-qwen")[i % 2], 8) for i in range(8)]
+            assert [each.result(START_S) for each in both] == [8] * 8
+        assert tokens("tiny-llama", 200, stop_after_first=True) == 200
+        assert server.process.wait(STOP_S) == 0
+    finally:
+        server.stop()
