@@ -70,11 +70,6 @@ class LoadedModel(ABC):
     def max_concurrency(self) -> int:
         """How many leases may be held at once (1 or more)."""
 
-    @property
-    @abstractmethod
-    def failure(self) -> str | None:
-        """Why this model can no longer run, or None while it can."""
-
     @abstractmethod
     def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
         """Run one request and yield its events.

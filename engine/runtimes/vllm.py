@@ -196,21 +196,11 @@ class VllmModel(LoadedModel):
         self.serving: Any = None
         self._options = options
         self._expected = expected
-        self._failure: str | None = None
 
     @property
     def max_concurrency(self) -> int:
         """vLLM batches by itself; beyond this many it would only queue."""
         return self._options.max_num_seqs
-
-    @property
-    def failure(self) -> str | None:
-        """Why the core died, or None."""
-        return self._failure
-
-    def fail(self, reason: str) -> None:
-        """Remember why the core died."""
-        self._failure = reason
 
     def blocks(self) -> tuple[Block, ...]:
         """Weights and KV cache by the storages they occupy; the workspace as estimated."""
@@ -310,7 +300,7 @@ class VllmModel(LoadedModel):
         if self.client.error is not None:
             if _is_out_of_memory(self.client.error):
                 return OutOfDeviceMemory(f"The device ran out of memory: {self.client.error}")
-            return RuntimeFailed(f"The model failed while running: {self._failure or info.message}")
+            return RuntimeFailed(f"The model failed while running: {_reason(self.client.error)}")
         if 400 <= info.code < 500:
             return InvalidRequest(info.message, param=info.param, status=info.code)
         return RuntimeFailed(info.message)
@@ -337,6 +327,7 @@ class VllmRuntime(Runtime):
         """Import vLLM (some ten seconds) and take over what it would share."""
         for variable, value in ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
         from pydantic import TypeAdapter
         from vllm.entrypoints.anthropic.protocol import (
             AnthropicCountTokensRequest,
@@ -382,10 +373,10 @@ class VllmRuntime(Runtime):
         model = ModelConfig(
             id="warm-up",
             source=f"{STARTER_PREFIX}tiny-llama",
-            options={"dtype": "bfloat16", "max_model_len": 64, "kv_cache": "1MiB"},
+            options={"dtype": "float32", "max_model_len": 512, "kv_cache": "16MiB"},
         )
         loaded = await self.load(model, lambda reason: log.error("warm-up failed: %s", reason))
-        body = {"prompt": "hello", "max_tokens": 8, "stream": True}
+        body = {"prompt": "hello " * 60, "max_tokens": 32, "stream": True}
         request = TextRequest(model.id, TextOperation.COMPLETION, body, request_id="warm-up")
 
         async def answer() -> None:
@@ -457,7 +448,6 @@ class VllmRuntime(Runtime):
             raise _load_failed(error) from error
 
         def failed(error: BaseException) -> None:
-            loaded.fail(_reason(error))
             on_failure(_reason(error))
 
         loaded.client.on_failure = failed

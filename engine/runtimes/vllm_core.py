@@ -18,6 +18,7 @@ import logging
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -199,7 +200,8 @@ def _once(function: Callable[..., None]) -> Any:
     def wrapper(*args: Any, **kwargs: Any) -> None:
         nonlocal done
         if not done:
-            function(*args, **kwargs)
+            with warnings.catch_warnings(action="ignore"):  # it looks at deprecated names
+                function(*args, **kwargs)
             done = True
 
     return staticmethod(wrapper)

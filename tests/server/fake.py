@@ -69,10 +69,6 @@ class FakeLoaded(LoadedModel):
     def max_concurrency(self) -> int:
         return 1
 
-    @property
-    def failure(self) -> str | None:
-        return None
-
     async def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
         self._runtime.requests.append(prepared.request)
         events = self._runtime.answer(prepared.request)

@@ -249,7 +249,7 @@ def test_anthropic_messages(server: Server) -> None:
     with pytest.raises(anthropic.NotFoundError):
         client.messages.create(model="nothing", messages=HELLO, max_tokens=8)
     with pytest.raises(anthropic.BadRequestError):
-        client.messages.create(model="tiny-llama", messages=HELLO, max_tokens=10**6)
+        client.messages.create(model="tiny-llama", messages=HELLO, max_tokens=10_000)
 
 
 def test_embeddings(client: openai.OpenAI) -> None:
@@ -326,7 +326,8 @@ def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
 
     url = f"{server.url}/v1/completions"
     with httpx.stream("POST", url, json={**body, "stream": True}, timeout=30) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()  # kept: dropping it would close the stream
+        assert next(lines)
         leases = {m["id"]: m["leases"] for m in status(server)["models"]}
         assert leases["tiny-llama"] == 1
     with pytest.raises(httpx.ReadTimeout):
