@@ -30,6 +30,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models import registry as model_registry
 from vllm.platforms import current_platform
 from vllm.renderers import hf
 from vllm.tokenizers import cached_get_tokenizer
@@ -153,12 +154,15 @@ def own_process_state() -> None:
     Each line answers a hazard that was met by running into it:
     closing one engine tore down the parallel groups of all; every new engine
     froze the heap with the others' garbage in it; its construction, or zeroing
-    its KV cache, held up every stream for as long as it took; every engine
-    wrapped the CPU kernels once more (0.2 s and one more call layer each time).
+    its KV cache, held up every stream for as long as it took; the first load of
+    an architecture imported vLLM once more in a child process just to look at
+    the class (10 s); every engine wrapped the CPU kernels once more (0.2 s and
+    one more call layer each time).
     """
     vllm_core_module.cleanup_dist_env_and_memory = _leave_alone
     vllm_core_module.freeze_gc_heap = _leave_alone
     uniproc_executor.WorkerWrapperBase = GatedWorker
+    model_registry._run_in_subprocess = _run_here
     gpu_model_runner.allocate_kv_cache = _yielding(gpu_model_runner.allocate_kv_cache)
     GATE.state.register(
         "vllm.current_config",
@@ -184,6 +188,10 @@ def forget_tokenizers() -> None:
 
 def _leave_alone(*_args: Any, **_kwargs: Any) -> None:
     """Stand in for what vLLM does to a process that it takes for its own."""
+
+
+def _run_here(function: Callable[[], Any]) -> Any:
+    return function()
 
 
 def _yielding(function: Callable[..., Any]) -> Callable[..., Any]:

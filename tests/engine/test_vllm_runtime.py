@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import random
 import shutil
 import threading
@@ -168,6 +169,13 @@ async def test_a_load_leaves_the_process_as_it_found_it(
     await vllm_runtime.unload(await load(vllm_runtime, make_model("again")))
     assert state() == before
     assert gc.get_freeze_count() > 100_000  # nobody thawed the heap
+
+
+async def test_an_unknown_architecture_costs_no_second_process(vllm_runtime: VllmRuntime) -> None:
+    """vLLM looks at a model's class in a child process that imports vLLM again: ten seconds."""
+    from vllm.model_executor.models import registry
+
+    assert registry._run_in_subprocess(os.getpid) == os.getpid()
 
 
 async def test_loads_asked_for_at_once_do_not_mix(
