@@ -134,6 +134,10 @@ class Checkpoint:
             total += count * (item_bytes if kind in FLOAT_TYPES and not quantised else as_is)
         return total
 
+    def has_kv_cache(self, task: str) -> bool:
+        """Whether vLLM gives it a KV cache: all but encoders, which have no notion of KV heads."""
+        return task == "generate" or "num_key_value_heads" in self.text_config
+
     def kv_bytes_per_token(self, dtype: str) -> int:
         """2 (keys, values) × layers × KV heads × head size × bytes per element."""
         config = self.text_config
@@ -419,11 +423,10 @@ class VllmRuntime(Runtime):
     def _expected(self, model: ModelConfig) -> dict[str, int]:
         options = model.options
         checkpoint = Checkpoint(self._folder(model))
-        kv_bytes = 0
-        if model.task == "generate":
-            kv_bytes = options.kv_cache or 4 * checkpoint.max_model_len(
-                options
-            ) * checkpoint.kv_bytes_per_token(options.dtype)
+        kv_bytes = options.kv_cache or 0
+        if not kv_bytes and checkpoint.has_kv_cache(model.task):
+            tokens = 4 * checkpoint.max_model_len(options)
+            kv_bytes = tokens * checkpoint.kv_bytes_per_token(options.dtype)
         return {
             "weights": checkpoint.weight_bytes(options.dtype),
             "kv_cache": kv_bytes,

@@ -358,6 +358,22 @@ async def test_embeddings(vllm_runtime: VllmRuntime, make_model: MakeModel) -> N
     await vllm_runtime.unload(loaded)
 
 
+@pytest.mark.parametrize("kv_cache", [None, "16MiB"])
+async def test_a_decoder_that_embeds_has_a_kv_cache_of_the_configured_size(
+    vllm_runtime: VllmRuntime, kv_cache: str | None
+) -> None:
+    options = {"dtype": "float32", "max_model_len": 128, "kv_cache": kv_cache}
+    model = ModelConfig(id="qwen-embed", task="embed", source="starter:tiny-qwen", options=options)
+    expected = {block.name: block.nbytes for block in vllm_runtime.estimate(model).blocks}
+    loaded = await load(vllm_runtime, model)
+    body = request(TextOperation.EMBEDDINGS, input="one")
+    (event,) = [e async for e in loaded.run(vllm_runtime.prepare(model, body))]
+    assert isinstance(event, Document)
+    measured = {block.name: block.nbytes for block in loaded.blocks()}
+    assert 0.9 * expected["kv_cache"] < measured["kv_cache"] <= expected["kv_cache"]
+    await vllm_runtime.unload(loaded)
+
+
 async def test_one_stream_has_frames_and_ends_as_the_protocol_says(
     vllm_runtime: VllmRuntime, pair: list[tuple[ModelConfig, VllmModel]]
 ) -> None:
