@@ -200,6 +200,7 @@ def test_json_schema(client: openai.OpenAI) -> None:
         answer = client.chat.completions.create(
             model=model,
             messages=HELLO,
+            temperature=0,
             max_tokens=200,
             response_format={
                 "type": "json_schema",
@@ -216,6 +217,7 @@ def test_tools(client: openai.OpenAI, model: str) -> None:
         messages=HELLO,
         tools=[WEATHER],
         tool_choice={"type": "function", "function": {"name": "get_weather"}},
+        temperature=0,
         max_tokens=200,
     )
     calls = answer.choices[0].message.tool_calls
@@ -225,9 +227,17 @@ def test_tools(client: openai.OpenAI, model: str) -> None:
 
 
 def test_completions_and_responses(client: openai.OpenAI) -> None:
-    completion = client.completions.create(model="tiny-llama", prompt="hello", max_tokens=4)
+    completion = client.completions.create(
+        model="tiny-llama",
+        prompt="hello",
+        max_tokens=4,
+        temperature=0,
+        extra_body={"ignore_eos": True},
+    )
     assert completion.choices[0].finish_reason == "length"
-    response = client.responses.create(model="tiny-llama", input="hello", max_output_tokens=8)
+    response = client.responses.create(
+        model="tiny-llama", input="hello", max_output_tokens=8, temperature=0
+    )
     assert response.output_text
     kinds = [
         event.type
@@ -241,9 +251,13 @@ def test_completions_and_responses(client: openai.OpenAI) -> None:
 
 def test_anthropic_messages(server: Server) -> None:
     client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
-    message = client.messages.create(model="tiny-llama", messages=HELLO, max_tokens=8)
+    message = client.messages.create(
+        model="tiny-llama", messages=HELLO, max_tokens=8, extra_body={"temperature": 0}
+    )
     assert message.content[0].type == "text" and message.content[0].text
-    with client.messages.stream(model="tiny-llama", messages=HELLO, max_tokens=8) as stream:
+    with client.messages.stream(
+        model="tiny-llama", messages=HELLO, max_tokens=8, extra_body={"temperature": 0}
+    ) as stream:
         assert "".join(stream.text_stream)
     assert client.messages.count_tokens(model="tiny-llama", messages=HELLO).input_tokens > 1
     with pytest.raises(anthropic.NotFoundError):
