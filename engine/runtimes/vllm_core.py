@@ -33,7 +33,6 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models import registry as model_registry
 from vllm.platforms import current_platform
 from vllm.renderers import hf
-from vllm.tokenizers import cached_get_tokenizer
 from vllm.utils import func_utils
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.engine.core import EngineCore
@@ -179,9 +178,9 @@ def forget_tokenizers() -> None:
     """Drop the caches that keep the tokenizers of engines long gone alive.
 
     Keyed by tokenizers and their methods, they are made for a process with one
-    engine; of a large vocabulary each reload would leave tens of megabytes.
+    engine; of a large vocabulary each reload would leave tens of megabytes. The
+    cache by path stays: one tokenizer a model, and a reload need not parse it.
     """
-    cached_get_tokenizer.cache_clear()
     func_utils._supports_kw.cache_clear()
     hf._cached_resolve_chat_template_kwargs.cache_clear()
 
