@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
+import importlib.metadata
 import logging
 import queue
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -26,14 +27,19 @@ from typing import Any
 
 import vllm.config.vllm as vllm_config_module
 import vllm.v1.engine.core as vllm_core_module
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.scale_out import factories as scale_out_factories
+from vllm.entrypoints.serve.utils import fingerprint
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader import utils as loader_utils
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models import registry as model_registry
 from vllm.platforms import current_platform
 from vllm.renderers import hf
-from vllm.utils import func_utils
+from vllm.utils import cpu_resource_utils, func_utils
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -54,27 +60,16 @@ STEP_METHODS = frozenset(
 LOAD_FORMAT = "roundhouse"
 
 
-HOLD_S = 0.02
-"""How long a load keeps steps waiting before it lets them through."""
-
-
 @register_model_loader(LOAD_FORMAT)
 class YieldingModelLoader(DefaultModelLoader):  # type: ignore[misc]
     """vLLM's loader, letting other models step while the weights are read.
 
-    Building the module and rearranging its weights are short; reading the files
-    takes seconds, so between two tensors the gate is opened now and then.
+    Reading the files takes seconds, so between two tensors the gate is opened now and then.
     """
 
     def __init__(self, load_config: Any) -> None:
         # Not "auto", which falls back to pickled weights. A copy: vLLM asks for the loader again.
         super().__init__(dataclasses.replace(load_config, load_format="safetensors"))
-
-    def load_weights(self, model: Any, model_config: Any) -> None:
-        """Fill the module; steps get their turn before and after."""
-        GATE.breathe()
-        super().load_weights(model, model_config)
-        GATE.breathe()
 
     def track_weights_loading(
         self, model: Any, loaded_weights: set[str] | None, quantized: bool = False
@@ -104,11 +99,8 @@ class YieldingModelLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, Any]]:
         """Every (name, tensor) of the checkpoint."""
-        held_since = time.monotonic()
         for item in super().get_all_weights(model_config, model):
-            if time.monotonic() - held_since > HOLD_S:
-                GATE.breathe()
-                held_since = time.monotonic()
+            GATE.breathe()
             yield item
 
 
@@ -152,17 +144,28 @@ def own_process_state() -> None:
 
     Each line answers a hazard that was met by running into it:
     closing one engine tore down the parallel groups of all; every new engine
-    froze the heap with the others' garbage in it; its construction, or zeroing
-    its KV cache, held up every stream for as long as it took; the first load of
+    froze the heap with the others' garbage in it; its construction, rearranging
+    its layers or zeroing its KV cache held up every stream for as long as it took;
+    the first load of
     an architecture imported vLLM once more in a child process just to look at
     the class (10 s); every engine wrapped the CPU kernels once more (0.2 s and
-    one more call layer each time).
+    one more call layer each time); every load read the metadata of all installed
+    packages twice, asked `lscpu` twice, compiled each chat template twice more only to
+    try it, and built the objects of routes that are not served here (0.1 s together).
     """
     vllm_core_module.cleanup_dist_env_and_memory = _leave_alone
     vllm_core_module.freeze_gc_heap = _leave_alone
     uniproc_executor.WorkerWrapperBase = GatedWorker
     model_registry._run_in_subprocess = _run_here
+    loader_utils.device_loading_context = _breathing(loader_utils.device_loading_context)
     gpu_model_runner.allocate_kv_cache = _yielding(gpu_model_runner.allocate_kv_cache)
+    entry_points: Any = functools.cache(importlib.metadata.entry_points)
+    importlib.metadata.entry_points = entry_points
+    cpu_resource_utils._get_cpu_list = functools.cache(cpu_resource_utils._get_cpu_list)
+    AnthropicServingMessages._detect_merge_inline_system = staticmethod(
+        functools.cache(AnthropicServingMessages._detect_merge_inline_system)
+    )
+    scale_out_factories.init_scale_out_state = _leave_alone
     GATE.state.register(
         "vllm.current_config",
         lambda: vllm_config_module._current_vllm_config,
@@ -185,6 +188,22 @@ def forget_tokenizers() -> None:
     hf._cached_resolve_chat_template_kwargs.cache_clear()
 
 
+def serving_objects(llm: Any, arguments: Any, tasks: Any) -> Any:
+    """What answers requests: vLLM's serving classes on one engine.
+
+    Called on the loading thread: compiling the chat template would hold up every
+    stream if the event loop did it. vLLM's function is a coroutine, but waits for
+    nothing of that loop. It sets torch to one thread meanwhile.
+    """
+    serving = SimpleNamespace()
+    # Else each of the objects hashes the whole configuration for it.
+    arguments.fingerprint_value = fingerprint.build_system_fingerprint(llm.vllm_config)
+    arguments.fingerprint_mode = "custom"
+    with GATE.exclusive():
+        asyncio.run(init_app_state(llm, serving, arguments, supported_tasks=tasks))
+    return serving
+
+
 def _leave_alone(*_args: Any, **_kwargs: Any) -> None:
     """Stand in for what vLLM does to a process that it takes for its own."""
 
@@ -197,6 +216,14 @@ def _yielding(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         with GATE.yielded():
             return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _breathing(function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        GATE.breathe()
+        return function(*args, **kwargs)
 
     return wrapper
 
@@ -241,7 +268,8 @@ class CoreThread:
             done.set_result(None)
 
         self.post(job)
-        done.result()
+        with GATE.yielded():  # a constructor that fails detaches in the middle of exclusive work
+            done.result()
 
     def stop(self) -> None:
         """End the thread after the jobs posted so far."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine import process
-from engine.process import Gate
+from engine.process import HOLD_S, Gate
 
 WAIT_S = 10.0
 """Long enough never to pass on a healthy machine; every wait ends by an event."""
@@ -109,9 +109,11 @@ def wait_until(condition: Callable[[], bool], gate: Gate) -> None:
         timer.cancel()
 
 
-def test_a_step_that_waited_goes_before_the_next_exclusive_work(gate: Gate) -> None:
-    """Else a load that breathes between two parts would never really let a stream go on."""
+def test_exclusive_work_lets_a_waiting_step_through_once_it_has_held_long_enough() -> None:
+    """Too early would cost a hand-off at every tensor, never would hold up every stream."""
     log: list[str] = []
+    now_s = 0.0
+    gate = Gate(clock=lambda: now_s)
 
     def step() -> None:
         with gate.step():
@@ -120,11 +122,47 @@ def test_a_step_that_waited_goes_before_the_next_exclusive_work(gate: Gate) -> N
     with gate.exclusive():
         thread = run(step)
         wait_until(lambda: gate._steps_waiting == 1, gate)
-        log.append("before")
+        now_s += HOLD_S / 2
+        gate.breathe()
+        log.append("too early")
+        now_s += HOLD_S
         gate.breathe()
         log.append("after")
+        second = run(step)
+        wait_until(lambda: gate._steps_waiting == 1, gate)
+        now_s += HOLD_S / 2
+        gate.breathe()
+        log.append("the time counts from the last turn")
+    finish(thread, second)
+    assert log == ["too early", "step", "after", "the time counts from the last turn", "step"]
+
+
+def test_a_module_under_construction_lets_steps_through() -> None:
+    from torch import nn
+
+    now_s = 0.0
+    gate = Gate(clock=lambda: now_s)
+    process.share_torch_state(gate)
+    stepped = threading.Event()
+
+    def step() -> None:
+        with gate.step():
+            stepped.set()
+
+    with gate.exclusive():
+        thread = run(step)
+        wait_until(lambda: gate._steps_waiting == 1, gate)
+        now_s += 2 * HOLD_S
+        assert not stepped.is_set()
+        nn.Sequential(nn.Linear(1, 1))
+        assert stepped.is_set()
     finish(thread)
-    assert log == ["before", "step", "after"]
+
+
+def test_breathing_outside_of_exclusive_work_does_nothing(gate: Gate) -> None:
+    gate.breathe()
+    with gate.step():
+        gate.breathe()
 
 
 def test_exclusive_work_is_not_starved_by_steps(gate: Gate) -> None:
