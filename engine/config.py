@@ -36,7 +36,7 @@ from pydantic_core import PydanticCustomError
 
 from engine.errors import ConfigError, ModelNotFound
 from engine.runtimes import REGISTRY, runtime_class
-from engine.units import Budget, Duration, MemoryBudget
+from engine.units import Budget, Duration, MemoryBudget, Size
 
 ENV_PREFIX = "ROUNDHOUSE_"
 ENV_CONFIG = "ROUNDHOUSE_CONFIG"
@@ -65,7 +65,7 @@ class ModelConfig(Section):
     id: ModelId
     aliases: tuple[ModelId, ...] = ()
     runtime: str = "vllm"
-    task: Literal["generate", "embed"] = "generate"
+    task: Literal["generate", "embed", "image", "video", "speech", "transcribe"] = "generate"
     source: Annotated[str, StringConstraints(min_length=1)]
     """A local folder, `starter:NAME`, or a hub repository `owner/name`."""
     keep_alive: Duration | None = None
@@ -112,6 +112,13 @@ class EngineConfig(Section):
     """
     cache_dir: Path = Field(default_factory=lambda: user_dir("XDG_CACHE_HOME", ".cache"))
     state_dir: Path = Field(default_factory=lambda: user_dir("XDG_STATE_HOME", ".local/state"))
+    """What is measured and remembered."""
+    data_dir: Path = Field(default_factory=lambda: user_dir("XDG_DATA_HOME", ".local/share"))
+    """Jobs and what they and image requests made."""
+    max_data: Size = Field(default=10 * 2**30, gt=0)
+    """Bytes of finished outputs to keep in `data_dir`; beyond, the oldest go."""
+    max_data_age: Duration = Field(default=7 * 86_400.0)
+    """Seconds to keep a finished output."""
     keep_alive: Duration = Field(default=300.0)
     """Seconds an idle model stays resident when nothing else needs its room."""
     max_queue: int = Field(default=4096, ge=1)

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from prometheus_client.registry import CollectorRegistry
@@ -26,10 +26,10 @@ from engine.errors import (
 from engine.estimates import EstimateStore
 from engine.ledger import Ledger
 from engine.metrics import EngineMetrics
-from engine.requests import Document, Event, Frame, Priority, TextRequest
+from engine.requests import Document, Event, Frame, Priority, Progress, Request, WorkingMemory
 from engine.residency import Residency
 from engine.runtimes import runtime_class
-from engine.runtimes.base import Prepared, Runtime
+from engine.runtimes.base import Prepared, Runtime, Voice
 from engine.scheduler import EventKind, Lease, Scheduler, SchedulerEvent, Ticket
 from engine.status import EngineState, EngineStatus, ModelStatus
 
@@ -37,6 +37,13 @@ log = logging.getLogger(__name__)
 
 FOREIGN_CHECK_S = 5.0
 """How often the use of the device by others is looked at while nothing else happens."""
+
+
+WORKING_MARGIN = 0.05
+"""What a run is granted above the peak measured last: allocators differ from run to run."""
+
+OUT_OF_MEMORY_FACTOR = 1.5
+"""How much more a shape is granted after it ran out of device memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,24 +70,53 @@ class Session:
         self.model = model
         self.first = first
         self.timings = timings
+        self.again: Callable[[], Awaitable[Session]] | None = None
+        """How to run the request once more after it ran out of device memory."""
         self._rest = rest
         self._lease = lease
 
-    async def frames(self) -> AsyncGenerator[Frame, None]:
-        """The whole stream, `first` included. Closing it cancels the work.
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """The whole run, `first` included. Closing it cancels the work.
+
+        A run that gave no more than progress before it ran out of device memory is tried once
+        more, alone.
 
         Raises:
             EngineError: the run failed part-way.
 
         """
+        given = False
         try:
-            if isinstance(self.first, Frame):
-                yield self.first
-            async for event in self._rest:
-                if isinstance(event, Frame):
-                    yield event
+            event = self.first
+            while True:
+                given = given or not isinstance(event, Progress)
+                yield event
+                try:
+                    event = await anext(self._rest)
+                except StopAsyncIteration:
+                    return
+                except OutOfDeviceMemory as error:
+                    if given or self.again is None:
+                        raise
+                    log.warning("%s; trying once more, alone", error)
+                    await self.close()
+                    second, self.again = await self.again(), None
+                    self._rest, self._lease = second._rest, second._lease
+                    event = second.first
         finally:
             await self.close()
+
+    async def frames(self) -> AsyncGenerator[Frame, None]:
+        """The stream of a text model. Closing it cancels the work.
+
+        Raises:
+            EngineError: the run failed part-way.
+
+        """
+        async with contextlib.aclosing(self.events()) as events:
+            async for event in events:
+                if isinstance(event, Frame):
+                    yield event
 
     async def close(self) -> None:
         """Stop what still runs and end the lease."""
@@ -111,6 +147,7 @@ class Engine:
         self._device = device
         self._runtimes: dict[str, Runtime] = dict(runtimes or {})
         self._models = {model.id: model for model in config.models}
+        self._estimates: EstimateStore | None = None
         self._ledger = Ledger(0, 0)
         self._residency = Residency(self._models, self._runtimes, clock)
         self._metrics = EngineMetrics(self.status)
@@ -158,7 +195,8 @@ class Engine:
         process.freeze_heap()
         device.settle()
         self._device = device
-        self._residency.open(device, EstimateStore(self.config.state_dir, device.name))
+        self._estimates = EstimateStore(self.config.state_dir, device.name)
+        self._residency.open(device, self._estimates)
         budget = self.config.memory_budget(device.kind)
         self._ledger.set_device(budget.budget_bytes(device.total_bytes), device.total_bytes)
         self._scheduler.on_timer()
@@ -221,7 +259,22 @@ class Engine:
             return False
         return True
 
-    async def open(self, request: TextRequest) -> Session:
+    def prepare(self, request: Request) -> Prepared:
+        """Check a request and fill in its model's defaults, without waiting or loading.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            InvalidRequest: naming the field at fault.
+            Overloaded: the engine is still starting or shuts down.
+
+        """
+        model = self.config.find(request.model)
+        runtime = self._runtimes.get(model.runtime)
+        if self.state is EngineState.STARTING or runtime is None:
+            raise QueueTimeout("The engine is still starting.", retry_after_s=5.0)
+        return runtime.prepare(model, request)
+
+    async def open(self, request: Request) -> Session:
         """Admit a request, load its model if need be, and wait for its first event.
 
         Raises:
@@ -236,11 +289,17 @@ class Engine:
         )
         await self._wait_started(timeout_s)
         prepared = self._runtimes[model.runtime].prepare(model, request)
+
+        async def alone() -> Session:
+            return await self._attempt(model, prepared, timeout_s, exclusive=True)
+
         try:
-            return await self._attempt(model, prepared, timeout_s, exclusive=False)
+            session = await self._attempt(model, prepared, timeout_s, exclusive=False)
         except OutOfDeviceMemory as error:
             log.warning("%s: %s; trying once more, alone", request.request_id, error)
-        return await self._attempt(model, prepared, timeout_s, exclusive=True)
+            return await alone()
+        session.again = alone
+        return session
 
     async def _wait_started(self, timeout_s: float) -> None:
         try:
@@ -261,13 +320,15 @@ class Engine:
             model,
             request_id=request.request_id,
             operation=request.operation.value,
-            working_bytes=prepared.working_bytes,
+            working_bytes=self._working_bytes(model, prepared),
             priority=request.priority,
             timeout_s=timeout_s,
             exclusive=exclusive,
         )
         granted_at = self._clock()
         events = self._residency.loaded[model.id].run(prepared)
+        if prepared.shape:
+            events = self._measured(model, prepared, events)
         try:
             try:
                 first = await anext(events)
@@ -291,6 +352,33 @@ class Engine:
             self._metrics.request_seconds.labels(model.id, phase).observe(seconds)
         timings = Timings(queue_s * 1e3, lease.timings.load_s * 1e3, run_s * 1e3)
         return Session(model, first, events, lease, timings)
+
+    def _working_bytes(self, model: ModelConfig, prepared: Prepared) -> int:
+        """The measured peak of the last run of that shape and a margin, else the estimate."""
+        measured = None
+        if prepared.shape and self._estimates is not None:
+            measured = self._estimates.working_bytes(model, prepared.shape)
+        if measured is None:
+            return prepared.working_bytes
+        return int(measured * (1 + WORKING_MARGIN))
+
+    async def _measured(
+        self, model: ModelConfig, prepared: Prepared, events: AsyncGenerator[Event, None]
+    ) -> AsyncGenerator[Event, None]:
+        assert self._estimates is not None  # a run needs a loaded model, a load the estimates
+        remember = self._estimates.put_working_bytes
+        async with contextlib.aclosing(events):
+            try:
+                async for event in events:
+                    if isinstance(event, WorkingMemory):
+                        await asyncio.to_thread(remember, model, prepared.shape, event.nbytes)
+                    else:
+                        yield event
+            except OutOfDeviceMemory:
+                granted = self._working_bytes(model, prepared)
+                more = int(granted * OUT_OF_MEMORY_FACTOR)
+                await asyncio.to_thread(remember, model, prepared.shape, more)
+                raise
 
     async def _lease(
         self,
@@ -335,6 +423,18 @@ class Engine:
                 granted.result().release()  # granted in the very moment the caller left
             self._scheduler.on_cancel(ticket)
             raise
+
+    async def voices(self, name: str) -> tuple[Voice, ...]:
+        """The voices of a model; none if it does not speak.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            LoadFailed: its files are missing or unreadable.
+
+        """
+        model = self.config.find(name)
+        await self._wait_started(self.config.queue_timeout_s)
+        return await asyncio.to_thread(self._runtimes[model.runtime].voices, model)
 
     def status(self) -> EngineStatus:
         """Everything, at this moment."""

@@ -6,6 +6,7 @@ The tree::
     ├── ConfigError                the configuration cannot be served as written
     ├── InvalidRequest             the request itself is wrong; `param` names the field
     ├── ModelNotFound              no model has that id or alias
+    ├── NotFound                   there is no such job or file, or no longer
     ├── Conflict                   the model's state forbids it now (in use, pinned)
     ├── Overloaded                 try again later; `retry_after_s` says when
     │   ├── QueueFull              the model's queue is at its bound
@@ -62,6 +63,12 @@ class ModelNotFound(EngineError):
     """No configured model has this id or alias."""
 
     code = "model_not_found"
+
+
+class NotFound(EngineError):
+    """No job or file has this name, or its files have expired."""
+
+    code = "not_found"
 
 
 class Conflict(EngineError):

@@ -1,4 +1,4 @@
-"""What models were measured to take, remembered across restarts."""
+"""What models and runs were measured to take, remembered across restarts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import json
 import logging
 import os
 import tempfile
+import threading
 from pathlib import Path
+from typing import Any
 
 from engine.config import ModelConfig
 from engine.runtimes.base import Block, Estimate
@@ -17,19 +19,23 @@ log = logging.getLogger(__name__)
 
 FILE_NAME = "estimates.json"
 
+MAX_SHAPES = 256
+"""Shapes of runs to remember for each model; beyond, the one not measured for longest goes."""
+
 
 class EstimateStore:
     """The last measurement of each model, in one small JSON file.
 
     A model is known by its runtime, source and options, so a changed
     configuration is estimated afresh. A damaged or read-only file costs the
-    memory of it, never a request.
+    memory of it, never a request. Threads may share it.
     """
 
     def __init__(self, state_dir: Path, device_name: str) -> None:
         self._path = state_dir / FILE_NAME
         self._device_name = device_name
-        self._entries: dict[str, dict[str, object]] = {}
+        self._lock = threading.Lock()
+        self._entries: dict[str, dict[str, Any]] = {}
         with contextlib.suppress(FileNotFoundError):
             try:
                 entries = json.loads(self._path.read_text(encoding="utf-8"))
@@ -45,27 +51,50 @@ class EstimateStore:
         if entry is None:
             return None
         try:
-            blocks = tuple(Block(str(name), int(size)) for name, size in entry["blocks"])  # type: ignore[attr-defined]
-            return Estimate(blocks=blocks, load_seconds=float(entry["load_seconds"]))  # type: ignore[arg-type]
+            blocks = tuple(Block(str(name), int(size)) for name, size in entry["blocks"])
+            return Estimate(blocks=blocks, load_seconds=float(entry["load_seconds"]))
         except (KeyError, TypeError, ValueError):
             return None
 
     def put(self, model: ModelConfig, estimate: Estimate) -> None:
-        """Remember a measurement."""
-        self._entries[self._key(model)] = {
-            "model": model.id,
-            "blocks": [[block.name, block.nbytes] for block in estimate.blocks],
-            "load_seconds": round(estimate.load_seconds, 3),
-        }
+        """Remember a measurement of the model. Writes the file."""
+        self._change(
+            model,
+            blocks=[[block.name, block.nbytes] for block in estimate.blocks],
+            load_seconds=round(estimate.load_seconds, 3),
+        )
+
+    def working_bytes(self, model: ModelConfig, shape: str) -> int | None:
+        """The last measured peak of a run of this shape, or None."""
+        entry = self._entries.get(self._key(model))
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=self._path.parent, delete=False, encoding="utf-8"
-            ) as file:
-                json.dump(self._entries, file, indent=1)
-            os.replace(file.name, self._path)
-        except OSError as error:
-            log.warning("cannot write %s: %s", self._path, error)
+            return None if entry is None else int(entry["working_bytes"][shape])
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    def put_working_bytes(self, model: ModelConfig, shape: str, nbytes: int) -> None:
+        """Remember the measured peak of a run. Writes the file."""
+        entry = self._entries.get(self._key(model), {})
+        known = entry.get("working_bytes")
+        shapes = {k: v for k, v in known.items() if k != shape} if isinstance(known, dict) else {}
+        shapes[shape] = nbytes
+        while len(shapes) > MAX_SHAPES:
+            shapes.pop(next(iter(shapes)))
+        self._change(model, working_bytes=shapes)
+
+    def _change(self, model: ModelConfig, **values: Any) -> None:
+        with self._lock:
+            entry = self._entries.setdefault(self._key(model), {})
+            entry.update(model=model.id, **values)
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.NamedTemporaryFile(
+                    "w", dir=self._path.parent, delete=False, encoding="utf-8"
+                ) as file:
+                    json.dump(self._entries, file, indent=1)
+                os.replace(file.name, self._path)
+            except OSError as error:
+                log.warning("cannot write %s: %s", self._path, error)
 
     def _key(self, model: ModelConfig) -> str:
         options = model.options.model_dump_json()

@@ -11,7 +11,11 @@ runs several of them needs one owner for that state:
   `Gate.exclusive()`; one at a time, no step beside it, and every registered
   piece of state is put back on the way out;
 * the long, harmless part in the middle of such work, moving bytes, is wrapped
-  in `Gate.yielded()`: the state is put back and the steps go on meanwhile.
+  in `Gate.yielded()`: the state is put back and the steps go on meanwhile. No
+  other exclusive work begins meanwhile: what a library has patched to build a module
+  is no state that can be put back.
+
+A step of many parts, a denoising run, calls `Gate.pause()` between them.
 
 The heap is frozen once the libraries are imported (`freeze_heap`).
 """
@@ -75,13 +79,14 @@ class Gate:
         self.state = SharedState()
         self._clock = clock
         self._changed = threading.Condition()
-        self._steps = 0
+        self._stepping: set[int] = set()
         self._steps_waiting = 0
         self._turns = 0  # steps that go before the next exclusive holder
         self._holder: int | None = None
         self._held_since_s = 0.0
         self._depth = 0
         self._exclusive_waiting = 0
+        self._owner: int | None = None  # of exclusive work under way, though it may have yielded
         self._outside: dict[str, Any] = {}
 
     @property
@@ -92,24 +97,26 @@ class Gate:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Run one step of a model: beside other steps, never beside exclusive work."""
-        with self._changed:
-            self._steps_waiting += 1
-            while self._holder is not None or (self._exclusive_waiting and not self._turns):
-                self._changed.wait()
-            self._steps_waiting -= 1
-            self._turns = max(0, self._turns - 1)
-            self._steps += 1
+        self._enter_step()
         try:
             yield
         finally:
-            with self._changed:
-                self._steps -= 1
-                if not self._steps:
-                    self._changed.notify_all()
+            self._leave_step()
+
+    def pause(self) -> None:
+        """Let exclusive work that waits go first, in the middle of a long step."""
+        if self._exclusive_waiting:  # read without the lock: a late look costs one part more
+            self._leave_step()
+            self._enter_step()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Change process-wide state: alone, and put back afterwards. A thread may nest it."""
+        """Change process-wide state: alone, and put back afterwards. A thread may nest it.
+
+        Raises:
+            RuntimeError: called in a step, which it would wait for.
+
+        """
         if self.held:
             self._depth += 1
             try:
@@ -123,7 +130,7 @@ class Gate:
             yield
         finally:
             self.state.restore(self._outside)
-            self._release()
+            self._release(done=True)
 
     @contextmanager
     def yielded(self) -> Iterator[None]:
@@ -157,18 +164,43 @@ class Gate:
             with self.yielded():
                 pass
 
-    def _acquire(self) -> None:
+    def _enter_step(self) -> None:
         with self._changed:
+            self._steps_waiting += 1
+            while self._holder is not None or (self._exclusive_waiting and not self._turns):
+                self._changed.wait()
+            self._steps_waiting -= 1
+            self._turns = max(0, self._turns - 1)
+            self._stepping.add(threading.get_ident())
+
+    def _leave_step(self) -> None:
+        with self._changed:
+            self._stepping.discard(threading.get_ident())
+            if not self._stepping:
+                self._changed.notify_all()
+
+    def _acquire(self) -> None:
+        me = threading.get_ident()
+        if me in self._stepping:
+            raise RuntimeError("exclusive work was asked for in the middle of a step")
+        with self._changed:
+            # Behind other exclusive work under way this does not hold up steps: that would be
+            # for as long as it takes, not for one part of it.
+            while self._owner not in (None, me):
+                self._changed.wait()
+            self._owner = me
             self._exclusive_waiting += 1
-            while self._holder is not None or self._steps or self._turns:
+            while self._holder is not None or self._stepping or self._turns:
                 self._changed.wait()
             self._exclusive_waiting -= 1
-            self._holder = threading.get_ident()
+            self._holder = me
             self._held_since_s = self._clock()
 
-    def _release(self) -> None:
+    def _release(self, *, done: bool = False) -> None:
         with self._changed:
             self._holder = None
+            if done:
+                self._owner = None
             self._turns = self._steps_waiting
             self._changed.notify_all()
 

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from PIL.Image import Image
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Frames: TypeAlias = "NDArray[np.uint8]"
+"""Pixels of a video: (frames, height, width, 3), RGB."""
+
+Samples: TypeAlias = "NDArray[np.float32]"
+"""Mono audio: (samples,), -1 to 1."""
 
 
 class Priority(IntEnum):
@@ -48,6 +61,169 @@ class TextRequest:
     """Seconds to wait for a grant; None takes the configured default."""
 
 
+class ImageOperation(StrEnum):
+    """What can be asked of an image model."""
+
+    GENERATION = "image_generation"
+    EDIT = "image_edit"
+    VARIATION = "image_variation"
+
+
+class VideoOperation(StrEnum):
+    """What can be asked of a video model."""
+
+    GENERATION = "video_generation"
+
+
+class Quality(StrEnum):
+    """Which of the model's profiles of steps and guidance to use; AUTO is the model's choice."""
+
+    AUTO = "auto"
+    LOW = "low"
+    MEDIUM = "medium"
+    HIGH = "high"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraChoice:
+    """One adapter of the model's LoRA folder and how strongly it acts (1.0: as trained)."""
+
+    name: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRequest:
+    """One request to an image model. What is None takes the model's default."""
+
+    model: str
+    operation: ImageOperation
+    request_id: str
+    prompt: str = ""
+    negative_prompt: str | None = None
+    n: int = 1
+    """Images to make."""
+    width: int | None = None
+    height: int | None = None
+    """Pixels."""
+    quality: Quality = Quality.AUTO
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None
+    """Of the first image; the one after it takes the next number, and so on."""
+    images: tuple[Image, ...] = ()
+    """RGB; what an edit or variation starts from."""
+    mask: Image | None = None
+    """Greyscale of the size of the first image; white is painted anew."""
+    strength: float | None = None
+    """How far an edit may leave its image: above 0, at most 1 (all noise)."""
+    control_image: Image | None = None
+    """RGB; what the model's ControlNet follows."""
+    reference_image: Image | None = None
+    """RGB; what the model's IP-Adapter follows."""
+    loras: tuple[LoraChoice, ...] = ()
+    partial_images: int = 0
+    """Previews to give on the way, evenly spread over the steps."""
+    priority: Priority = Priority.NORMAL
+    queue_timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoRequest:
+    """One request to a video model. What is None takes the model's default."""
+
+    model: str
+    request_id: str
+    operation: VideoOperation = VideoOperation.GENERATION
+    prompt: str = ""
+    negative_prompt: str | None = None
+    image: Image | None = None
+    """RGB; the first frame, for models that start from one."""
+    width: int | None = None
+    height: int | None = None
+    """Pixels."""
+    num_frames: int | None = None
+    seconds: float | None = None
+    """Another way to give `num_frames`: times `fps`, rounded."""
+    fps: int | None = None
+    """Frames a second of the file; a model that knows about time is told too."""
+    quality: Quality = Quality.AUTO
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None
+    motion: int | None = None
+    """SVD's motion bucket, 0 to 255: how much moves."""
+    loras: tuple[LoraChoice, ...] = ()
+    priority: Priority = Priority.BATCH
+    queue_timeout_s: float | None = None
+
+
+class SpeechOperation(StrEnum):
+    """What can be asked of a speech model."""
+
+    SPEECH = "speech"
+
+
+class TranscriptionOperation(StrEnum):
+    """What can be asked of a transcription model."""
+
+    TRANSCRIPTION = "transcription"
+    TRANSLATION = "translation"
+    """Into English."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeechRequest:
+    """One request to a speech model. What is None takes the model's default."""
+
+    model: str
+    text: str
+    request_id: str
+    operation: SpeechOperation = SpeechOperation.SPEECH
+    voice: str | None = None
+    """A voice of the model, an alias that its configuration maps to one, or a blend `a+b`."""
+    voice_sample: Path | None = None
+    """A recording to clone the voice of, for models that can; goes before `voice`."""
+    language: str | None = None
+    """ISO 639-1, with or without a region, as in `en` or `en-gb`."""
+    speed: float = 1.0
+    """0.25 to 4; 1 is the model's own."""
+    word_times: bool = False
+    """Whether to tell when each word is spoken, where the model knows."""
+    seed: int | None = None
+    priority: Priority = Priority.INTERACTIVE
+    queue_timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TranscriptionRequest:
+    """One request to a transcription model."""
+
+    model: str
+    audio: bytes
+    """A file in any container and codec that PyAV opens."""
+    request_id: str
+    operation: TranscriptionOperation = TranscriptionOperation.TRANSCRIPTION
+    language: str | None = None
+    """ISO 639-1; None lets the model find out."""
+    prompt: str | None = None
+    """Text that went before, which the model goes on from."""
+    temperature: float = 0.0
+    """0 to 1; at 0 the model rises it by itself where it is unsure."""
+    word_times: bool = False
+    vad: bool = False
+    """Leave out what is not speech before the model hears it."""
+    hotwords: str | None = None
+    """Words to expect."""
+    priority: Priority = Priority.INTERACTIVE
+    queue_timeout_s: float | None = None
+
+
+Request: TypeAlias = (
+    TextRequest | ImageRequest | VideoRequest | SpeechRequest | TranscriptionRequest
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """The whole answer as one JSON document (UTF-8)."""
@@ -62,5 +238,109 @@ class Frame:
     data: str
 
 
-Event = Document | Frame
-"""A run yields either exactly one `Document` or one or more `Frame`s."""
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is, 0 to 1."""
+
+    done: float
+
+
+@dataclass(frozen=True, slots=True)
+class PartialImage:
+    """A preview of the first image, decoded from the latents of its step."""
+
+    index: int
+    """0, 1, … in the order given."""
+    image: Image
+
+
+@dataclass(frozen=True, slots=True)
+class ImageResult:
+    """The finished images, in order; the last event of an image run."""
+
+    images: tuple[Image, ...]
+    seed: int
+    """Of the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class VideoResult:
+    """The finished video; the last event of a video run."""
+
+    frames: Frames
+    fps: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A word and when it is spoken, in seconds from the beginning."""
+
+    text: str
+    start_s: float
+    end_s: float
+    probability: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """The next piece of spoken audio, usually a sentence. A speech run is one or more of them."""
+
+    samples: Samples
+    sample_rate: int
+    """Hertz."""
+    words: tuple[Word, ...] = ()
+    """Counted from the beginning of the whole, if asked for and known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What a recording is; the first event of a transcription run."""
+
+    language: str
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The next piece of a transcript, as soon as it is known. The fields are OpenAI's."""
+
+    id: int
+    start_s: float
+    end_s: float
+    text: str
+    seek: int
+    """Where the model's window began, in hundredths of a second."""
+    tokens: tuple[int, ...]
+    temperature: float
+    avg_logprob: float
+    compression_ratio: float
+    no_speech_prob: float
+    words: tuple[Word, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkingMemory:
+    """How many device bytes a run took at its peak, above the model's blocks.
+
+    For the engine, which remembers it for the next run of that shape; not passed on.
+    """
+
+    nbytes: int
+
+
+Event: TypeAlias = (
+    Document
+    | Frame
+    | Progress
+    | PartialImage
+    | ImageResult
+    | VideoResult
+    | Speech
+    | Heard
+    | Segment
+    | WorkingMemory
+)
+"""Of a text model either exactly one `Document` or one or more `Frame`s; of image and video models
+any number of `Progress` and `PartialImage`, then the result; of a speech model `Speech`; of a
+transcription model `Heard` and any number of `Segment`."""

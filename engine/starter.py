@@ -162,12 +162,13 @@ _QWEN_TEMPLATE = """\
 class Starter:
     """One starter model: what it is, and the function that writes it into an empty folder.
 
-    `pipeline` is the hub's word for what it is for.
+    `pipeline` and `library` are the hub's words for what it is for and what loads it.
     """
 
     summary: str
     pipeline: str
     write: Callable[[Path], None]
+    library: str = "transformers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,23 +198,32 @@ class _Weights:
         return self.normal(outputs, inputs, std=gain * inputs**-0.5)
 
 
+def starter_folder(name: str, cache_dir: Path) -> Path:
+    """Where a starter model is, once it is built."""
+    return cache_dir / "starter" / FORMAT / name
+
+
 def ensure_starter(name: str, cache_dir: Path) -> Path:
-    """The folder of a starter model, built in well under a second if it is not there.
+    """The folder of a starter model, built if it is not there.
+
+    That takes well under a second, but for the first of `DIFFUSION_STARTERS` in a process, which
+    imports the libraries they are built with (some seven seconds).
 
     Any number of threads and processes may ask at once, and one that is cut off leaves no
     half-made folder behind under the model's name.
 
     Raises:
         ConfigError: there is no starter model of that name.
-        LoadFailed: the folder cannot be written.
+        LoadFailed: the folder cannot be written, or what builds it is not installed.
 
     """
-    starter = STARTERS.get(name)
+    starter = STARTERS.get(name) or DIFFUSION_STARTERS.get(name) or SPEECH_STARTERS.get(name)
     if starter is None:
-        raise ConfigError(
-            f"starter:{name}: no such starter model; there is {', '.join(sorted(STARTERS))}"
+        known = ", ".join(
+            [*sorted(STARTERS), *sorted(DIFFUSION_STARTERS), *sorted(SPEECH_STARTERS)]
         )
-    folder = cache_dir / "starter" / FORMAT / name
+        raise ConfigError(f"starter:{name}: no such starter model; there is {known}")
+    folder = starter_folder(name, cache_dir)
     if folder.is_dir():
         return folder
     building = folder.with_name(f".{name}-{uuid.uuid4().hex}")
@@ -519,8 +529,8 @@ def _write_sentence_transformer(folder: Path, dimensions: int, positions: int) -
 
 def _write_card(folder: Path, name: str, starter: Starter) -> None:
     (folder / "README.md").write_text(
-        f"---\npipeline_tag: {starter.pipeline}\nlibrary_name: transformers\n---\n\n# {name}\n\n"
-        f"{starter.summary}\n\n"
+        f"---\npipeline_tag: {starter.pipeline}\nlibrary_name: {starter.library}\n---\n\n"
+        f"# {name}\n\n{starter.summary}\n\n"
         "**The weights are random numbers: nothing was trained, and what this model answers\n"
         "means nothing.** It exists so that a server can be started, tried and tested with no\n"
         "download. Built by Roundhouse; delete the folder and it is built again.\n",
@@ -551,4 +561,121 @@ STARTERS: Mapping[str, Starter] = MappingProxyType(
         ),
     }
 )
-"""By name, as in `starter:NAME`."""
+"""The language models, by name, as in `starter:NAME`."""
+
+
+def _diffusion(name: str, pipeline: str, summary: str) -> Starter:
+    def write(folder: Path) -> None:
+        # Imported here: it brings torch, transformers and diffusers with it.
+        try:
+            from engine.starter_diffusion import write_diffusion_starter
+        except ImportError as error:
+            raise LoadFailed(f"cannot build starter:{name}: {error}") from error
+        write_diffusion_starter(name, folder)
+
+    return Starter(summary, pipeline, write, library="diffusers")
+
+
+DIFFUSION_STARTERS: Mapping[str, Starter] = MappingProxyType(
+    {
+        name: _diffusion(name, pipeline, summary)
+        for name, pipeline, summary in (
+            ("tiny-sdxl-turbo", "text-to-image", "An SDXL Turbo: one to four steps, no guidance."),
+            ("tiny-sdxl", "text-to-image", "An SDXL."),
+            ("tiny-sd15", "text-to-image", "A Stable Diffusion 1.5, with no safety checker."),
+            ("tiny-flux-schnell", "text-to-image", "A FLUX.1 schnell: one to four steps."),
+            ("tiny-flux-dev", "text-to-image", "A FLUX.1 dev, which takes guidance as an input."),
+            ("tiny-svd", "image-to-video", "A Stable Video Diffusion: an image starts to move."),
+            ("tiny-animatediff", "text-to-video", "An AnimateDiff on Stable Diffusion 1.5."),
+            ("tiny-animatediff-sdxl", "text-to-video", "An AnimateDiff on SDXL."),
+            ("tiny-wan", "text-to-video", "A Wan 2.1."),
+            ("tiny-ltx", "text-to-video", "An LTX-Video."),
+            ("tiny-cogvideox", "text-to-video", "A CogVideoX."),
+            ("tiny-hunyuanvideo", "text-to-video", "A HunyuanVideo."),
+            ("tiny-lora-sd15", "text-to-image", "A LoRA for tiny-sd15."),
+            (
+                "tiny-lora-sd15-b",
+                "text-to-image",
+                "Another LoRA for tiny-sd15, which changes the text encoder as well.",
+            ),
+            (
+                "tiny-lora-sdxl",
+                "text-to-image",
+                "A LoRA for tiny-sdxl and tiny-sdxl-turbo.",
+            ),
+            ("tiny-controlnet-sd15", "image-to-image", "A ControlNet for tiny-sd15."),
+            (
+                "tiny-controlnet-sdxl",
+                "image-to-image",
+                "A ControlNet for tiny-sdxl and tiny-sdxl-turbo.",
+            ),
+            ("tiny-ip-adapter-sd15", "text-to-image", "An IP-Adapter for tiny-sd15."),
+        )
+    }
+)
+"""Those that make images and videos and what is added to such, by name."""
+
+
+def _write_tiny_whisper(folder: Path) -> None:
+    # Imported here, as every family of starters has its own file.
+    from engine.starter_whisper import write_whisper_starter
+
+    write_whisper_starter(folder)
+
+
+def _write_tiny_kokoro(folder: Path) -> None:
+    # Imported here: it brings torch and kokoro with it.
+    try:
+        from engine.starter_kokoro import write_kokoro_starter
+    except ImportError as error:
+        raise LoadFailed(f"cannot build starter:tiny-kokoro: {error}") from error
+    write_kokoro_starter(folder)
+
+
+def _coqui(name: str, summary: str) -> Starter:
+    def write(folder: Path) -> None:
+        # Imported here: it brings torch and coqui-tts with it.
+        try:
+            from engine.starter_coqui import write_coqui_starter
+        except ImportError as error:
+            raise LoadFailed(f"cannot build starter:{name}: {error}") from error
+        write_coqui_starter(name, folder)
+
+    return Starter(summary, "text-to-speech", write, library="coqui")
+
+
+def _write_tiny_bark(folder: Path) -> None:
+    # Imported here: it brings torch and transformers with it.
+    try:
+        from engine.starter_bark import write_bark_starter
+    except ImportError as error:
+        raise LoadFailed(f"cannot build starter:tiny-bark: {error}") from error
+    write_bark_starter(folder)
+
+
+SPEECH_STARTERS: Mapping[str, Starter] = MappingProxyType(
+    {
+        "tiny-kokoro": Starter(
+            "A Kokoro that speaks as fast as it can be made to, with voices of each language.",
+            "text-to-speech",
+            _write_tiny_kokoro,
+            library="kokoro",
+        ),
+        "tiny-bark": Starter(
+            "A Bark with two voices.",
+            "text-to-speech",
+            _write_tiny_bark,
+            library="transformers",
+        ),
+        "tiny-vits": _coqui("tiny-vits", "A VITS of one English voice, spelled by its letters."),
+        "tiny-vits-multi": _coqui("tiny-vits-multi", "A VITS of three English voices."),
+        "tiny-xtts": _coqui("tiny-xtts", "An XTTS v2 with two voices, which clones others."),
+        "tiny-whisper": Starter(
+            "A multilingual Whisper of 1.3 million parameters in CTranslate2's format.",
+            "automatic-speech-recognition",
+            _write_tiny_whisper,
+            library="ctranslate2",
+        ),
+    }
+)
+"""Those that speak and listen, by name."""

@@ -16,9 +16,11 @@ from server.context import RequestContext
 from server.errors import Failure
 from server.metrics import HttpMetrics
 from server.routes.engine import engine_router
+from server.routes.images import images_router
 from server.routes.models import models_router
 from server.routes.probes import probes_router
 from server.routes.text import text_router
+from server.routes.videos import videos_router
 from server.settings import ServerSettings
 from server.start import Start
 
@@ -29,15 +31,26 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(engine: Engine, settings: ServerSettings, start: Start | None = None) -> FastAPI:
-    """The application; its lifespan starts the engine in the background and stops it.
+    """The application; its lifespan starts engine and jobs in the background and stops them.
 
     `start` lets the caller learn of a failed start.
     """
+    # Here, as it brings numpy and PyAV: a sixth of a second that `roundhouse ps` need not wait for.
+    from engine.jobs import Jobs
+    from engine.outputs import Outputs
+    from engine.voices import VoiceStore
+    from server.routes.speech import speech_router
+    from server.routes.transcriptions import transcriptions_router
+    from server.routes.voices import voices_router
+
     start = start or Start(engine)
+    outputs = Outputs(engine.config)
+    jobs = Jobs(engine, outputs)
+    voices = VoiceStore(engine.config)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        start.begin()
+        start.begin(jobs)
         try:
             yield
         finally:
@@ -54,6 +67,11 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     )
     app.include_router(probes_router(engine, start, metrics))
     app.include_router(text_router(engine, settings))
+    app.include_router(images_router(engine, outputs, settings))
+    app.include_router(videos_router(jobs, settings))
+    app.include_router(speech_router(engine, voices, settings))
+    app.include_router(transcriptions_router(engine, settings))
+    app.include_router(voices_router(engine, voices, settings))
     app.include_router(models_router(engine))
     app.include_router(engine_router(engine))
     app.add_exception_handler(EngineError, _on_engine_error)

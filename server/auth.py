@@ -1,9 +1,9 @@
 """Who may ask: keys, and without keys, only this machine.
 
-With keys configured, every route but the probes needs one; the routes that change the engine
-need an admin key. Without keys the server is open to programs on this machine, but not to web
-pages that a browser on it happens to show: a page may send requests to loopback addresses, and
-a host name may be rebound to one.
+With keys configured, every route but the probes and the files of finished images needs one; the
+routes that change the engine need an admin key. Without keys the server is open to programs on
+this machine, but not to web pages that a browser on it happens to show: a page may send requests
+to loopback addresses, and a host name may be rebound to one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from server.settings import ServerSettings, is_loopback
 
 PROBES = frozenset({"/health", "/ready", "/ping"})
 ADMIN_PREFIX = "/v1/engine/"
+IMAGE_FILES_PREFIX = "/v1/images/files/"
+"""Read without a key, as a browser shows an image: the names are unguessable (256 bits), so that
+knowing the URL is the permission."""
 
 
 class Role(IntEnum):
@@ -76,7 +79,7 @@ class Guard:
         admin = method == "POST" and path.startswith(ADMIN_PREFIX)
         if not self._keyring:
             return self._refusal_without_keys(headers, admin=admin)
-        if path in PROBES:
+        if path in PROBES or (method in ("GET", "HEAD") and path.startswith(IMAGE_FILES_PREFIX)):
             return None
         presented = _presented_keys(headers)
         if not presented:

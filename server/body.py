@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from pydantic_core import from_json
 from starlette.requests import Request
 
 from engine.errors import InvalidRequest
+
+
+async def stream_body(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    """The body, piece by piece as it comes.
+
+    Raises:
+        InvalidRequest: it is too long (status 413).
+        ClientDisconnect: the client left while sending.
+
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise _too_long(max_bytes)
+    nbytes = 0
+    async for chunk in request.stream():
+        nbytes += len(chunk)
+        if nbytes > max_bytes:
+            raise _too_long(max_bytes)
+        yield chunk
 
 
 async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
@@ -18,14 +38,9 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
         ClientDisconnect: the client left while sending.
 
     """
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes:
-        raise _too_long(max_bytes)
     raw = bytearray()
-    async for chunk in request.stream():
+    async for chunk in stream_body(request, max_bytes):
         raw += chunk
-        if len(raw) > max_bytes:
-            raise _too_long(max_bytes)
     try:
         # Unlike `json`, this refuses NaN, lone surrogates (no tokenizer takes them) and nesting
         # beyond 200 levels (which would exhaust the stack here or in a later walk).

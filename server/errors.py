@@ -19,6 +19,7 @@ from engine.errors import (
     InvalidRequest,
     LoadFailed,
     ModelNotFound,
+    NotFound,
     OutOfDeviceMemory,
     Overloaded,
     QueueFull,
@@ -26,7 +27,7 @@ from engine.errors import (
     RuntimeFailed,
     ShuttingDown,
 )
-from engine.requests import TextOperation
+from engine.requests import ImageOperation, TextOperation
 
 ANTHROPIC_PATH = "/v1/messages"
 
@@ -44,6 +45,7 @@ _ANSWERS: Mapping[type[EngineError], _Answer] = {
     ConfigError: _Answer(500, "server_error", retry=False),
     InvalidRequest: _Answer(400, "invalid_request_error"),
     ModelNotFound: _Answer(404, "invalid_request_error"),
+    NotFound: _Answer(404, "invalid_request_error"),
     Conflict: _Answer(409, "invalid_request_error", retry=False),
     Overloaded: _Answer(503, "server_error"),
     QueueFull: _Answer(429, "rate_limit_error"),
@@ -125,7 +127,7 @@ class Failure:
         document = self.anthropic_document(request_id) if anthropic else self.openai_document()
         return JSONResponse(document, self.status, dict(self.headers))
 
-    def frame(self, operation: TextOperation, request_id: str) -> str:
+    def frame(self, operation: TextOperation | ImageOperation, request_id: str) -> str:
         """The last server-sent event of a stream that failed after it began."""
         if operation is TextOperation.MESSAGES:
             return f"event: error\ndata: {json.dumps(self.anthropic_document(request_id))}\n\n"
@@ -136,4 +138,5 @@ class Failure:
             event = {"type": "error", **document["error"], **document, "sequence_number": -1}
             event["type"] = "error"
             return f"event: error\ndata: {json.dumps(event)}\n\n"
-        return f"data: {json.dumps(document)}\n\n"
+        data = f"data: {json.dumps(document)}\n\n"
+        return f"event: error\n{data}" if isinstance(operation, ImageOperation) else data

@@ -73,14 +73,12 @@ def run(engine: Engine, settings: ServerSettings, listener: socket.socket) -> No
         timeout_graceful_shutdown=FLUSH_S,
     )
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_serve(_Server(config), engine, start, listener, settings.drain_s))
+        runner.run(_serve(_Server(config), start, listener, settings.drain_s))
     if start.error is not None:
         raise start.error
 
 
-async def _serve(
-    server: _Server, engine: Engine, start: Start, listener: socket.socket, drain_s: float
-) -> None:
+async def _serve(server: _Server, start: Start, listener: socket.socket, drain_s: float) -> None:
     stop = asyncio.Event()
     with _stop_on_signals(stop):
         serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -91,7 +89,7 @@ async def _serve(
         try:
             if stop.is_set():
                 # The listener stays open: probes see the drain, new requests a clean 503.
-                await engine.drain(drain_s)
+                await start.drain(drain_s)
         finally:
             server.should_exit = True
             await serving

@@ -51,6 +51,8 @@ class ServerSettings(Section):
     """Seconds that running requests get to finish after a stop was asked for."""
     max_body_bytes: Size = Field(default=32 * 2**20, gt=0)
     """A larger request body is refused with 413."""
+    max_image_pixels: int = Field(default=2**25, gt=0)
+    """Pixels that the pictures of one request may have together; beyond, it is refused."""
     allowed_media_hosts: tuple[str, ...] = ()
     """Hosts whose URLs a request may name for images, audio and video."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -1,4 +1,4 @@
-"""Starting the engine behind a server that already answers."""
+"""Starting the engine and its jobs behind a server that already answers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+    from engine.jobs import Jobs
 
 logger = logging.getLogger(__name__)
 
@@ -17,25 +18,43 @@ class Start:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._jobs: Jobs | None = None
         self._task: asyncio.Task[None] | None = None
         self.error: Exception | None = None
         """Why the engine could not start, or None."""
         self.failed = asyncio.Event()
+        self.done = asyncio.Event()
+        """Set once the engine and its jobs have started."""
 
-    def begin(self) -> None:
-        """Start the engine in the background."""
-        self._task = asyncio.create_task(self._run())
+    def begin(self, jobs: Jobs) -> None:
+        """Start the engine, and then the jobs that run on it, in the background."""
+        self._jobs = jobs
+        self._task = asyncio.create_task(self._run(jobs))
+
+    async def drain(self, limit_s: float) -> None:
+        """Put the jobs away for the next start, and let requests finish, `limit_s` at most."""
+        async with asyncio.TaskGroup() as group:
+            if self._jobs is not None:
+                # First: the engine would wait for jobs, which can go on where they were stopped.
+                group.create_task(self._jobs.stop())
+            group.create_task(self._engine.drain(limit_s))
 
     async def end(self) -> None:
-        """Give up a start under way and stop the engine."""
+        """Give up a start under way and stop the jobs and the engine."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait((self._task,))
-        await self._engine.stop()
+        try:
+            if self._jobs is not None:
+                await self._jobs.stop()
+        finally:
+            await self._engine.stop()
 
-    async def _run(self) -> None:
+    async def _run(self, jobs: Jobs) -> None:
         try:
             await self._engine.start()
+            await jobs.start()
+            self.done.set()
         except Exception as error:
             logger.critical("the engine could not start: %s", error)
             self.error = error

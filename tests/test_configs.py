@@ -5,14 +5,25 @@ from __future__ import annotations
 import ast
 import json
 import re
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from engine.config import EngineConfig, engine_config, engine_fields, read_sections
+from engine.checkpoint import DTYPE_BYTES, tensor_sizes
+from engine.config import EngineConfig, ModelConfig, engine_config, engine_fields, read_sections
+from engine.device import CpuDevice
+from engine.requests import ImageOperation, ImageRequest, Quality, VideoRequest
+from engine.runtimes.diffusers import (
+    DiffusersOptions,
+    DiffusersRuntime,
+    check_size,
+    family_of,
+    lora_files,
+)
 from engine.sources import STARTER_PREFIX
-from engine.starter import STARTERS
+from engine.starter import DIFFUSION_STARTERS, STARTERS
 from engine.units import parse_size
 from tests.conftest import StarterDir
 
@@ -25,11 +36,35 @@ PLAN_LINE = re.compile(
     r"(?P<total>[\d.]+) GiB$",
     re.MULTILINE,
 )
+DIFFUSION_PLAN_LINE = re.compile(
+    r"^# +(?P<id>[\w.-]+) +(?P<encoders>[\d.]+) (?P<unit>[BM]) +(?P<denoiser>[\d.]+) (?P=unit) +"
+    r"(?P<vae>[\d.]+) (?P=unit) +(?P<parameters>[\d.]+) (?P=unit) = +"
+    r"(?P<weights>[\d.]+) (?P<size>[MG]iB)(?P<host> in host memory)?$",
+    re.MULTILINE,
+)
+UNITS = {"B": (1e9, "GiB", 2**30), "M": (1e6, "MiB", 2**20)}
+"""Parameters of each unit of a plan, and the unit of bytes that stands beside it."""
 
 
 def read(path: Path) -> EngineConfig:
     fields = {"engine": engine_fields(), "server": []}
     return engine_config(read_sections(path, {}, fields))
+
+
+def models_of(path: Path, runtime: str) -> list[ModelConfig]:
+    return [model for model in read(path).models if model.runtime == runtime]
+
+
+DIFFUSION_MODELS = [
+    pytest.param(
+        model,
+        id=f"{path.stem}-{model.id}",
+        # Its folder is built, which imports torch and diffusers.
+        marks=[pytest.mark.slow] if path == STARTER_CONFIG else [],
+    )
+    for path in CONFIGS
+    for model in models_of(path, "diffusers")
+]
 
 
 def registered(module: str, table: str) -> set[str]:
@@ -43,6 +78,55 @@ def registered(module: str, table: str) -> set[str]:
     raise LookupError(f"vllm.{module} has no {table}")
 
 
+def diffusers_folder() -> Path:
+    found = find_spec("diffusers")
+    assert found is not None and found.origin is not None
+    return Path(found.origin).parent
+
+
+def exported(kind: str) -> set[str]:
+    """The names of diffusers' `pipelines` or `schedulers`, read from its source: no torch."""
+    source = (diffusers_folder() / "__init__.py").read_text(encoding="utf-8")
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    extend = f"_import_structure['{kind}'].extend"
+    found = [ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func) == extend]
+    return {name for names in found for name in names}
+
+
+@cache
+def parameters(class_name: str, method: str) -> set[str]:
+    """The names of a method's parameters in the one file of diffusers that has the class."""
+    for path in sorted(diffusers_folder().rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        if f"\nclass {class_name}(" not in source:
+            continue
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and node.name == class_name:
+                for each in node.body:
+                    if isinstance(each, ast.FunctionDef) and each.name == method:
+                        return {argument.arg for argument in each.args.args}
+    raise LookupError(f"diffusers has no {class_name}.{method}")
+
+
+def pipeline_class(model: ModelConfig, starter_dir: StarterDir) -> str:
+    """Named in the options; that of a starter model by its own folder."""
+    if model.options.pipeline is not None:
+        return str(model.options.pipeline)
+    assert model.source.startswith(STARTER_PREFIX), "its sizes cannot be checked before it is here"
+    folder = starter_dir(model.source.removeprefix(STARTER_PREFIX))
+    return str(json.loads((folder / "model_index.json").read_text())["_class_name"])
+
+
+def side_sources(options: DiffusersOptions) -> list[str]:
+    """Where all comes from that is not in the pipeline's own folder."""
+    sources = [*options.components.values(), *options.lora_sources.values()]
+    if options.controlnet is not None:
+        sources.append(options.controlnet)
+    if options.ip_adapter is not None:
+        sources.append(options.ip_adapter.source)
+    return sources
+
+
 def test_the_configurations_are_found() -> None:
     assert [path.stem for path in CONFIGS] == [
         "cpu",
@@ -54,8 +138,12 @@ def test_the_configurations_are_found() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_configuration_offers_text_and_embeddings(path: Path) -> None:
-    assert {model.task for model in read(path).models} == {"generate", "embed"}
+def test_a_configuration_offers_every_task(path: Path) -> None:
+    video = {"video"} if path.stem != "cpu" else set()
+    assert {model.task for model in read(path).models} == {"generate", "embed", "image"} | video
+    runtimes = {"generate": "vllm", "embed": "vllm", "image": "diffusers", "video": "diffusers"}
+    for model in read(path).models:
+        assert model.runtime == runtimes[model.task], model.id
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -69,8 +157,8 @@ def test_named_parsers_exist_in_vllm(path: Path) -> None:
         assert each.reasoning_parser in {None, *reasoning_parsers}
 
 
-def test_the_starter_configuration_serves_every_starter_model(starter_dir: StarterDir) -> None:
-    models = read(STARTER_CONFIG).models
+def test_the_starter_configuration_serves_every_language_model(starter_dir: StarterDir) -> None:
+    models = models_of(STARTER_CONFIG, "vllm")
     assert {model.source for model in models} == {STARTER_PREFIX + name for name in STARTERS}
     for model in models:
         folder = starter_dir(model.source.removeprefix(STARTER_PREFIX))
@@ -85,6 +173,12 @@ def test_the_starter_configuration_serves_every_starter_model(starter_dir: Start
         ("gpt-4o-mini", "tiny-llama"),
         ("gpt-4o", "tiny-qwen"),
         ("text-embedding-3-small", "tiny-embed"),
+        ("dall-e-2", "tiny-sd15"),
+        ("dall-e-3", "tiny-sdxl-turbo"),
+        ("gpt-image-1", "tiny-sdxl"),
+        ("gpt-image-1-mini", "tiny-sdxl"),
+        ("sora-2", "tiny-ltx"),
+        ("sora-2-pro", "tiny-wan"),
     ],
 )
 def test_the_starter_configuration_answers_to_well_known_names(name: str, model: str) -> None:
@@ -96,7 +190,7 @@ def test_the_starter_configuration_answers_to_well_known_names(name: str, model:
 )
 def test_the_memory_plan_is_that_of_the_options(path: Path) -> None:
     plan = {line["id"]: line for line in PLAN_LINE.finditer(path.read_text(encoding="utf-8"))}
-    models = {model.id: model.options for model in read(path).models}
+    models = {model.id: model.options for model in models_of(path, "vllm")}
     assert plan.keys() == models.keys()
     for model_id, options in models.items():
         line = plan[model_id]
@@ -114,3 +208,128 @@ def test_the_memory_plan_is_that_of_the_options(path: Path) -> None:
         assert float(line["weights"]) == pytest.approx(weight_bytes / 2**30, abs=0.006), model_id
         total_gib = (weight_bytes + cache_bytes) / 2**30
         assert float(line["total"]) == pytest.approx(total_gib, abs=0.006), model_id
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_memory_plan_has_the_parts_of_every_pipeline(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    plan = {line["id"]: line for line in DIFFUSION_PLAN_LINE.finditer(text)}
+    models = {model.id: model.options for model in models_of(path, "diffusers")}
+    assert plan.keys() == models.keys()
+    for model_id, options in models.items():
+        line = plan[model_id]
+        scale, size, size_bytes = UNITS[line["unit"]]
+        assert line["size"] == size, model_id
+        parts = sum(float(line[part]) for part in ("encoders", "denoiser", "vae"))
+        # Each is rounded to a thousandth.
+        assert float(line["parameters"]) == pytest.approx(parts, abs=0.0015), model_id
+        weights = float(line["parameters"]) * scale * DTYPE_BYTES[options.dtype] / size_bytes
+        assert float(line["weights"]) == pytest.approx(weights, abs=0.006), model_id
+        assert bool(line["host"]) == (options.offload == "group"), model_id
+
+
+@pytest.mark.slow
+def test_the_starter_plan_is_that_of_the_files(starter_dir: StarterDir) -> None:
+    text = STARTER_CONFIG.read_text(encoding="utf-8")
+    plan = {line["id"]: line for line in DIFFUSION_PLAN_LINE.finditer(text)}
+    for model in models_of(STARTER_CONFIG, "diffusers"):
+        millions = {"encoders": 0.0, "denoiser": 0.0, "vae": 0.0}
+        adapters = set(model.options.lora_sources.values())  # loaded when a request names them
+        for source in {model.source, *side_sources(model.options)} - adapters:
+            folder = starter_dir(source.removeprefix(STARTER_PREFIX))
+            for path in sorted(folder.rglob("*.safetensors")):
+                part = path.parent.name
+                column = "encoders" if "_encoder" in part else part
+                count = sum(count for _, count in tensor_sizes([path]).values())
+                millions[column if column in millions else "denoiser"] += count / 1e6
+        for column, value in millions.items():
+            planned = float(plan[model.id][column])
+            assert planned == pytest.approx(value, abs=0.0006), (model.id, column)
+
+
+@pytest.mark.slow
+def test_the_starter_configuration_serves_every_pipeline(starter_dir: StarterDir) -> None:
+    models = models_of(STARTER_CONFIG, "diffusers")
+    served = {model.source.removeprefix(STARTER_PREFIX) for model in models}
+    beside = {
+        source.removeprefix(STARTER_PREFIX)
+        for model in models
+        for source in side_sources(model.options)
+    }
+    pipelines = {
+        name for name in DIFFUSION_STARTERS if (starter_dir(name) / "model_index.json").is_file()
+    }
+    assert served == pipelines
+    assert beside == DIFFUSION_STARTERS.keys() - pipelines
+    for model in models:
+        assert model.options.dtype == "float32"
+        for name, source in model.options.lora_sources.items():
+            assert source == STARTER_PREFIX + name
+            assert lora_files(starter_dir(name).parent)[name].is_file()
+
+
+@pytest.mark.parametrize("model", DIFFUSION_MODELS)
+def test_what_a_pipeline_is_given_exists_in_diffusers(
+    model: ModelConfig, starter_dir: StarterDir
+) -> None:
+    options: DiffusersOptions = model.options
+    pipeline = pipeline_class(model, starter_dir)
+    assert pipeline in exported("pipelines")
+    assert options.components.keys() <= parameters(pipeline, "__init__")
+    # What a pipeline does not take is left out of the call in silence.
+    assert options.call.keys() <= parameters(pipeline, "__call__")
+    if options.scheduler:
+        settings = dict(options.scheduler)
+        kind = settings.pop("class")
+        assert kind in exported("schedulers")
+        assert settings.keys() <= parameters(kind, "__init__")
+
+
+@pytest.mark.parametrize("model", DIFFUSION_MODELS)
+def test_the_defaults_are_what_the_model_can_do(
+    model: ModelConfig, starter_dir: StarterDir, tmp_path: Path
+) -> None:
+    options: DiffusersOptions = model.options
+    family = family_of(pipeline_class(model, starter_dir))
+    check_size((options.width, options.height), family)
+    assert (options.num_frames - 1) % family.frame_step == 0, "frames are made to be cut off"
+    runtime = DiffusersRuntime(CpuDevice(), tmp_path)
+    steps = {}
+    for quality in Quality:
+        prepared = runtime.prepare(model, default_request(model, quality)).request
+        assert isinstance(prepared, ImageRequest | VideoRequest)
+        assert (prepared.width, prepared.height) == (options.width, options.height)
+        steps[quality] = prepared.steps or 0
+    assert steps[Quality.LOW] < steps[Quality.AUTO] <= steps[Quality.HIGH]
+    assert steps[Quality.LOW] <= steps[Quality.MEDIUM] <= steps[Quality.HIGH]
+
+
+def default_request(model: ModelConfig, quality: Quality) -> ImageRequest | VideoRequest:
+    if model.task == "video":
+        return VideoRequest(
+            model=model.id, request_id="test", prompt="a red train", quality=quality
+        )
+    return ImageRequest(
+        model=model.id,
+        operation=ImageOperation.GENERATION,
+        request_id="test",
+        prompt="a red train",
+        quality=quality,
+    )
+
+
+@pytest.mark.slow
+def test_a_first_frame_can_have_the_size_of_its_video(starter_dir: StarterDir) -> None:
+    chained = set()
+    for path in CONFIGS:
+        config = read(path)
+        for model in models_of(path, "diffusers"):
+            if model.options.first_frame_model is None:
+                continue
+            chained.add(path.stem)
+            image_model = config.find(model.options.first_frame_model)
+            assert image_model.task == "image"
+            size = (model.options.width, model.options.height)
+            check_size(size, family_of(pipeline_class(image_model, starter_dir)))
+            assert size[0] * size[1] <= image_model.options.max_pixels
+    assert chained == {"gpu-24gb", "gpu-80gb", "starter"}

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 WEB = {"fastapi", "starlette", "uvicorn"}
-NATIVE = {"torch", "vllm", "transformers"}
+NATIVE = {"torch", "vllm", "transformers", "diffusers", "faster_whisper", "kokoro", "TTS"}
 
 
 def imported(path: Path) -> Iterator[str]:

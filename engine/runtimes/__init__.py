@@ -9,7 +9,12 @@ if TYPE_CHECKING:
     from engine.runtimes.base import Runtime
 
 REGISTRY = {
+    "bark": "engine.runtimes.bark:BarkRuntime",
+    "coqui": "engine.runtimes.coqui:CoquiRuntime",
+    "diffusers": "engine.runtimes.diffusers:DiffusersRuntime",
+    "kokoro": "engine.runtimes.kokoro:KokoroRuntime",
     "vllm": "engine.runtimes.vllm:VllmRuntime",
+    "whisper": "engine.runtimes.whisper:WhisperRuntime",
 }
 
 

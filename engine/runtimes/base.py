@@ -17,7 +17,7 @@ from prometheus_client.registry import CollectorRegistry
 
 from engine.config import ModelConfig, Section
 from engine.device import Device
-from engine.requests import Event, TextRequest
+from engine.requests import Event, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,16 @@ class Block:
 
     name: str
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """A voice that a speech model can be asked for."""
+
+    id: str
+    name: str
+    language: str | None = None
+    """ISO 639-1 with or without a region; None: any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +59,17 @@ class Estimate:
 class Prepared:
     """A request that passed every check that needs no loaded model.
 
-    `payload` is the runtime's own parsed form. `working_bytes` is the device
-    memory the run needs on top of the model's blocks.
+    `request` has the model's defaults filled in, where the fields are the engine's own. `payload`
+    is the runtime's parsed form. `working_bytes` is an estimate of the device memory the
+    run needs on top of the model's blocks.
     """
 
-    request: TextRequest
+    request: Request
     payload: Any
     working_bytes: int = 0
+    shape: str = ""
+    """What the working memory depends on. A run of that shape that gives `WorkingMemory` corrects
+    the estimate of the next; runs without a shape are never corrected."""
 
 
 class LoadedModel(ABC):
@@ -113,7 +127,7 @@ class Runtime(ABC):
         """
 
     @abstractmethod
-    def prepare(self, model: ModelConfig, request: TextRequest) -> Prepared:
+    def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Check a request before anything is loaded for it.
 
         Raises:
@@ -147,6 +161,15 @@ class Runtime(ABC):
     @abstractmethod
     async def unload(self, loaded: LoadedModel) -> None:
         """Take the model off the device and give every byte back. Never raises for a dead model."""
+
+    def voices(self, model: ModelConfig) -> tuple[Voice, ...]:  # noqa: ARG002 - few have any
+        """The voices of a speech model, read from its files. Called off the event loop.
+
+        Raises:
+            LoadFailed: the files are missing or unreadable.
+
+        """
+        return ()
 
     async def check_alive(self) -> None:  # noqa: B027 - most libraries have no thread of their own
         """Return once the library's own threads have answered."""

@@ -13,7 +13,6 @@ import gc
 import json
 import logging
 import os
-import struct
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from prometheus_client.registry import CollectorRegistry
 from pydantic import Field, ValidationError
 
+from engine.checkpoint import DTYPE_BYTES, tensor_sizes, weight_bytes
 from engine.config import ModelConfig, Section
 from engine.device import Device
 from engine.errors import (
@@ -34,7 +34,7 @@ from engine.errors import (
     RuntimeFailed,
 )
 from engine.process import GATE
-from engine.requests import Document, Event, Frame, TextOperation, TextRequest
+from engine.requests import Document, Event, Frame, Request, TextOperation, TextRequest
 from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
 from engine.sources import STARTER_PREFIX, local_folder
 from engine.units import Size
@@ -54,10 +54,6 @@ ENVIRONMENT = {
 }
 """Set before vLLM is imported, unless the operator set them."""
 
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8,
-              "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
-"""Bytes per element of each safetensors dtype."""
-
 LAZY_MODULES = (
     "compressed_tensors.quantization",
     "vllm.engine.arg_utils",
@@ -68,9 +64,6 @@ LAZY_MODULES = (
     "vllm.model_executor.warmup.kernel_warmup",
 )
 """What vLLM imports only at the first load: 50 MB and seconds that belong to the start."""
-
-FLOAT_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 GENERATE_OPERATIONS = frozenset(TextOperation) - {TextOperation.EMBEDDINGS}
 EMBED_OPERATIONS = frozenset(
@@ -105,8 +98,8 @@ class Checkpoint:
         self.folder = folder
         try:
             self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-            self.tensors = dict(_tensors(folder))
-        except (OSError, ValueError, struct.error) as error:
+            self.tensors = tensor_sizes(sorted(folder.glob("*.safetensors")))
+        except (OSError, ValueError) as error:
             raise LoadFailed(f"{folder.name}: cannot read the checkpoint: {error}") from error
         if not self.tensors:
             raise LoadFailed(f"{folder.name}: no .safetensors file in the folder")
@@ -126,13 +119,9 @@ class Checkpoint:
 
     def weight_bytes(self, dtype: str) -> int:
         """Bytes of all weights at their run-time dtype; quantised ones stay as they are."""
-        item_bytes = self.item_bytes(dtype)
-        quantised = "quantization_config" in self.config
-        total = 0
-        for kind, count in self.tensors.values():
-            as_is = ITEM_BYTES.get(kind, 2)
-            total += count * (item_bytes if kind in FLOAT_TYPES and not quantised else as_is)
-        return total
+        return weight_bytes(
+            self.tensors, self.item_bytes(dtype), as_stored="quantization_config" in self.config
+        )
 
     def has_kv_cache(self, task: str) -> bool:
         """Whether vLLM gives it a KV cache: all but encoders, which have no notion of KV heads."""
@@ -160,33 +149,6 @@ class Checkpoint:
         vocabulary = int(config.get("vocab_size", 0))
         activations = tokens * (4 * hidden + 2 * intermediate) * self.item_bytes(options.dtype)
         return activations + options.max_num_seqs * vocabulary * 4
-
-
-def _tensors(folder: Path) -> list[tuple[str, tuple[str, int]]]:
-    """(name, (dtype, elements)) of every tensor.
-
-    The format: eight bytes of little-endian header length, then the header as JSON
-    (https://github.com/huggingface/safetensors#format).
-    """
-    found = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size - 8:
-                raise ValueError(f"{path.name} is truncated")
-            header = json.loads(file.read(length))
-        end = 0
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            count = 1
-            for size in entry["shape"]:
-                count *= size
-            end = max(end, entry["data_offsets"][1])
-            found.append((name, (entry["dtype"], count)))
-        if 8 + length + end != path.stat().st_size:
-            raise ValueError(f"{path.name} is truncated")
-    return found
 
 
 class VllmModel(LoadedModel):
@@ -222,9 +184,10 @@ class VllmModel(LoadedModel):
 
     async def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
         """Answer through vLLM's serving class for the operation."""
-        operation = prepared.request.operation
+        request = prepared.request
+        assert isinstance(request, TextRequest)
         try:
-            answer = await self._answer(operation, prepared.payload)
+            answer = await self._answer(request.operation, prepared.payload)
             if not hasattr(answer, "__aiter__"):
                 yield Document(self._document(answer))
                 return
@@ -391,10 +354,10 @@ class VllmRuntime(Runtime):
         await self.unload(loaded)
         self._warm = True
 
-    def prepare(self, model: ModelConfig, request: TextRequest) -> Prepared:
+    def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Parse the body with vLLM's own schema for the operation."""
         allowed = EMBED_OPERATIONS if model.task == "embed" else GENERATE_OPERATIONS
-        if request.operation not in allowed:
+        if not isinstance(request, TextRequest) or request.operation not in allowed:
             raise InvalidRequest(
                 f"The model {model.id!r} does not support {request.operation.value}.",
                 param="model",

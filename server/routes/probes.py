@@ -19,6 +19,9 @@ def probes_router(engine: Engine, start: Start, metrics: HttpMetrics) -> APIRout
     """`/health` (alive), `/ready` (takes work now), `/ping` (RunPod's convention), `/metrics`."""
     router = APIRouter(tags=["probes"])
 
+    def takes_work() -> bool:
+        return engine.state is EngineState.READY and start.done.is_set()
+
     def state(*, ok: bool) -> JSONResponse:
         return JSONResponse({"status": engine.state.value}, 200 if ok else 503)
 
@@ -28,15 +31,16 @@ def probes_router(engine: Engine, start: Start, metrics: HttpMetrics) -> APIRout
 
     @router.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> Response:
-        return state(ok=engine.state is EngineState.READY)
+        return state(ok=takes_work())
 
     @router.api_route("/ping", methods=["GET", "HEAD"])
     async def ping() -> Response:
         # RunPod: 204 keeps a worker in "initializing", 200 makes it take requests, anything
         # else takes it out.
-        if engine.state is EngineState.STARTING and start.error is None:
+        starting = engine.state in (EngineState.STARTING, EngineState.READY)
+        if starting and not start.done.is_set() and start.error is None:
             return Response(status_code=204)
-        return state(ok=engine.state is EngineState.READY)
+        return state(ok=takes_work())
 
     @router.get("/metrics")
     async def scrape(request: Request) -> Response:

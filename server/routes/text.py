@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
@@ -11,20 +10,18 @@ from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import EngineError, InvalidRequest
-from engine.requests import Document, Priority, TextOperation, TextRequest
+from engine.requests import Document, TextOperation, TextRequest
 from server.body import read_object
 from server.connection import run_while_connected
 from server.errors import Failure
+from server.headers import read_priority, read_timeout_s, timing_headers
 from server.media import refuse_foreign_media
 from server.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from engine.engine import Engine, Session, Timings
+    from engine.engine import Engine, Session
 
 logger = logging.getLogger(__name__)
-
-PRIORITY_HEADER = "x-roundhouse-priority"
-TIMEOUT_HEADER = "x-roundhouse-timeout"
 
 _PATHS = {
     "/v1/chat/completions": TextOperation.CHAT,
@@ -76,8 +73,8 @@ async def read_text_request(
         operation=operation,
         body=body,
         request_id=request.state.request_id,
-        priority=_priority(request.headers.get(PRIORITY_HEADER)),
-        queue_timeout_s=_timeout_s(request.headers.get(TIMEOUT_HEADER)),
+        priority=read_priority(request.headers),
+        queue_timeout_s=read_timeout_s(request.headers),
     )
 
 
@@ -100,7 +97,7 @@ class TextResponse(Response):
         session = await self._engine.open(self._request)
         # The session is closed before the last piece is sent: see run_while_connected.
         try:
-            headers = _timing_headers(session.timings)
+            headers = timing_headers(session.timings)
             first = session.first
             if not isinstance(first, Document):
                 await self._stream(session, headers, send)
@@ -134,35 +131,3 @@ class TextResponse(Response):
 
 async def _send_text(send: Send, text: str) -> None:
     await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-
-
-def _timing_headers(timings: Timings) -> dict[str, str]:
-    return {
-        "x-roundhouse-queue-ms": f"{timings.queue_ms:.1f}",
-        "x-roundhouse-load-ms": f"{timings.load_ms:.1f}",
-        "x-roundhouse-run-ms": f"{timings.run_ms:.1f}",
-    }
-
-
-def _priority(value: str | None) -> Priority:
-    if value is None:
-        return Priority.NORMAL
-    try:
-        return Priority[value.strip().upper()]
-    except KeyError:
-        names = ", ".join(priority.name.lower() for priority in Priority)
-        raise InvalidRequest(
-            f"The priority must be one of {names}.", param=PRIORITY_HEADER
-        ) from None
-
-
-def _timeout_s(value: str | None) -> float | None:
-    if value is None:
-        return None
-    try:
-        timeout_s = float(value)
-    except ValueError:
-        timeout_s = math.nan
-    if not 0 < timeout_s < math.inf:
-        raise InvalidRequest("The timeout must be seconds above 0.", param=TIMEOUT_HEADER)
-    return timeout_s

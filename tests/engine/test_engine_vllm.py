@@ -88,7 +88,8 @@ def assert_adds_up(engine: Engine) -> None:
     assert ledger.free_bytes == ledger.capacity_bytes - ledger.granted_bytes
     by_owner: Counter[str] = Counter()
     for entry in ledger.entries:
-        by_owner[entry.owner] += entry.nbytes
+        if entry.kind != "lease":
+            by_owner[entry.owner] += entry.nbytes
     for model in status.models:
         assert by_owner[model.id] == model.device_bytes
         if model.state is ModelState.RESIDENT:

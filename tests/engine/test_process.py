@@ -159,6 +159,44 @@ def test_a_module_under_construction_lets_steps_through() -> None:
     finish(thread)
 
 
+def test_a_long_step_lets_exclusive_work_through_when_it_pauses(gate: Gate) -> None:
+    log: list[str] = []
+    with gate.step():
+        gate.pause()  # nobody waits
+        waiting = run(lambda: exclusively(gate, lambda: log.append("exclusive")))
+        wait_until(lambda: gate._exclusive_waiting == 1, gate)
+        log.append("first part")
+        gate.pause()
+        log.append("second part")
+    finish(waiting)
+    assert log == ["first part", "exclusive", "second part"]
+
+
+def test_no_other_exclusive_work_begins_while_the_first_has_yielded(gate: Gate) -> None:
+    """A library's patches to build a module are no state that could be put back."""
+    log: list[str] = []
+    with gate.exclusive():
+        with gate.yielded():
+            other = run(lambda: exclusively(gate, lambda: log.append("other")))
+            other.join(0.05)  # let in wrongly, it would end at once
+            with gate.step():  # and it does not hold up steps meanwhile
+                log.append("step")
+        log.append("first")
+    finish(other)
+    assert log == ["step", "first", "other"]
+
+
+def test_exclusive_work_in_a_step_is_an_error_not_a_deadlock(gate: Gate) -> None:
+    with gate.step(), pytest.raises(RuntimeError), gate.exclusive():
+        pass
+    exclusively(gate, lambda: None)
+
+
+def exclusively(gate: Gate, work: Callable[[], None]) -> None:
+    with gate.exclusive():
+        work()
+
+
 def test_breathing_outside_of_exclusive_work_does_nothing(gate: Gate) -> None:
     gate.breathe()
     with gate.step():

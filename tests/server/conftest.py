@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 from fastapi import FastAPI
 
@@ -12,11 +13,29 @@ from engine.runtimes import REGISTRY
 from server.app import create_app
 from server.settings import ServerSettings
 from tests.server.fake import FakeRuntime, fake_engine, listening
+from tests.server.real import Server
 
 
 @pytest.fixture(autouse=True)
 def fake_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(REGISTRY, "fake", "tests.server.fake:FakeRuntime")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The starter configuration, as a newcomer starts it."""
+    server = Server(tmp_path_factory.mktemp("home"))
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def sdk(server: Server) -> openai.OpenAI:
+    """OpenAI's own client of it."""
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import uvicorn
 from fastapi import FastAPI
@@ -18,7 +18,7 @@ from engine.config import EngineConfig, ModelConfig, Section
 from engine.device import Device
 from engine.engine import Engine
 from engine.errors import LoadFailed
-from engine.requests import Document, Event, Frame, TextRequest
+from engine.requests import Document, Event, Frame, Request, TextRequest
 from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
 
 MODEL_BYTES = 1000
@@ -44,7 +44,8 @@ class FakeOptions(Section):
     error: str | None = None
 
 
-Answer = Callable[[TextRequest], AsyncGenerator[Event, None]]
+Answer = Callable[[Any], AsyncGenerator[Event, None]]
+"""What a test puts in the place of a library; it knows which kind of request it sends."""
 
 
 async def echo(request: TextRequest) -> AsyncGenerator[Event, None]:
@@ -85,7 +86,7 @@ class FakeRuntime(Runtime):
 
     def __init__(self, device: Device | None = None, cache_dir: Path | None = None) -> None:
         self.answer: Answer = echo
-        self.requests: list[TextRequest] = []
+        self.requests: list[Any] = []
         self.may_start = threading.Event()
         self.may_start.set()
         self.start_error: Exception | None = None
@@ -95,7 +96,7 @@ class FakeRuntime(Runtime):
         if self.start_error is not None:
             raise self.start_error
 
-    def prepare(self, model: ModelConfig, request: TextRequest) -> Prepared:
+    def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         return Prepared(request, None)
 
     def estimate(self, model: ModelConfig) -> Estimate:
@@ -121,6 +122,7 @@ def fake_engine(runtime: FakeRuntime, state_dir: Path, **config: object) -> Engi
     raw = {
         "memory": DEVICE_BYTES,
         "state_dir": state_dir,
+        "data_dir": state_dir / "data",
         "models": [{"runtime": "fake", **model} for model in models],
         **config,
     }

@@ -26,7 +26,7 @@ CHAT = "/v1/chat/completions"
 PATIENCE_S = 60
 
 CONFIG = """
-engine: {{device: cpu, memory: 64MiB, state_dir: {state_dir}}}
+engine: {{device: cpu, memory: 64MiB, state_dir: {state_dir}, data_dir: {state_dir}}}
 server: {{port: 0, drain_s: {drain_s}}}
 models:
   - {{id: small, runtime: fake, source: "starter:tiny", aliases: [tiny]}}

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,12 +17,10 @@ import pytest
 
 from engine.requests import TextOperation
 from server.routes.text import _PATHS
+from tests.server.real import START_S, STOP_S, Server
 
 pytestmark = pytest.mark.slow
 
-START_S = 180.0
-STOP_S = 60.0
-ROOT = Path(__file__).parents[2]
 
 PERSON = {
     "type": "object",
@@ -57,72 +50,6 @@ WEATHER: Any = {
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 
 
-class Server:
-    """`roundhouse serve` in a child process."""
-
-    def __init__(self, home: Path, *arguments: str, **environ: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._log = (home / "server.log").open("w+")
-        command = "from server.cli import main; main()"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", command, "serve", "--port", str(self.port), *arguments],
-            cwd=ROOT,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env={
-                **os.environ,
-                "HF_HUB_OFFLINE": "1",
-                "XDG_CACHE_HOME": str(home / "cache"),
-                "XDG_STATE_HOME": str(home / "state"),
-                **environ,
-            },
-        )
-
-    def wait_ready(self) -> None:
-        """Poll as an orchestrator does."""
-        deadline = time.monotonic() + START_S
-        while True:
-            assert self.process.poll() is None, self.log()
-            assert time.monotonic() < deadline, self.log()
-            try:
-                if httpx.get(f"{self.url}/ready").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
-
-    def stop(self, sent: signal.Signals = signal.SIGTERM) -> int:
-        """Ask it to stop and return its exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(sent)
-        try:
-            return self.process.wait(STOP_S)
-        finally:
-            self.process.kill()
-
-    def log(self) -> str:
-        self._log.seek(0)
-        return self._log.read()[-4000:]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The starter configuration, as a newcomer starts it."""
-    server = Server(tmp_path_factory.mktemp("home"))
-    try:
-        server.wait_ready()
-        yield server
-    finally:
-        server.stop()
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-
-
 def status(server: Server) -> Any:
     """`GET /v1/engine`, checked to add up."""
     status = httpx.get(f"{server.url}/v1/engine").json()
@@ -131,7 +58,8 @@ def status(server: Server) -> Any:
     assert ledger["free_bytes"] == ledger["capacity_bytes"] - ledger["granted_bytes"]
     assert ledger["granted_bytes"] <= ledger["capacity_bytes"]
     for model in status["models"]:
-        held = sum(e["nbytes"] for e in ledger["entries"] if e["owner"] == model["id"])
+        blocks = [e for e in ledger["entries"] if e["kind"] != "lease"]
+        held = sum(entry["nbytes"] for entry in blocks if entry["owner"] == model["id"])
         assert model["device_bytes"] == held
     return status
 
@@ -140,8 +68,8 @@ def test_the_start_says_that_the_weights_are_random(server: Server) -> None:
     assert "random" in server.log()
 
 
-def test_chat(client: openai.OpenAI, server: Server) -> None:
-    raw = client.chat.completions.with_raw_response.create(
+def test_chat(sdk: openai.OpenAI, server: Server) -> None:
+    raw = sdk.chat.completions.with_raw_response.create(
         model="tiny-llama", messages=HELLO, max_tokens=8, temperature=0
     )
     answer = raw.parse()
@@ -153,16 +81,16 @@ def test_chat(client: openai.OpenAI, server: Server) -> None:
     status(server)
 
 
-def test_a_stream_says_the_same_as_a_document(client: openai.OpenAI) -> None:
+def test_a_stream_says_the_same_as_a_document(sdk: openai.OpenAI) -> None:
     arguments: Any = {
         "model": "gpt-4o-mini",
         "messages": HELLO,
         "max_tokens": 16,
         "temperature": 0,
     }
-    whole = client.chat.completions.create(**arguments)
+    whole = sdk.chat.completions.create(**arguments)
     text, usage = "", None
-    for chunk in client.chat.completions.create(
+    for chunk in sdk.chat.completions.create(
         **arguments, stream=True, stream_options={"include_usage": True}
     ):
         text += chunk.choices[0].delta.content or "" if chunk.choices else ""
@@ -171,8 +99,8 @@ def test_a_stream_says_the_same_as_a_document(client: openai.OpenAI) -> None:
     assert usage == whole.usage
 
 
-def test_several_choices_logprobs_stop_and_seed(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(
+def test_several_choices_logprobs_stop_and_seed(sdk: openai.OpenAI) -> None:
+    answer = sdk.chat.completions.create(
         model="tiny-qwen",
         messages=HELLO,
         n=3,
@@ -181,7 +109,7 @@ def test_several_choices_logprobs_stop_and_seed(client: openai.OpenAI) -> None:
         logprobs=True,
         top_logprobs=2,
     )
-    again = client.chat.completions.create(
+    again = sdk.chat.completions.create(
         model="tiny-qwen",
         messages=HELLO,
         n=3,
@@ -195,9 +123,9 @@ def test_several_choices_logprobs_stop_and_seed(client: openai.OpenAI) -> None:
     assert len(logprobs.content[0].top_logprobs) == 2
 
 
-def test_json_schema(client: openai.OpenAI) -> None:
+def test_json_schema(sdk: openai.OpenAI) -> None:
     for model in ("tiny-llama", "tiny-qwen"):
-        answer = client.chat.completions.create(
+        answer = sdk.chat.completions.create(
             model=model,
             messages=HELLO,
             temperature=0,
@@ -211,8 +139,8 @@ def test_json_schema(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-qwen"])
-def test_tools(client: openai.OpenAI, model: str) -> None:
-    answer = client.chat.completions.create(
+def test_tools(sdk: openai.OpenAI, model: str) -> None:
+    answer = sdk.chat.completions.create(
         model=model,
         messages=HELLO,
         tools=[WEATHER],
@@ -226,8 +154,8 @@ def test_tools(client: openai.OpenAI, model: str) -> None:
     jsonschema.validate(json.loads(calls[0].function.arguments), WEATHER["function"]["parameters"])
 
 
-def test_completions_and_responses(client: openai.OpenAI) -> None:
-    completion = client.completions.create(
+def test_completions_and_responses(sdk: openai.OpenAI) -> None:
+    completion = sdk.completions.create(
         model="tiny-llama",
         prompt="hello",
         max_tokens=4,
@@ -235,13 +163,13 @@ def test_completions_and_responses(client: openai.OpenAI) -> None:
         extra_body={"ignore_eos": True},
     )
     assert completion.choices[0].finish_reason == "length"
-    response = client.responses.create(
+    response = sdk.responses.create(
         model="tiny-llama", input="hello", max_output_tokens=8, temperature=0
     )
     assert response.output_text
     kinds = [
         event.type
-        for event in client.responses.create(
+        for event in sdk.responses.create(
             model="tiny-llama", input="hello", max_output_tokens=8, stream=True
         )
     ]
@@ -266,8 +194,8 @@ def test_anthropic_messages(server: Server) -> None:
         client.messages.create(model="tiny-llama", messages=HELLO, max_tokens=10_000)
 
 
-def test_embeddings(client: openai.OpenAI) -> None:
-    answer = client.embeddings.create(model="text-embedding-3-small", input=["one", "two"])
+def test_embeddings(sdk: openai.OpenAI) -> None:
+    answer = sdk.embeddings.create(model="text-embedding-3-small", input=["one", "two"])
     first, second = (item.embedding for item in answer.data)
     assert len(first) == len(second) > 1
     assert first != second
@@ -286,26 +214,26 @@ def test_tokens_go_there_and_back(server: Server) -> None:
     assert back["prompt"] == text
 
 
-def test_models(client: openai.OpenAI) -> None:
-    ids = {model.id for model in client.models.list()}
+def test_models(sdk: openai.OpenAI) -> None:
+    ids = {model.id for model in sdk.models.list()}
     assert {"tiny-llama", "tiny-qwen", "tiny-embed"} <= ids
-    assert client.models.retrieve("tiny-llama").id == "tiny-llama"
+    assert sdk.models.retrieve("tiny-llama").id == "tiny-llama"
 
 
-def test_what_is_wrong_with_a_request_is_told(client: openai.OpenAI, server: Server) -> None:
+def test_what_is_wrong_with_a_request_is_told(sdk: openai.OpenAI, server: Server) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
-        client.chat.completions.create(model="nothing", messages=HELLO)
+        sdk.chat.completions.create(model="nothing", messages=HELLO)
     assert unknown.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as long:
-        client.chat.completions.create(
+        sdk.chat.completions.create(
             model="tiny-llama", messages=[{"role": "user", "content": "a b " * 5000}]
         )
     assert "2048" in str(long.value)
     with pytest.raises(openai.BadRequestError) as hot:
-        client.chat.completions.create(model="tiny-llama", messages=HELLO, temperature=99)
+        sdk.chat.completions.create(model="tiny-llama", messages=HELLO, temperature=99)
     assert "temperature" in str(hot.value)
     with pytest.raises(openai.BadRequestError):
-        client.embeddings.create(model="tiny-llama", input="x")
+        sdk.embeddings.create(model="tiny-llama", input="x")
     torn = httpx.post(f"{server.url}/v1/chat/completions", content=b'{"model": ')
     assert torn.status_code == 400
     assert torn.json()["error"]["message"]

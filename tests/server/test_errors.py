@@ -23,6 +23,7 @@ TABLE: list[tuple[EngineError, int, str]] = [
     (errors.ConfigError("m"), 500, "server_error"),
     (errors.InvalidRequest("m"), 400, "invalid_request_error"),
     (errors.ModelNotFound("m"), 404, "invalid_request_error"),
+    (errors.NotFound("m"), 404, "invalid_request_error"),
     (errors.Conflict("m"), 409, "invalid_request_error"),
     (errors.Overloaded("m", retry_after_s=1), 503, "server_error"),
     (errors.QueueFull("m", retry_after_s=1), 429, "rate_limit_error"),

@@ -26,8 +26,10 @@ def client_of(app: FastAPI) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
 
 
-async def test_life(app: FastAPI, engine: Engine, runtime: FakeRuntime) -> None:
+async def test_life(engine: Engine, runtime: FakeRuntime) -> None:
     runtime.may_start.clear()
+    start = Start(engine)
+    app = create_app(engine, ServerSettings(), start)
     async with client_of(app) as client:
         async with app.router.lifespan_context(app):
             assert await probe(client) == (200, 503, 204)
@@ -35,6 +37,7 @@ async def test_life(app: FastAPI, engine: Engine, runtime: FakeRuntime) -> None:
             assert (await client.get("/v1/engine")).json()["state"] == "starting"
             runtime.may_start.set()
             assert (await early).status_code == 200, "a request made while starting was refused"
+            await asyncio.wait_for(start.done.wait(), 5)
             assert await probe(client) == (200, 200, 200)
             assert (await client.head("/health")).status_code == 200
             await engine.drain(1)

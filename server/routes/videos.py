@@ -1,0 +1,79 @@
+"""OpenAI's Videos API: videos are made by jobs, which outlive the connection."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse
+
+from engine.requests import Priority
+from server.forms import Fields, read_fields
+from server.headers import read_priority
+from server.pictures import decode_pictures
+from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery, video_document
+from server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from engine.job_store import Job
+    from engine.jobs import Jobs
+
+
+def videos_router(jobs: Jobs, settings: ServerSettings) -> APIRouter:
+    """`/v1/videos`: create, list, retrieve, content, delete; and cancel, which is ours."""
+    router = APIRouter(tags=["videos"])
+
+    def document(job: Job) -> dict[str, Any]:
+        return video_document(job, jobs.place(job.id))
+
+    @router.post("/v1/videos")
+    async def create(request: Request) -> dict[str, Any]:
+        body = VideoBody.of(await read_fields(request, settings.max_body_bytes))
+        pictures = await asyncio.to_thread(
+            decode_pictures, body.uploads(), settings.max_image_pixels
+        )
+        video_request = body.to_request(
+            pictures,
+            request_id=request.state.request_id,
+            priority=read_priority(request.headers, default=Priority.BATCH),
+        )
+        return document(await jobs.submit(video_request))
+
+    @router.get("/v1/videos")
+    async def list_videos(request: Request) -> dict[str, Any]:
+        query = VideoListQuery.of(_query(request))
+        listed, has_more = jobs.list(limit=query.limit, after=query.after, order=query.order)
+        return {
+            "object": "list",
+            "data": [document(job) for job in listed],
+            "first_id": listed[0].id if listed else None,
+            "last_id": listed[-1].id if listed else None,
+            "has_more": has_more,
+        }
+
+    @router.get("/v1/videos/{video_id}")
+    async def retrieve(video_id: str) -> dict[str, Any]:
+        return document(jobs.get(video_id))
+
+    @router.api_route("/v1/videos/{video_id}/content", methods=["GET", "HEAD"])
+    async def content(video_id: str, request: Request) -> Response:
+        query = VideoContentQuery.of(_query(request))
+        path = await asyncio.to_thread(jobs.content, video_id, query.variant)
+        # `private`: what a key was needed for must not stay in a shared cache.
+        return FileResponse(path, headers={"cache-control": "private"})
+
+    @router.delete("/v1/videos/{video_id}")
+    async def delete(video_id: str) -> dict[str, Any]:
+        await jobs.delete(video_id)
+        return {"id": video_id, "object": "video.deleted", "deleted": True}
+
+    @router.post("/v1/videos/{video_id}/cancel")
+    async def cancel(video_id: str) -> dict[str, Any]:
+        return document(await jobs.cancel(video_id))
+
+    return router
+
+
+def _query(request: Request) -> Fields:
+    return Fields(dict(request.query_params), typed=False)

@@ -1,0 +1,336 @@
+"""OpenAI's requests and answers for speech and transcripts, and what this server adds to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, field_validator
+
+from engine.audio_output import AudioFormat
+from engine.requests import (
+    Heard,
+    Priority,
+    Segment,
+    SpeechRequest,
+    TranscriptionOperation,
+    TranscriptionRequest,
+    Word,
+)
+from engine.runtimes.base import Voice
+from engine.voices import ClonedVoice
+from server.languages import LANGUAGES
+from server.schemas.fields import Body, Prompt, RequiredPrompt, Seed
+
+MAX_INPUT_CHARS = 500_000
+"""Some nine hours of speech. What a model takes at once is its runtime's to say, and is less."""
+MAX_NAME_CHARS = 256
+MAX_LANGUAGE_CHARS = 16
+
+NO_USAGE = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+"""A stream of speech has to end with token counts by the contract; these models have no tokens."""
+
+
+def _read_file(value: Any) -> bytes:
+    if isinstance(value, list) and len(value) == 1:  # how a file of a form arrives
+        value = value[0]
+    if not isinstance(value, bytes):
+        raise ValueError("it is one uploaded file of a multipart form")
+    if not value:
+        raise ValueError("the file is empty")
+    return value
+
+
+def _read_voice(value: Any) -> Any:
+    return value["id"] if isinstance(value, dict) and value.keys() == {"id"} else value
+
+
+def _read_chunking(value: Any) -> bool:
+    if value not in ("auto", {"type": "server_vad"}):
+        # The numbers of server_vad belong to another detector than ours.
+        raise ValueError("it is auto, or server_vad without settings")
+    return True
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+AudioFile: TypeAlias = Annotated[bytes, PlainValidator(_read_file)]
+"""The bytes of an upload that is not empty."""
+
+VoiceName: TypeAlias = Annotated[
+    str, BeforeValidator(_read_voice), Field(min_length=1, max_length=MAX_NAME_CHARS)
+]
+"""OpenAI's custom voices are objects with an `id`; here an id does as well."""
+
+Language: TypeAlias = Annotated[str, Field(min_length=2, max_length=MAX_LANGUAGE_CHARS)]
+
+
+class SpeechBody(Body):
+    """`POST /v1/audio/speech`."""
+
+    model: str = Field(min_length=1)
+    input: str = Field(min_length=1, max_length=MAX_INPUT_CHARS)
+    voice: VoiceName | None = None
+    response_format: AudioFormat = "mp3"
+    speed: float = Field(default=1.0, ge=0.25, le=4)
+    stream_format: Literal["audio", "sse"] = "audio"
+    instructions: str = Field(default="", max_length=4096)
+    """Without effect, as OpenAI's own tts-1 takes it."""
+    # Not OpenAI's:
+    language: Language | None = None
+    word_times: bool = False
+    seed: Seed | None = None
+
+    @field_validator("input")
+    @classmethod
+    def _says_something(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("there is nothing to say")
+        return value
+
+    @field_validator("word_times")
+    @classmethod
+    def _only_events_carry_words(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("stream_format") == "audio":
+            raise ValueError("words have a place in events only; ask for stream_format sse")
+        return value
+
+    def to_request(
+        self,
+        voice_sample: Path | None,
+        *,
+        request_id: str,
+        priority: Priority,
+        queue_timeout_s: float | None,
+    ) -> SpeechRequest:
+        """As the engine takes it; with `voice_sample`, `voice` named a cloned voice."""
+        return SpeechRequest(
+            model=self.model,
+            text=self.input,
+            request_id=request_id,
+            voice=self.voice if voice_sample is None else None,
+            voice_sample=voice_sample,
+            language=self.language,
+            speed=self.speed,
+            word_times=self.word_times,
+            seed=self.seed,
+            priority=priority,
+            queue_timeout_s=queue_timeout_s,
+        )
+
+
+class VoiceBody(Body):
+    """`POST /v1/audio/voices`."""
+
+    name: str
+    audio_sample: AudioFile
+    consent: str = ""
+    """Without effect: whoever runs the server answers for the recordings in it."""
+
+
+class VoicesQuery(Body):
+    """The query of `GET /v1/audio/voices`."""
+
+    model: str | None = Field(default=None, min_length=1)
+
+
+def voice_document(voice: Voice, model: str) -> dict[str, Any]:
+    """A voice that the model `model` has."""
+    return {
+        "id": voice.id,
+        "object": "audio.voice",
+        "name": voice.name,
+        "model": model,
+        "language": voice.language,
+    }
+
+
+def cloned_voice_document(voice: ClonedVoice) -> dict[str, Any]:
+    """OpenAI's voice object, for a voice that any model can speak with that can clone."""
+    return {
+        "id": voice.id,
+        "object": "audio.voice",
+        "name": voice.name,
+        "created_at": voice.created_at,
+    }
+
+
+def words_document(words: Sequence[Word]) -> list[dict[str, Any]]:
+    """OpenAI's word objects; times in seconds."""
+    return [{"word": word.text.strip(), "start": word.start_s, "end": word.end_s} for word in words]
+
+
+class RecordingBody(Body):
+    """What transcriptions and translations both take."""
+
+    operation: ClassVar[TranscriptionOperation]
+
+    file: AudioFile
+    model: str = Field(min_length=1)
+    prompt: Prompt | None = None
+    response_format: Literal["json", "text", "srt", "vtt", "verbose_json"] = "json"
+    temperature: float = Field(default=0.0, ge=0, le=1)
+    # Not OpenAI's:
+    vad: bool = False
+    hotwords: RequiredPrompt | None = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is a stream of events."""
+        return False
+
+    def to_request(
+        self, *, request_id: str, priority: Priority, queue_timeout_s: float | None
+    ) -> TranscriptionRequest:
+        """As the engine takes it."""
+        return TranscriptionRequest(
+            model=self.model,
+            audio=self.file,
+            request_id=request_id,
+            operation=self.operation,
+            prompt=self.prompt,
+            temperature=self.temperature,
+            vad=self.vad,
+            hotwords=self.hotwords,
+            priority=priority,
+            queue_timeout_s=queue_timeout_s,
+        )
+
+    def document(self, heard: Heard, segments: Sequence[Segment]) -> dict[str, Any]:  # noqa: ARG002
+        """The short answer."""
+        return {"text": transcript_text(segments)}
+
+    def verbose_document(self, heard: Heard, segments: Sequence[Segment]) -> dict[str, Any]:
+        """The long answer."""
+        return {
+            "task": "translate",
+            "language": "english",  # "always", says the contract
+            "duration": heard.duration_s,
+            "text": transcript_text(segments),
+            "segments": [_segment_document(segment) for segment in segments],
+        }
+
+
+class TranslationBody(RecordingBody):
+    """`POST /v1/audio/translations`."""
+
+    operation = TranscriptionOperation.TRANSLATION
+
+
+class TranscriptionBody(RecordingBody):
+    """`POST /v1/audio/transcriptions`."""
+
+    operation = TranscriptionOperation.TRANSCRIPTION
+
+    language: Language | None = None
+    stream: bool = False
+    include: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
+    timestamp_granularities: Annotated[
+        list[Literal["word", "segment"]], BeforeValidator(_as_list)
+    ] = Field(default_factory=list)
+    chunking_strategy: Annotated[bool, PlainValidator(_read_chunking)] = False
+    """True: by a voice activity detector."""
+    keywords: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]],
+        BeforeValidator(_as_list),
+        Field(max_length=100),
+    ] = Field(default_factory=list)
+    """OpenAI's newer name of what `hotwords` is."""
+
+    @field_validator("stream")
+    @classmethod
+    def _events_carry_text(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("response_format") not in ("json", "text"):
+            raise ValueError("the events of a stream carry text; ask for json or text")
+        return value
+
+    @field_validator("include")
+    @classmethod
+    def _nothing_to_include(cls, value: list[str]) -> list[str]:
+        if value:
+            raise ValueError("there is nothing that can be included; logprobs are not supported")
+        return value
+
+    @field_validator("timestamp_granularities")
+    @classmethod
+    def _only_verbose_answers_have_times(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        if value and info.data.get("response_format") != "verbose_json":
+            raise ValueError("response_format must be verbose_json")
+        return value
+
+    @field_validator("keywords")
+    @classmethod
+    def _hotwords_are_given_once(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        if value and info.data.get("hotwords") is not None:
+            raise ValueError("give keywords or hotwords, not both")
+        return value
+
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is a stream of events."""
+        return self.stream
+
+    def to_request(
+        self, *, request_id: str, priority: Priority, queue_timeout_s: float | None
+    ) -> TranscriptionRequest:
+        """As the engine takes it."""
+        return TranscriptionRequest(
+            model=self.model,
+            audio=self.file,
+            request_id=request_id,
+            operation=self.operation,
+            language=self.language,
+            prompt=self.prompt,
+            temperature=self.temperature,
+            word_times="word" in self.timestamp_granularities,
+            vad=self.vad or self.chunking_strategy,
+            hotwords=", ".join(self.keywords) or self.hotwords,
+            priority=priority,
+            queue_timeout_s=queue_timeout_s,
+        )
+
+    def document(self, heard: Heard, segments: Sequence[Segment]) -> dict[str, Any]:
+        """The short answer, with the seconds that were heard."""
+        return {**super().document(heard, segments), "usage": _usage(heard)}
+
+    def verbose_document(self, heard: Heard, segments: Sequence[Segment]) -> dict[str, Any]:
+        """The long answer: segments, words or both, as asked."""
+        document = super().verbose_document(heard, segments)
+        if self.timestamp_granularities and "segment" not in self.timestamp_granularities:
+            del document["segments"]
+        if "word" in self.timestamp_granularities:
+            words = [word for segment in segments for word in segment.words]
+            document["words"] = words_document(words)
+        return {
+            **document,
+            "task": "transcribe",
+            "language": LANGUAGES.get(heard.language, heard.language),
+            "usage": _usage(heard),
+        }
+
+
+def transcript_text(segments: Sequence[Segment]) -> str:
+    """The whole text. Segments begin with their own space, where the language has any."""
+    return "".join(segment.text for segment in segments).strip()
+
+
+def _usage(heard: Heard) -> dict[str, Any]:
+    return {"type": "duration", "seconds": heard.duration_s}
+
+
+def _segment_document(segment: Segment) -> dict[str, Any]:
+    return {
+        "id": segment.id,
+        "seek": segment.seek,
+        "start": segment.start_s,
+        "end": segment.end_s,
+        "text": segment.text,
+        "tokens": list(segment.tokens),
+        "temperature": segment.temperature,
+        "avg_logprob": segment.avg_logprob,
+        "compression_ratio": segment.compression_ratio,
+        "no_speech_prob": segment.no_speech_prob,
+    }

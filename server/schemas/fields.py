@@ -1,0 +1,121 @@
+"""The base of all wire models, and the fields that several of them share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any, Self, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic_core import ErrorDetails, from_json
+
+from engine.errors import InvalidRequest
+from engine.requests import LoraChoice
+from server.forms import Fields
+
+MAX_PROMPT_CHARS = 32_000
+"""OpenAI's limit for its newest models."""
+
+MAX_SIDE = 16_383
+"""Pixels; the most that WebP can hold, and beyond what models can do."""
+
+_SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
+
+
+class Body(BaseModel):
+    """The parameters of one request. An unknown one is an error; null stands for the default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def of(cls, fields: Fields) -> Self:
+        """Check the fields.
+
+        Raises:
+            InvalidRequest: naming the first field at fault.
+
+        """
+        values = {name: value for name, value in fields.values.items() if value is not None}
+        try:
+            return cls.model_validate(values, strict=fields.typed)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            param = _path(first["loc"])
+            raise InvalidRequest(_describe(first, param), param=param) from error
+
+
+def _path(location: Iterable[int | str]) -> str:
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.removeprefix(".")
+
+
+def _describe(error: ErrorDetails, param: str) -> str:
+    if error["type"] == "extra_forbidden":
+        return f"Unknown parameter: '{param}'."
+    if param == "model":
+        return "You must name a model, as a string."
+    if error["type"] == "missing":
+        return f"Missing required parameter: '{param}'."
+    message = error["msg"].removeprefix("Value error, ")
+    return f"Invalid value for '{param}': {message}."
+
+
+def _read_size(value: Any) -> tuple[int, int] | None:
+    if value == "auto":
+        return None
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("a size is written WIDTHxHEIGHT, in pixels, or auto")
+    width, height = int(match[1]), int(match[2])
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(f"a side has {MAX_SIDE} pixels at most")
+    return width, height
+
+
+def _read_picture(value: Any) -> bytes | str:
+    if isinstance(value, list) and len(value) == 1:  # how a file of a form arrives
+        value = value[0]
+    if isinstance(value, dict):
+        if "file_id" in value:
+            raise ValueError("this server keeps no files; send a data: URL as image_url")
+        value = value.get("image_url") if value.keys() == {"image_url"} else value
+    if not isinstance(value, bytes | str):
+        raise ValueError("a picture is one uploaded file, a data: URL or base64")
+    return value
+
+
+def _read_json(value: Any) -> Any:
+    # A form has no other way to say what it does not know.
+    return from_json(value) if isinstance(value, str) else value
+
+
+class Lora(BaseModel):
+    """One adapter and its weight."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: str = Field(min_length=1, max_length=256)
+    weight: float = Field(default=1.0, ge=-10, le=10)
+
+    def choice(self) -> LoraChoice:
+        """As the engine takes it."""
+        return LoraChoice(self.name, self.weight)
+
+
+Size: TypeAlias = Annotated[tuple[int, int] | None, PlainValidator(_read_size)]
+"""Width and height in pixels; None for "auto"."""
+
+PictureField: TypeAlias = Annotated[bytes | str, PlainValidator(_read_picture)]
+"""The bytes of a file, or text: a `data:` URL or base64; also OpenAI's reference objects."""
+
+Loras: TypeAlias = Annotated[list[Lora], BeforeValidator(_read_json), Field(max_length=16)]
+
+Prompt: TypeAlias = Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
+RequiredPrompt: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS)]
+Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
+"""What a torch generator takes, with room for the seeds of further images."""
+Steps: TypeAlias = Annotated[int, Field(ge=1, le=1000)]
+"""Diffusion models are trained with at most 1000 time steps."""
+Guidance: TypeAlias = Annotated[float, Field(ge=0, le=100)]

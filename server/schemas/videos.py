@@ -1,0 +1,175 @@
+"""OpenAI's Videos API: requests and answers, and what this server adds to them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+
+from engine.errors import InvalidRequest
+from engine.job_store import Job, JobState
+from engine.requests import Priority, Quality, VideoRequest
+from server.pictures import Picture, Upload
+from server.schemas.fields import (
+    Body,
+    Guidance,
+    Loras,
+    PictureField,
+    Prompt,
+    Seed,
+    Size,
+    Steps,
+)
+
+if TYPE_CHECKING:
+    from engine.jobs import QueuePlace
+
+MAX_SECONDS = 600.0
+"""Far beyond what video models can do; a model refuses what is too long for it."""
+MAX_FPS = 120
+MAX_FRAMES = int(MAX_SECONDS * MAX_FPS)
+
+MOTION_BUCKETS = {"slow": 60, "medium": 127, "fast": 180}
+"""SVD was trained with 0 to 255, and 127 is what its pipeline takes by itself."""
+
+_CANCELLED = {"code": "cancelled", "message": "The job was cancelled."}
+
+
+def _read_number(value: Any) -> Any:
+    # OpenAI writes seconds as a string, in JSON too.
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError as error:
+        raise ValueError("not a number of seconds") from error
+
+
+def _read_motion(value: Any) -> Any:
+    if isinstance(value, str) and value in MOTION_BUCKETS:
+        return MOTION_BUCKETS[value]
+    if isinstance(value, bool) or not (isinstance(value, int) or str(value).isdecimal()):
+        raise ValueError(f"motion is one of {', '.join(MOTION_BUCKETS)}, or 0 to 255")
+    return int(value)
+
+
+Seconds: TypeAlias = Annotated[float, BeforeValidator(_read_number), Field(gt=0, le=MAX_SECONDS)]
+Motion: TypeAlias = Annotated[int, BeforeValidator(_read_motion), Field(ge=0, le=255)]
+
+
+class VideoBody(Body):
+    """`POST /v1/videos`."""
+
+    model: str = Field(min_length=1)
+    prompt: Prompt = ""
+    size: Size = None
+    seconds: Seconds | None = None
+    input_reference: PictureField | None = None
+    """The first frame."""
+    # Not OpenAI's:
+    fps: int | None = Field(default=None, ge=1, le=MAX_FPS)
+    num_frames: int | None = Field(default=None, ge=1, le=MAX_FRAMES)
+    seed: Seed | None = None
+    motion: Motion | None = None
+    negative_prompt: Prompt | None = None
+    quality: Literal["low", "medium", "high", "auto"] = "auto"
+    steps: Steps | None = None
+    guidance: Guidance | None = None
+    loras: Loras = Field(default_factory=list)
+    priority: Literal["interactive", "normal", "batch"] | None = None
+
+    @field_validator("num_frames")
+    @classmethod
+    def _length_is_given_once(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("seconds") is not None:
+            raise ValueError("give seconds or num_frames, not both")
+        return value
+
+    def uploads(self) -> list[Upload]:
+        """Every picture of the request."""
+        if self.input_reference is None:
+            return []
+        return [Upload("input_reference", self.input_reference)]
+
+    def to_request(
+        self, pictures: list[Picture], *, request_id: str, priority: Priority
+    ) -> VideoRequest:
+        """As the engine takes it; `pictures` are the `uploads()`, decoded.
+
+        `priority` holds where the body names none.
+
+        Raises:
+            InvalidRequest: there is neither a prompt nor a first frame.
+
+        """
+        if not self.prompt and not pictures:
+            raise InvalidRequest("Missing required parameter: 'prompt'.", param="prompt")
+        width, height = self.size or (None, None)
+        return VideoRequest(
+            model=self.model,
+            request_id=request_id,
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            image=pictures[0].rgb if pictures else None,
+            width=width,
+            height=height,
+            num_frames=self.num_frames,
+            seconds=self.seconds,
+            fps=self.fps,
+            quality=Quality(self.quality),
+            steps=self.steps,
+            guidance=self.guidance,
+            seed=self.seed,
+            motion=self.motion,
+            loras=tuple(lora.choice() for lora in self.loras),
+            priority=Priority[self.priority.upper()] if self.priority else priority,
+        )
+
+
+class VideoListQuery(Body):
+    """The query of `GET /v1/videos`."""
+
+    limit: int = Field(default=20, ge=0, le=100)
+    after: str | None = None
+    order: Literal["asc", "desc"] = "desc"
+
+
+class VideoContentQuery(Body):
+    """The query of `GET /v1/videos/{id}/content`."""
+
+    variant: Literal["video", "thumbnail"] = "video"
+
+
+def video_document(job: Job, place: QueuePlace | None) -> dict[str, Any]:
+    """OpenAI's video object, and what it has no words for: frames, seed, place in the queue."""
+    asked = job.request
+    cancelled = job.state is JobState.CANCELLED
+    return {
+        "id": job.id,
+        "object": "video",
+        "model": job.model,
+        # The contract has no word for a cancelled one.
+        "status": JobState.FAILED.value if cancelled else job.state.value,
+        "progress": int(job.progress * 100),
+        "created_at": job.created_at,
+        "completed_at": job.completed_at,
+        "expires_at": job.expires_at,
+        "prompt": asked["prompt"] or None,
+        "size": f"{asked['width']}x{asked['height']}",
+        "seconds": f"{asked['num_frames'] / asked['fps']:g}",
+        "remixed_from_video_id": None,
+        "error": _error(job),
+        "fps": asked["fps"],
+        "num_frames": asked["num_frames"],
+        "seed": asked["seed"],
+        "position": place and place.position,
+        "eta_s": place and place.eta_s,
+    }
+
+
+def _error(job: Job) -> dict[str, str] | None:
+    if job.state is JobState.CANCELLED:
+        return _CANCELLED
+    if job.error is None:
+        return None
+    return {"code": job.error.code, "message": job.error.message}

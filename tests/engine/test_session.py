@@ -1,0 +1,139 @@
+"""A run as its caller sees it: tried again when memory ran out, measured for the next one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from PIL import Image
+
+from engine.engine import OUT_OF_MEMORY_FACTOR, WORKING_MARGIN, Engine
+from engine.errors import OutOfDeviceMemory
+from engine.requests import (
+    Event,
+    ImageOperation,
+    ImageRequest,
+    ImageResult,
+    PartialImage,
+    Progress,
+    Request,
+    WorkingMemory,
+)
+from engine.runtimes import REGISTRY
+from engine.runtimes.base import Prepared
+from tests.server.fake import FakeRuntime, fake_engine
+
+PICTURE = Image.new("RGB", (2, 2))
+RESULT = ImageResult((PICTURE,), seed=1)
+ESTIMATE_BYTES = 100
+
+
+class Measured(FakeRuntime):
+    """A runtime whose runs have a shape, and that writes down what each was granted."""
+
+    def prepare(self, model: Any, request: Request) -> Prepared:
+        return Prepared(request, None, working_bytes=ESTIMATE_BYTES, shape="64x64")
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Measured:
+    monkeypatch.setitem(REGISTRY, "fake", "tests.server.fake:FakeRuntime")
+    return Measured()
+
+
+@pytest_asyncio.fixture
+async def engine(runtime: Measured, tmp_path: Path) -> AsyncIterator[Engine]:
+    engine = fake_engine(runtime, tmp_path)
+    await engine.start()
+    yield engine
+    await engine.stop()
+
+
+def request() -> ImageRequest:
+    return ImageRequest(model="small", operation=ImageOperation.GENERATION, request_id="test")
+
+
+def granted_bytes(engine: Engine) -> list[int]:
+    return [entry.nbytes for entry in engine.status().ledger.entries if entry.kind == "lease"]
+
+
+async def events(engine: Engine) -> list[Event]:
+    session = await engine.open(request())
+    return [event async for event in session.events()]
+
+
+@pytest.mark.parametrize("before", [[], [Progress(0.0), Progress(0.5)]])
+async def test_a_run_that_ran_out_of_memory_is_tried_once_more_alone(
+    engine: Engine, runtime: Measured, before: list[Event]
+) -> None:
+    exclusive: list[bool] = []
+
+    async def answer(_: Any) -> AsyncGenerator[Event, None]:
+        exclusive.append(any(lease.exclusive for lease in engine._scheduler._leases))
+        if len(exclusive) == 1:
+            for event in before:
+                yield event
+            raise OutOfDeviceMemory("too little")
+        yield Progress(0.0)
+        yield RESULT
+
+    runtime.answer = answer
+    assert await events(engine) == [*before, Progress(0.0), RESULT]
+    assert len(exclusive) == 2
+    assert granted_bytes(engine) == []
+
+
+@pytest.mark.parametrize("given", [[], [PartialImage(0, PICTURE)]])
+async def test_it_is_not_tried_a_third_time_nor_after_a_part_was_given(
+    engine: Engine, runtime: Measured, given: list[Event]
+) -> None:
+    runs = 0
+
+    async def answer(_: Any) -> AsyncGenerator[Event, None]:
+        nonlocal runs
+        runs += 1
+        yield Progress(0.0)
+        for event in given:
+            yield event
+        raise OutOfDeviceMemory("too little")
+
+    runtime.answer = answer
+    with pytest.raises(OutOfDeviceMemory):
+        await events(engine)
+    assert runs == (1 if given else 2)
+    assert granted_bytes(engine) == []
+
+
+async def test_a_measured_peak_is_what_the_next_run_is_granted(
+    engine: Engine, runtime: Measured
+) -> None:
+    granted: list[int] = []
+
+    async def answer(_: Any) -> AsyncGenerator[Event, None]:
+        granted.extend(granted_bytes(engine))
+        yield WorkingMemory(1000)
+        yield RESULT
+
+    runtime.answer = answer
+    for _ in range(2):
+        assert await events(engine) == [RESULT]
+    assert granted == [ESTIMATE_BYTES, int(1000 * (1 + WORKING_MARGIN))]
+
+
+async def test_a_shape_that_ran_out_is_granted_more(engine: Engine, runtime: Measured) -> None:
+    granted: list[int] = []
+
+    async def answer(_: Any) -> AsyncGenerator[Event, None]:
+        granted.extend(granted_bytes(engine))
+        if len(granted) == 1:
+            raise OutOfDeviceMemory("too little")
+        yield RESULT
+
+    runtime.answer = answer
+    assert await events(engine) == [RESULT]
+    assert await events(engine) == [RESULT]
+    more = int(int(ESTIMATE_BYTES * OUT_OF_MEMORY_FACTOR) * (1 + WORKING_MARGIN))
+    assert granted == [ESTIMATE_BYTES, more, more]

@@ -1,0 +1,68 @@
+"""A real server in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+START_S = 180.0
+STOP_S = 60.0
+ROOT = Path(__file__).parents[2]
+
+
+class Server:
+    """`roundhouse serve` in a child process."""
+
+    def __init__(self, home: Path, *arguments: str, **environ: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = (home / "server.log").open("a+")
+        command = "from server.cli import main; main()"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", command, "serve", "--port", str(self.port), *arguments],
+            cwd=ROOT,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env={
+                **os.environ,
+                "HF_HUB_OFFLINE": "1",
+                "XDG_CACHE_HOME": str(home / "cache"),
+                "XDG_DATA_HOME": str(home / "data"),
+                "XDG_STATE_HOME": str(home / "state"),
+                **environ,
+            },
+        )
+
+    def wait_ready(self) -> None:
+        """Poll as an orchestrator does."""
+        deadline = time.monotonic() + START_S
+        while True:
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < deadline, self.log()
+            try:
+                if httpx.get(f"{self.url}/ready").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+
+    def stop(self, sent: signal.Signals = signal.SIGTERM) -> int:
+        """Ask it to stop and return its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(sent)
+        try:
+            return self.process.wait(STOP_S)
+        finally:
+            self.process.kill()
+
+    def log(self) -> str:
+        self._log.seek(0)
+        return self._log.read()[-4000:]
