@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import ConfigError, LoadFailed
@@ -9,12 +10,20 @@ from engine.starter import ensure_starter, starter_folder
 
 STARTER_PREFIX = "starter:"
 
-WANTED_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+WANTED_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 """What is fetched from a hub: never pickled weights, never code."""
 
 
-def local_folder(source: str, cache_dir: Path, *, revision: str | None = None) -> Path:
+def local_folder(
+    source: str,
+    cache_dir: Path,
+    *,
+    revision: str | None = None,
+    patterns: Sequence[str] = WANTED_FILES,
+) -> Path:
     """The folder with the files of `source`, built or downloaded if need be. May take minutes.
+
+    `patterns` are the files to fetch from a hub; paths count, and `*` matches a slash.
 
     Raises:
         LoadFailed: there is no such folder or starter model, or the hub could not be asked.
@@ -34,7 +43,7 @@ def local_folder(source: str, cache_dir: Path, *, revision: str | None = None) -
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=WANTED_FILES))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise LoadFailed(f"cannot fetch {source} from the model hub: {reason}") from error

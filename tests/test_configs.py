@@ -333,3 +333,26 @@ def test_a_first_frame_can_have_the_size_of_its_video(starter_dir: StarterDir) -
             check_size(size, family_of(pipeline_class(image_model, starter_dir)))
             assert size[0] * size[1] <= image_model.options.max_pixels
     assert chained == {"gpu-24gb", "gpu-80gb", "starter"}
+
+
+CARD_GIB = {"cpu": 16, "gpu-8gb": 8, "gpu-24gb": 24, "gpu-80gb": 80}
+
+
+@pytest.mark.parametrize("name", CARD_GIB)
+def test_every_image_and_video_model_fits_with_its_default_request(
+    name: str, tmp_path: Path
+) -> None:
+    """By the estimates before the first measurement: one too high refuses every request."""
+    path = next(path for path in CONFIGS if path.stem == name)
+    config = read(path)
+    budget = config.memory_budget("cpu" if name == "cpu" else "cuda")
+    # A card has some 1% less than its name says.
+    budget_gib = budget.budget_bytes(int(CARD_GIB[name] * 0.99 * 2**30)) / 2**30
+    plan = {
+        line["id"]: line for line in DIFFUSION_PLAN_LINE.finditer(path.read_text(encoding="utf-8"))
+    }
+    runtime = DiffusersRuntime(CpuDevice(), tmp_path)
+    for model in models_of(path, "diffusers"):
+        prepared = runtime.prepare(model, default_request(model, Quality.AUTO))
+        resident_gib = 1.0 if model.options.offload == "group" else float(plan[model.id]["weights"])
+        assert resident_gib + prepared.working_bytes / 2**30 <= budget_gib, model.id

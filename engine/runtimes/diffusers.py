@@ -66,24 +66,38 @@ class Family:
     """Width and height must be multiples of this many pixels."""
     frame_step: int = 1
     """The frames that can be made are 1, 1 + step, 1 + 2 · step, …; others are cut from more."""
+    frames_at_once: int | None = None
+    """Frames that the VAE decodes together; None: all."""
+    decoder_scale: int = 1
+    """How much smaller than the image, on each side, the widest block of the VAE's decoder is."""
     many_images: bool = False
     """Whether an edit may start from several images."""
 
 
 FAMILIES = {
     "AnimateDiff": Family(),
-    "CogVideoX": Family(size_multiple=16, frame_step=4),
+    "CogVideoX": Family(size_multiple=16, frame_step=4, frames_at_once=8),
     "Flux2": Family(size_multiple=16, many_images=True),
     "Flux": Family(size_multiple=16),
-    "HunyuanVideo": Family(size_multiple=16, frame_step=4),
-    "LTX": Family(size_multiple=32, frame_step=8),
+    "HunyuanVideo": Family(size_multiple=16, frame_step=4, frames_at_once=16),
+    "LTX": Family(size_multiple=32, frame_step=8, decoder_scale=4),
     "QwenImageEditPlus": Family(size_multiple=16, many_images=True),
     "StableVideoDiffusion": Family(size_multiple=64),
-    "Wan": Family(size_multiple=16, frame_step=4),
+    "Wan": Family(size_multiple=16, frame_step=4, frames_at_once=4),
 }
 """By the beginning of the pipeline's class name. Sizes: VAE scale × patch (for Stable Video
 Diffusion × the UNet's own scale, as it has no odd sizes inside); frames: the VAE's compression in
-time."""
+time, and how its code batches them; LTX's decoder leaves a patch of 4 × 4 to its last layer."""
+
+CONFIG_FILES = ("*.json", "*.txt", "*.model")
+"""What a pipeline needs beside the weights of its parts. Repositories hold the same weights once
+more in one file at their root, for other programs: more than the parts together."""
+
+OFFLOADED = ("transformer", "unet", "text_encoder")
+"""Beginnings of the names of the parts that group offloading streams."""
+
+TILE_PIXELS = 512 * 512
+"""What a VAE with tiling decodes at once, at most."""
 
 
 class Profile(Section):
@@ -102,10 +116,17 @@ class IpAdapter(Section):
     scale: float = Field(default=0.6, ge=0, le=2)
 
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
 class DiffusersOptions(Section):
     """Options of an image or video model."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
+    vae_dtype: Dtype | None = None
+    """Of the VAE alone, where it needs more; Wan's is meant to run in float32."""
+    vae_tiling: bool = False
+    """Decode in tiles: less memory, more time, and seams where a model is unlucky."""
     variant: str | None = None
     """`fp16` takes the files named `*.fp16.safetensors`."""
     revision: str | None = None
@@ -398,10 +419,17 @@ class DiffusersRuntime(Runtime):
         """The request with an estimate from the decoder, whose last block is the peak."""
         options: DiffusersOptions = model.options
         assert request.width is not None and request.height is not None
-        at_once = min(frames, int(options.call.get("decode_chunk_size", frames)))
-        item_bytes = DTYPE_BYTES[options.dtype]
-        per_pixel = self._decoder_channels(model) * item_bytes * DECODER_COPIES
-        working = request.width * request.height * (at_once * per_pixel + frames * 3)
+        family = self._family(model)
+        at_once = int(options.call.get("decode_chunk_size", family.frames_at_once or frames))
+        pixels = request.width * request.height
+        decoded = min(pixels, TILE_PIXELS) if options.vae_tiling else pixels
+        item_bytes = DTYPE_BYTES[options.vae_dtype or options.dtype]
+        widest = self._decoder_channels(model) * item_bytes * DECODER_COPIES
+        working = decoded * min(frames, at_once) * widest // family.decoder_scale**2
+        working += pixels * frames * 3
+        assert request.guidance is not None
+        if request.guidance > 1:
+            shape += "-guided"  # the denoiser then has twice the batch
         if request.loras:
             shape += "-" + "+".join(sorted(choice.name for choice in request.loras))
         return Prepared(request, None, working_bytes=working, shape=shape)
@@ -433,15 +461,30 @@ class DiffusersRuntime(Runtime):
         return self._indices[model.id]
 
     def _folder(self, model: ModelConfig) -> Path:
-        return local_folder(model.source, self._cache_dir, revision=model.options.revision)
+        options: DiffusersOptions = model.options
+        patterns = None
+        if options.variant is not None:
+            patterns = [f"*/*.{options.variant}*.safetensors", *CONFIG_FILES]
+        return local_folder(
+            model.source,
+            self._cache_dir,
+            revision=options.revision,
+            patterns=patterns or ["*/*.safetensors", *CONFIG_FILES],
+        )
 
     def estimate(self, model: ModelConfig) -> Estimate:
         """Sum the safetensors headers of every component; fetch the files first if need be."""
         options: DiffusersOptions = model.options
         folder = self._folder(model)
-        parts = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
-        if not (folder / "model_index.json").is_file():
-            raise LoadFailed(f"{folder.name}: no model_index.json, so no diffusers pipeline")
+        try:
+            index = json.loads((folder / "model_index.json").read_text())
+        except (OSError, ValueError) as error:
+            raise LoadFailed(f"{folder.name}: cannot read model_index.json: {error}") from error
+        parts = {
+            name: folder / name
+            for name, value in index.items()
+            if isinstance(value, list) and value and value[0] is not None
+        }
         for name, source in options.components.items():
             parts[name] = local_folder(source, self._cache_dir)
         if options.controlnet is not None:
@@ -449,14 +492,19 @@ class DiffusersRuntime(Runtime):
         if options.ip_adapter is not None:
             adapter = local_folder(options.ip_adapter.source, self._cache_dir)
             parts["image_encoder"] = adapter / options.ip_adapter.subfolder / "image_encoder"
+            parts["ip_adapter"] = adapter / options.ip_adapter.subfolder
         blocks = []
         for name, path in parts.items():
+            if options.offload == "group" and name.startswith(OFFLOADED):
+                continue
             try:
                 tensors = tensor_sizes(_weight_files(path, options.variant))
             except (OSError, ValueError) as error:
                 raise LoadFailed(f"{folder.name}/{name}: cannot read: {error}") from error
+            dtype = options.vae_dtype if name == "vae" else None
             if tensors:
-                blocks.append(Block(name, weight_bytes(tensors, DTYPE_BYTES[options.dtype])))
+                nbytes = weight_bytes(tensors, DTYPE_BYTES[dtype or options.dtype])
+                blocks.append(Block(name, nbytes))
         if not blocks:
             raise LoadFailed(f"{folder.name}: no .safetensors file in the folder")
         nbytes = sum(block.nbytes for block in blocks)

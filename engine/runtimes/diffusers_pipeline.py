@@ -44,7 +44,7 @@ from engine.requests import (
     VideoResult,
     WorkingMemory,
 )
-from engine.runtimes.diffusers import LORA_FILE, check_size, family_of, lora_files
+from engine.runtimes.diffusers import LORA_FILE, OFFLOADED, check_size, family_of, lora_files
 
 if TYPE_CHECKING:
     from engine.runtimes.diffusers import DiffusersOptions
@@ -128,6 +128,8 @@ class Pipeline:
             if missing:
                 raise LoadFailed(f"{folder.name}/{name}: the checkpoint lacks {missing[0]}")
             module.eval()
+        if options.vae_tiling:
+            self.base.vae.enable_tiling()
         if options.attention == "xformers":
             self.base.enable_xformers_memory_efficient_attention()
         self._place()
@@ -155,7 +157,7 @@ class Pipeline:
                     module.to(self.device)
             return
         for name, module in self.modules().items():
-            if name.startswith(("transformer", "unet", "text_encoder")):
+            if name.startswith(OFFLOADED):
                 diffusers.hooks.apply_group_offloading(
                     module,
                     onload_device=torch.device(self.device),
@@ -173,10 +175,9 @@ class Pipeline:
 
     def component_bytes(self) -> dict[str, int]:
         """Device bytes of each part."""
-        offloaded = ("transformer", "unet", "text_encoder")
         sizes = {}
         for name, module in self.modules().items():
-            if self.options.offload == "group" and name.startswith(offloaded):
+            if self.options.offload == "group" and name.startswith(OFFLOADED):
                 continue
             storages = {}
             for _, tensor in _tensors(module):
@@ -501,9 +502,12 @@ def _from_pretrained(folder: Path, folders: Mapping[str, Path], options: Diffuse
         parts[part] = getattr(module, component).from_pretrained(
             folders[part], dtype=_dtype(options), use_safetensors=True
         )
+    dtypes = {"default": _dtype(options)}
+    if options.vae_dtype is not None:
+        dtypes["vae"] = getattr(torch, options.vae_dtype)
     pipe = kind.from_pretrained(
         folder,
-        dtype=_dtype(options),
+        dtype=dtypes,
         variant=options.variant,
         use_safetensors=True,
         local_files_only=True,

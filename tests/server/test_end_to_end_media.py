@@ -14,10 +14,12 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from tests.contract.openai import conforms
+from tests.engine.test_diffusers import IMAGE_FAMILIES, bare
 from tests.server.real import Server
 
 pytestmark = [
@@ -69,6 +71,27 @@ def test_images_by_their_well_known_names(sdk: openai.OpenAI, model: str) -> Non
     )
     assert again.data is not None
     assert nearly_equal(pixels(again.data[0].b64_json), first)
+
+
+def test_an_image_is_that_of_the_library_alone(sdk: openai.OpenAI, tmp_path: Path) -> None:
+    name = "tiny-sdxl-turbo"
+    pipe = bare(name, tmp_path, IMAGE_FAMILIES[name])
+    expected = pipe(
+        "a red train",
+        width=128,
+        height=128,
+        num_inference_steps=2,
+        guidance_scale=0.0,
+        generator=torch.Generator("cpu").manual_seed(3),
+    ).images[0]
+    answer = sdk.images.generate(
+        model=name,
+        prompt="a red train",
+        size=SIZE,
+        extra_body={"seed": 3, "steps": 2, "guidance": 0},
+    )
+    assert answer.data is not None
+    assert nearly_equal(pixels(answer.data[0].b64_json), np.asarray(expected))
 
 
 def test_the_raw_answer_keeps_the_contract(server: Server) -> None:
