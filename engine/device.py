@@ -17,6 +17,13 @@ from engine.errors import ConfigError
 
 CGROUP = Path("/sys/fs/cgroup")
 
+M_ARENA_MAX = -8
+"""glibc's number for the setting, from its malloc.h."""
+ARENAS = 1
+"""Heaps that threads share, instead of glibc's eight a core. Every model has threads of its own, and
+what one of them leaves in a heap of its own is no use to the next: 52 MB after a dozen loads and runs
+of a tiny Whisper; 24 MB with two heaps, none with one."""
+
 
 class Device(ABC):
     """One memory that models share."""
@@ -51,6 +58,8 @@ class CpuDevice(Device):
         self.settle()
         libc = ctypes.util.find_library("c") if platform.libc_ver()[0] == "glibc" else None
         self._libc = ctypes.CDLL(libc) if libc else None
+        if self._libc is not None:
+            self._libc.mallopt(M_ARENA_MAX, ARENAS)
 
     def settle(self) -> None:
         """Take the process as it is now for the part that is no model."""

@@ -29,7 +29,7 @@ from engine.metrics import EngineMetrics
 from engine.requests import Document, Event, Frame, Priority, Progress, Request, WorkingMemory
 from engine.residency import Residency
 from engine.runtimes import runtime_class
-from engine.runtimes.base import Prepared, Runtime, Voice
+from engine.runtimes.base import Estimate, Prepared, Runtime, Voice
 from engine.scheduler import EventKind, Lease, Scheduler, SchedulerEvent, Ticket
 from engine.status import EngineState, EngineStatus, ModelStatus
 
@@ -165,6 +165,8 @@ class Engine:
         self._start_error: str | None = None
         self._watch: asyncio.Task[None] | None = None
         self._preloads: list[asyncio.Task[None]] = []
+        self._fetches: dict[str, asyncio.Task[Estimate]] = {}
+        self._with_files: set[str] = set()
 
     @property
     def metrics(self) -> CollectorRegistry:
@@ -289,6 +291,9 @@ class Engine:
         )
         await self._wait_started(timeout_s)
         prepared = self._runtimes[model.runtime].prepare(model, request)
+        if prepared.working_bytes and not await self._has_files(model, timeout_s):
+            # Only now its files tell what a run takes, and what it cannot do.
+            prepared = self._runtimes[model.runtime].prepare(model, request)
 
         async def alone() -> Session:
             return await self._attempt(model, prepared, timeout_s, exclusive=True)
@@ -300,6 +305,29 @@ class Engine:
             return await alone()
         session.again = alone
         return session
+
+    async def _has_files(self, model: ModelConfig, timeout_s: float) -> bool:
+        """Whether the model's files were looked at before; else wait until they are here.
+
+        Raises:
+            QueueTimeout: they take longer to come. They go on coming.
+
+        """
+        if model.id in self._with_files:
+            return True
+        task = self._fetches.get(model.id)
+        if task is None:
+            estimate = self._runtimes[model.runtime].estimate
+            task = asyncio.create_task(asyncio.to_thread(estimate, model))
+            self._fetches[model.id] = task
+            task.add_done_callback(lambda _: self._fetches.pop(model.id))
+        await asyncio.wait([task], timeout=timeout_s)
+        if not task.done():
+            message = f"The files of the model {model.id!r} are still being fetched."
+            raise QueueTimeout(message, retry_after_s=10.0)
+        if task.exception() is None:  # else the load will fail for the same reason, and tell it
+            self._with_files.add(model.id)
+        return False
 
     async def _wait_started(self, timeout_s: float) -> None:
         try:

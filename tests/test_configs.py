@@ -14,7 +14,8 @@ import pytest
 from engine.checkpoint import DTYPE_BYTES, tensor_sizes
 from engine.config import EngineConfig, ModelConfig, engine_config, engine_fields, read_sections
 from engine.device import CpuDevice
-from engine.requests import ImageOperation, ImageRequest, Quality, VideoRequest
+from engine.requests import ImageOperation, ImageRequest, Quality, SpeechRequest, VideoRequest
+from engine.runtimes import runtime_class
 from engine.runtimes.diffusers import (
     DiffusersOptions,
     DiffusersRuntime,
@@ -22,8 +23,9 @@ from engine.runtimes.diffusers import (
     family_of,
     lora_files,
 )
+from engine.runtimes.kokoro import OPENAI_VOICES
 from engine.sources import STARTER_PREFIX
-from engine.starter import DIFFUSION_STARTERS, STARTERS
+from engine.starter import DIFFUSION_STARTERS, SPEECH_STARTERS, STARTERS
 from engine.units import parse_size
 from tests.conftest import StarterDir
 
@@ -139,11 +141,36 @@ def test_the_configurations_are_found() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_configuration_offers_every_task(path: Path) -> None:
-    video = {"video"} if path.stem != "cpu" else set()
-    assert {model.task for model in read(path).models} == {"generate", "embed", "image"} | video
-    runtimes = {"generate": "vllm", "embed": "vllm", "image": "diffusers", "video": "diffusers"}
+    runtimes = {
+        "generate": {"vllm"},
+        "embed": {"vllm"},
+        "image": {"diffusers"},
+        "video": {"diffusers"},
+        "transcribe": {"whisper"},
+        "speech": {"kokoro", "coqui", "bark"},
+    }
+    if path.stem == "cpu":
+        del runtimes["video"]
+    assert {model.task for model in read(path).models} == runtimes.keys()
     for model in read(path).models:
-        assert model.runtime == runtimes[model.task], model.id
+        assert model.runtime in runtimes[model.task], model.id
+
+
+@pytest.mark.slow
+def test_the_starter_configuration_speaks_with_every_voice(starter_dir: StarterDir) -> None:
+    """The names of OpenAI's voices lead to voices that the models have."""
+    models = [model for model in read(STARTER_CONFIG).models if model.task == "speech"]
+    listening = [model for model in read(STARTER_CONFIG).models if model.task == "transcribe"]
+    served = {model.source.removeprefix(STARTER_PREFIX) for model in [*models, *listening]}
+    assert served == SPEECH_STARTERS.keys()
+    for model in models:
+        folder = starter_dir(model.source.removeprefix(STARTER_PREFIX))
+        runtime = runtime_class(model.runtime)(CpuDevice(), folder.parents[2])
+        voices = {voice.id for voice in runtime.voices(model)}
+        assert set(model.options.voices.values()) <= voices, model.id
+        for name in OPENAI_VOICES:
+            request = SpeechRequest(model=model.id, text="hello", voice=name, request_id="test")
+            runtime.prepare(model, request)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -16,7 +16,6 @@ from engine.estimates import EstimateStore
 from engine.requests import ImageOperation, ImageRequest, ImageResult
 from engine.runtimes.diffusers import DiffusersRuntime
 from engine.runtimes.vllm import VllmRuntime
-from engine.starter import ensure_starter
 from tests.engine.conftest import MakeModel
 from tests.engine.greedy import PROMPTS, completion
 from tests.engine.test_diffusers import Shared, runtime
@@ -40,7 +39,6 @@ async def engine(
     cache_dir: Path,
     tmp_path: Path,
 ) -> AsyncIterator[Engine]:
-    ensure_starter("tiny-sdxl-turbo", cache_dir)  # its files tell what a run takes
     image = ModelConfig(
         id="image",
         runtime="diffusers",

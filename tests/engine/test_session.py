@@ -11,7 +11,7 @@ import pytest_asyncio
 from PIL import Image
 
 from engine.engine import OUT_OF_MEMORY_FACTOR, WORKING_MARGIN, Engine
-from engine.errors import OutOfDeviceMemory
+from engine.errors import LoadFailed, OutOfDeviceMemory
 from engine.requests import (
     Event,
     ImageOperation,
@@ -23,8 +23,8 @@ from engine.requests import (
     WorkingMemory,
 )
 from engine.runtimes import REGISTRY
-from engine.runtimes.base import Prepared
-from tests.server.fake import FakeRuntime, fake_engine
+from engine.runtimes.base import Block, Estimate, Prepared
+from tests.server.fake import MODEL_BYTES, FakeRuntime, fake_engine
 
 PICTURE = Image.new("RGB", (2, 2))
 RESULT = ImageResult((PICTURE,), seed=1)
@@ -137,3 +137,41 @@ async def test_a_shape_that_ran_out_is_granted_more(engine: Engine, runtime: Mea
     assert await events(engine) == [RESULT]
     more = int(int(ESTIMATE_BYTES * OUT_OF_MEMORY_FACTOR) * (1 + WORKING_MARGIN))
     assert granted == [ESTIMATE_BYTES, more, more]
+
+
+async def test_what_a_run_takes_is_estimated_again_once_the_files_are_there(
+    engine: Engine, runtime: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guess for files that are not here may be far too high, and would be refused."""
+    fetched: list[str] = []
+    granted: list[int] = []
+
+    def prepare(_model: Any, request: Request) -> Prepared:
+        return Prepared(request, None, working_bytes=ESTIMATE_BYTES if fetched else 10**9)
+
+    def estimate(model: Any) -> Estimate:
+        fetched.append(model.id)
+        return Estimate((Block("weights", MODEL_BYTES),), 0.1)
+
+    async def answer(_: Any) -> AsyncGenerator[Event, None]:
+        granted.extend(granted_bytes(engine))
+        yield RESULT
+
+    monkeypatch.setattr(runtime, "prepare", prepare)
+    monkeypatch.setattr(runtime, "estimate", estimate)
+    runtime.answer = answer
+    for _ in range(2):
+        assert await events(engine) == [RESULT]
+    assert granted == [ESTIMATE_BYTES] * 2
+    assert len(fetched) == 2  # once for the run, once for the load
+
+
+async def test_files_that_cannot_be_had_fail_the_load(
+    engine: Engine, runtime: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def estimate(_model: Any) -> Estimate:
+        raise LoadFailed("the hub is away")
+
+    monkeypatch.setattr(runtime, "estimate", estimate)
+    with pytest.raises(LoadFailed, match="the hub is away"):
+        await events(engine)

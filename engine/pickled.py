@@ -1,0 +1,35 @@
+"""Pickled checkpoints, read in the one way that runs no code."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from engine.errors import LoadFailed
+
+
+def load_pickled(path: Path, *, device: str = "cpu") -> Any:
+    """The tensors and plain containers of a file; with the device `meta`, only their shapes.
+
+    Imports torch.
+
+    Raises:
+        LoadFailed: missing, damaged, or it holds something that would have to be executed.
+
+    """
+    import torch
+
+    try:
+        return torch.load(
+            path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except pickle.UnpicklingError as error:
+        raise LoadFailed(
+            f"{path.parent.name}/{path.name}: damaged, or it holds more than tensors; objects that"
+            " would have to be executed are not read"
+        ) from error
+    except Exception as error:  # torch raises whatever damaged bytes lead it to
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LoadFailed(f"{path.parent.name}/{path.name}: {reason}") from error

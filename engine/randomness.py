@@ -1,0 +1,81 @@
+"""Random numbers of one thread, for libraries that draw from torch's global generator.
+
+The global generator is one for the process: two models that draw from it at once change each
+other's numbers, and seeding it for one run seeds it for all. `torch.random.fork_rng` is no help:
+what it puts back is global as well. So in the modules that draw, and in no others, the name `torch`
+is given to a stand-in, which draws from the thread's own generator inside of `seeded` and is torch
+itself otherwise. The numbers are those that torch gives after `manual_seed`.
+
+Importing this module imports torch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_thread = threading.local()
+
+
+class _Torch(ModuleType):
+    """Torch, but what is drawn comes from the thread's generator where it has one."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def randn(self, *size: Any, **settings: Any) -> torch.Tensor:
+        """As `torch.randn`."""
+        return torch.randn(*size, **_with_generator(settings, settings.get("device")))
+
+    def randn_like(self, tensor: torch.Tensor, **settings: Any) -> torch.Tensor:
+        """As `torch.randn_like`, which fills an `empty_like`."""
+        empty = torch.empty_like(tensor, **settings)
+        return empty.normal_(**_with_generator({}, empty.device))
+
+    def rand(self, *size: Any, **settings: Any) -> torch.Tensor:
+        """As `torch.rand`."""
+        return torch.rand(*size, **_with_generator(settings, settings.get("device")))
+
+    def multinomial(self, weights: torch.Tensor, *args: Any, **settings: Any) -> torch.Tensor:
+        """As `torch.multinomial`."""
+        return torch.multinomial(weights, *args, **_with_generator(settings, weights.device))
+
+
+_TORCH = _Torch("torch")
+
+
+def draw_by_thread(*module_names: str) -> None:
+    """Have what these modules draw through the name `torch` come from the thread's generator.
+
+    Imports them. Without `seeded` they draw as before. Call again as you like.
+    """
+    for name in module_names:
+        module = import_module(name)
+        assert module.torch in (torch, _TORCH)
+        module.torch = _TORCH  # type: ignore[attr-defined]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Give the calling thread a generator of its own, of each device that it draws on."""
+    _thread.seed, _thread.generators = seed, {}
+    try:
+        yield
+    finally:
+        del _thread.seed, _thread.generators
+
+
+def _with_generator(settings: dict[str, Any], device: Any) -> dict[str, Any]:
+    generators = getattr(_thread, "generators", None)
+    if generators is None or settings.get("generator") is not None:
+        return settings
+    device = torch.device(device if device is not None else torch.get_default_device())
+    if device not in generators:
+        generators[device] = torch.Generator(device).manual_seed(_thread.seed)
+    return {**settings, "generator": generators[device]}
