@@ -20,9 +20,9 @@ CGROUP = Path("/sys/fs/cgroup")
 M_ARENA_MAX = -8
 """glibc's number for the setting, from its malloc.h."""
 ARENAS = 1
-"""Heaps that threads share, instead of glibc's eight a core. Every model has threads of its own, and
-what one of them leaves in a heap of its own is no use to the next: 52 MB after a dozen loads and runs
-of a tiny Whisper; 24 MB with two heaps, none with one."""
+"""Heaps that threads share, instead of glibc's eight a core. Every model has threads of its own,
+and what one of them leaves in a heap of its own is no use to the next: 52 MB after a dozen loads
+and runs of a tiny Whisper; 24 MB with two heaps, none with one."""
 
 
 class Device(ABC):
