@@ -18,6 +18,7 @@ import functools
 import importlib.metadata
 import logging
 import queue
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -234,8 +235,16 @@ def _once(function: Callable[..., None]) -> Any:
     def wrapper(*args: Any, **kwargs: Any) -> None:
         nonlocal done
         if not done:
-            with warnings.catch_warnings(action="ignore"):  # it looks at deprecated names
-                function(*args, **kwargs)
+            # It looks at every name of every module: at deprecated ones, and at llvmlite's library
+            # object, which answers to any attribute with a function and breaks the search.
+            hidden = {name: sys.modules[name] for name in sys.modules if "llvmlite" in name}
+            for name in hidden:
+                del sys.modules[name]
+            try:
+                with warnings.catch_warnings(action="ignore"):
+                    function(*args, **kwargs)
+            finally:
+                sys.modules.update(hidden)
             done = True
 
     return staticmethod(wrapper)
