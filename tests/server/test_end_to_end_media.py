@@ -15,9 +15,11 @@ import numpy as np
 import openai
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
+from server.settings import STARTER_CONFIG
 from tests.contract.openai import conforms
 from tests.engine.test_diffusers import IMAGE_FAMILIES, bare
 from tests.server.real import Server
@@ -225,7 +227,12 @@ def test_bad_input_is_told_at_once(sdk: openai.OpenAI, server: Server) -> None:
 
 
 def test_a_job_survives_a_kill(tmp_path: Path) -> None:
-    server = Server(tmp_path)
+    config = tmp_path / "config.yaml"
+    models = yaml.safe_load(STARTER_CONFIG.read_text(encoding="utf-8"))["models"]
+    alone = {"models": [model for model in models if model["id"] == "tiny-wan"]}
+    config.write_text(yaml.safe_dump(alone), encoding="utf-8")
+    arguments = ("--config", str(config))
+    server = Server(tmp_path, *arguments)
     try:
         server.wait_ready()
         body = {"model": "tiny-wan", "prompt": "a red train", "size": "128x128", "num_frames": 9,
@@ -237,7 +244,7 @@ def test_a_job_survives_a_kill(tmp_path: Path) -> None:
         while not httpx.get(server.url + url).json()["progress"]:
             assert time.monotonic() < deadline
         server.stop(signal.SIGKILL)
-        second = Server(tmp_path)
+        second = Server(tmp_path, *arguments)
         try:
             second.wait_ready()
             while (job := httpx.get(second.url + url).json())["status"] != "completed":
