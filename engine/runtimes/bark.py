@@ -35,8 +35,8 @@ from engine.runtimes.speech import (
     choose_voice,
     prepared_speech,
     primary_language,
-    reason,
 )
+from engine.runtimes.thread_run import reason
 from engine.sentences import split_sentences
 from engine.sources import WANTED_FILES, local_folder, present_folder
 

@@ -36,8 +36,8 @@ from engine.runtimes.speech import (
     choose_voice,
     prepared_speech,
     primary_language,
-    reason,
 )
+from engine.runtimes.thread_run import reason
 from engine.sentences import split_sentences
 from engine.sources import local_folder, present_folder
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from engine.errors import LoadFailed
 from engine.pickled import load_pickled
-from engine.runtimes.speech import reason
+from engine.runtimes.thread_run import reason
 
 CHECKPOINTS = ("model_file.pth", "model.pth", "best_model.pth")
 """Names of the weights: of Coqui's releases, of XTTS, of what its trainer writes."""

@@ -16,7 +16,9 @@ import os
 import random
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -26,7 +28,7 @@ from pydantic import Field
 from engine.checkpoint import DTYPE_BYTES, tensor_sizes, weight_bytes
 from engine.config import ModelConfig, Section
 from engine.device import Device
-from engine.errors import EngineError, InvalidRequest, LoadFailed, OutOfDeviceMemory, RuntimeFailed
+from engine.errors import EngineError, InvalidRequest, LoadFailed
 from engine.process import GATE
 from engine.requests import (
     Event,
@@ -37,6 +39,7 @@ from engine.requests import (
     VideoRequest,
 )
 from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
+from engine.runtimes.thread_run import reason, run_on_thread, torch_error
 from engine.sources import local_folder, present_folder
 
 if TYPE_CHECKING:
@@ -229,28 +232,10 @@ class DiffusersModel(LoadedModel):
         from engine.runtimes.diffusers_pipeline import Run
 
         assert self.pipeline is not None
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event | None] = asyncio.Queue()
-
-        def emit(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        run = Run(self.pipeline, prepared.request, prepared.shape, emit)
-        done = loop.run_in_executor(self.thread, run.execute)
-        done.add_done_callback(lambda _: events.put_nowait(None))
-        try:
-            while (event := await events.get()) is not None:
+        make_run = partial(Run, self.pipeline, prepared.request, prepared.shape)
+        async with aclosing(run_on_thread(self.thread, make_run, torch_error)) as events:
+            async for event in events:
                 yield event
-            done.result()
-        except EngineError:
-            raise
-        except Exception as error:
-            raise _translate(error) from error
-        finally:
-            run.cancel()
-            # The lease must not end before the memory is free. The caller may be cancelled again.
-            while not done.done():
-                await asyncio.shield(asyncio.wait([done]))
 
 
 class DiffusersRuntime(Runtime):
@@ -524,7 +509,7 @@ class DiffusersRuntime(Runtime):
             await loop.run_in_executor(self._loader, self._collect)
             if isinstance(error, EngineError):
                 raise
-            raise LoadFailed(_reason(error)) from error
+            raise LoadFailed(reason(error)) from error
         return DiffusersModel(pipeline, ThreadPoolExecutor(1, thread_name_prefix=model.id))
 
     def _build(self, model: ModelConfig) -> Pipeline:
@@ -580,17 +565,3 @@ def _fit(size: tuple[int, int], multiple: int, max_pixels: int) -> tuple[int, in
 
 def _size(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-def _translate(error: Exception) -> EngineError:
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return OutOfDeviceMemory(f"The device ran out of memory: {_reason(error)}")
-    return RuntimeFailed(f"The model failed while running: {_reason(error)}")
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error, for people; the log has the rest."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

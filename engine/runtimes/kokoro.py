@@ -18,7 +18,9 @@ import re
 import warnings
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -26,10 +28,11 @@ from pydantic import Field, field_validator
 
 from engine.config import ModelConfig, Section
 from engine.device import Device
-from engine.errors import EngineError, InvalidRequest, LoadFailed, OutOfDeviceMemory, RuntimeFailed
+from engine.errors import EngineError, InvalidRequest, LoadFailed
 from engine.process import GATE
 from engine.requests import Event, Request, SpeechRequest
 from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime, Voice
+from engine.runtimes.thread_run import reason, run_on_thread, torch_error
 from engine.sentences import split_sentences
 from engine.sources import local_folder, present_folder
 
@@ -191,28 +194,10 @@ class KokoroModel(LoadedModel):
         if not utterance.voices:
             files = _voice_files(self.folder)
             utterance = replace(utterance, voices=_find_voices(utterance.blend, files))
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event | None] = asyncio.Queue()
-
-        def emit(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        run = Run(self.model, self.phonemizer, utterance, prepared.shape, emit)
-        done = loop.run_in_executor(self.thread, run.execute)
-        done.add_done_callback(lambda _: events.put_nowait(None))
-        try:
-            while (event := await events.get()) is not None:
+        make_run = partial(Run, self.model, self.phonemizer, utterance, prepared.shape)
+        async with aclosing(run_on_thread(self.thread, make_run, torch_error)) as events:
+            async for event in events:
                 yield event
-            done.result()
-        except EngineError:
-            raise
-        except Exception as error:
-            raise _translate(error) from error
-        finally:
-            run.cancel()
-            # The lease must not end before the memory is free. The caller may be cancelled again.
-            while not done.done():
-                await asyncio.shield(asyncio.wait([done]))
 
 
 class KokoroRuntime(Runtime):
@@ -370,7 +355,7 @@ class KokoroRuntime(Runtime):
             await loop.run_in_executor(self._loader, self._collect)
             if isinstance(error, EngineError):
                 raise
-            raise LoadFailed(_reason(error)) from error
+            raise LoadFailed(reason(error)) from error
 
     def _build(self, model: ModelConfig) -> LoadedModel:
         from engine.runtimes.kokoro_model import VoiceModel
@@ -428,17 +413,3 @@ def _no_voice(name: str, files: Mapping[str, Path] | None) -> InvalidRequest:
     some = sorted(files or ())[:8]
     known = f" There is {', '.join(some)}{', …' if len(files or ()) > 8 else ''}." if some else ""
     return InvalidRequest(f"There is no voice {name[:100]!r}.{known}", param="voice")
-
-
-def _translate(error: Exception) -> EngineError:
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return OutOfDeviceMemory(f"The device ran out of memory: {_reason(error)}")
-    return RuntimeFailed(f"The model failed while running: {_reason(error)}")
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error, for people; the log has the rest."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

@@ -5,19 +5,21 @@ Nothing here imports a library; the run itself is in `speech_run`.
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from engine.config import ModelConfig, Section
-from engine.errors import EngineError, InvalidRequest, OutOfDeviceMemory, RuntimeFailed
+from engine.errors import InvalidRequest
 from engine.requests import Event, Request, SpeechRequest
 from engine.runtimes.base import Block, LoadedModel, Prepared
+from engine.runtimes.thread_run import run_on_thread, torch_error
 
 if TYPE_CHECKING:
     from engine.runtimes.speech_run import Speaker
@@ -182,42 +184,10 @@ class SpeechModel(LoadedModel):
         from engine.runtimes.speech_run import Run
 
         assert self.speaker is not None
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event | None] = asyncio.Queue()
-
-        def emit(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
         request = prepared.request
         assert isinstance(request, SpeechRequest)
         utterance: Utterance = prepared.payload or self._understand(request)
-        run = Run(self.speaker, request, utterance, prepared.shape, emit)
-        done = loop.run_in_executor(self.thread, run.execute)
-        done.add_done_callback(lambda _: events.put_nowait(None))
-        try:
-            while (event := await events.get()) is not None:
+        make_run = partial(Run, self.speaker, request, utterance, prepared.shape)
+        async with aclosing(run_on_thread(self.thread, make_run, torch_error)) as events:
+            async for event in events:
                 yield event
-            done.result()
-        except EngineError:
-            raise
-        except Exception as error:
-            raise _translate(error) from error
-        finally:
-            run.cancel()
-            # The lease must not end before the memory is free. The caller may be cancelled again.
-            while not done.done():
-                await asyncio.shield(asyncio.wait([done]))
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error, for people; the log has the rest."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
-
-
-def _translate(error: Exception) -> EngineError:
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return OutOfDeviceMemory(f"The device ran out of memory: {reason(error)}")
-    return RuntimeFailed(f"The model failed while running: {reason(error)}")

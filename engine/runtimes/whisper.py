@@ -14,7 +14,9 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -27,6 +29,7 @@ from engine.device import Device
 from engine.errors import EngineError, InvalidRequest, LoadFailed, OutOfDeviceMemory, RuntimeFailed
 from engine.requests import Event, Request, TranscriptionRequest
 from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
+from engine.runtimes.thread_run import reason, run_on_thread
 from engine.sources import local_folder, present_folder
 from engine.units import Duration
 
@@ -123,28 +126,10 @@ class LoadedWhisper(LoadedModel):
 
         assert self.model is not None
         assert isinstance(prepared.request, TranscriptionRequest)
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event | None] = asyncio.Queue()
-
-        def emit(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        run = Run(self.model, self.options, prepared.request, emit)
-        done = loop.run_in_executor(self.thread, run.execute)
-        done.add_done_callback(lambda _: events.put_nowait(None))
-        try:
-            while (event := await events.get()) is not None:
+        make_run = partial(Run, self.model, self.options, prepared.request)
+        async with aclosing(run_on_thread(self.thread, make_run, _translate)) as events:
+            async for event in events:
                 yield event
-            done.result()
-        except EngineError:
-            raise
-        except Exception as error:
-            raise _translate(error) from error
-        finally:
-            run.cancel()
-            # The lease must not end before the memory is free. The caller may be cancelled again.
-            while not done.done():
-                await asyncio.shield(asyncio.wait([done]))
 
 
 class WhisperRuntime(Runtime):
@@ -256,7 +241,7 @@ class WhisperRuntime(Runtime):
             await loop.run_in_executor(self._loader, self._device.release_cached)
             if isinstance(error, EngineError):
                 raise
-            raise LoadFailed(_reason(error)) from error
+            raise LoadFailed(reason(error)) from error
 
     def _build(self, model: ModelConfig) -> LoadedWhisper:
         from engine.runtimes.whisper_run import CancellableWhisper
@@ -313,11 +298,5 @@ def _variables(folder: Path) -> dict[str, Variable]:
 def _translate(error: Exception) -> EngineError:
     # CTranslate2 has one exception for everything.
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return OutOfDeviceMemory(f"The device ran out of memory: {_reason(error)}")
-    return RuntimeFailed(f"The model failed while running: {_reason(error)}")
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error, for people; the log has the rest."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+        return OutOfDeviceMemory(f"The device ran out of memory: {reason(error)}")
+    return RuntimeFailed(f"The model failed while running: {reason(error)}")
