@@ -110,6 +110,12 @@ class EngineConfig(Section):
 
     None takes 90% of a GPU, 50% of host memory.
     """
+    host_memory: Budget | None = None
+    """What host copies of weights may use: a size, or a share of host memory.
+
+    Models with a host copy are parked and woken instead of unloaded and loaded. None takes 50%
+    beside a GPU. On a CPU, where they are a second copy in the same memory, it takes 20%.
+    """
     cache_dir: Path = Field(default_factory=lambda: user_dir("XDG_CACHE_HOME", ".cache"))
     state_dir: Path = Field(default_factory=lambda: user_dir("XDG_STATE_HOME", ".local/state"))
     """What is measured and remembered."""
@@ -160,6 +166,10 @@ class EngineConfig(Section):
     def memory_budget(self, device: str) -> MemoryBudget:
         """`memory`, or the default of that kind of device."""
         return self.memory or MemoryBudget(share=0.9 if device == "cuda" else 0.5)
+
+    def host_memory_budget(self, device: str) -> MemoryBudget:
+        """`host_memory`, or the default beside that kind of device."""
+        return self.host_memory or MemoryBudget(share=0.5 if device == "cuda" else 0.2)
 
 
 def read_sections(

@@ -36,8 +36,15 @@ class Device(ABC):
     def foreign_bytes(self) -> int:
         """Bytes in use now that no model of ours accounts for. Cheap; measured at every call."""
 
+    @abstractmethod
+    def own_bytes(self) -> int:
+        """Bytes that this process uses now beyond what it used before its first model. Cheap."""
+
     def settle(self) -> None:  # noqa: B027 - only host memory mixes libraries with models
         """Take what the process uses now, after the imports and before any model, for its own."""
+
+    def release_weights(self) -> None:  # noqa: B027 - the C library gives large blocks back at once
+        """Hand the memory of parked weights back to the device, where an allocator keeps it."""
 
     @abstractmethod
     def release_cached(self) -> None:
@@ -53,8 +60,7 @@ class CpuDevice(Device):
         self.name = platform.processor() or platform.machine()
         self._process = psutil.Process()
         self._limit_bytes = _cgroup_number("memory.max")
-        total_bytes = psutil.virtual_memory().total
-        self.total_bytes = min(total_bytes, self._limit_bytes or total_bytes)
+        self.total_bytes = host_memory_bytes()
         self.settle()
         libc = ctypes.util.find_library("c") if platform.libc_ver()[0] == "glibc" else None
         self._libc = ctypes.CDLL(libc) if libc else None
@@ -75,6 +81,10 @@ class CpuDevice(Device):
             used_bytes = (_cgroup_number("memory.current") or used_bytes) - cache_bytes
         others_bytes = max(0, used_bytes - self._process.memory_info().rss)
         return others_bytes + self._baseline_bytes
+
+    def own_bytes(self) -> int:
+        """The process's memory less what it was at `settle`."""
+        return int(self._process.memory_info().rss - self._baseline_bytes)
 
     def release_cached(self) -> None:
         """Give the C allocator's free pages back to the system (glibc keeps them otherwise)."""
@@ -105,6 +115,14 @@ class CudaDevice(Device):
         free_bytes, total_bytes = self._torch.cuda.mem_get_info()
         return max(0, int(total_bytes - free_bytes - self._torch.cuda.memory_reserved()))
 
+    def own_bytes(self) -> int:
+        """What torch holds of the card; the others' libraries keep their own counts."""
+        return int(self._torch.cuda.memory_reserved())
+
+    def release_weights(self) -> None:
+        """Empty torch's caching allocator: other libraries allocate beside it."""
+        self._torch.cuda.empty_cache()
+
     def release_cached(self) -> None:
         """Empty torch's caching allocator."""
         self._torch.cuda.empty_cache()
@@ -122,6 +140,12 @@ def open_device(kind: str) -> Device:
     if kind == "cuda" or (kind == "auto" and has_nvidia_gpu()):
         return CudaDevice()
     return CpuDevice()
+
+
+def host_memory_bytes() -> int:
+    """Memory of the machine, or of the container where that is less."""
+    total_bytes = psutil.virtual_memory().total
+    return min(total_bytes, _cgroup_number("memory.max") or total_bytes)
 
 
 def has_nvidia_gpu() -> bool:

@@ -14,26 +14,46 @@ from prometheus_client.registry import CollectorRegistry
 
 from engine import process
 from engine.config import EngineConfig, ModelConfig
-from engine.device import Device, open_device
+from engine.device import CudaDevice, Device, host_memory_bytes, open_device
 from engine.errors import (
     ConfigError,
+    Conflict,
     EngineError,
+    NotLoaded,
     OutOfDeviceMemory,
     QueueTimeout,
     RuntimeFailed,
     ShuttingDown,
 )
 from engine.estimates import EstimateStore
+from engine.event_log import EventLog
+from engine.host_memory import HostMemory
 from engine.ledger import Ledger
 from engine.metrics import EngineMetrics
-from engine.requests import Document, Event, Frame, Priority, Progress, Request, WorkingMemory
+from engine.planner import COMPLETE
+from engine.requests import (
+    Document,
+    Event,
+    Frame,
+    Priority,
+    Progress,
+    Request,
+    Terms,
+    WorkingMemory,
+)
 from engine.residency import Residency
 from engine.runtimes import runtime_class
 from engine.runtimes.base import Estimate, Prepared, Runtime, Voice
 from engine.scheduler import EventKind, Lease, Scheduler, SchedulerEvent, Ticket
-from engine.status import EngineState, EngineStatus, ModelStatus
+from engine.status import EngineState, EngineStatus, Forecast, ModelState, ModelStatus
+from engine.waiting import Stage, Waiting, WaitStatus
 
 log = logging.getLogger(__name__)
+
+_STAGES = {ModelState.LOADING: Stage.LOADING, ModelState.WAKING: Stage.WAKING}
+
+SIZE_PATIENCE_S = 1.0
+"""How long a request that is to be refused may wait for what is told with the refusal."""
 
 FOREIGN_CHECK_S = 5.0
 """How often the use of the device by others is looked at while nothing else happens."""
@@ -54,6 +74,15 @@ class Timings:
     load_ms: float
     run_ms: float
     """To the first event of a stream; the whole run of a document."""
+    tier: str
+    """Where the model was when the request came: `device`, `host` or `disk`."""
+
+
+@dataclass(slots=True)
+class Peak:
+    """Device bytes that a run took at most above its model's blocks; None until it is measured."""
+
+    nbytes: int | None = None
 
 
 class Session:
@@ -66,10 +95,12 @@ class Session:
         rest: AsyncGenerator[Event, None],
         lease: Lease,
         timings: Timings,
+        peak: Peak,
     ) -> None:
         self.model = model
         self.first = first
         self.timings = timings
+        self.peak = peak
         self.again: Callable[[], Awaitable[Session]] | None = None
         """How to run the request once more after it ran out of device memory."""
         self._rest = rest
@@ -101,7 +132,7 @@ class Session:
                     log.warning("%s; trying once more, alone", error)
                     await self.close()
                     second, self.again = await self.again(), None
-                    self._rest, self._lease = second._rest, second._lease
+                    self._rest, self._lease, self.peak = second._rest, second._lease, second.peak
                     event = second.first
         finally:
             await self.close()
@@ -147,10 +178,12 @@ class Engine:
         self._device = device
         self._runtimes: dict[str, Runtime] = dict(runtimes or {})
         self._models = {model.id: model for model in config.models}
+        self.events = EventLog()
+        """What the scheduler did, in words; closed when the engine has drained."""
         self._estimates: EstimateStore | None = None
         self._ledger = Ledger(0, 0)
-        self._residency = Residency(self._models, self._runtimes, clock)
         self._metrics = EngineMetrics(self.status)
+        self._residency = Residency(self._models, self._runtimes, clock, self._metrics.residual)
         self._scheduler = Scheduler(
             config,
             self._ledger,
@@ -198,9 +231,13 @@ class Engine:
         device.settle()
         self._device = device
         self._estimates = EstimateStore(self.config.state_dir, device.name)
-        self._residency.open(device, self._estimates)
+        host_budget = self.config.host_memory_budget(device.kind)
+        host_bytes = host_budget.budget_bytes(host_memory_bytes())
+        host = HostMemory(host_bytes, pinned=device.kind == CudaDevice.kind)
         budget = self.config.memory_budget(device.kind)
-        self._ledger.set_device(budget.budget_bytes(device.total_bytes), device.total_bytes)
+        budget_bytes = budget.budget_bytes(device.total_bytes)
+        self._residency.open(device, self._estimates, host, budget_bytes)
+        self._ledger.set_device(budget_bytes, device.total_bytes)
         self._scheduler.on_timer()
         self._started.set()
         if self.state is not EngineState.STARTING:  # told to stop meanwhile
@@ -230,12 +267,12 @@ class Engine:
         self._scheduler.on_drain()
         for task in self._preloads:
             task.cancel()
-        if self._scheduler.empty:
-            return
         self._emptied.clear()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(limit_s):
-                await self._emptied.wait()
+        if not self._scheduler.empty:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limit_s):
+                    await self._emptied.wait()
+        self.events.close()  # or whoever follows it would hold the server up
 
     async def stop(self) -> None:
         """Unload everything and let go of the libraries. Requests still running are cut off."""
@@ -276,35 +313,96 @@ class Engine:
             raise QueueTimeout("The engine is still starting.", retry_after_s=5.0)
         return runtime.prepare(model, request)
 
-    async def open(self, request: Request) -> Session:
+    async def open(self, request: Request, waiting: Waiting | None = None) -> Session:
         """Admit a request, load its model if need be, and wait for its first event.
+
+        `waiting` lets others see meanwhile where the request stands: see `wait_status`.
 
         Raises:
             EngineError: whatever can go wrong before the first byte.
 
         """
         model = self.config.find(request.model)
-        timeout_s = (
-            self.config.queue_timeout_s
-            if request.queue_timeout_s is None
-            else request.queue_timeout_s
-        )
+        waiting = waiting or Waiting()
+        timeout_s = request.terms.timeout_s
+        if timeout_s is None:
+            timeout_s = self.config.queue_timeout_s
         await self._wait_started(timeout_s)
         prepared = self._runtimes[model.runtime].prepare(model, request)
+        waiting.stage = Stage.FETCHING
+        if request.terms.if_loaded_only:
+            await self.check_loaded(model.id)
         if prepared.working_bytes and not await self._has_files(model, timeout_s):
             # Only now its files tell what a run takes, and what it cannot do.
             prepared = self._runtimes[model.runtime].prepare(model, request)
 
         async def alone() -> Session:
-            return await self._attempt(model, prepared, timeout_s, exclusive=True)
+            return await self._attempt(model, prepared, timeout_s, waiting, exclusive=True)
 
         try:
-            session = await self._attempt(model, prepared, timeout_s, exclusive=False)
+            session = await self._attempt(model, prepared, timeout_s, waiting, exclusive=False)
         except OutOfDeviceMemory as error:
             log.warning("%s: %s; trying once more, alone", request.request_id, error)
             return await alone()
         session.again = alone
         return session
+
+    async def check_loaded(self, name: str) -> None:
+        """Return if a model is there, or being brought in for others.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            NotLoaded: it is not, with what bringing it in would cost.
+
+        """
+        model = self.config.find(name)
+        if self.model_status(model.id).state not in COMPLETE:
+            raise await self._not_loaded(model)
+
+    async def _not_loaded(self, model: ModelConfig) -> NotLoaded:
+        # Reading the sizes takes moments where the files are here; else nobody knows yet.
+        with contextlib.suppress(EngineError):
+            await self._know_size(model, SIZE_PATIENCE_S)
+        forecast = self._scheduler.forecast(model.id)
+        return NotLoaded(
+            f"The model {model.id!r} is not loaded, and the request is for a loaded one only.",
+            tier=forecast.tier,
+            load_s=forecast.move_s,
+            evicts=tuple(eviction.model for eviction in forecast.evictions),
+        )
+
+    async def plan(
+        self, name: str, *, working_bytes: int = 0, priority: Priority = Priority.NORMAL
+    ) -> Forecast:
+        """What would be done for a request that came now; nothing is done.
+
+        `working_bytes` is the device memory that its run would need beside the model.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            LoadFailed: its files are missing or unreadable.
+            QueueTimeout: the engine is still starting, or the files still being fetched.
+
+        """
+        model = self.config.find(name)
+        await self._wait_started(self.config.queue_timeout_s)
+        await self._know_size(model, self.config.queue_timeout_s)
+        return self._scheduler.forecast(model.id, working_bytes=working_bytes, priority=priority)
+
+    async def _know_size(self, model: ModelConfig, timeout_s: float) -> None:
+        """Let the scheduler know what the model takes, if it does not yet.
+
+        Raises:
+            LoadFailed: its files are missing or unreadable.
+            QueueTimeout: they take longer to come. They go on coming.
+
+        """
+        if self.model_status(model.id).estimated_bytes is not None:
+            return
+        estimate = self._estimates.get(model) if self._estimates is not None else None
+        if estimate is None:
+            estimate = (await self._fetched(model, timeout_s)).result()
+        self._scheduler.on_estimate(model.id, estimate)
 
     async def _has_files(self, model: ModelConfig, timeout_s: float) -> bool:
         """Whether the model's files were looked at before; else wait until they are here.
@@ -315,6 +413,12 @@ class Engine:
         """
         if model.id in self._with_files:
             return True
+        task = await self._fetched(model, timeout_s)
+        if task.exception() is None:  # else the load will fail for the same reason, and tell it
+            self._with_files.add(model.id)
+        return False
+
+    async def _fetched(self, model: ModelConfig, timeout_s: float) -> asyncio.Task[Estimate]:
         task = self._fetches.get(model.id)
         if task is None:
             estimate = self._runtimes[model.runtime].estimate
@@ -325,9 +429,7 @@ class Engine:
         if not task.done():
             message = f"The files of the model {model.id!r} are still being fetched."
             raise QueueTimeout(message, retry_after_s=10.0)
-        if task.exception() is None:  # else the load will fail for the same reason, and tell it
-            self._with_files.add(model.id)
-        return False
+        return task
 
     async def _wait_started(self, timeout_s: float) -> None:
         try:
@@ -341,7 +443,13 @@ class Engine:
             raise ShuttingDown("The engine is shutting down.", retry_after_s=5.0)
 
     async def _attempt(
-        self, model: ModelConfig, prepared: Prepared, timeout_s: float, *, exclusive: bool
+        self,
+        model: ModelConfig,
+        prepared: Prepared,
+        timeout_s: float,
+        waiting: Waiting,
+        *,
+        exclusive: bool,
     ) -> Session:
         request = prepared.request
         lease = await self._lease(
@@ -349,14 +457,16 @@ class Engine:
             request_id=request.request_id,
             operation=request.operation.value,
             working_bytes=self._working_bytes(model, prepared),
-            priority=request.priority,
+            terms=request.terms,
             timeout_s=timeout_s,
             exclusive=exclusive,
+            waiting=waiting,
         )
         granted_at = self._clock()
+        peak = Peak()
         events = self._residency.loaded[model.id].run(prepared)
         if prepared.shape:
-            events = self._measured(model, prepared, events)
+            events = self._measured(model, prepared, events, peak)
         try:
             try:
                 first = await anext(events)
@@ -378,8 +488,21 @@ class Engine:
         queue_s = lease.timings.queued_s - lease.timings.load_s
         for phase, seconds in (("queue", queue_s), ("load", lease.timings.load_s), ("run", run_s)):
             self._metrics.request_seconds.labels(model.id, phase).observe(seconds)
-        timings = Timings(queue_s * 1e3, lease.timings.load_s * 1e3, run_s * 1e3)
-        return Session(model, first, events, lease, timings)
+        timings = Timings(
+            queue_s * 1e3, lease.timings.load_s * 1e3, run_s * 1e3, lease.timings.tier
+        )
+        return Session(model, first, events, lease, timings, peak)
+
+    def wait_status(self, waiting: Waiting) -> WaitStatus:
+        """Where a request stands on its way through `open`, at this moment."""
+        if waiting.ticket is None:
+            return WaitStatus(waiting.stage)
+        ticket = self._scheduler.ticket_status(waiting.ticket)
+        if ticket is None:  # granted or refused; `open` goes on in a moment
+            return WaitStatus(Stage.RUNNING)
+        state = self.model_status(waiting.ticket.model_id).state
+        stage = _STAGES.get(state, Stage.QUEUED)
+        return WaitStatus(stage, ticket.position, ticket.eta_s)
 
     def _working_bytes(self, model: ModelConfig, prepared: Prepared) -> int:
         """The measured peak of the last run of that shape and a margin, else the estimate."""
@@ -391,7 +514,11 @@ class Engine:
         return int(measured * (1 + WORKING_MARGIN))
 
     async def _measured(
-        self, model: ModelConfig, prepared: Prepared, events: AsyncGenerator[Event, None]
+        self,
+        model: ModelConfig,
+        prepared: Prepared,
+        events: AsyncGenerator[Event, None],
+        peak: Peak,
     ) -> AsyncGenerator[Event, None]:
         assert self._estimates is not None  # a run needs a loaded model, a load the estimates
         remember = self._estimates.put_working_bytes
@@ -399,6 +526,7 @@ class Engine:
             try:
                 async for event in events:
                     if isinstance(event, WorkingMemory):
+                        peak.nbytes = event.nbytes
                         await asyncio.to_thread(remember, model, prepared.shape, event.nbytes)
                     else:
                         yield event
@@ -415,8 +543,9 @@ class Engine:
         request_id: str,
         operation: str,
         working_bytes: int = 0,
-        priority: Priority = Priority.NORMAL,
+        terms: Terms,
         timeout_s: float,
+        waiting: Waiting,
         exclusive: bool = False,
         ignore_backoff: bool = False,
     ) -> Lease:
@@ -437,20 +566,28 @@ class Engine:
             model_id=model.id,
             operation=operation,
             working_bytes=working_bytes,
-            priority=priority,
+            priority=terms.priority,
             timeout_s=timeout_s,
             exclusive=exclusive,
+            keep_alive_s=terms.keep_alive_s,
+            if_loaded_only=terms.if_loaded_only,
+            no_evict=terms.no_evict,
             on_granted=on_granted,
             on_refused=on_refused,
         )
         self._scheduler.on_request(ticket, ignore_backoff=ignore_backoff)
+        waiting.stage, waiting.ticket = Stage.QUEUED, ticket
         try:
-            return await granted
+            lease = await granted
         except asyncio.CancelledError:
             if granted.done() and not granted.cancelled() and granted.exception() is None:
                 granted.result().release()  # granted in the very moment the caller left
             self._scheduler.on_cancel(ticket)
             raise
+        except Conflict:  # of all refusals only that of `if_loaded_only`; what it costs is told
+            raise await self._not_loaded(model) from None
+        waiting.stage, waiting.ticket = Stage.RUNNING, None
+        return lease
 
     async def voices(self, name: str) -> tuple[Voice, ...]:
         """The voices of a model; none if it does not speak.
@@ -499,7 +636,9 @@ class Engine:
             model,
             request_id=f"load-{model.id}",
             operation="load",
+            terms=Terms(),
             timeout_s=self.config.queue_timeout_s,
+            waiting=Waiting(),
             ignore_backoff=True,
         )
         lease.release()
@@ -516,6 +655,24 @@ class Engine:
         gone = self._residency.gone(model_id)
         self._scheduler.request_unload(model_id)
         await gone
+
+    async def park(self, name: str) -> None:
+        """Take an idle model off the device, and return once its bytes are free.
+
+        It stays loaded, and comes back from its host copy. One that is off the device stays as
+        it is.
+
+        Raises:
+            ModelNotFound: there is none.
+            Conflict: it is in use, waited for, pinned, being moved, or cannot be parked.
+
+        """
+        model_id = self.config.find(name).id
+        # Or it may leave altogether instead, if the engine shuts down meanwhile.
+        ends = [self._residency.parked(model_id), self._residency.gone(model_id)]
+        self._scheduler.request_park(model_id)
+        if self.model_status(model_id).device_bytes:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
 
     def pin(self, name: str) -> None:
         """Never evict a model from now on.
@@ -548,6 +705,7 @@ class Engine:
 
     def _on_event(self, event: SchedulerEvent) -> None:
         self._metrics.count(event, self._clock())
+        self.events.append(event)
         if event.kind is EventKind.UNLOADED and self._scheduler.empty:
             self._emptied.set()
         level = logging.DEBUG if event.kind is EventKind.GRANT else logging.INFO

@@ -8,6 +8,7 @@ The tree::
     ├── ModelNotFound              no model has that id or alias
     ├── NotFound                   there is no such job or file, or no longer
     ├── Conflict                   the model's state forbids it now (in use, pinned)
+    │   └── NotLoaded              it would have to be loaded, and the request forbade that
     ├── Overloaded                 try again later; `retry_after_s` says when
     │   ├── QueueFull              the model's queue is at its bound
     │   ├── QueueTimeout           waited its whole time without being granted
@@ -75,6 +76,25 @@ class Conflict(EngineError):
     """The model's present state forbids the operation."""
 
     code = "conflict"
+
+
+class NotLoaded(Conflict):
+    """The request is for a loaded model only, and this one would have to be brought in.
+
+    `tier` is where the model's bytes are (`host` or `disk`), `load_s` how many seconds it is
+    expected to take to bring it in, None where nobody knows yet, and `evicts` the models that
+    would have to leave for it.
+    """
+
+    code = "model_not_loaded"
+
+    def __init__(
+        self, message: str, *, tier: str, load_s: float | None, evicts: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(message, param="if_loaded_only")
+        self.tier = tier
+        self.load_s = load_s
+        self.evicts = evicts
 
 
 class Overloaded(EngineError):

@@ -51,7 +51,10 @@ class EstimateStore:
         if entry is None:
             return None
         try:
-            blocks = tuple(Block(str(name), int(size)) for name, size in entry["blocks"])
+            blocks = tuple(
+                Block(str(name), int(size), "parkable" in marks, "scratch" in marks)
+                for name, size, *marks in entry["blocks"]
+            )
             return Estimate(blocks=blocks, load_seconds=float(entry["load_seconds"]))
         except (KeyError, TypeError, ValueError):
             return None
@@ -60,7 +63,15 @@ class EstimateStore:
         """Remember a measurement of the model. Writes the file."""
         self._change(
             model,
-            blocks=[[block.name, block.nbytes] for block in estimate.blocks],
+            blocks=[
+                [
+                    block.name,
+                    block.nbytes,
+                    *(["parkable"] * block.parkable),
+                    *(["scratch"] * block.scratch),
+                ]
+                for block in estimate.blocks
+            ],
             load_seconds=round(estimate.load_seconds, 3),
         )
 

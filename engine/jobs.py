@@ -36,6 +36,7 @@ from engine.errors import (
     OutOfDeviceMemory,
     Overloaded,
     QueueFull,
+    QueueTimeout,
     RuntimeFailed,
     ShuttingDown,
 )
@@ -47,9 +48,9 @@ from engine.requests import (
     ImageRequest,
     ImageResult,
     LoraChoice,
-    Priority,
     Progress,
     Quality,
+    Terms,
     VideoRequest,
     VideoResult,
 )
@@ -82,9 +83,7 @@ RETRIED = (OutOfDeviceMemory, RuntimeFailed, LoadFailed)
 _ID = re.compile(r"video_[0-9a-f]{32}")
 _INPUT_IMAGE = "input.png"
 _SUFFIXES = {"video": ".mp4", "thumbnail": ".webp"}
-_HANDLED_APART = frozenset(
-    {"model", "request_id", "operation", "image", "loras", "priority", "queue_timeout_s"}
-)
+_HANDLED_APART = frozenset({"model", "request_id", "operation", "image", "loras", "terms"})
 
 Sleep = Callable[[float], Awaitable[None]]
 T = TypeVar("T")
@@ -234,11 +233,13 @@ class Jobs:
     async def submit(self, request: VideoRequest) -> Job:
         """Check a request and queue it. The job is on disk when this returns.
 
-        `request_id` and `queue_timeout_s` are not used: a job waits as long as it must.
+        `request_id` is not used. Without a timeout a job waits as long as it must; with one it
+        fails if it is not granted the device within that time of its creation.
 
         Raises:
             ModelNotFound: there is no such model.
             InvalidRequest: naming the field at fault.
+            NotLoaded: its terms ask for a loaded model, and it is not.
             Overloaded: too many jobs wait, or the engine starts or shuts down.
 
         """
@@ -253,6 +254,8 @@ class Jobs:
         model = self._engine.config.find(request.model)
         request = replace(request, model=model.id, request_id=job_id)
         prepared = self._engine.prepare(request).request
+        if request.terms.if_loaded_only:
+            await self._engine.check_loaded(model.id)
         if not isinstance(prepared, VideoRequest):
             raise InvalidRequest(f"{model.id!r} makes no videos.", param="model")
         if prepared.seed is None:  # so that every attempt makes the same video
@@ -264,7 +267,7 @@ class Jobs:
             id=job_id,
             model=model.id,
             request=_to_json(prepared),
-            priority=prepared.priority,
+            priority=prepared.terms.priority,
             state=JobState.QUEUED,
             progress=0.0,
             created_at=int(self._clock()),
@@ -467,7 +470,7 @@ class Jobs:
         image = None
         if job.request["image"]:
             image = await asyncio.to_thread(_load_image, self._folder / job.id)
-        request = _from_json(job, image)
+        request = _from_json(job, image, self._clock())
         begin = 0.0
         first_frame = self._first_frame_request(request)
         if first_frame is not None:
@@ -492,8 +495,8 @@ class Jobs:
             width=request.width,
             height=request.height,
             seed=request.seed,
-            priority=request.priority,
-            queue_timeout_s=math.inf,
+            # Whether it is loaded, and how long it stays, was said of the video's model.
+            terms=replace(request.terms, if_loaded_only=False, keep_alive_s=None),
         )
 
     async def _collect(
@@ -562,7 +565,8 @@ class Jobs:
         self._outputs.add(job_id + _SUFFIXES["video"], video)
 
     async def _on_error(self, job: Job, error: EngineError) -> None:
-        if self._closing or isinstance(error, Overloaded):
+        too_late = isinstance(error, QueueTimeout) and _left_s(job, self._clock()) == 0
+        if self._closing or (isinstance(error, Overloaded) and not too_late):
             job = _queued(job, attempts=job.attempts - 1)
             delay_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
         elif isinstance(error, RETRIED) and job.attempts < self._max_attempts:
@@ -662,10 +666,12 @@ def _to_json(request: VideoRequest) -> dict[str, Any]:
     if values["seconds"] is None and request.num_frames and request.fps:
         values["seconds"] = request.num_frames / request.fps
     loras = [dataclasses.asdict(lora) for lora in request.loras]
-    return {**values, "loras": loras, "image": request.image is not None}
+    terms = dataclasses.asdict(request.terms)
+    del terms["priority"]  # has a column of its own
+    return {**values, "loras": loras, "terms": terms, "image": request.image is not None}
 
 
-def _from_json(job: Job, image: Image.Image | None) -> VideoRequest:
+def _from_json(job: Job, image: Image.Image | None, now: float) -> VideoRequest:
     values = {name: value for name, value in job.request.items() if name not in _HANDLED_APART}
     if values["num_frames"] is not None:  # `seconds` is only another way to say so
         values["seconds"] = None
@@ -676,9 +682,19 @@ def _from_json(job: Job, image: Image.Image | None) -> VideoRequest:
         request_id=job.id,
         image=image,
         loras=tuple(LoraChoice(**lora) for lora in job.request["loras"]),
-        priority=Priority(job.priority),
-        queue_timeout_s=math.inf,
+        terms=Terms(**{**_terms(job), "priority": job.priority, "timeout_s": _left_s(job, now)}),
     )
+
+
+def _terms(job: Job) -> dict[str, Any]:
+    terms: dict[str, Any] = job.request.get("terms", {})  # early records have none
+    return terms
+
+
+def _left_s(job: Job, now: float) -> float:
+    """Seconds until the job has waited too long, 0 at least; `now` in Unix seconds."""
+    timeout_s = _terms(job).get("timeout_s")
+    return math.inf if timeout_s is None else max(0.0, job.created_at + timeout_s - now)
 
 
 def _save_image(folder: Path, image: Image.Image) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
@@ -76,7 +76,7 @@ class EngineMetrics:
         )
         self._unloads = Counter(
             "roundhouse_evictions",
-            "Times a model left the device.",
+            "Times a model, or blocks of it, left the device.",
             ("model",),
             registry=self.registry,
         )
@@ -85,6 +85,19 @@ class EngineMetrics:
             "Disk to ready.",
             ("model",),
             buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._wake_seconds = Histogram(
+            "roundhouse_wake_seconds",
+            "Host copy to ready.",
+            ("model",),
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._residual_bytes = Gauge(
+            "roundhouse_unload_residual_bytes",
+            "Device bytes that the last unload of a model did not give back.",
+            ("model",),
             registry=self.registry,
         )
         self._unload_seconds = Histogram(
@@ -109,17 +122,23 @@ class EngineMetrics:
         )
         self._began: dict[str, float] = {}
 
+    def residual(self, model_id: str, nbytes: int) -> None:
+        """Take what an unload did not give back."""
+        self._residual_bytes.labels(model_id).set(nbytes)
+
     def count(self, event: SchedulerEvent, now: float) -> None:
         """Take one scheduler event; `now` is the scheduler's clock in seconds."""
         match event.kind:
-            case EventKind.LOAD | EventKind.UNLOAD:
+            case EventKind.LOAD | EventKind.WAKE | EventKind.PARK | EventKind.UNLOAD:
                 self._began[event.model] = now
             case EventKind.LOADED:
                 self._loads.labels(event.model, "ok").inc()
                 self._load_seconds.labels(event.model).observe(now - self._began[event.model])
+            case EventKind.WOKEN:
+                self._wake_seconds.labels(event.model).observe(now - self._began[event.model])
             case EventKind.LOAD_FAILED:
                 self._loads.labels(event.model, "failed").inc()
-            case EventKind.UNLOADED:
+            case EventKind.UNLOADED | EventKind.PARKED:
                 self._unloads.labels(event.model).inc()
                 self._unload_seconds.labels(event.model).observe(now - self._began[event.model])
             case EventKind.REFUSE:

@@ -10,10 +10,13 @@ How it decides:
 - **Grants.** A ticket whose model is resident, below its concurrency, and whose
   working memory is free is granted, even past older tickets for other models:
   that is how one swap is paid by many requests.
-- **The claim** is the first ticket that lacks room: its model is absent, or its
-  working memory does not fit. Idle models leave for it, the cheapest to bring
-  back first. Only one model is loaded or unloaded at a time, because what an
-  eviction gave back is measured before the next decision.
+- **The claim** is the first ticket that lacks room: its model is not there, or its
+  working memory does not fit. Blocks of idle models leave for it, the cheapest to
+  bring back first and no more than it takes: they are *parked*, if the model can be
+  woken from its host copy, else the model is unloaded. Only one model is moved at a
+  time, because what an eviction gave back is measured before the next decision.
+- **Host copies** are made while host memory lasts. For a new one, parked models that
+  save less time leave altogether.
 - **An overdue claim** holds the room it waits for. If idle models do not
   suffice, models in use are *drained*: younger tickets for them wait, and they
   leave when their last lease ends. A model is drained only once it has been
@@ -30,12 +33,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from operator import attrgetter
+from typing import TypeAlias
 
-from engine.status import ModelState
+from engine.status import Eviction, ModelState
 from engine.units import format_size
+
+COMPLETE = (ModelState.LOADING, ModelState.WAKING, ModelState.RESIDENT)
+"""States in which everything that the model needs is granted."""
 
 REMEASURE_S = 1.0
 """How soon to look again when only other programs can give the room that a ticket needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartView:
+    """A block on the device that can leave it while its model stays loaded."""
+
+    name: str
+    nbytes: int
+    wake_s: float
+    """What bringing it back takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +62,7 @@ class ModelView:
     id: str
     state: ModelState
     resident_bytes: int
-    """Granted for its blocks, or for its reservation while it loads; 0 when absent."""
+    """Granted for its blocks on the device, and for what is being brought in."""
     needed_bytes: int | None
     """What a load takes, as estimated or last measured; None while unknown."""
     leases: int
@@ -57,10 +74,21 @@ class ModelView:
     """When the last lease ended; None while absent or in use."""
     keep_alive_s: float
     reload_s: float
+    """From disk."""
     demand: float
     """Expected requests per second."""
     unload_reason: str | None = None
     """Why the model must leave as soon as it is idle, pinned or not; None while it may stay."""
+    park_reason: str | None = None
+    """Why it was asked to leave the device when it is idle; None while it was not."""
+    parts: tuple[PartView, ...] = ()
+    """Its blocks on the device that can be parked."""
+    leaving_bytes: int = 0
+    """Of the blocks that are being parked."""
+    wake_s: float = 0.0
+    """What bringing back everything that can be parked would take."""
+    host_bytes: int = 0
+    """Of its host copy; what a load would make of it, while absent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +104,10 @@ class TicketView:
     deadline: float
     """When it is refused; `math.inf` for never."""
     exclusive: bool = False
+    no_evict: bool = False
+    """No other model may leave for it."""
+    if_loaded_only: bool = False
+    """It is refused rather than waiting for its model to be brought in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +124,12 @@ class Snapshot:
     tickets: tuple[TicketView, ...]
     """In order of arrival."""
     busy: bool = False
-    """A load or unload is under way."""
+    """A model is being moved."""
     exclusive_running: bool = False
     draining: frozenset[str] = frozenset()
     """`Plan.draining` of the plan before."""
+    host_free_bytes: int = 0
+    """For host copies."""
 
 
 class RefusalCode(StrEnum):
@@ -103,6 +137,7 @@ class RefusalCode(StrEnum):
 
     DEADLINE = "deadline"
     NEVER_FITS = "never_fits"
+    NOT_LOADED = "not_loaded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +151,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Bring a model in."""
+    """Bring a model in: what is parked of it, or all of it from disk."""
 
     model: str
 
@@ -130,16 +165,30 @@ class Unload:
 
 
 @dataclass(frozen=True, slots=True)
+class Park:
+    """Take blocks of an idle model off the device."""
+
+    model: str
+    blocks: frozenset[str]
+    reason: str
+
+
+Transition: TypeAlias = Load | Unload | Park
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What to do now: the grants and refusals first, then the transition."""
 
     grants: tuple[int, ...]
     refusals: tuple[Refusal, ...]
-    transition: Load | Unload | None
+    transition: Transition | None
     draining: frozenset[str]
     """Models whose younger tickets are held back for the claim."""
     wake_at: float | None
     """The earliest time at which time alone could change the decision."""
+    next_model: str | None = None
+    """Whose files will be read as soon as there is room; None while nothing is to come."""
 
 
 def plan(snapshot: Snapshot) -> Plan:
@@ -148,6 +197,21 @@ def plan(snapshot: Snapshot) -> Plan:
     O(tickets · log tickets + models · log models).
     """
     return _Decision(snapshot).plan()
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What bringing in a model for one more request would take."""
+
+    fits: bool
+    wanted_bytes: int | None
+    evictions: tuple[Eviction, ...]
+    reason: str
+
+
+def forecast(snapshot: Snapshot, ticket: TicketView) -> Outlook:
+    """What would be done for the ticket if it were the only one that waits."""
+    return _Decision(snapshot).forecast(ticket)
 
 
 def service_order(
@@ -175,7 +239,7 @@ class _Model:
         """Its tickets that come later in the order are held back."""
         self.room_held = False
         """Room is held for its first overdue ticket while it loads."""
-        granted = view.state in (ModelState.LOADING, ModelState.RESIDENT)
+        granted = view.state in COMPLETE
         self.base_bytes = view.resident_bytes if granted else view.needed_bytes
         pinned_others = pinned_bytes - (view.resident_bytes if _stays(view) else 0)
         self.budget_bytes = snapshot.budget_bytes - pinned_others
@@ -192,13 +256,61 @@ class _Model:
         return min(self.budget_bytes, self.capacity_bytes) - (self.base_bytes or 0)
 
     @property
-    def evictable(self) -> bool:
-        return self.resident and not self.view.pinned
+    def can_come(self) -> bool:
+        """It could be brought in, if there is room."""
+        return self.view.state in (ModelState.ABSENT, ModelState.PARKED)
 
     @property
-    def cost(self) -> float:
-        """Seconds of reloading that its absence is expected to cost, per second."""
-        return self.view.reload_s * self.view.demand
+    def incoming_bytes(self) -> int:
+        """What bringing it in takes, once what is leaving of it has left."""
+        view = self.view
+        parked = view.state in (ModelState.PARKED, ModelState.PARKING)
+        staying_bytes = view.resident_bytes - view.leaving_bytes if parked else 0
+        return (self.base_bytes or 0) - staying_bytes
+
+    @property
+    def evictable(self) -> bool:
+        view = self.view
+        parked = view.state is ModelState.PARKED and view.unload_reason is None
+        return (self.resident or parked) and view.resident_bytes > 0 and not view.pinned
+
+    def pieces(self) -> list[_Piece]:
+        """What can leave of it separately."""
+        view = self.view
+        pieces = [
+            _Piece(self, part.name, part.nbytes, part.wake_s * view.demand) for part in view.parts
+        ]
+        rest_bytes = view.resident_bytes - sum(piece.nbytes for piece in pieces)
+        if rest_bytes > 0:
+            pieces.append(_Piece(self, None, rest_bytes, view.reload_s * view.demand))
+        return pieces
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Piece:
+    """Bytes that can leave the device together."""
+
+    model: _Model
+    block: str | None
+    """None: what only unloading the model gives back."""
+    nbytes: int
+    cost: float
+    """Seconds of bringing back that its absence is expected to cost, per second."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Victim:
+    """A model, and what is to leave of it."""
+
+    model: _Model
+    blocks: frozenset[str] | None
+    """None: all of it, and the model is unloaded."""
+    nbytes: int
+
+    def leave(self, reason: str) -> Unload | Park:
+        if self.blocks is None:
+            return Unload(self.model.view.id, reason)
+        return Park(self.model.view.id, self.blocks, reason)
 
 
 class _Decision:
@@ -212,9 +324,10 @@ class _Decision:
         """Of the free bytes, those that only the claim may take."""
         self.leased_bytes = sum(view.leased_working_bytes for view in snapshot.models)
         self.returning_bytes = sum(
-            view.resident_bytes
+            view.leaving_bytes if view.state is ModelState.PARKING else view.resident_bytes
             for view in snapshot.models
-            if view.state is ModelState.UNLOADING or view.unload_reason is not None
+            if view.state in (ModelState.UNLOADING, ModelState.PARKING)
+            or view.unload_reason is not None
         )
         self.grants: list[int] = []
         self.refusals: list[Refusal] = []
@@ -224,7 +337,7 @@ class _Decision:
         """Nothing (more) is granted."""
         self.claim: TicketView | None = None
         self.claim_bytes = 0
-        self.victims: list[_Model] | None = None
+        self.victims: list[_Victim] | None = None
         """Chosen for the claim and held back; None while nothing is held."""
         self.wake_at = math.inf
 
@@ -253,8 +366,51 @@ class _Decision:
             refusals=tuple(self.refusals),
             transition=None if snapshot.busy else transition,
             draining=frozenset(model.view.id for model in self.models.values() if model.held),
+            next_model=self._next_model(transition),
             wake_at=self.wake_at if self.wake_at < math.inf else None,
         )
+
+    def _next_model(self, transition: Transition | None) -> str | None:
+        """The claim's model, while it must wait for others to leave."""
+        if self.claim is None or (isinstance(transition, Load) and not self.snapshot.busy):
+            return None
+        view = self.models[self.claim.model].view
+        return view.id if view.state is ModelState.ABSENT else None
+
+    def forecast(self, ticket: TicketView) -> Outlook:
+        model = self.models[ticket.model]
+        if model.base_bytes is None:
+            return Outlook(True, None, (), "its files have not been read yet")
+        wanted_bytes = ticket.working_bytes
+        if model.view.state not in COMPLETE:
+            wanted_bytes += model.incoming_bytes
+        if model.base_bytes + ticket.working_bytes > model.budget_bytes:
+            most = format_size(max(0, model.budget_bytes))
+            return Outlook(False, wanted_bytes, (), f"at most {most} can be freed for it")
+        self.claim_bytes = wanted_bytes
+        others = [other for other in self.models.values() if other.evictable and other is not model]
+        reason = ""
+        victims = self._least_costly(self._idle(but=model), self._deficit_bytes)
+        if victims is None:
+            victims = self._least_costly(others, self._deficit_bytes)
+            reason = "models in use must become idle first"
+        if victims is None:
+            victims = [_whole(other) for other in others]
+            reason = "requests that run must give their working memory back first"
+        if not reason:
+            reason = "it is there" if model.resident and not wanted_bytes else "it fits"
+            if victims:
+                reason = "idle models leave for it"
+        evictions = tuple(
+            Eviction(
+                victim.model.view.id,
+                tuple(sorted(victim.blocks or ())),
+                victim.nbytes,
+                "in use" if victim.model.leases else "the least costly to bring back",
+            )
+            for victim in victims
+        )
+        return Outlook(True, wanted_bytes, evictions, reason)
 
     def _settle(self, ticket: TicketView, model: _Model) -> bool:
         """Grant or refuse the ticket; False leaves it waiting."""
@@ -262,6 +418,9 @@ class _Decision:
             waited_s = self.snapshot.now - ticket.enqueued_at
             reason = f"not served within {waited_s:.0f} s"
             self.refusals.append(Refusal(ticket.id, RefusalCode.DEADLINE, reason))
+            return True
+        if ticket.if_loaded_only and model.can_come:
+            self.refusals.append(Refusal(ticket.id, RefusalCode.NOT_LOADED, "is not loaded"))
             return True
         if model.base_bytes is None:
             return False
@@ -326,28 +485,32 @@ class _Decision:
             if ticket.working_bytes <= self.free_bytes:
                 return  # it would fit, but the room is held for the claim
         else:
-            model.closed = True
+            # Another ticket of it may be allowed to make room.
+            model.closed = not ticket.no_evict
             if view.state is ModelState.RESIDENT:
                 return
         overdue_at = ticket.enqueued_at + self.snapshot.max_overtake_s
         overdue = overdue_at <= self.snapshot.now
         self._wake(overdue_at)
-        if view.state is ModelState.LOADING:
+        if view.state in (ModelState.LOADING, ModelState.WAKING):
             if overdue and not model.room_held:
                 model.room_held = True
                 self.held_bytes += ticket.working_bytes
             return
         if self.claim is not None:
             return
-        self.claim = ticket
-        self.claim_bytes = ticket.working_bytes
+        claim_bytes = ticket.working_bytes
         if not model.resident:
-            self.claim_bytes += model.base_bytes or 0
+            claim_bytes += model.incoming_bytes
+        if ticket.no_evict and claim_bytes > self.free_bytes:
+            return  # it waits until others leave by themselves
+        self.claim = ticket
+        self.claim_bytes = claim_bytes
         if overdue:
             self.victims = self._victims_of_overdue(model)
         if self.victims is not None:
             for victim in self.victims:
-                victim.held = True
+                victim.model.held = True
             self.held_bytes += self.claim_bytes
 
     @property
@@ -355,7 +518,7 @@ class _Decision:
         """What the claim still lacks once everything already leaving has left."""
         return self.claim_bytes - self.free_bytes - self.returning_bytes
 
-    def _victims_of_overdue(self, claimant: _Model) -> list[_Model] | None:
+    def _victims_of_overdue(self, claimant: _Model) -> list[_Victim] | None:
         """The models that must leave for an overdue claim; None if it must wait for now."""
         idle: list[_Model] = []
         leased: list[_Model] = []
@@ -382,53 +545,54 @@ class _Decision:
                 return chosen
         return None
 
-    def _least_costly(self, candidates: list[_Model], deficit_bytes: int) -> list[_Model] | None:
-        """A sufficient set of models, those to evict first in front; None if all do not suffice.
+    def _least_costly(self, candidates: list[_Model], deficit_bytes: int) -> list[_Victim] | None:
+        """What is to leave, those first in front; None if all the candidates do not suffice.
 
-        Takes the lowest cost per byte freed first, then leaves out, dearest
-        first, whatever a later and larger pick made superfluous.
+        Takes the pieces of lowest cost per byte first (a KV cache costs nothing to bring back),
+        then leaves out, dearest first, whatever a later and larger pick made superfluous.
         """
         if deficit_bytes <= 0:
             return []
         draining = self.snapshot.draining
-        picks: list[_Model] = []
+        picks: list[_Piece] = []
         surplus_bytes = -deficit_bytes
-        for model in sorted(
-            (model for model in candidates if model.view.resident_bytes > 0),
-            key=lambda model: (
-                model.view.id not in draining,
-                model.leases > 0,
-                model.cost / model.view.resident_bytes,
-                model.view.idle_since or 0.0,
+        pieces = [piece for model in candidates for piece in model.pieces() if piece.nbytes > 0]
+        for piece in sorted(
+            pieces,
+            key=lambda piece: (
+                piece.model.view.id not in draining,
+                piece.model.leases > 0,
+                piece.cost / piece.nbytes,
+                piece.model.view.idle_since or 0.0,
             ),
         ):
             if surplus_bytes >= 0:
                 break
-            picks.append(model)
-            surplus_bytes += model.view.resident_bytes
+            picks.append(piece)
+            surplus_bytes += piece.nbytes
         if surplus_bytes < 0:
             return None
-        for model in sorted(
+        for piece in sorted(
             picks,
-            key=lambda model: (
-                model.view.id not in draining,
-                model.leases > 0,
-                model.cost,
-                model.view.resident_bytes,
+            key=lambda piece: (
+                piece.model.view.id not in draining,
+                piece.model.leases > 0,
+                piece.cost,
+                piece.nbytes,
             ),
             reverse=True,
         ):
-            if model.view.resident_bytes <= surplus_bytes:
-                picks.remove(model)
-                surplus_bytes -= model.view.resident_bytes
-        return picks
+            if piece.nbytes <= surplus_bytes:
+                picks.remove(piece)
+                surplus_bytes -= piece.nbytes
+        return _by_model(picks)
 
-    def _transition(self) -> Load | Unload | None:
+    def _transition(self) -> Transition | None:
         for model in self.models.values():
             view = model.view
-            leaving = view.state is ModelState.RESIDENT and view.unload_reason is not None
-            if leaving and model.leases == 0:
-                return Unload(view.id, view.unload_reason or "")
+            there = view.state in (ModelState.RESIDENT, ModelState.PARKED)
+            if there and view.unload_reason is not None and model.leases == 0:
+                return Unload(view.id, view.unload_reason)
         return (
             self._yield_to_others()
             or self._serve_exclusive()
@@ -436,27 +600,29 @@ class _Decision:
             or self._expire()
         )
 
-    def _yield_to_others(self) -> Unload | None:
+    def _yield_to_others(self) -> Transition | None:
         """Other programs took what is granted here: give it up, as far as it is idle."""
         if self.free_bytes >= 0:
             return None
         idle = self._idle()
-        chosen = self._least_costly(idle, -self.free_bytes) or idle
+        chosen = self._least_costly(idle, -self.free_bytes)
+        if chosen is None:
+            chosen = [_whole(model) for model in idle]
         return _first_idle(chosen, "other programs use its memory")
 
-    def _serve_exclusive(self) -> Load | Unload | None:
+    def _serve_exclusive(self) -> Transition | None:
         if self.head is None or not self.head.exclusive or self.snapshot.exclusive_running:
             return None
         model = self.models[self.head.model]
-        others = [other for other in self.models.values() if other.held]
+        others = [_whole(other) for other in self.models.values() if other.held]
         if others:
             return _first_idle(others, f"{model.view.id} must run alone")
-        wanted_bytes = (model.base_bytes or 0) + self.head.working_bytes
-        if model.view.state is ModelState.ABSENT and wanted_bytes <= self.free_bytes:
-            return Load(model.view.id)
+        wanted_bytes = model.incoming_bytes + self.head.working_bytes
+        if model.can_come and wanted_bytes <= self.free_bytes:
+            return self._bring_in(model)
         return None
 
-    def _serve_claim(self) -> Load | Unload | None:
+    def _serve_claim(self) -> Transition | None:
         if self.claim is None:
             return None
         model = self.models[self.claim.model]
@@ -465,20 +631,56 @@ class _Decision:
             victims = self._least_costly(self._idle(but=model), self._deficit_bytes)
         if victims:
             return _first_idle(victims, f"making room for {model.view.id}")
-        if model.view.state is ModelState.ABSENT and self.claim_bytes <= self.free_bytes:
-            return Load(model.view.id)
+        if model.can_come and self.claim_bytes <= self.free_bytes:
+            return self._bring_in(model)
         return None
 
-    def _expire(self) -> Unload | None:
-        """Take out the first model that nobody asked for in its keep-alive time."""
+    def _bring_in(self, model: _Model) -> Load | Unload:
+        """Load or wake the model, once host copies worth less have made room for its own."""
+        view = model.view
+        if view.state is ModelState.ABSENT:
+            lacking_bytes = view.host_bytes - self.snapshot.host_free_bytes
+            others = self._least_worth(model, lacking_bytes)
+            if others and sum(_saved(each.view) for each in others) <= view.reload_s * view.demand:
+                reason = f"its host copy makes room for that of {view.id}"
+                return Unload(others[0].view.id, reason)
+        return Load(view.id)
+
+    def _least_worth(self, model: _Model, lacking_bytes: int) -> list[_Model]:
+        """Parked models whose host copies give that much; none if all do not suffice."""
+        chosen = []
+        for other in sorted(
+            (
+                other
+                for other in self.models.values()
+                if other is not model
+                and other.view.state is ModelState.PARKED
+                and other.view.host_bytes > 0
+                and not other.view.pinned
+                and other.view.id not in self.asked_for
+            ),
+            key=lambda other: _saved(other.view) / other.view.host_bytes,
+        ):
+            if lacking_bytes <= 0:
+                break
+            chosen.append(other)
+            lacking_bytes -= other.view.host_bytes
+        return chosen if lacking_bytes <= 0 else []
+
+    def _expire(self) -> Transition | None:
+        """Take out the first model that was asked to leave, or not asked for in its keep-alive."""
         now = self.snapshot.now
         for model in self._idle():
             view = model.view
-            if view.idle_since is None or view.id in self.asked_for:
+            if view.id in self.asked_for:
+                continue
+            if view.park_reason is not None:
+                return _whole(model).leave(view.park_reason)
+            if view.idle_since is None:
                 continue
             expires_at = view.idle_since + view.keep_alive_s
             if expires_at <= now:
-                return Unload(view.id, f"idle for {now - view.idle_since:.0f} s")
+                return _whole(model).leave(f"idle for {now - view.idle_since:.0f} s")
             self._wake(expires_at)
         return None
 
@@ -496,12 +698,42 @@ class _Decision:
 
 def _stays(view: ModelView) -> bool:
     """Its bytes cannot be had for another model, whatever happens."""
-    granted = view.state in (ModelState.LOADING, ModelState.RESIDENT)
+    granted = view.state in (*COMPLETE, ModelState.PARKED)
     return view.pinned and granted and view.unload_reason is None
 
 
-def _first_idle(models: Iterable[_Model], reason: str) -> Unload | None:
-    for model in models:
-        if model.leases == 0:
-            return Unload(model.view.id, reason)
+def _saved(view: ModelView) -> float:
+    """Seconds that its host copy is expected to save, per second."""
+    return max(0.0, view.reload_s - view.wake_s) * view.demand
+
+
+def _by_model(pieces: list[_Piece]) -> list[_Victim]:
+    grouped: dict[_Model, list[_Piece]] = {}
+    for piece in pieces:
+        grouped.setdefault(piece.model, []).append(piece)
+    return [
+        _Victim(
+            model,
+            _names(each),
+            model.view.resident_bytes if _names(each) is None else sum(p.nbytes for p in each),
+        )
+        for model, each in grouped.items()
+    ]
+
+
+def _names(pieces: list[_Piece]) -> frozenset[str] | None:
+    """The blocks to park; None where that would not do."""
+    names = frozenset(piece.block for piece in pieces if piece.block is not None)
+    return names if len(names) == len(pieces) else None
+
+
+def _whole(model: _Model) -> _Victim:
+    """All that the model has on the device."""
+    return _Victim(model, _names(model.pieces()), model.view.resident_bytes)
+
+
+def _first_idle(victims: Iterable[_Victim], reason: str) -> Unload | Park | None:
+    for victim in victims:
+        if victim.model.leases == 0:
+            return victim.leave(reason)
     return None

@@ -29,6 +29,23 @@ class Priority(IntEnum):
     BATCH = 2
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """On what terms a request is served: its place in the queue, and what it may move."""
+
+    priority: Priority = Priority.NORMAL
+    timeout_s: float | None = None
+    """Seconds to wait for a grant; None takes the configured default."""
+    keep_alive_s: float | None = None
+    """Seconds the model stays once idle, from this request on; infinity is for ever, 0 lets it
+    leave at once, and None leaves it as it is."""
+    if_loaded_only: bool = False
+    """Refuse at once, with `NotLoaded`, what would have to load the model."""
+    no_evict: bool = False
+    """Make no other model leave for this one: wait until there is room by itself, until the
+    timeout at most."""
+
+
 class TextOperation(StrEnum):
     """What can be asked of a language or embedding model."""
 
@@ -56,9 +73,7 @@ class TextRequest:
     operation: TextOperation
     body: Mapping[str, Any]
     request_id: str
-    priority: Priority = Priority.NORMAL
-    queue_timeout_s: float | None = None
-    """Seconds to wait for a grant; None takes the configured default."""
+    terms: Terms = Terms()
 
 
 class ImageOperation(StrEnum):
@@ -124,8 +139,7 @@ class ImageRequest:
     loras: tuple[LoraChoice, ...] = ()
     partial_images: int = 0
     """Previews to give on the way, evenly spread over the steps."""
-    priority: Priority = Priority.NORMAL
-    queue_timeout_s: float | None = None
+    terms: Terms = Terms()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,8 +168,7 @@ class VideoRequest:
     motion: int | None = None
     """SVD's motion bucket, 0 to 255: how much moves."""
     loras: tuple[LoraChoice, ...] = ()
-    priority: Priority = Priority.BATCH
-    queue_timeout_s: float | None = None
+    terms: Terms = Terms(priority=Priority.BATCH)
 
 
 class SpeechOperation(StrEnum):
@@ -191,8 +204,7 @@ class SpeechRequest:
     word_times: bool = False
     """Whether to tell when each word is spoken, where the model knows."""
     seed: int | None = None
-    priority: Priority = Priority.INTERACTIVE
-    queue_timeout_s: float | None = None
+    terms: Terms = Terms(priority=Priority.INTERACTIVE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,12 +227,16 @@ class TranscriptionRequest:
     """Leave out what is not speech before the model hears it."""
     hotwords: str | None = None
     """Words to expect."""
-    priority: Priority = Priority.INTERACTIVE
-    queue_timeout_s: float | None = None
+    terms: Terms = Terms(priority=Priority.INTERACTIVE)
 
 
 Request: TypeAlias = (
     TextRequest | ImageRequest | VideoRequest | SpeechRequest | TranscriptionRequest
+)
+
+
+Operation: TypeAlias = (
+    TextOperation | ImageOperation | VideoOperation | SpeechOperation | TranscriptionOperation
 )
 
 

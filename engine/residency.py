@@ -1,21 +1,32 @@
-"""Carries decisions out: estimates, loads and unloads models, and reports back as events."""
+"""Carries decisions out: estimates and moves models, and reports back as events."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
+import psutil
+
 from engine.config import ModelConfig
-from engine.device import Device
+from engine.device import CpuDevice, Device
 from engine.errors import EngineError, LoadFailed
 from engine.estimates import EstimateStore
+from engine.host_memory import HostMemory
 from engine.runtimes.base import Estimate, LoadedModel, Runtime
 from engine.scheduler import Scheduler
+from engine.units import format_size
 
 log = logging.getLogger(__name__)
+
+LEAK_SHARE = 0.02
+"""Of a model's bytes: more than this left behind by an unload is worth a warning."""
+
+LEAK_BYTES = 16 * 1024**2
+"""What an allocator may keep for itself; less is no leak that could be told from it."""
 
 
 class Residency:
@@ -26,7 +37,12 @@ class Residency:
         models: Mapping[str, ModelConfig],
         runtimes: Mapping[str, Runtime],
         clock: Callable[[], float],
+        on_residual: Callable[[str, int], None] = lambda _model_id, _nbytes: None,
     ) -> None:
+        """Start with nothing loaded.
+
+        `on_residual(model, bytes)` is told what each unload did not give back.
+        """
         self.outcomes: Scheduler
         """Who is told how it went. Set once, before the first call: the two know each other."""
         self.loaded: dict[str, LoadedModel] = {}
@@ -34,15 +50,30 @@ class Residency:
         self._runtimes = runtimes
         self._device: Device | None = None
         self._estimates: EstimateStore | None = None
+        self._host: HostMemory | None = None
         self._clock = clock
+        self._on_residual = on_residual
+        self._overhead_before: dict[str, int] = {}
+        """What was in use beyond all models, just before each one was loaded."""
+        self._parked_blocks: dict[str, frozenset[str]] = {}
         self._leaving: dict[str, list[asyncio.Future[None]]] = {}
+        self._parked: dict[str, list[asyncio.Future[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def open(self, device: Device, estimates: EstimateStore) -> None:
-        """Name the device and what is remembered of it; nothing can be loaded before."""
+    def open(
+        self, device: Device, estimates: EstimateStore, host: HostMemory, budget_bytes: int
+    ) -> None:
+        """Name the device, what is remembered of it, where host copies go, and the budget.
+
+        Nothing can be loaded before.
+        """
         self._device = device
         self._estimates = estimates
+        self._host = host
+        for runtime in self._runtimes.values():
+            runtime.host = host
+            runtime.budget_bytes = budget_bytes
 
     def gone(self, model_id: str) -> asyncio.Future[None]:
         """Done once the model is off the device; at once if it is not there."""
@@ -53,9 +84,19 @@ class Residency:
             future.set_result(None)
         return future
 
+    def parked(self, model_id: str) -> asyncio.Future[None]:
+        """Done once the model has been parked the next time."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._parked.setdefault(model_id, []).append(future)
+        return future
+
     def estimate(self, model_id: str) -> None:
         """Find out what a model will take: as measured last time, else from its files."""
         self._start(self._estimate(self._models[model_id]))
+
+    def prefetch(self, model_id: str) -> None:
+        """Read a model's files into the system's cache while others still use the device."""
+        self._start(self._prefetch(self._models[model_id]))
 
     def load(self, model_id: str) -> None:
         """Bring a model onto the device."""
@@ -66,9 +107,26 @@ class Residency:
         log.info("unloading %s: %s", model_id, reason)
         self._start(self._unload(model_id))
 
+    def park(self, model_id: str, blocks: frozenset[str], reason: str) -> None:
+        """Take blocks off the device; the model stays loaded."""
+        log.info("parking %s of %s: %s", ", ".join(sorted(blocks)), model_id, reason)
+        self._start(self._park(model_id, blocks))
+
+    def wake(self, model_id: str, blocks: frozenset[str]) -> None:
+        """Bring parked blocks back."""
+        self._start(self._wake(self._models[model_id], blocks))
+
     def measure_foreign(self) -> int:
         """Bytes of the device that others use, measured now."""
-        return self._device.foreign_bytes() if self._device is not None else 0
+        if self._device is None or self._host is None:
+            return 0
+        # On a CPU the device is host memory, so host copies take room from the models there.
+        copies_bytes = self._host.used_bytes if self._device.kind == CpuDevice.kind else 0
+        return self._device.foreign_bytes() + copies_bytes
+
+    def host_free_bytes(self) -> int:
+        """What the budget of host copies still holds."""
+        return self._host.free_bytes if self._host is not None else 0
 
     def call_at(self, when: float) -> None:
         """Ask for `on_timer` at that clock time, instead of the time asked for before."""
@@ -115,6 +173,14 @@ class Residency:
                 return
         self.outcomes.on_estimate(model.id, estimate)
 
+    async def _prefetch(self, model: ModelConfig) -> None:
+        try:
+            read_bytes = await asyncio.to_thread(_read_ahead, self._runtime(model), model)
+        except (OSError, EngineError) as error:
+            log.debug("cannot read the files of %s ahead: %s", model.id, error)
+        else:
+            log.debug("reading %s of %s ahead", format_size(read_bytes), model.id)
+
     async def _load(self, model: ModelConfig) -> None:
         log.info("loading %s", model.id)
         started_s = time.perf_counter()
@@ -122,6 +188,7 @@ class Residency:
         def on_failure(reason: str) -> None:
             self.outcomes.on_model_failed(model.id, reason)
 
+        self._overhead_before[model.id] = self._overhead_bytes()
         try:
             loaded = await self._runtime(model).load(model, on_failure)
         except Exception as error:
@@ -130,9 +197,34 @@ class Residency:
         self.loaded[model.id] = loaded
         load_seconds = time.perf_counter() - started_s
         measured = Estimate(blocks=loaded.blocks(), load_seconds=load_seconds)
-        self.outcomes.on_loaded(model.id, measured.blocks, load_seconds, loaded.max_concurrency)
+        self.outcomes.on_loaded(
+            model.id, measured.blocks, load_seconds, loaded.max_concurrency, loaded.host_bytes
+        )
         if self._estimates is not None:
             await asyncio.to_thread(self._estimates.put, model, measured)
+
+    async def _park(self, model_id: str, blocks: frozenset[str]) -> None:
+        try:
+            await self._runtime(self._models[model_id]).park(self.loaded[model_id], blocks)
+        except Exception as error:
+            # Whatever is still there is measured as the others' use; the model must not run again.
+            log.exception("parking %s failed", model_id)
+            self.outcomes.on_model_failed(model_id, f"could not be parked: {error}")
+        self._parked_blocks[model_id] = self._parked_blocks.get(model_id, frozenset()) | blocks
+        self.outcomes.on_parked(model_id)
+        for future in self._parked.pop(model_id, []):
+            if not future.done():
+                future.set_result(None)
+
+    async def _wake(self, model: ModelConfig, blocks: frozenset[str]) -> None:
+        started_s = time.perf_counter()
+        try:
+            await self._runtime(model).wake(self.loaded[model.id], blocks)
+        except Exception as error:
+            self.outcomes.on_wake_failed(model.id, _load_error(model, error))
+            return
+        self._parked_blocks.pop(model.id, None)
+        self.outcomes.on_woken(model.id, time.perf_counter() - started_s)
 
     async def _unload(self, model_id: str) -> None:
         self._leaving.setdefault(model_id, [])
@@ -144,11 +236,68 @@ class Residency:
 
     async def _take_out(self, model_id: str) -> None:
         loaded = self.loaded.pop(model_id)
+        nbytes = sum(block.nbytes for block in loaded.blocks())
+        self._parked_blocks.pop(model_id, None)
         try:
             await self._runtime(self._models[model_id]).unload(loaded)
         except Exception:
             # The bytes are counted as free from here on; what is really free is measured.
             log.exception("unloading %s failed", model_id)
+        del loaded
+        self._check_leak(model_id, nbytes)
+
+    def _overhead_bytes(self) -> int:
+        """What the process uses of the device beyond the blocks of models that are there.
+
+        Working memory of running requests, and pages of a KV cache that were never touched, are
+        in it as well: a measure with some noise.
+        """
+        if self._device is None or self._host is None:
+            return 0
+        held_bytes = sum(
+            block.nbytes
+            for model_id, loaded in self.loaded.items()
+            for block in loaded.blocks()
+            if block.name not in self._parked_blocks.get(model_id, ())
+        )
+        if self._device.kind == CpuDevice.kind:
+            held_bytes += self._host.used_bytes
+        return self._device.own_bytes() - held_bytes
+
+    def _check_leak(self, model_id: str, nbytes: int) -> None:
+        before = self._overhead_before.pop(model_id, None)
+        if before is None:
+            return
+        residual_bytes = max(0, self._overhead_bytes() - before)
+        self._on_residual(model_id, residual_bytes)
+        if residual_bytes > max(LEAK_BYTES, LEAK_SHARE * nbytes):
+            log.warning(
+                "%s of %s were not given back by its unload, or others took them meanwhile",
+                format_size(residual_bytes),
+                model_id,
+            )
+
+
+def _read_ahead(runtime: Runtime, model: ModelConfig) -> int:
+    """Ask the system to read the weights into its cache; returns the bytes asked for.
+
+    Nothing if they do not fit what is unused: what else is cached would be lost for them.
+
+    Raises:
+        OSError: a file cannot be opened.
+        EngineError: the model's files are not here.
+
+    """
+    sizes = {path: path.stat().st_size for path in runtime.weight_files(model)}
+    if sum(sizes.values()) > psutil.virtual_memory().free:
+        return 0
+    for path in sizes:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
+    return sum(sizes.values())
 
 
 def _load_error(model: ModelConfig, error: Exception) -> EngineError:

@@ -9,7 +9,8 @@ through `Effects`, which returns at once, and comes back as another event.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
@@ -28,20 +29,23 @@ from engine.errors import (
 )
 from engine.ledger import EntryKind, Ledger, LedgerOverflow
 from engine.planner import (
-    Load,
     ModelView,
+    Park,
+    PartView,
     Plan,
     Refusal,
     RefusalCode,
     Snapshot,
     TicketView,
+    Transition,
     Unload,
+    forecast,
     plan,
     service_order,
 )
 from engine.requests import Priority
 from engine.runtimes.base import Block, Estimate
-from engine.status import BlockStatus, ModelState, ModelStatus, TicketStatus
+from engine.status import BlockStatus, Forecast, ModelState, ModelStatus, TicketStatus
 from engine.units import format_size
 
 DEMAND_MEMORY_S = 300.0
@@ -52,7 +56,17 @@ FIRST_BACKOFF_S = 1.0
 LAST_BACKOFF_S = 60.0
 SHORTEST_RETRY_S = 1.0
 LONGEST_RETRY_S = 600.0
+FIRST_WAKE_S_PER_BYTE = 1 / 5e9
+"""A copy over half of PCIe 4.0 × 16, until one was measured."""
+LINE_MEMORY_S = 0.5
+"""How old the positions may be that waiting requests are told."""
 RESERVATION = "reservation"
+
+MOVING_WORDS = {
+    ModelState.LOADING: "loaded",
+    ModelState.WAKING: "woken",
+    ModelState.PARKING: "parked",
+}
 
 
 class Effects(Protocol):
@@ -61,17 +75,29 @@ class Effects(Protocol):
     def estimate(self, model_id: str) -> None:
         """Read what the model takes; comes back as `on_estimate` or `on_estimate_failed`."""
 
+    def prefetch(self, model_id: str) -> None:
+        """Have the model's files read ahead, where there is memory to spare: it comes next."""
+
     def load(self, model_id: str) -> None:
         """Bring the model in; comes back as `on_loaded` or `on_load_failed`."""
 
     def unload(self, model_id: str, reason: str) -> None:
         """Take the model out; comes back as `on_unloaded`."""
 
+    def park(self, model_id: str, blocks: frozenset[str], reason: str) -> None:
+        """Take blocks off the device; comes back as `on_parked`."""
+
+    def wake(self, model_id: str, blocks: frozenset[str]) -> None:
+        """Bring parked blocks back; comes back as `on_woken` or `on_wake_failed`."""
+
     def measure_foreign(self) -> int:
         """Device bytes in use, measured now, that no ledger entry accounts for.
 
-        Asked only while no load or unload is under way.
+        Asked only while no model is being moved.
         """
+
+    def host_free_bytes(self) -> int:
+        """Host memory left for host copies."""
 
     def call_at(self, when: float) -> None:
         """Ask for `on_timer` at that time of the scheduler's clock; replaces the ask before."""
@@ -84,7 +110,9 @@ class LeaseTimings:
     queued_s: float
     """From arrival to grant, loading included."""
     load_s: float
-    """The part of it in which the model was being loaded."""
+    """The part of it in which the model was being loaded or woken."""
+    tier: str = "device"
+    """Where the model was when the request came: `device`, `host` or `disk`."""
 
 
 class Lease:
@@ -142,6 +170,12 @@ class Ticket:
     priority: Priority = Priority.NORMAL
     timeout_s: float = math.inf
     exclusive: bool = False
+    no_evict: bool = False
+    """No other model may leave the device for it."""
+    if_loaded_only: bool = False
+    """Refuse it rather than bring its model in."""
+    keep_alive_s: float | None = None
+    """How long its model may stay idle from its grant on; None leaves that as it is."""
     on_granted: Callable[[Lease], None]
     on_refused: Callable[[EngineError], None]
 
@@ -154,6 +188,11 @@ class EventKind(StrEnum):
     LOAD = "load"
     LOADED = "loaded"
     LOAD_FAILED = "load_failed"
+    WAKE = "wake"
+    WOKEN = "woken"
+    WAKE_FAILED = "wake_failed"
+    PARK = "park"
+    PARKED = "parked"
     UNLOAD = "unload"
     UNLOADED = "unloaded"
     MODEL_FAILED = "model_failed"
@@ -196,13 +235,23 @@ class _Model:
     pinned: bool
     state: ModelState = ModelState.ABSENT
     blocks: tuple[Block, ...] = ()
+    parked: frozenset[str] = frozenset()
+    """Names of the blocks that are off the device."""
+    leaving: frozenset[str] = frozenset()
+    """Names of the blocks that are being parked."""
     granted_bytes: int = 0
-    """For its blocks, or its reservation."""
+    """For its blocks on the device, or its reservation."""
+    host_bytes: int = 0
+    """Of its host copy."""
+    expected_host_bytes: int = 0
+    """Of the host copy that a load makes where there is room for it."""
     estimating: bool = False
     needed_bytes: int | None = None
     """As estimated, then as measured; None until the files have been read."""
     reload_s: float | None = None
     load_measured: bool = False
+    wake_s_per_byte: float | None = None
+    """Measured, of blocks that are copied."""
     overflowed: bool = False
     """The last load took more than there was; the next one reserves what it took."""
     max_concurrency: int = 1
@@ -214,6 +263,7 @@ class _Model:
     resident_since: float | None = None
     idle_since: float | None = None
     unload_reason: str | None = None
+    park_reason: str | None = None
     failed_while_loading: str | None = None
     demand: _Demand = field(default_factory=_Demand)
     service_s: float | None = None
@@ -221,7 +271,28 @@ class _Model:
     blocked_until: float = -math.inf
     last_error: str | None = None
 
+    def wake_seconds(self, blocks: Iterable[Block]) -> float:
+        """What bringing these blocks back takes."""
+        rate = self.wake_s_per_byte
+        copied_bytes = sum(block.nbytes for block in blocks if not block.scratch)
+        return copied_bytes * (FIRST_WAKE_S_PER_BYTE if rate is None else rate)
+
+    @property
+    def tier(self) -> str:
+        """Where it is: on the device only if all of it is."""
+        if self.state is ModelState.RESIDENT:
+            return "device"
+        return "host" if self.blocks else "disk"
+
+    @property
+    def move_s(self) -> float | None:
+        """What bringing it in takes from where it is."""
+        if self.tier == "host":
+            return self.wake_seconds(block for block in self.blocks if block.name in self.parked)
+        return 0.0 if self.tier == "device" else self.reload_s
+
     def view(self, now: float) -> ModelView:
+        parkable = [block for block in self.blocks if block.parkable]
         return ModelView(
             id=self.config.id,
             state=self.state,
@@ -237,7 +308,50 @@ class _Model:
             reload_s=self.reload_s or 0.0,
             demand=self.demand.read(now),
             unload_reason=self.unload_reason,
+            park_reason=self.park_reason,
+            parts=tuple(
+                PartView(block.name, block.nbytes, self.wake_seconds([block]))
+                for block in parkable
+                if block.name not in self.parked
+            ),
+            leaving_bytes=sum(block.nbytes for block in self.blocks if block.name in self.leaving),
+            wake_s=self.wake_seconds(parkable),
+            host_bytes=self.host_bytes if self.blocks else self.expected_host_bytes,
         )
+
+
+class _Line:
+    """Tells the waiting requests, one after the other, when they will be served.
+
+    An estimate: turns of the model's measured service time, after what must be moved first. That
+    models leave, and for how long others stay in use, is not in it.
+    """
+
+    def __init__(self, models: Mapping[str, _Model], now: float) -> None:
+        self._models = models
+        self._now = now
+        self._before: Counter[str] = Counter()
+        self._moves_s = 0.0
+        """Of the models that are brought in for requests further ahead."""
+
+    def next(self, view: TicketView) -> float | None:
+        """Seconds until the next request in line is served; None while nothing tells."""
+        model = self._models[view.model]
+        turns = (model.leases + self._before[view.model]) // model.max_concurrency
+        first = not self._before[view.model]
+        self._before[view.model] += 1
+        move_s = model.move_s
+        if move_s is None or (turns and model.service_s is None):
+            return None
+        if model.state in (ModelState.LOADING, ModelState.WAKING):
+            moved_s = max(0.0, move_s - (self._now - model.load_began_at))
+        elif model.state is ModelState.RESIDENT:
+            moved_s = 0.0
+        else:
+            if first:
+                self._moves_s += move_s
+            moved_s = self._moves_s
+        return moved_s + turns * (model.service_s or 0.0)
 
 
 class Scheduler:
@@ -276,12 +390,18 @@ class Scheduler:
         self._tickets: dict[int, Ticket] = {}
         self._views: dict[int, TicketView] = {}
         self._serials: dict[Ticket, int] = {}
+        self._tiers: dict[int, str] = {}
+        """Where each ticket's model was when it came."""
         self._leases: dict[Lease, int] = {}
         """The leases held, and the working bytes of each."""
+        self._remembered_line: dict[int, TicketStatus] = {}
+        self._line_at = -math.inf
         self._exclusive_running = False
         self._transition: str | None = None
         self._draining: frozenset[str] = frozenset()
         self._shutting_down = False
+        self._prefetched: str | None = None
+        """The model whose files were read ahead last, until one is loaded."""
         self._asked_at: float | None = None
         self._replanning = False
         self._stale = False
@@ -332,7 +452,10 @@ class Scheduler:
             enqueued_at=now,
             deadline=now + ticket.timeout_s,
             exclusive=ticket.exclusive,
+            no_evict=ticket.no_evict,
+            if_loaded_only=ticket.if_loaded_only,
         )
+        self._tiers[serial] = model.tier
         model.waiting += 1
         model.demand.count(now)
         if model.needed_bytes is None and not model.estimating:
@@ -375,16 +498,36 @@ class Scheduler:
         model = self._models[model_id]
         if model.state in (ModelState.ABSENT, ModelState.UNLOADING):
             return
+        self._check_idle(model)
+        model.unload_reason = model.unload_reason or "asked to"
+        self._replan()
+
+    def request_park(self, model_id: str) -> None:
+        """Take an idle model off the device, but keep it loaded; nothing to do if it is off it.
+
+        Raises:
+            Conflict: it is in use, waited for, pinned, being moved, or cannot be parked.
+
+        """
+        model = self._models[model_id]
+        if model.granted_bytes == 0 or model.state is ModelState.PARKING:
+            return
+        self._check_idle(model)
+        if not all(block.parkable for block in model.blocks):
+            raise Conflict(f"The model {model_id!r} cannot be parked.", param="model")
+        model.park_reason = "asked to"
+        self._replan()
+
+    def _check_idle(self, model: _Model) -> None:
+        moving = MOVING_WORDS.get(model.state)
         for forbidden, why in (
-            (model.state is ModelState.LOADING, "is being loaded"),
+            (moving is not None, f"is being {moving}"),
             (model.leases > 0, f"is in use by {model.leases} requests"),
             (model.waiting > 0, f"is waited for by {model.waiting} requests"),
             (model.pinned, "is pinned"),
         ):
             if forbidden:
-                raise Conflict(f"The model {model_id!r} {why}.", param="model")
-        model.unload_reason = model.unload_reason or "asked to"
-        self._replan()
+                raise Conflict(f"The model {model.config.id!r} {why}.", param="model")
 
     def pin(self, model_id: str) -> None:
         """Never evict the model from now on. Does not load it."""
@@ -400,7 +543,7 @@ class Scheduler:
         """Refuse what waits and what comes; each model leaves when its last lease ends."""
         self._shutting_down = True
         for model in self._models.values():
-            if model.state in (ModelState.LOADING, ModelState.RESIDENT):
+            if model.state not in (ModelState.ABSENT, ModelState.UNLOADING):
                 model.unload_reason = model.unload_reason or "shutting down"
         for model in self._models.values():
             self._refuse_waiting(model, self._shutting_down_error)
@@ -416,6 +559,7 @@ class Scheduler:
             model.needed_bytes = estimate.nbytes
         if model.reload_s is None:
             model.reload_s = estimate.load_seconds
+        model.expected_host_bytes = estimate.host_bytes
         self._replan()
 
     def on_estimate_failed(self, model_id: str, reason: str) -> None:
@@ -427,7 +571,12 @@ class Scheduler:
         self._replan()
 
     def on_loaded(
-        self, model_id: str, blocks: Iterable[Block], load_seconds: float, max_concurrency: int
+        self,
+        model_id: str,
+        blocks: Iterable[Block],
+        load_seconds: float,
+        max_concurrency: int,
+        host_bytes: int = 0,
     ) -> None:
         """Take a finished load with its measured blocks, and keep the measurements.
 
@@ -458,28 +607,76 @@ class Scheduler:
             self._begin_unload(model, reason)
             self._replan()
             return
-        now = self._clock()
-        model.state = ModelState.RESIDENT
         model.blocks = blocks
-        model.granted_bytes = measured_bytes
+        model.host_bytes = host_bytes
         model.max_concurrency = max_concurrency
-        model.resident_since = model.idle_since = now
         model.grants_since_load = 0
         model.overflowed = False
         model.failures = 0
         model.blocked_until = -math.inf
         model.last_error = None
         self._transition = None
+        self._settle_in(model)
         self._tell(EventKind.LOADED, model, f"{format_size(measured_bytes)}, {load_seconds:.1f} s")
+        self._replan()
+
+    def _settle_in(self, model: _Model) -> None:
+        model.state = ModelState.RESIDENT
+        model.parked = frozenset()
+        self._set_granted(model)
+        model.resident_since = model.idle_since = self._clock()
+        model.park_reason = None
         if model.failed_while_loading is not None:
             self._fail_resident(model, model.failed_while_loading)
-        self._replan()
+
+    def _set_granted(self, model: _Model) -> None:
+        model.granted_bytes = sum(b.nbytes for b in model.blocks if b.name not in model.parked)
 
     def on_load_failed(self, model_id: str, error: EngineError) -> None:
         """Give back what a failed load reserved, and fail exactly those who wait for it."""
         model = self._expect(model_id, ModelState.LOADING)
         self._leave(model)
         self._fail_waiting(model, error.message)
+        self._replan()
+
+    def on_parked(self, model_id: str) -> None:
+        """Give back what the parked blocks held, and measure what that freed."""
+        model = self._expect(model_id, ModelState.PARKING)
+        for name in model.leaving:
+            self._ledger.release(model_id, name)
+        model.parked |= model.leaving
+        model.leaving = frozenset()
+        model.state = ModelState.PARKED
+        self._set_granted(model)
+        model.park_reason = None
+        self._transition = None
+        self._measure()
+        self._tell(EventKind.PARKED, model, "")
+        self._replan()
+
+    def on_woken(self, model_id: str, wake_seconds: float) -> None:
+        """Take a model that is wholly on the device again."""
+        model = self._expect(model_id, ModelState.WAKING)
+        woken = [block for block in model.blocks if block.name in model.parked]
+        self._ledger.convert(model_id, RESERVATION, [(block.name, block.nbytes) for block in woken])
+        copied_bytes = sum(block.nbytes for block in woken if not block.scratch)
+        if copied_bytes:
+            model.wake_s_per_byte = _mean(model.wake_s_per_byte, wake_seconds / copied_bytes)
+        self._transition = None
+        self._settle_in(model)
+        self._tell(EventKind.WOKEN, model, f"{wake_seconds * 1e3:.0f} ms")
+        self._replan()
+
+    def on_wake_failed(self, model_id: str, error: EngineError) -> None:
+        """Unload a model that could not be woken; those who wait for it get a fresh load."""
+        model = self._expect(model_id, ModelState.WAKING)
+        self._ledger.release(model_id, RESERVATION)
+        model.state = ModelState.PARKED
+        self._set_granted(model)
+        model.unload_reason = f"could not be woken: {error.message}"
+        model.last_error = error.message
+        self._transition = None
+        self._tell(EventKind.WAKE_FAILED, model, error.message)
         self._replan()
 
     def on_unloaded(self, model_id: str) -> None:
@@ -497,10 +694,10 @@ class Scheduler:
         anyone: then it counts as a failed load, or it would be loaded forever.
         """
         model = self._models[model_id]
-        if model.state is ModelState.LOADING:
+        if model.state in (ModelState.LOADING, ModelState.WAKING):
             # The runtime may tell before the loop has seen the load itself end.
             model.failed_while_loading = reason
-        elif model.state is ModelState.RESIDENT:
+        elif model.state in (ModelState.RESIDENT, ModelState.PARKING, ModelState.PARKED):
             self._fail_resident(model, reason)
             self._replan()
 
@@ -532,20 +729,72 @@ class Scheduler:
 
     def queue(self) -> tuple[TicketStatus, ...]:
         """Every waiting request, in the order in which they are considered."""
+        return tuple(self._line().values())
+
+    def ticket_status(self, ticket: Ticket) -> TicketStatus | None:
+        """Where a request stands, up to `LINE_MEMORY_S` ago; None once it waits no more.
+
+        Cheap enough for everyone who waits to ask once a second.
+        """
+        serial = self._serials.get(ticket)
+        if serial is None:
+            return None
         now = self._clock()
-        views = tuple(self._views.values())
-        order = service_order(views, now, self._config.max_overtake_s)
-        return tuple(
-            TicketStatus(
+        if serial not in self._remembered_line or now > self._line_at + LINE_MEMORY_S:
+            self._remembered_line, self._line_at = self._line(), now
+        return self._remembered_line[serial]
+
+    def forecast(
+        self, model_id: str, *, working_bytes: int = 0, priority: Priority = Priority.NORMAL
+    ) -> Forecast:
+        """What would be done for one more request, if it came now. Changes nothing."""
+        now = self._clock()
+        model = self._models[model_id]
+        ticket = TicketView(
+            id=self._next_serial,
+            model=model_id,
+            working_bytes=working_bytes,
+            priority=priority,
+            enqueued_at=now,
+            deadline=math.inf,
+        )
+        outlook = forecast(self._snapshot(), ticket)
+        line = _Line(self._models, now)
+        for view in service_order(
+            (*self._views.values(), ticket), now, self._config.max_overtake_s
+        ):
+            eta_s = line.next(view)
+            if view is ticket:
+                break
+        return Forecast(
+            model=model_id,
+            fits=outlook.fits,
+            tier=model.tier,
+            wanted_bytes=outlook.wanted_bytes,
+            free_bytes=self._ledger.free_bytes,
+            evictions=outlook.evictions,
+            move_s=model.move_s,
+            eta_s=eta_s if outlook.fits else None,
+            reason=outlook.reason,
+        )
+
+    def _line(self) -> dict[int, TicketStatus]:
+        """Every waiting request by its serial number, in order."""
+        now = self._clock()
+        line = _Line(self._models, now)
+        order = service_order(tuple(self._views.values()), now, self._config.max_overtake_s)
+        return {
+            view.id: TicketStatus(
                 request_id=self._tickets[view.id].request_id,
                 model=view.model,
                 operation=self._tickets[view.id].operation,
                 priority=self._tickets[view.id].priority.name.lower(),
                 position=position,
                 waited_s=now - view.enqueued_at,
+                eta_s=line.next(view),
             )
             for position, view in enumerate(order, start=1)
-        )
+        }
 
     # The decision, carried out.
 
@@ -571,6 +820,9 @@ class Scheduler:
             self._stale = False
             decision = plan(self._snapshot())
             self._draining = decision.draining
+            if decision.next_model is not None and decision.next_model != self._prefetched:
+                self._prefetched = decision.next_model
+                self._effects.prefetch(decision.next_model)
             if decision.grants or decision.refusals:
                 self._answer(decision)
             elif decision.transition is None:
@@ -593,19 +845,40 @@ class Scheduler:
                 return
             self._grant(serial)
 
-    def _begin(self, transition: Load | Unload) -> None:
+    def _begin(self, transition: Transition) -> None:
         model = self._models[transition.model]
         if isinstance(transition, Unload):
             self._begin_unload(model, transition.reason)
-            return
-        needed_bytes = model.needed_bytes or 0
-        self._ledger.grant(model.config.id, EntryKind.RESERVATION, RESERVATION, needed_bytes)
-        model.state = ModelState.LOADING
-        model.granted_bytes = needed_bytes
+        elif isinstance(transition, Park):
+            self._begin_park(model, transition)
+        else:
+            self._begin_load(model)
+
+    def _begin_load(self, model: _Model) -> None:
+        waking = model.state is ModelState.PARKED
+        missing_bytes = sum(block.nbytes for block in model.blocks if block.name in model.parked)
+        wanted_bytes = missing_bytes if waking else model.needed_bytes or 0
+        self._ledger.grant(model.config.id, EntryKind.RESERVATION, RESERVATION, wanted_bytes)
+        model.granted_bytes += wanted_bytes
         model.load_began_at = self._clock()
-        self._transition = f"loading {model.config.id}"
-        self._tell(EventKind.LOAD, model, format_size(needed_bytes))
-        self._effects.load(model.config.id)
+        if waking:
+            model.state = ModelState.WAKING
+            self._transition = f"waking {model.config.id}"
+            self._tell(EventKind.WAKE, model, format_size(wanted_bytes))
+            self._effects.wake(model.config.id, model.parked)
+        else:
+            model.state = ModelState.LOADING
+            self._prefetched = None
+            self._transition = f"loading {model.config.id}"
+            self._tell(EventKind.LOAD, model, format_size(wanted_bytes))
+            self._effects.load(model.config.id)
+
+    def _begin_park(self, model: _Model, park: Park) -> None:
+        model.state = ModelState.PARKING
+        model.leaving = park.blocks
+        self._transition = f"parking {model.config.id}: {park.reason}"
+        self._tell(EventKind.PARK, model, f"{', '.join(sorted(park.blocks))}: {park.reason}")
+        self._effects.park(model.config.id, park.blocks, park.reason)
 
     def _begin_unload(self, model: _Model, reason: str) -> None:
         model.state = ModelState.UNLOADING
@@ -618,9 +891,10 @@ class Scheduler:
         self._ledger.release_all(model.config.id)
         model.state = ModelState.ABSENT
         model.blocks = ()
-        model.granted_bytes = 0
+        model.parked = model.leaving = frozenset()
+        model.granted_bytes = model.host_bytes = 0
         model.resident_since = model.idle_since = None
-        model.unload_reason = model.failed_while_loading = None
+        model.unload_reason = model.park_reason = model.failed_while_loading = None
         self._transition = None
 
     def _fail_resident(self, model: _Model, reason: str) -> None:
@@ -650,9 +924,11 @@ class Scheduler:
 
     def _grant(self, serial: int) -> None:
         now = self._clock()
-        view = self._views[serial]
+        view, tier = self._views[serial], self._tiers[serial]
         ticket = self._remove(serial)
         model = self._models[ticket.model_id]
+        if ticket.keep_alive_s is not None:
+            model.keep_alive_s = ticket.keep_alive_s
         name = f"{ticket.request_id}#{serial}"
         if ticket.working_bytes:
             self._ledger.grant(ticket.model_id, EntryKind.LEASE, name, ticket.working_bytes)
@@ -667,7 +943,7 @@ class Scheduler:
             name,
             exclusive=ticket.exclusive,
             granted_at=now,
-            timings=LeaseTimings(queued_s=now - view.enqueued_at, load_s=load_s),
+            timings=LeaseTimings(queued_s=now - view.enqueued_at, load_s=load_s, tier=tier),
             release=self.on_release,
         )
         self._leases[lease] = ticket.working_bytes
@@ -684,6 +960,7 @@ class Scheduler:
     def _remove(self, serial: int) -> Ticket:
         ticket = self._tickets.pop(serial)
         del self._views[serial]
+        del self._tiers[serial]
         del self._serials[ticket]
         self._models[ticket.model_id].waiting -= 1
         return ticket
@@ -693,6 +970,8 @@ class Scheduler:
         message = f"The request for {model.config.id!r} was {refusal.reason}."
         if refusal.code is RefusalCode.DEADLINE:
             return QueueTimeout(message, retry_after_s=self._retry_after_s(model))
+        if refusal.code is RefusalCode.NOT_LOADED:
+            return Conflict(f"The model {model.config.id!r} {refusal.reason}.", param="model")
         return InsufficientCapacity(f"The request for {model.config.id!r} {refusal.reason}.")
 
     def _shutting_down_error(self, model: _Model) -> ShuttingDown:
@@ -705,7 +984,7 @@ class Scheduler:
         turns = (model.waiting + model.leases) / model.max_concurrency
         wait_s = turns * (model.service_s or SHORTEST_RETRY_S)
         if model.state is not ModelState.RESIDENT:
-            wait_s += model.reload_s or 0.0
+            wait_s += model.move_s or 0.0
         return min(LONGEST_RETRY_S, max(SHORTEST_RETRY_S, wait_s))
 
     def _measure(self) -> None:
@@ -724,6 +1003,7 @@ class Scheduler:
             busy=self._transition is not None,
             exclusive_running=self._exclusive_running,
             draining=self._draining,
+            host_free_bytes=self._effects.host_free_bytes(),
         )
 
     def _expect(self, model_id: str, state: ModelState) -> _Model:
@@ -750,7 +1030,6 @@ class Scheduler:
 
     def _model_status(self, model: _Model, now: float) -> ModelStatus:
         config = model.config
-        tier = "device" if model.blocks else "disk"
         return ModelStatus(
             id=config.id,
             aliases=config.aliases,
@@ -758,11 +1037,18 @@ class Scheduler:
             task=config.task,
             source=config.source,
             state=model.state,
-            tier=tier,
-            blocks=tuple(BlockStatus(block.name, block.nbytes, tier) for block in model.blocks),
+            tier=model.tier,
+            blocks=tuple(
+                BlockStatus(
+                    block.name, block.nbytes, "host" if block.name in model.parked else "device"
+                )
+                for block in model.blocks
+            ),
             device_bytes=model.granted_bytes,
+            host_bytes=model.host_bytes,
             estimated_bytes=model.needed_bytes,
             estimated_load_s=model.reload_s,
+            estimated_wake_s=model.move_s if model.tier == "host" else None,
             leases=model.leases,
             waiting=model.waiting,
             pinned=model.pinned,

@@ -10,8 +10,14 @@ class ModelState(StrEnum):
     """Where a model is in its life."""
 
     ABSENT = "absent"
+    """On disk only."""
     LOADING = "loading"
     RESIDENT = "resident"
+    """All of it is on the device."""
+    PARKING = "parking"
+    PARKED = "parked"
+    """Loaded, but some or all of its blocks have left the device."""
+    WAKING = "waking"
     UNLOADING = "unloading"
 
 
@@ -44,12 +50,17 @@ class ModelStatus:
     source: str
     state: ModelState
     tier: str
-    """`device` while any block is there, else `disk`."""
+    """`device` while all of it is there, `host` while some of it is parked, else `disk`."""
     blocks: tuple[BlockStatus, ...]
     device_bytes: int
+    host_bytes: int
+    """Of the host copy."""
     estimated_bytes: int | None
     """What a load is expected to take; None while the files have not been read."""
     estimated_load_s: float | None
+    """From disk."""
+    estimated_wake_s: float | None
+    """Of what is parked now; None while nothing is."""
     leases: int
     waiting: int
     pinned: bool
@@ -72,6 +83,40 @@ class TicketStatus:
     position: int
     """1 is next."""
     waited_s: float
+    eta_s: float | None
+    """Seconds until it is expected to be served; None while nothing tells."""
+
+
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    """What would leave the device."""
+
+    model: str
+    blocks: tuple[str, ...]
+    """Those that would be parked; none: the model would be unloaded."""
+    nbytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What would be done for one more request, if it came now."""
+
+    model: str
+    fits: bool
+    """Whether it could ever be served."""
+    tier: str
+    """Where the model is: `device`, `host` or `disk`."""
+    wanted_bytes: int | None
+    """To bring onto the device, working memory included; None while the files were not read."""
+    free_bytes: int
+    evictions: tuple[Eviction, ...]
+    move_s: float | None
+    """Loading or waking; 0 while it is there, None while nothing tells."""
+    eta_s: float | None
+    """Until it would be served, everything that is ahead of it included."""
+    reason: str
+    """In words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,4 +156,4 @@ class EngineStatus:
     models: tuple[ModelStatus, ...]
     queue: tuple[TicketStatus, ...]
     transition: str | None
-    """The load or unload under way, in words."""
+    """What is being moved, in words."""

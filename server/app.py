@@ -73,7 +73,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     app.include_router(transcriptions_router(engine, settings))
     app.include_router(voices_router(engine, voices, settings))
     app.include_router(models_router(engine))
-    app.include_router(engine_router(engine))
+    app.include_router(engine_router(engine, settings))
     app.add_exception_handler(EngineError, _on_engine_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_middleware(Guard, settings=settings)

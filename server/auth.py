@@ -21,6 +21,8 @@ from server.settings import ServerSettings, is_loopback
 
 PROBES = frozenset({"/health", "/ready", "/ping"})
 ADMIN_PREFIX = "/v1/engine/"
+PLAN_PATH = "/v1/engine/plan"
+"""A question, though it is posted: it changes nothing, so any key may ask it."""
 IMAGE_FILES_PREFIX = "/v1/images/files/"
 """Read without a key, as a browser shows an image: the names are unguessable (256 bits), so that
 knowing the URL is the permission."""
@@ -76,7 +78,7 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _refusal(self, method: str, path: str, headers: Headers) -> Failure | None:
-        admin = method == "POST" and path.startswith(ADMIN_PREFIX)
+        admin = method == "POST" and path.startswith(ADMIN_PREFIX) and path != PLAN_PATH
         if not self._keyring:
             return self._refusal_without_keys(headers, admin=admin)
         if path in PROBES or (method in ("GET", "HEAD") and path.startswith(IMAGE_FILES_PREFIX)):

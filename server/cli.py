@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -16,10 +17,14 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from engine.comparison import compare
 from engine.config import ENV_CONFIG, EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
+from engine.simulator import usual_config
+from engine.traces import BUILT_IN, generate, read_trace
 from engine.units import format_size
+from server import simulation
 from server.serve import listen, run
 from server.settings import ServerSettings, config_path, load_settings
 
@@ -74,30 +79,76 @@ def serve(
         raise _exit(f"the engine could not start: {error}", 1) from error
 
 
+Url = Annotated[str, typer.Option(help="A running server.")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(envvar="ROUNDHOUSE_API_KEYS", help="A key; of several the first is used."),
+]
+
+
 @app.command()
-def ps(
-    url: Annotated[str, typer.Option(help="A running server.")] = "http://127.0.0.1:8000",
-    api_key: Annotated[
-        str | None,
-        typer.Option(envvar="ROUNDHOUSE_API_KEYS", help="A key; of several the first is used."),
-    ] = None,
-) -> None:
+def ps(url: Url = "http://127.0.0.1:8000", api_key: ApiKey = None) -> None:
     """Show what a running server holds."""
-    key = (api_key or "").split(",")[0].strip()
-    headers = {"authorization": f"Bearer {key}"} if key else {}
+    _show(_ask("GET", url, "/v1/engine", api_key, has="ledger"))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="The model of the request.")],
+    url: Url = "http://127.0.0.1:8000",
+    api_key: ApiKey = None,
+    priority: Annotated[str, typer.Option(help="interactive, normal or batch.")] = "normal",
+    working: Annotated[str, typer.Option(help="What its run needs beside the model.")] = "0",
+) -> None:
+    """Show what a running server would do for a request that came now; it does nothing."""
+    body = {"model": model, "priority": priority, "working_bytes": working}
+    _show_plan(_ask("POST", url, "/v1/engine/plan", api_key, body, has="evictions"))
+
+
+@app.command()
+def simulate(
+    trace: Annotated[str, typer.Argument(help=f"A file, or one of {', '.join(BUILT_IN)}.")],
+    config: Annotated[
+        Path | None, typer.Option(help="Take limits, keep_alive, pins and memory from this file.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of a built-in trace.")] = 0,
+    requests: Annotated[int | None, typer.Option(help="Of a built-in trace.")] = None,
+    models: Annotated[int | None, typer.Option(help="Of a built-in trace.")] = None,
+    speed: Annotated[float, typer.Option(help="Let requests come so many times as fast.")] = 1.0,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Every model was asked for once before.")
+    ] = False,
+    serial_device: Annotated[
+        bool, typer.Option("--serial-device", help="Runs slow each other down.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write figures there.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a .png there.")] = None,
+) -> None:
+    """Serve a trace on a modelled machine, by this scheduler and by others."""
     try:
-        answer = httpx.get(f"{url.rstrip('/')}/v1/engine", headers=headers, timeout=10)
-        status = answer.json()
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise _exit(f"no Roundhouse answers at {url}: {error}", 1) from error
-    if answer.is_error:
-        message = answer.reason_phrase
-        if isinstance(status, dict) and isinstance(status.get("error"), dict):
-            message = status["error"].get("message", message)
-        raise _exit(f"{url}: {answer.status_code} {message}", 1)
-    if not isinstance(status, dict) or "ledger" not in status:
-        raise _exit(f"what answers at {url} is no Roundhouse", 1)
-    _show(status)
+        if trace in BUILT_IN:
+            traced = generate(trace, seed=seed, requests=requests, models=models)
+        else:
+            traced = read_trace(Path(trace))
+        traced = traced.faster(speed)
+        if warm:
+            traced = traced.warmed()
+        policy = usual_config(traced)
+        if config is not None:
+            policy, _ = load_settings(config, os.environ)
+        comparison = compare(traced.within(policy), policy, serial_device=serial_device)
+    except ConfigError as error:
+        raise _exit(error.message, BAD_CONFIG) from error
+    out.print(simulation.tables(comparison), highlight=False)
+    try:
+        if json_file is not None:
+            json_file.write_text(json.dumps(comparison.document(), indent=1), encoding="utf-8")
+        if plot_file is not None:
+            simulation.plot(comparison, plot_file)
+    except ImportError as error:
+        raise _exit("--plot needs matplotlib", 1) from error
+    except (OSError, ValueError) as error:
+        raise _exit(f"cannot write: {error}", 1) from error
 
 
 @app.command()
@@ -112,6 +163,35 @@ def version() -> None:
 def main() -> None:
     """Run the command line."""
     app()
+
+
+def _ask(
+    method: str,
+    url: str,
+    path: str,
+    api_key: str | None,
+    body: dict[str, str] | None = None,
+    *,
+    has: str,
+) -> dict[str, Any]:
+    """The document that a running server answers, in which there is a key `has`."""
+    key = (api_key or "").split(",")[0].strip()
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        answer = httpx.request(
+            method, f"{url.rstrip('/')}{path}", headers=headers, json=body, timeout=10
+        )
+        document = answer.json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise _exit(f"no Roundhouse answers at {url}: {error}", 1) from error
+    if answer.is_error:
+        message = answer.reason_phrase
+        if isinstance(document, dict) and isinstance(document.get("error"), dict):
+            message = document["error"].get("message", message)
+        raise _exit(f"{url}: {answer.status_code} {message}", 1)
+    if not isinstance(document, dict) or has not in document:
+        raise _exit(f"what answers at {url} is no Roundhouse", 1)
+    return document
 
 
 def _exit(message: str, code: int) -> typer.Exit:
@@ -171,6 +251,32 @@ def _show(status: dict[str, Any]) -> None:
     out.print(table)
     if status["transition"]:
         out.print(status["transition"], markup=False)
+
+
+def _show_plan(plan: dict[str, Any]) -> None:
+    out.print(f"{plan['model']}: {plan['reason']}", markup=False, highlight=False)
+    wanted_bytes, move_s, eta_s = plan["wanted_bytes"], plan["move_s"], plan["eta_s"]
+    table = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("fits", "yes" if plan["fits"] else "no"),
+        ("is on", plan["tier"]),
+        ("to bring in", "unknown" if wanted_bytes is None else format_size(wanted_bytes)),
+        ("free", format_size(plan["free_bytes"])),
+        ("load or wake", "unknown" if move_s is None else f"{move_s:.1f} s"),
+        ("served in", "unknown" if eta_s is None else f"{eta_s:.1f} s"),
+    ):
+        table.add_row(name, value)
+    out.print(table, highlight=False)
+    if plan["evictions"]:
+        leaving = Table("who leaves", "what of it", "bytes", "why")
+        for eviction in plan["evictions"]:
+            leaving.add_row(
+                escape(eviction["model"]),
+                escape(", ".join(eviction["blocks"])) or "all",
+                format_size(eviction["nbytes"]),
+                escape(eviction["reason"]),
+            )
+        out.print(leaving)
 
 
 if __name__ == "__main__":

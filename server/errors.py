@@ -20,6 +20,7 @@ from engine.errors import (
     LoadFailed,
     ModelNotFound,
     NotFound,
+    NotLoaded,
     OutOfDeviceMemory,
     Overloaded,
     QueueFull,
@@ -27,7 +28,7 @@ from engine.errors import (
     RuntimeFailed,
     ShuttingDown,
 )
-from engine.requests import ImageOperation, TextOperation
+from engine.requests import Operation, TextOperation
 
 ANTHROPIC_PATH = "/v1/messages"
 
@@ -47,6 +48,7 @@ _ANSWERS: Mapping[type[EngineError], _Answer] = {
     ModelNotFound: _Answer(404, "invalid_request_error"),
     NotFound: _Answer(404, "invalid_request_error"),
     Conflict: _Answer(409, "invalid_request_error", retry=False),
+    NotLoaded: _Answer(409, "invalid_request_error", retry=False),
     Overloaded: _Answer(503, "server_error"),
     QueueFull: _Answer(429, "rate_limit_error"),
     QueueTimeout: _Answer(503, "server_error"),
@@ -77,6 +79,8 @@ class Failure:
     code: str | None = None
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    residency: Mapping[str, Any] | None = None
+    """Of a model that is not loaded: what loading it would cost."""
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
@@ -90,7 +94,14 @@ class Failure:
         headers = {} if answer.retry else {"x-should-retry": "false"}
         if isinstance(error, Overloaded):
             headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
-        return cls(status, error.message, answer.type, error.code, error.param, headers)
+        residency = None
+        if isinstance(error, NotLoaded):
+            residency = {
+                "tier": error.tier,
+                "load_seconds": error.load_s,
+                "evicts": list(error.evicts),
+            }
+        return cls(status, error.message, answer.type, error.code, error.param, headers, residency)
 
     @classmethod
     def of_status(cls, status: int, message: str | None, headers: Mapping[str, str]) -> Failure:
@@ -108,6 +119,7 @@ class Failure:
                 "type": self.type,
                 "param": self.param,
                 "code": self.code,
+                **self._more(),
             }
         }
 
@@ -117,9 +129,12 @@ class Failure:
         kind = _ANTHROPIC_TYPES.get(self.status, default)
         return {
             "type": "error",
-            "error": {"type": kind, "message": self.message},
+            "error": {"type": kind, "message": self.message, **self._more()},
             "request_id": request_id,
         }
+
+    def _more(self) -> dict[str, Any]:
+        return {} if self.residency is None else {"residency": self.residency}
 
     def response(self, path: str, request_id: str) -> JSONResponse:
         """The whole response, in the envelope that clients of `path` read."""
@@ -127,7 +142,7 @@ class Failure:
         document = self.anthropic_document(request_id) if anthropic else self.openai_document()
         return JSONResponse(document, self.status, dict(self.headers))
 
-    def frame(self, operation: TextOperation | ImageOperation, request_id: str) -> str:
+    def frame(self, operation: Operation, request_id: str) -> str:
         """The last server-sent event of a stream that failed after it began."""
         if operation is TextOperation.MESSAGES:
             return f"event: error\ndata: {json.dumps(self.anthropic_document(request_id))}\n\n"
@@ -139,4 +154,4 @@ class Failure:
             event["type"] = "error"
             return f"event: error\ndata: {json.dumps(event)}\n\n"
         data = f"data: {json.dumps(document)}\n\n"
-        return f"event: error\n{data}" if isinstance(operation, ImageOperation) else data
+        return data if isinstance(operation, TextOperation) else f"event: error\n{data}"

@@ -6,14 +6,10 @@ A model is a folder like the repository suno/bark-small. Nothing here imports th
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -21,11 +17,11 @@ from typing import ClassVar, Literal
 from engine.checkpoint import DTYPE_BYTES, tensor_sizes, weight_bytes
 from engine.config import ModelConfig, Section
 from engine.device import Device
-from engine.errors import EngineError, InvalidRequest, LoadFailed
+from engine.errors import InvalidRequest, LoadFailed
 from engine.pickled import load_pickled
 from engine.process import GATE
 from engine.requests import Request, SpeechRequest
-from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime, Voice
+from engine.runtimes.base import Block, Estimate, Prepared, Voice
 from engine.runtimes.speech import (
     SpeechModel,
     SpeechOptions,
@@ -37,6 +33,7 @@ from engine.runtimes.speech import (
     primary_language,
 )
 from engine.runtimes.thread_run import reason
+from engine.runtimes.torch_model import TorchRuntime
 from engine.sentences import split_sentences
 from engine.sources import WANTED_FILES, local_folder, present_folder
 
@@ -67,16 +64,14 @@ class BarkOptions(SpeechOptions):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
-class BarkRuntime(Runtime):
+class BarkRuntime(TorchRuntime):
     """Loads Bark models."""
 
     name: ClassVar[str] = "bark"
     Options: ClassVar[type[Section]] = BarkOptions
 
     def __init__(self, device: Device, cache_dir: Path) -> None:
-        self._device = device
-        self._cache_dir = cache_dir
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="bark-load")
+        super().__init__(device, cache_dir)
         self._voices: dict[str, tuple[Voice, ...]] = {}
 
     def start(self) -> None:
@@ -128,25 +123,11 @@ class BarkRuntime(Runtime):
             for name, tensor in load_pickled(folder / "pytorch_model.bin", device="meta").items():
                 width = item_bytes if tensor.is_floating_point() else tensor.element_size()
                 sizes[name.partition(".")[0]] += tensor.numel() * width
-        blocks = tuple(Block(name, nbytes) for name, nbytes in sizes.items())
+        parkable = self.host is not None
+        blocks = tuple(Block(name, nbytes, parkable) for name, nbytes in sizes.items())
         nbytes = sum(block.nbytes for block in blocks)
         # Disk at 1 GB/s and a second of building; the first measured load replaces it.
         return Estimate(blocks=blocks, load_seconds=1.0 + nbytes / 1e9)
-
-    async def load(
-        self,
-        model: ModelConfig,
-        on_failure: Callable[[str], None],  # noqa: ARG002 - the model has no life of its own
-    ) -> LoadedModel:
-        """Build the model on the loading thread."""
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(self._loader, self._build, model)
-        except Exception as error:
-            await loop.run_in_executor(self._loader, self._collect)
-            if isinstance(error, EngineError):
-                raise
-            raise LoadFailed(reason(error)) from error
 
     def _build(self, model: ModelConfig) -> SpeechModel:
         from engine.runtimes.bark_model import BarkSpeaker
@@ -156,21 +137,6 @@ class BarkRuntime(Runtime):
         with GATE.exclusive():
             speaker = BarkSpeaker(folder, model.options, self._device.kind)
         return SpeechModel(speaker, model.id, partial(_utterance, model, self._voices[model.id]))
-
-    async def unload(self, loaded: LoadedModel) -> None:
-        """Drop the model and its thread."""
-        assert isinstance(loaded, SpeechModel)
-        loaded.speaker = None
-        loaded.thread.shutdown(wait=False)
-        await asyncio.get_running_loop().run_in_executor(self._loader, self._collect)
-
-    def _collect(self) -> None:
-        gc.collect()
-        self._device.release_cached()
-
-    async def stop(self) -> None:
-        """End the loading thread."""
-        self._loader.shutdown()
 
 
 def _utterance(model: ModelConfig, voices: tuple[Voice, ...], request: SpeechRequest) -> Utterance:

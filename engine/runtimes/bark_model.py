@@ -15,7 +15,6 @@ import transformers
 from transformers import BarkModel, BarkProcessor
 
 from engine.errors import LoadFailed
-from engine.process import GATE
 from engine.randomness import draw_by_thread
 from engine.requests import Speech, SpeechRequest
 from engine.runtimes.speech import Utterance
@@ -32,7 +31,7 @@ class BarkSpeaker(Speaker):
     """Bark's three language models and its codec; every sentence is one piece of audio."""
 
     def __init__(self, folder: Path, options: BarkOptions, device: str) -> None:
-        """Build and fill every part. Call inside `GATE.exclusive()`.
+        """Build and fill every part, in host memory. Call inside `GATE.exclusive()`.
 
         Raises:
             LoadFailed: a weight is missing.
@@ -51,10 +50,7 @@ class BarkSpeaker(Speaker):
         # The library fills what is missing with random numbers.
         if told["missing_keys"]:
             raise LoadFailed(f"{folder.name}: the checkpoint lacks {min(told['missing_keys'])}")
-        model.eval()
-        with GATE.yielded():
-            model.to(device)
-        super().__init__(model, device)
+        super().__init__(model.eval(), device)
 
     def speak(self, request: SpeechRequest, utterance: Utterance) -> Iterator[Speech]:  # noqa: ARG002
         """Each sentence as the model makes it from the voice's prompt."""

@@ -8,7 +8,7 @@ and `estimate` before anything is loaded, `load`/`unload` one at a time, and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from prometheus_client.registry import CollectorRegistry
 
 from engine.config import ModelConfig, Section
 from engine.device import Device
+from engine.host_memory import HostMemory
 from engine.requests import Event, Request
 
 
@@ -26,6 +27,10 @@ class Block:
 
     name: str
     nbytes: int
+    parkable: bool = False
+    """It can leave the device while the model stays loaded."""
+    scratch: bool = False
+    """What it holds is made anew (KV cache, workspace): it needs no host copy and no copying."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,11 @@ class Estimate:
     def nbytes(self) -> int:
         """Device bytes of all blocks together."""
         return sum(block.nbytes for block in self.blocks)
+
+    @property
+    def host_bytes(self) -> int:
+        """What its host copy will take, where there is room for one."""
+        return sum(b.nbytes for b in self.blocks if b.parkable and not b.scratch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +94,11 @@ class LoadedModel(ABC):
     def max_concurrency(self) -> int:
         """How many leases may be held at once (1 or more)."""
 
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of the master copies that parked blocks come back from."""
+        return 0
+
     @abstractmethod
     def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
         """Run one request and yield its events.
@@ -108,6 +123,12 @@ class Runtime(ABC):
 
     metrics: CollectorRegistry | None = None
     """The library's own metric series, where it has any."""
+
+    host: HostMemory | None = None
+    """Where master copies go; None: there are none, and no model can be parked."""
+
+    budget_bytes: int | None = None
+    """What all models together may use of the device; None while nobody has said."""
 
     @abstractmethod
     def __init__(self, device: Device, cache_dir: Path) -> None:
@@ -146,6 +167,15 @@ class Runtime(ABC):
 
         """
 
+    def weight_files(self, model: ModelConfig) -> Sequence[Path]:  # noqa: ARG002
+        """The files that a load will read, as far as they are worth reading ahead.
+
+        Raises:
+            LoadFailed: they are missing.
+
+        """
+        return ()
+
     @abstractmethod
     async def load(self, model: ModelConfig, on_failure: Callable[[str], None]) -> LoadedModel:
         """Bring the model onto the device.
@@ -161,6 +191,22 @@ class Runtime(ABC):
     @abstractmethod
     async def unload(self, loaded: LoadedModel) -> None:
         """Take the model off the device and give every byte back. Never raises for a dead model."""
+
+    async def park(self, loaded: LoadedModel, blocks: Collection[str]) -> None:
+        """Take parkable blocks off the device; the model stays loaded. Called while nothing runs.
+
+        Copies nothing back: the host copy is the master.
+        """
+        raise NotImplementedError(f"{self.name} has no parkable blocks")
+
+    async def wake(self, loaded: LoadedModel, blocks: Collection[str]) -> None:
+        """Bring parked blocks back.
+
+        Raises:
+            LoadFailed: they could not be brought back; they are parked as before.
+
+        """
+        raise NotImplementedError(f"{self.name} has no parkable blocks")
 
     def voices(self, model: ModelConfig) -> tuple[Voice, ...]:  # noqa: ARG002 - few have any
         """The voices of a speech model, read from its files. Called off the event loop.

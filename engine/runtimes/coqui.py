@@ -6,12 +6,8 @@ The weights of XTTS v2 may be used for non-commercial purposes only (Coqui Publi
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import os
 from collections import defaultdict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,11 +17,11 @@ from pydantic import Field
 
 from engine.config import ModelConfig, Section
 from engine.device import Device
-from engine.errors import EngineError, InvalidRequest, LoadFailed
+from engine.errors import InvalidRequest, LoadFailed
 from engine.pickled import load_pickled
 from engine.process import GATE
 from engine.requests import Request, SpeechRequest
-from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime, Voice
+from engine.runtimes.base import Block, Estimate, Prepared, Voice
 from engine.runtimes.coqui_files import CoquiFiles, read_folder
 from engine.runtimes.speech import (
     SpeechModel,
@@ -37,7 +33,7 @@ from engine.runtimes.speech import (
     prepared_speech,
     primary_language,
 )
-from engine.runtimes.thread_run import reason
+from engine.runtimes.torch_model import TorchRuntime
 from engine.sentences import split_sentences
 from engine.sources import local_folder, present_folder
 
@@ -72,16 +68,14 @@ class CoquiOptions(SpeechOptions):
     repetition_penalty: float | None = Field(default=None, ge=1)
 
 
-class CoquiRuntime(Runtime):
+class CoquiRuntime(TorchRuntime):
     """Loads VITS and XTTS models."""
 
     name: ClassVar[str] = "coqui"
     Options: ClassVar[type[Section]] = CoquiOptions
 
     def __init__(self, device: Device, cache_dir: Path) -> None:
-        self._device = device
-        self._cache_dir = cache_dir
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="coqui-load")
+        super().__init__(device, cache_dir)
         self._files: dict[str, CoquiFiles] = {}
 
     def start(self) -> None:
@@ -138,25 +132,11 @@ class CoquiRuntime(Runtime):
             part = name.removeprefix("xtts.").partition(".")[0]
             if part not in UNUSED_PARTS:
                 sizes[part] += tensor.numel() * tensor.element_size()
-        blocks = tuple(Block(name, nbytes) for name, nbytes in sizes.items() if nbytes)
+        parkable = self.host is not None
+        blocks = tuple(Block(name, nbytes, parkable) for name, nbytes in sizes.items() if nbytes)
         nbytes = sum(block.nbytes for block in blocks)
         # Disk at 1 GB/s and a second of building; the first measured load replaces it.
         return Estimate(blocks=blocks, load_seconds=1.0 + nbytes / 1e9)
-
-    async def load(
-        self,
-        model: ModelConfig,
-        on_failure: Callable[[str], None],  # noqa: ARG002 - the model has no life of its own
-    ) -> LoadedModel:
-        """Build the model on the loading thread."""
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(self._loader, self._build, model)
-        except Exception as error:
-            await loop.run_in_executor(self._loader, self._collect)
-            if isinstance(error, EngineError):
-                raise
-            raise LoadFailed(reason(error)) from error
 
     def _build(self, model: ModelConfig) -> SpeechModel:
         from engine.runtimes.coqui_models import build
@@ -165,21 +145,6 @@ class CoquiRuntime(Runtime):
         with GATE.exclusive():
             speaker = build(files, model.options, self._device.kind)
         return SpeechModel(speaker, model.id, partial(_utterance, model, files))
-
-    async def unload(self, loaded: LoadedModel) -> None:
-        """Drop the model and its thread."""
-        assert isinstance(loaded, SpeechModel)
-        loaded.speaker = None
-        loaded.thread.shutdown(wait=False)
-        await asyncio.get_running_loop().run_in_executor(self._loader, self._collect)
-
-    def _collect(self) -> None:
-        gc.collect()
-        self._device.release_cached()
-
-    async def stop(self) -> None:
-        """End the loading thread."""
-        self._loader.shutdown()
 
 
 def _utterance(model: ModelConfig, files: CoquiFiles, request: SpeechRequest) -> Utterance:

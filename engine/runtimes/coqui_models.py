@@ -20,6 +20,7 @@ from torch.serialization import add_safe_globals
 from TTS.config.shared_configs import BaseDatasetConfig
 from TTS.tts.configs.vits_config import VitsConfig
 from TTS.tts.configs.xtts_config import XttsArgs, XttsAudioConfig, XttsConfig
+from TTS.tts.layers.glow_tts.transformer import RelativePositionMultiHeadAttention
 from TTS.tts.models import xtts as xtts_module
 from TTS.tts.models.vits import Vits
 from TTS.tts.models.xtts import Xtts
@@ -43,7 +44,8 @@ PAUSE_SAMPLES = 10_000
 """Silence after every sentence of VITS: `PAD_SILENCE_SAMPLES` of Coqui's `Synthesizer`."""
 
 MAX_CLONES = 64
-"""Voices whose latents stay (130 KB each in XTTS v2); beyond, the one longest unused goes."""
+"""Voices whose latents stay in host memory (130 KB each in XTTS v2); beyond, the one longest unused
+goes."""
 
 draw_by_thread(
     "TTS.tts.models.vits",
@@ -66,7 +68,7 @@ def own_logging() -> None:
 
 
 def build(files: CoquiFiles, options: CoquiOptions, device: str) -> Speaker:
-    """The model, filled and on the device. Call inside `GATE.exclusive()`.
+    """The model, filled, in host memory. Call inside `GATE.exclusive()`.
 
     Raises:
         LoadFailed: the checkpoint is damaged, or would have to be executed to be read.
@@ -86,15 +88,13 @@ class VitsSpeaker(Speaker):
         model = Vits(config)
         with GATE.yielded():
             tensors = load_pickled(files.checkpoint)["model"]
-        # As the library's `load_checkpoint`: what an encoder baked into it was trained with.
-        kept = {name: each for name, each in tensors.items() if "speaker_encoder" not in name}
-        model.load_state_dict(kept)
+            # As the library's `load_checkpoint`: what an encoder baked into it was trained with.
+            kept = {name: each for name, each in tensors.items() if "speaker_encoder" not in name}
+            model.load_state_dict(kept)
         model.eval()
         # Training and the conversion of voices need these, speaking does not.
         model.disc = None
         model.posterior_encoder = None
-        with GATE.yielded():
-            model.to(device)
         self._many_languages = len(files.languages) > 1
         super().__init__(model, device)
 
@@ -115,6 +115,12 @@ class VitsSpeaker(Speaker):
                 wave_form = wave_form[: model.ap.find_endpoint(wave_form)]
             pause = np.zeros(PAUSE_SAMPLES, np.float32)
             yield Speech(np.concatenate([wave_form, pause]), model.config.audio.sample_rate)
+
+    def forget_run(self) -> None:
+        """Every attention layer keeps its last scores: heads × positions²."""
+        for each in self.module.modules():
+            if isinstance(each, RelativePositionMultiHeadAttention):
+                each.attn = None
 
 
 class _XttsFromFile(Xtts):  # type: ignore[misc]
@@ -141,8 +147,6 @@ class XttsSpeaker(Speaker):
         config.from_dict(dict(files.config))
         model = _XttsFromFile(config)
         model.load_checkpoint(config, checkpoint_dir=files.folder, eval=True)
-        with GATE.yielded():
-            model.to(device)
         self._config = config
         self._chunk_tokens = options.stream_chunk_tokens
         self._sampling = {
@@ -178,6 +182,10 @@ class XttsSpeaker(Speaker):
                     if len(samples):
                         yield Speech(samples, self._config.audio.output_sample_rate)
 
+    def forget_run(self) -> None:
+        """The language model keeps the embeddings of its last prompt."""
+        self.module.gpt.gpt_inference.cached_prefix_emb = None
+
     def _fitting(self, sentence: str, language: str) -> Iterator[str]:
         """The sentence, or pieces of it where it has too many tokens, as numbers in words do."""
         tokens = self.module.tokenizer.encode(sentence.strip().lower(), lang=language)
@@ -196,13 +204,14 @@ class XttsSpeaker(Speaker):
             stat = request.voice_sample.stat()
             key = (str(request.voice_sample), stat.st_mtime_ns, stat.st_size)
             if key not in self._clones:
-                self._clones[key] = self.module.get_conditioning_latents(
+                latents, embedding = self.module.get_conditioning_latents(
                     audio_path=str(request.voice_sample),
                     max_ref_length=self._config.max_ref_len,
                     gpt_cond_len=self._config.gpt_cond_len,
                     gpt_cond_chunk_len=self._config.gpt_cond_chunk_len,
                     sound_norm_refs=self._config.sound_norm_refs,
                 )
+                self._clones[key] = latents.cpu(), embedding.cpu()
         except (OSError, wave.Error, EOFError) as error:
             raise InvalidRequest(
                 "The recording of this voice cannot be read.", param="voice"

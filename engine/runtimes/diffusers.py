@@ -8,17 +8,11 @@ pipelines themselves run in `diffusers_pipeline`.
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import json
-import logging
 import os
 import random
-from collections.abc import AsyncGenerator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -28,24 +22,22 @@ from pydantic import Field
 from engine.checkpoint import DTYPE_BYTES, tensor_sizes, weight_bytes
 from engine.config import ModelConfig, Section
 from engine.device import Device
-from engine.errors import EngineError, InvalidRequest, LoadFailed
+from engine.errors import InvalidRequest, LoadFailed
 from engine.process import GATE
 from engine.requests import (
-    Event,
     ImageOperation,
     ImageRequest,
     Quality,
     Request,
     VideoRequest,
 )
-from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
-from engine.runtimes.thread_run import reason, run_on_thread, torch_error
+from engine.runtimes.base import Block, Estimate, Prepared
+from engine.runtimes.thread_run import Emit, ThreadRun
+from engine.runtimes.torch_model import TorchModel, TorchRuntime
 from engine.sources import local_folder, present_folder
 
 if TYPE_CHECKING:
-    from engine.runtimes.diffusers_pipeline import Pipeline
-
-log = logging.getLogger(__name__)
+    from engine.runtimes.diffusers_pipeline import Pipeline  # noqa: F401 - used in a string
 
 ENVIRONMENT = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
 """Set before diffusers is imported, unless the operator set them."""
@@ -140,8 +132,11 @@ class DiffusersOptions(Section):
     components: dict[str, str] = Field(default_factory=dict)
     """Sources of parts that come from elsewhere, such as `motion_adapter`."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
-    offload: Literal["none", "group"] = "none"
-    """`group` keeps denoiser and text encoders in host memory and streams their layers (CUDA)."""
+    offload: Literal["auto", "none", "group"] = "auto"
+    """`group` keeps denoiser and text encoders in host memory and streams their layers (CUDA).
+
+    `auto` does so for a model that is larger than everything the engine may use of the GPU.
+    """
     width: int = Field(default=1024, ge=16)
     height: int = Field(default=1024, ge=16)
     max_pixels: int = Field(default=2048 * 2048, ge=256)
@@ -212,42 +207,25 @@ def lora_files(folder: Path | None) -> dict[str, Path]:
     return found
 
 
-class DiffusersModel(LoadedModel):
-    """One pipeline on a thread of its own; pipelines keep state while they run."""
+class DiffusersModel(TorchModel["Pipeline"]):
+    """One pipeline on a thread of its own."""
 
-    max_concurrency = 1
-
-    def __init__(self, pipeline: Pipeline, thread: ThreadPoolExecutor) -> None:
-        self.pipeline: Pipeline | None = pipeline
-        self.thread = thread
-
-    def blocks(self) -> tuple[Block, ...]:
-        """Every component by its tensors."""
-        assert self.pipeline is not None
-        sizes = self.pipeline.component_bytes().items()
-        return tuple(Block(name, nbytes) for name, nbytes in sizes if nbytes)
-
-    async def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
-        """Call the pipeline; closing the generator stops it within one module of one step."""
+    def make_run(self, prepared: Prepared, emit: Emit) -> ThreadRun:
+        """A call of the pipeline."""
         from engine.runtimes.diffusers_pipeline import Run
 
-        assert self.pipeline is not None
-        make_run = partial(Run, self.pipeline, prepared.request, prepared.shape)
-        async with aclosing(run_on_thread(self.thread, make_run, torch_error)) as events:
-            async for event in events:
-                yield event
+        assert self.model is not None
+        return Run(self.model, prepared.request, prepared.shape, emit)
 
 
-class DiffusersRuntime(Runtime):
+class DiffusersRuntime(TorchRuntime):
     """Loads image and video pipelines."""
 
     name: ClassVar[str] = "diffusers"
     Options: ClassVar[type[Section]] = DiffusersOptions
 
     def __init__(self, device: Device, cache_dir: Path) -> None:
-        self._device = device
-        self._cache_dir = cache_dir
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="diffusers-load")
+        super().__init__(device, cache_dir)
         self._indices: dict[str, Mapping[str, Any]] = {}
 
     def start(self) -> None:
@@ -457,8 +435,32 @@ class DiffusersRuntime(Runtime):
             patterns=patterns or ["*/*.safetensors", *CONFIG_FILES],
         )
 
+    def weight_files(self, model: ModelConfig) -> Sequence[Path]:
+        """Those of every component."""
+        variant = model.options.variant
+        parts = self._parts(model).values()
+        return [path for folder in parts for path in _weight_files(folder, variant)]
+
     def estimate(self, model: ModelConfig) -> Estimate:
         """Sum the safetensors headers of every component; fetch the files first if need be."""
+        sizes = self._part_bytes(model)
+        nbytes = sum(sizes.values())
+        streams = self._streams(model, nbytes)
+        blocks = tuple(
+            Block(name, size, parkable=True)
+            for name, size in sizes.items()
+            if not (streams and name.startswith(OFFLOADED))
+        )
+        # Disk at 1 GB/s and a second of building; the first measured load replaces it.
+        return Estimate(blocks=blocks, load_seconds=1.0 + nbytes / 1e9)
+
+    def _parts(self, model: ModelConfig) -> dict[str, Path]:
+        """The folder of each component that has one.
+
+        Raises:
+            LoadFailed: the files are missing or unreadable.
+
+        """
         options: DiffusersOptions = model.options
         folder = self._folder(model)
         try:
@@ -478,41 +480,38 @@ class DiffusersRuntime(Runtime):
             adapter = local_folder(options.ip_adapter.source, self._cache_dir)
             parts["image_encoder"] = adapter / options.ip_adapter.subfolder / "image_encoder"
             parts["ip_adapter"] = adapter / options.ip_adapter.subfolder
-        blocks = []
-        for name, path in parts.items():
-            if options.offload == "group" and name.startswith(OFFLOADED):
-                continue
+        return parts
+
+    def _part_bytes(self, model: ModelConfig) -> dict[str, int]:
+        """Bytes of each component in the dtype it is loaded in.
+
+        Raises:
+            LoadFailed: the files are missing or unreadable.
+
+        """
+        options: DiffusersOptions = model.options
+        sizes = {}
+        for name, path in self._parts(model).items():
             try:
                 tensors = tensor_sizes(_weight_files(path, options.variant))
             except (OSError, ValueError) as error:
-                raise LoadFailed(f"{folder.name}/{name}: cannot read: {error}") from error
+                raise LoadFailed(f"{path.parent.name}/{name}: cannot read: {error}") from error
             dtype = options.vae_dtype if name == "vae" else None
             if tensors:
-                nbytes = weight_bytes(tensors, DTYPE_BYTES[dtype or options.dtype])
-                blocks.append(Block(name, nbytes))
-        if not blocks:
-            raise LoadFailed(f"{folder.name}: no .safetensors file in the folder")
-        nbytes = sum(block.nbytes for block in blocks)
-        # Disk at 1 GB/s and a second of building; the first measured load replaces it.
-        return Estimate(blocks=tuple(blocks), load_seconds=1.0 + nbytes / 1e9)
+                sizes[name] = weight_bytes(tensors, DTYPE_BYTES[dtype or options.dtype])
+        if not sizes:
+            raise LoadFailed(f"{model.source}: no .safetensors file in the folder")
+        return sizes
 
-    async def load(
-        self,
-        model: ModelConfig,
-        on_failure: Callable[[str], None],  # noqa: ARG002 - a pipeline has no life of its own
-    ) -> LoadedModel:
-        """Build the pipeline on the loading thread."""
-        loop = asyncio.get_running_loop()
-        try:
-            pipeline = await loop.run_in_executor(self._loader, self._build, model)
-        except Exception as error:
-            await loop.run_in_executor(self._loader, self._collect)
-            if isinstance(error, EngineError):
-                raise
-            raise LoadFailed(reason(error)) from error
-        return DiffusersModel(pipeline, ThreadPoolExecutor(1, thread_name_prefix=model.id))
+    def _streams(self, model: ModelConfig, nbytes: int) -> bool:
+        """Whether its large parts stay in host memory, their layers coming when they compute."""
+        offload = model.options.offload
+        too_large = self.budget_bytes is not None and nbytes > self.budget_bytes
+        return offload == "group" or (
+            offload == "auto" and self._device.kind == "cuda" and too_large
+        )
 
-    def _build(self, model: ModelConfig) -> Pipeline:
+    def _build(self, model: ModelConfig) -> DiffusersModel:
         from engine.runtimes.diffusers_pipeline import Pipeline
 
         options: DiffusersOptions = model.options
@@ -526,23 +525,12 @@ class DiffusersRuntime(Runtime):
             name: local_folder(each, self._cache_dir) for name, each in options.lora_sources.items()
         }
         folder = self._folder(model)
+        group_offload = self._streams(model, sum(self._part_bytes(model).values()))
         with GATE.exclusive():
-            return Pipeline(folder, folders, adapters, options, self._device.kind)
-
-    async def unload(self, loaded: LoadedModel) -> None:
-        """Drop the pipeline and its thread."""
-        assert isinstance(loaded, DiffusersModel)
-        loaded.pipeline = None
-        loaded.thread.shutdown(wait=False)
-        await asyncio.get_running_loop().run_in_executor(self._loader, self._collect)
-
-    def _collect(self) -> None:
-        gc.collect()
-        self._device.release_cached()
-
-    async def stop(self) -> None:
-        """End the loading thread."""
-        self._loader.shutdown()
+            pipeline = Pipeline(
+                folder, folders, adapters, options, self._device.kind, group_offload=group_offload
+            )
+        return DiffusersModel(pipeline, model.id)
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-import threading
-import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +28,7 @@ from PIL import Image
 
 from engine.checkpoint import tensor_sizes
 from engine.errors import ConfigError, InvalidRequest, LoadFailed
-from engine.peak import TensorPeak
+from engine.host_memory import HostMemory
 from engine.process import GATE
 from engine.requests import (
     Event,
@@ -42,9 +39,9 @@ from engine.requests import (
     Progress,
     VideoRequest,
     VideoResult,
-    WorkingMemory,
 )
 from engine.runtimes.diffusers import LORA_FILE, OFFLOADED, check_size, family_of, lora_files
+from engine.runtimes.torch_run import TorchParts, TorchRun
 
 if TYPE_CHECKING:
     from engine.runtimes.diffusers import DiffusersOptions
@@ -68,10 +65,6 @@ LAZY_MODULES = (
 """What diffusers imports only at the first load of a family: seconds that belong to the start."""
 
 
-class Cancelled(BaseException):
-    """The run was told to stop. Not an `Exception`: library code must not take it for its own."""
-
-
 def import_everything() -> None:
     """Import what the first loads would import."""
     diffusers.utils.logging.set_verbosity_error()
@@ -81,7 +74,7 @@ def import_everything() -> None:
         import_module(module)
 
 
-class Pipeline:
+class Pipeline(TorchParts):
     """The parts of one model, and the pipelines that are made of them."""
 
     def __init__(
@@ -91,11 +84,15 @@ class Pipeline:
         adapters: Mapping[str, Path],
         options: DiffusersOptions,
         device: str,
+        *,
+        group_offload: bool,
     ) -> None:
-        """Build and fill every part.
+        """Build every part in host memory.
 
         `folders` has the parts that come from elsewhere, by their name, `adapters` the folders of
-        LoRAs beside those of `options.loras`. Call inside `GATE.exclusive()`.
+        LoRAs beside those of `options.loras`. With `group_offload` the layers of denoiser and text
+        encoders come to the device only while they compute. Call inside `GATE.exclusive()`; then
+        `place`, outside of it.
 
         Raises:
             ConfigError: the options name what does not exist.
@@ -103,7 +100,7 @@ class Pipeline:
 
         """
         self.options = options
-        self.device = device
+        self.group_offload = group_offload
         self._adapters = adapters
         self.base = _from_pretrained(folder, folders, options)
         if getattr(self.base, "motion_adapter", None) is not None:
@@ -132,65 +129,40 @@ class Pipeline:
             self.base.vae.enable_tiling()
         if options.attention == "xformers":
             self.base.enable_xformers_memory_efficient_attention()
-        self._place()
+        super().__init__(modules, device)
         self._variants: dict[str, Any] = {}
         self._loras: OrderedDict[str, str] = OrderedDict()  # name → adapter name in the library
         self._loras_loaded = 0
-        self.watch: Callable[[], None] | None = None
-        """Called before every module of a run."""
-        for module in modules.values():
-            for each in module.modules():
-                each.register_forward_pre_hook(self._before_module)
-        self.measured: set[str] = set()
-        """Shapes whose working memory was measured since the load."""
 
-    def _before_module(self, _module: Any, _args: Any) -> None:
-        if self.watch is not None:
-            self.watch()
+    def place(self, host: HostMemory | None) -> None:
+        """Bring the parts onto the device, as the base class says, or hook up their offloading."""
+        if self.group_offload:
+            with GATE.exclusive():
+                for name, module in self.modules().items():
+                    if name.startswith(OFFLOADED):
+                        diffusers.hooks.apply_group_offloading(
+                            module,
+                            onload_device=torch.device(self.device),
+                            offload_device=torch.device("cpu"),
+                            offload_type="leaf_level",
+                            use_stream=self.device == "cuda",
+                        )
+            self._parts = {
+                name: module
+                for name, module in self.modules().items()
+                if not name.startswith(OFFLOADED)
+            }
+        super().place(host)
 
-    def _place(self) -> None:
-        if self.device == "cpu":
-            return
-        if self.options.offload == "none":
-            with GATE.yielded():
-                for module in self.modules().values():
-                    module.to(self.device)
-            return
-        for name, module in self.modules().items():
-            if name.startswith(OFFLOADED):
-                diffusers.hooks.apply_group_offloading(
-                    module,
-                    onload_device=torch.device(self.device),
-                    offload_device=torch.device("cpu"),
-                    offload_type="leaf_level",
-                    use_stream=True,
-                )
-            else:
-                module.to(self.device)
+    def park(self, blocks: Collection[str]) -> None:
+        """Take parts off the device."""
+        self.set_loras(())  # adapters are small and quickly attached again
+        super().park(blocks)
 
     def modules(self) -> dict[str, torch.nn.Module]:
         """The parts that hold weights, by their name."""
         parts = {**self.base.components, "controlnet": self.controlnet}
         return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
-
-    def component_bytes(self) -> dict[str, int]:
-        """Device bytes of each part."""
-        sizes = {}
-        for name, module in self.modules().items():
-            if self.options.offload == "group" and name.startswith(OFFLOADED):
-                continue
-            storages = {}
-            for _, tensor in _tensors(module):
-                storage = tensor.untyped_storage()
-                storages[storage._cdata] = storage.nbytes()
-            sizes[name] = sum(storages.values())
-        return sizes
-
-    def known_tensors(self) -> Iterator[torch.Tensor]:
-        """Every weight."""
-        for module in self.modules().values():
-            for _, tensor in _tensors(module):
-                yield tensor
 
     def variant(self, kind: str) -> Any:
         """The pipeline for text, image, inpaint, control or image-to-video, of the same parts.
@@ -287,8 +259,8 @@ class Pipeline:
         self._loras[name] = adapter
 
 
-class Run:
-    """One request on one pipeline. `execute` on the pipeline's thread, `cancel` from any."""
+class Run(TorchRun):
+    """One request on one pipeline."""
 
     def __init__(
         self,
@@ -297,73 +269,25 @@ class Run:
         shape: str,
         emit: Callable[[Event], None],
     ) -> None:
+        super().__init__(pipeline, shape, emit)
         self._pipeline = pipeline
         self._request: ImageRequest | VideoRequest = request
-        self._shape = shape
-        self._emit = emit
-        self._cancelled = threading.Event()
 
-    def cancel(self) -> None:
-        """Stop at the next module; nothing if it has ended."""
-        self._cancelled.set()
-
-    def execute(self) -> None:
-        """Emit progress and the result. Returns without one if it was cancelled.
-
-        Raises:
-            InvalidRequest: the pipeline cannot do what is asked.
-            Exception: what the library raised.
-
-        """
+    def _run(self) -> None:
         pipeline, request = self._pipeline, self._request
-        try:
-            self._check()
-            assert request.width is not None and request.height is not None
-            check_size((request.width, request.height), family_of(type(pipeline.base).__name__))
-            pipeline.set_loras(request.loras)
-            pipe = pipeline.variant(self._kind())
-            pipeline.watch = self._check
-            with GATE.step():
-                self._emit(Progress(0.0))
-                with self._peak():
-                    result = (
-                        self._images(pipe, request)
-                        if isinstance(request, ImageRequest)
-                        else self._video(pipe, request)
-                    )
-            self._emit(result)
-        except Cancelled:
-            return
-        except Exception as error:
-            # The frames hold tensors for as long as somebody holds the error.
-            traceback.clear_frames(error.__traceback__)
-            raise
-        finally:
-            pipeline.watch = None
-
-    def _check(self) -> None:
-        if self._cancelled.is_set():
-            raise Cancelled
-        GATE.pause()
-
-    @contextmanager
-    def _peak(self) -> Iterator[None]:
-        """Measure the working memory of a shape once: it costs a tenth of the time on a CPU."""
-        pipeline = self._pipeline
-        if self._shape in pipeline.measured:
-            yield
-            return
-        if pipeline.device == "cpu":
-            with TensorPeak(pipeline.known_tensors()) as peak:
-                yield
-            nbytes = peak.nbytes
-        else:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            yield
-            nbytes = torch.cuda.max_memory_allocated() - before
-        pipeline.measured.add(self._shape)
-        self._emit(WorkingMemory(nbytes))
+        assert request.width is not None and request.height is not None
+        check_size((request.width, request.height), family_of(type(pipeline.base).__name__))
+        pipeline.set_loras(request.loras)
+        pipe = pipeline.variant(self._kind())
+        with GATE.step():
+            self._emit(Progress(0.0))
+            with self._measured():
+                result = (
+                    self._images(pipe, request)
+                    if isinstance(request, ImageRequest)
+                    else self._video(pipe, request)
+                )
+        self._emit(result)
 
     def _kind(self) -> str:
         """Which of the model's pipelines does it."""

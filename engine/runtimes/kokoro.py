@@ -11,16 +11,11 @@ CPU thread, float32, medians of four), and real texts would be padded on top.
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import os
 import re
 import warnings
-from collections.abc import AsyncGenerator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -28,11 +23,12 @@ from pydantic import Field, field_validator
 
 from engine.config import ModelConfig, Section
 from engine.device import Device
-from engine.errors import EngineError, InvalidRequest, LoadFailed
+from engine.errors import InvalidRequest, LoadFailed
 from engine.process import GATE
-from engine.requests import Event, Request, SpeechRequest
-from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime, Voice
-from engine.runtimes.thread_run import reason, run_on_thread, torch_error
+from engine.requests import Request, SpeechRequest
+from engine.runtimes.base import Block, Estimate, Prepared, Voice
+from engine.runtimes.thread_run import Emit, ThreadRun
+from engine.runtimes.torch_model import TorchModel, TorchRuntime
 from engine.sentences import split_sentences
 from engine.sources import local_folder, present_folder
 
@@ -167,49 +163,36 @@ def _spoken() -> list[str]:
     return [each for each in LANGUAGES.values() if each not in NEEDS_PACKAGES]
 
 
-class KokoroModel(LoadedModel):
+class KokoroModel(TorchModel["VoiceModel"]):
     """One model on a thread of its own."""
 
-    max_concurrency = 1
-
     def __init__(
-        self, model: VoiceModel, phonemizer: Phonemizer, folder: Path, thread: ThreadPoolExecutor
+        self, model: VoiceModel, phonemizer: Phonemizer, folder: Path, model_id: str
     ) -> None:
-        self.model: VoiceModel | None = model
-        self.phonemizer = phonemizer
-        self.folder = folder
-        self.thread = thread
+        super().__init__(model, model_id)
+        self._phonemizer = phonemizer
+        self._folder = folder
 
-    def blocks(self) -> tuple[Block, ...]:
-        """Every part by its tensors."""
-        assert self.model is not None
-        return tuple(Block(name, nbytes) for name, nbytes in self.model.part_bytes().items())
-
-    async def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
-        """Speak; closing the generator stops it within one submodule of one sentence."""
-        from engine.runtimes.kokoro_model import Run
+    def make_run(self, prepared: Prepared, emit: Emit) -> ThreadRun:
+        """Speak."""
+        from engine.runtimes.kokoro_model import KokoroRun
 
         assert self.model is not None
         utterance: Utterance = prepared.payload
         if not utterance.voices:
-            files = _voice_files(self.folder)
+            files = _voice_files(self._folder)
             utterance = replace(utterance, voices=_find_voices(utterance.blend, files))
-        make_run = partial(Run, self.model, self.phonemizer, utterance, prepared.shape)
-        async with aclosing(run_on_thread(self.thread, make_run, torch_error)) as events:
-            async for event in events:
-                yield event
+        return KokoroRun(self.model, self._phonemizer, utterance, prepared.shape, emit)
 
 
-class KokoroRuntime(Runtime):
+class KokoroRuntime(TorchRuntime):
     """Loads Kokoro models."""
 
     name: ClassVar[str] = "kokoro"
     Options: ClassVar[type[Section]] = KokoroOptions
 
     def __init__(self, device: Device, cache_dir: Path) -> None:
-        self._device = device
-        self._cache_dir = cache_dir
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="kokoro-load")
+        super().__init__(device, cache_dir)
         self._phonemizer: Phonemizer | None = None
         self._folders: dict[str, Path] = {}
 
@@ -332,32 +315,19 @@ class KokoroRuntime(Runtime):
 
     def estimate(self, model: ModelConfig) -> Estimate:
         """Sum the shapes of the checkpoint's tensors; fetch the files first if need be."""
-        from engine.runtimes.kokoro_model import stored_parts
+        from engine.runtimes.kokoro_model import NORMS, stored_parts
 
-        blocks = tuple(
-            Block(part, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+        sizes = {
+            part: sum(each.nbytes for name, each in tensors.items() if not name.endswith(NORMS))
             for part, tensors in stored_parts(_weights(self._folder(model))).items()
-        )
+        }
+        parkable = self.host is not None
+        blocks = tuple(Block(part, nbytes, parkable) for part, nbytes in sizes.items())
         nbytes = sum(block.nbytes for block in blocks)
         # Building draws first weights for nothing, at some 100 MB/s; a measured load replaces it.
         return Estimate(blocks=blocks, load_seconds=0.5 + nbytes / 1e8)
 
-    async def load(
-        self,
-        model: ModelConfig,
-        on_failure: Callable[[str], None],  # noqa: ARG002 - the module has no life of its own
-    ) -> LoadedModel:
-        """Build the module on the loading thread."""
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(self._loader, self._build, model)
-        except Exception as error:
-            await loop.run_in_executor(self._loader, self._collect)
-            if isinstance(error, EngineError):
-                raise
-            raise LoadFailed(reason(error)) from error
-
-    def _build(self, model: ModelConfig) -> LoadedModel:
+    def _build(self, model: ModelConfig) -> KokoroModel:
         from engine.runtimes.kokoro_model import VoiceModel
 
         assert self._phonemizer is not None
@@ -365,23 +335,11 @@ class KokoroRuntime(Runtime):
         weights = _weights(folder)
         with GATE.exclusive():
             made = VoiceModel(folder / "config.json", weights, self._device.kind)
-        thread = ThreadPoolExecutor(1, thread_name_prefix=model.id)
-        return KokoroModel(made, self._phonemizer, folder, thread)
-
-    async def unload(self, loaded: LoadedModel) -> None:
-        """Drop the module and its thread."""
-        assert isinstance(loaded, KokoroModel)
-        loaded.model = None
-        loaded.thread.shutdown(wait=False)
-        await asyncio.get_running_loop().run_in_executor(self._loader, self._collect)
-
-    def _collect(self) -> None:
-        gc.collect()
-        self._device.release_cached()
+        return KokoroModel(made, self._phonemizer, folder, model.id)
 
     async def stop(self) -> None:
         """End the loading thread and drop the lexicons."""
-        self._loader.shutdown()
+        await super().stop()
         self._phonemizer = None
 
 

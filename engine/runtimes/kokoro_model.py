@@ -5,22 +5,21 @@ Importing this module imports torch, spaCy and kokoro.
 
 from __future__ import annotations
 
-import threading
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from kokoro import KModel, KPipeline
-from torch.overrides import TorchFunctionMode
+from torch.nn.utils import remove_weight_norm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from engine.errors import InvalidRequest, LoadFailed
-from engine.peak import TensorPeak
 from engine.process import GATE
-from engine.requests import Event, Speech, Word, WorkingMemory
+from engine.randomness import draw_by_thread, seeded
+from engine.requests import Event, Speech, Word
 from engine.runtimes.kokoro_phonemes import MAX_PHONEMES, Chunk, Phonemizer
+from engine.runtimes.torch_run import TorchParts, TorchRun, children_of
 
 if TYPE_CHECKING:
     from engine.runtimes.kokoro import Utterance
@@ -35,8 +34,10 @@ PREFIX = "module."
 """Of the keys of a checkpoint that was saved from several GPUs, as Kokoro-82M's was."""
 
 
-class Cancelled(BaseException):
-    """The run was told to stop. Not an `Exception`: library code must not take it for its own."""
+NORMS = ".weight_g"
+"""How the names of a checkpoint's weight norms end, which are multiplied into the weights."""
+
+draw_by_thread("kokoro.istftnet")
 
 
 def stored_parts(path: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -57,11 +58,11 @@ def stored_parts(path: Path) -> dict[str, dict[str, torch.Tensor]]:
         raise LoadFailed(f"{path.name}: cannot read: {reason}") from error
 
 
-class VoiceModel:
-    """One loaded model and the voices it was asked for so far."""
+class VoiceModel(TorchParts):
+    """One model and the voices it was asked for so far."""
 
     def __init__(self, config: Path, weights: Path, device: str) -> None:
-        """Build and fill the module. Call inside `GATE.exclusive()`.
+        """Build and fill the module, in host memory. Call inside `GATE.exclusive()`.
 
         Raises:
             LoadFailed: a weight is missing.
@@ -75,33 +76,16 @@ class VoiceModel:
             if missing:
                 # The library would leave them random.
                 raise LoadFailed(f"{weights.name}: the checkpoint lacks {part}.{missing[0]}")
-        if device != "cpu":
-            with GATE.yielded():
-                module.to(device)
-        self.module = module.eval()
-        self.device = device
-        self.watch: Callable[[], None] | None = None
-        """Called before every submodule of a run."""
-        for each in module.modules():
-            each.register_forward_pre_hook(self._before_module)
-        self.measured: set[str] = set()
-        """Shapes whose working memory was measured since the load."""
+        with GATE.yielded():
+            _multiply_norms(module)
+        super().__init__(children_of(module.eval()), device)
+        self.module = module
         self._packs: dict[Path, torch.Tensor] = {}
 
-    def _before_module(self, _module: Any, _args: Any) -> None:
-        if self.watch is not None:
-            self.watch()
-
-    def part_bytes(self) -> dict[str, int]:
-        """Device bytes of each part."""
-        return {
-            name: sum(tensor.untyped_storage().nbytes() for tensor in _tensors(part))
-            for name, part in self.module.named_children()
-        }
-
-    def weights(self) -> Iterator[torch.Tensor]:
-        """Every weight."""
-        return _tensors(self.module)
+    def park(self, blocks: Collection[str]) -> None:
+        """Take parts off the device; the voices, read again in a moment, go with them."""
+        self._packs.clear()
+        super().park(blocks)
 
     def style(self, voices: Sequence[tuple[Path, float]]) -> torch.Tensor:
         """The style of a voice, or the weighted mean of several: (lengths, 1, `STYLE_WIDTH`).
@@ -132,8 +116,8 @@ class VoiceModel:
         return self._packs[path]
 
 
-class Run:
-    """One text spoken by one model. `execute` on the model's thread, `cancel` from any."""
+class KokoroRun(TorchRun):
+    """One text spoken by one model."""
 
     def __init__(
         self,
@@ -143,82 +127,32 @@ class Run:
         shape: str,
         emit: Callable[[Event], None],
     ) -> None:
-        self._model = model
+        super().__init__(model, shape, emit)
+        self._voice_model = model
         self._phonemizer = phonemizer
         self._utterance = utterance
-        self._shape = shape
-        self._emit = emit
-        self._cancelled = threading.Event()
-        self._peak_bytes = 0
 
-    def cancel(self) -> None:
-        """Stop at the next module; nothing if it has ended."""
-        self._cancelled.set()
-
-    def execute(self) -> None:
-        """Emit each sentence as it is spoken. Returns early if cancelled.
-
-        Raises:
-            InvalidRequest: there is nothing in the text that can be spoken.
-            Exception: what the library raised.
-
-        """
-        model, utterance = self._model, self._utterance
-        # The noise in the vocoder; one stream for the whole text, as after `torch.manual_seed`.
-        generator = torch.Generator(model.device).manual_seed(utterance.seed)
+    def _run(self) -> None:
+        model, utterance = self._voice_model, self._utterance
+        style = model.style(utterance.voices)
         spoken = 0  # samples
-        try:
-            style = model.style(utterance.voices)
-            model.watch = self._check
+        # The noise in the vocoder is one stream for the whole text, as after `torch.manual_seed`.
+        with GATE.step(), seeded(utterance.seed), self._measured():
             for sentence in utterance.sentences:
                 for chunk in self._phonemizer.chunks(sentence, utterance.language):
                     self._check()
-                    with GATE.step(), self._peak(), _RandomFrom(generator):
-                        output = model.module(
-                            chunk.phonemes,
-                            style[len(chunk.phonemes) - 1],
-                            utterance.speed,
-                            return_output=True,
-                        )
+                    output = model.module(
+                        chunk.phonemes,
+                        style[len(chunk.phonemes) - 1],
+                        utterance.speed,
+                        return_output=True,
+                    )
                     words = self._words(chunk, output.pred_dur, spoken / SAMPLE_RATE)
-                    self._emit(Speech(output.audio.numpy(), SAMPLE_RATE, words))
+                    # A copy: what is heard later must not keep the library's tensor.
+                    self._emit(Speech(output.audio.numpy().copy(), SAMPLE_RATE, words))
                     spoken += len(output.audio)
             if not spoken:
                 raise InvalidRequest("There is nothing in the text to speak.", param="input")
-            if self._shape not in model.measured:
-                model.measured.add(self._shape)
-                self._emit(WorkingMemory(self._peak_bytes))
-        except Cancelled:
-            return
-        except Exception as error:
-            # The frames hold tensors for as long as somebody holds the error.
-            traceback.clear_frames(error.__traceback__)
-            raise
-        finally:
-            model.watch = None
-
-    def _check(self) -> None:
-        if self._cancelled.is_set():
-            raise Cancelled
-        GATE.pause()
-
-    @contextmanager
-    def _peak(self) -> Iterator[None]:
-        """Measure the working memory of a shape once: it costs a tenth of the time on a CPU."""
-        model = self._model
-        if self._shape in model.measured:
-            yield
-            return
-        if model.device == "cpu":
-            with TensorPeak(model.weights()) as peak:
-                yield
-            nbytes = peak.nbytes
-        else:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            yield
-            nbytes = torch.cuda.max_memory_allocated() - before
-        self._peak_bytes = max(self._peak_bytes, nbytes)
 
     def _words(self, chunk: Chunk, durations: torch.Tensor, offset_s: float) -> tuple[Word, ...]:
         """When each word is spoken: the library's reckoning, from the predicted durations."""
@@ -235,28 +169,12 @@ class Run:
         )
 
 
-class _RandomFrom(TorchFunctionMode):  # type: ignore[misc]
-    """Lets the vocoder draw from a generator of the run; it asks torch's global one.
+def _multiply_norms(module: torch.nn.Module) -> None:
+    """Make one parameter of each weight that is kept as a direction and a length.
 
-    That one belongs to everybody: what others draw meanwhile would change the samples.
+    The library would compute it before every call, to the same bits, and keep the result beside
+    the two: twice the memory, of which half is no parameter and would never leave the device.
     """
-
-    def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()
-        self._generator = generator
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.rand:
-            kwargs = {**kwargs, "generator": self._generator}
-        elif func is torch.randn_like:
-            # In the order of its memory, as torch does it: the vocoder's is transposed.
-            return torch.empty_like(args[0]).normal_(generator=self._generator)
-        return func(*args, **kwargs)
-
-
-def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+    for each in list(module.modules()):
+        if any(isinstance(hook, WeightNorm) for hook in each._forward_pre_hooks.values()):
+            remove_weight_norm(each)

@@ -6,20 +6,18 @@ Nothing here imports a library; the run itself is in `speech_run`.
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from engine.config import ModelConfig, Section
 from engine.errors import InvalidRequest
-from engine.requests import Event, Request, SpeechRequest
-from engine.runtimes.base import Block, LoadedModel, Prepared
-from engine.runtimes.thread_run import run_on_thread, torch_error
+from engine.requests import Request, SpeechRequest
+from engine.runtimes.base import Prepared
+from engine.runtimes.thread_run import Emit, ThreadRun
+from engine.runtimes.torch_model import TorchModel
 
 if TYPE_CHECKING:
     from engine.runtimes.speech_run import Speaker
@@ -161,33 +159,21 @@ def prepared_speech(
     )
 
 
-class SpeechModel(LoadedModel):
-    """One speech model on a thread of its own; the libraries keep state while they run."""
-
-    max_concurrency = 1
+class SpeechModel(TorchModel["Speaker"]):
+    """One speech model on a thread of its own."""
 
     def __init__(
         self, speaker: Speaker, model_id: str, understand: Callable[[SpeechRequest], Utterance]
     ) -> None:
         """`understand` checks a request that was prepared before the model's files were here."""
-        self.speaker: Speaker | None = speaker
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix=model_id)
+        super().__init__(speaker, model_id)
         self._understand = understand
 
-    def blocks(self) -> tuple[Block, ...]:
-        """Every part by its tensors."""
-        assert self.speaker is not None
-        return tuple(Block(name, nbytes) for name, nbytes in self.speaker.part_bytes().items())
+    def make_run(self, prepared: Prepared, emit: Emit) -> ThreadRun:
+        """Speak."""
+        from engine.runtimes.speech_run import SpeechRun
 
-    async def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
-        """Speak; closing the generator stops it within one module."""
-        from engine.runtimes.speech_run import Run
-
-        assert self.speaker is not None
         request = prepared.request
-        assert isinstance(request, SpeechRequest)
+        assert self.model is not None and isinstance(request, SpeechRequest)
         utterance: Utterance = prepared.payload or self._understand(request)
-        make_run = partial(Run, self.speaker, request, utterance, prepared.shape)
-        async with aclosing(run_on_thread(self.thread, make_run, torch_error)) as events:
-            async for event in events:
-                yield event
+        return SpeechRun(self.model, request, utterance, prepared.shape, emit)

@@ -13,7 +13,7 @@ import gc
 import json
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from prometheus_client.registry import CollectorRegistry
 from pydantic import Field, ValidationError
 
-from engine.checkpoint import DTYPE_BYTES, tensor_sizes, weight_bytes
 from engine.config import ModelConfig, Section
 from engine.device import Device
 from engine.errors import (
@@ -36,11 +35,14 @@ from engine.errors import (
 from engine.process import GATE
 from engine.requests import Document, Event, Frame, Request, TextOperation, TextRequest
 from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
+from engine.runtimes.thread_run import reason
+from engine.runtimes.vllm_checkpoint import Checkpoint
 from engine.sources import STARTER_PREFIX, local_folder
 from engine.units import Size
 
 if TYPE_CHECKING:
     from engine.runtimes.vllm_core import CoreClient, CoreThread
+    from engine.runtimes.vllm_park import ModelMemory, Packing
 
 log = logging.getLogger(__name__)
 
@@ -91,77 +93,17 @@ class VllmOptions(Section):
     revision: str | None = None
 
 
-class Checkpoint:
-    """What the files of a model folder say, read without loading a weight."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        try:
-            self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-            self.tensors = tensor_sizes(sorted(folder.glob("*.safetensors")))
-        except (OSError, ValueError) as error:
-            raise LoadFailed(f"{folder.name}: cannot read the checkpoint: {error}") from error
-        if not self.tensors:
-            raise LoadFailed(f"{folder.name}: no .safetensors file in the folder")
-
-    @property
-    def text_config(self) -> dict[str, Any]:
-        """The language model's part of a multimodal configuration, else the whole."""
-        nested: dict[str, Any] = self.config.get("text_config") or self.config
-        return nested
-
-    def item_bytes(self, dtype: str) -> int:
-        """Bytes per floating-point element at run time.
-
-        vLLM's "auto" keeps the checkpoint's dtype, but runs float32 ones in 16 bits.
-        """
-        return DTYPE_BYTES.get(dtype, 2)
-
-    def weight_bytes(self, dtype: str) -> int:
-        """Bytes of all weights at their run-time dtype; quantised ones stay as they are."""
-        return weight_bytes(
-            self.tensors, self.item_bytes(dtype), as_stored="quantization_config" in self.config
-        )
-
-    def has_kv_cache(self, task: str) -> bool:
-        """Whether vLLM gives it a KV cache: all but encoders, which have no notion of KV heads."""
-        return task == "generate" or "num_key_value_heads" in self.text_config
-
-    def kv_bytes_per_token(self, dtype: str) -> int:
-        """2 (keys, values) × layers × KV heads × head size × bytes per element."""
-        config = self.text_config
-        heads = int(config.get("num_attention_heads", 1))
-        head_dim = config.get("head_dim") or int(config.get("hidden_size", 0)) // heads
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        layers = int(config.get("num_hidden_layers", 1))
-        return 2 * layers * kv_heads * int(head_dim) * self.item_bytes(dtype)
-
-    def max_model_len(self, options: VllmOptions) -> int:
-        """The configured context length, else the checkpoint's."""
-        return options.max_model_len or int(self.text_config.get("max_position_embeddings", 2048))
-
-    def workspace_bytes(self, options: VllmOptions) -> int:
-        """Activations of the largest step: a full batch's hidden and MLP states, float32 logits."""
-        config = self.text_config
-        tokens = options.max_num_batched_tokens or max(2048, self.max_model_len(options))
-        hidden = int(config.get("hidden_size", 0))
-        intermediate = int(config.get("intermediate_size") or 4 * hidden)
-        vocabulary = int(config.get("vocab_size", 0))
-        activations = tokens * (4 * hidden + 2 * intermediate) * self.item_bytes(options.dtype)
-        return activations + options.max_num_seqs * vocabulary * 4
-
-
 class VllmModel(LoadedModel):
     """One `AsyncLLM` and the serving objects built on it."""
 
-    def __init__(
-        self, llm: Any, client: CoreClient, options: VllmOptions, expected: Mapping[str, int]
-    ) -> None:
+    def __init__(self, llm: Any, memory: ModelMemory, options: VllmOptions) -> None:
         self.llm = llm
-        self.client = client
+        self.client: CoreClient = llm.engine_core
+        self.memory = memory
         self.serving: Any = None
+        self.runs = 0
+        """Answers under way."""
         self._options = options
-        self._expected = expected
 
     @property
     def max_concurrency(self) -> int:
@@ -169,23 +111,21 @@ class VllmModel(LoadedModel):
         return self._options.max_num_seqs
 
     def blocks(self) -> tuple[Block, ...]:
-        """Weights and KV cache by the storages they occupy; the workspace as estimated."""
-        runner = self.client.core.model_executor.driver_worker.worker.model_runner
-        model = runner.get_model()
-        weights = _storage_bytes([*model.parameters(), *model.buffers()])
-        found = [
-            # On a CPU oneDNN repacks weights into memory of its own and empties the tensor.
-            Block("weights", max(weights, self._expected["weights"])),
-            Block("workspace", self._expected["workspace"]),
-        ]
-        if kv := _storage_bytes(runner.kv_caches):
-            found.insert(1, Block("kv_cache", kv))
-        return tuple(found)
+        """Weights and KV cache as measured at the load; the workspace as estimated."""
+        return self.memory.blocks
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of the weights' master copies."""
+        return self.memory.host_bytes
 
     async def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
         """Answer through vLLM's serving class for the operation."""
         request = prepared.request
         assert isinstance(request, TextRequest)
+        if parked := self.client.parked:
+            raise RuntimeFailed(f"The model's blocks are parked: {', '.join(sorted(parked))}.")
+        self.runs += 1
         try:
             answer = await self._answer(request.operation, prepared.payload)
             if not hasattr(answer, "__aiter__"):
@@ -205,6 +145,8 @@ class VllmModel(LoadedModel):
             raise
         except Exception as error:
             raise self._translate(error) from error
+        finally:
+            self.runs -= 1
 
     async def _answer(self, operation: TextOperation, payload: Any) -> Any:
         serving = self.serving
@@ -267,7 +209,7 @@ class VllmModel(LoadedModel):
         if self.client.error is not None:
             if _is_out_of_memory(self.client.error):
                 return OutOfDeviceMemory(f"The device ran out of memory: {self.client.error}")
-            return RuntimeFailed(f"The model failed while running: {_reason(self.client.error)}")
+            return RuntimeFailed(f"The model failed while running: {reason(self.client.error)}")
         if 400 <= info.code < 500:
             return InvalidRequest(info.message, param=info.param, status=info.code)
         return RuntimeFailed(info.message)
@@ -377,15 +319,20 @@ class VllmRuntime(Runtime):
 
     def estimate(self, model: ModelConfig) -> Estimate:
         """Sum the safetensors headers; fetch the files first if they are on a hub."""
-        expected = self._expected(model)
+        checkpoint = Checkpoint(self._folder(model))
+        expected = self._expected(model, checkpoint)
+        expected["weights"] += checkpoint.rotary_bytes(model.options.dtype)
+        if self._device.kind == "cpu" and model.task == "generate":
+            # A CPU kernel may keep its own form of the matrix that gives the logits beside it.
+            expected["weights"] += checkpoint.embedding_bytes(model.options.dtype)
         nbytes = sum(expected.values())
         blocks = tuple(Block(name, size) for name, size in expected.items() if size)
         # Disk at 1 GB/s and a second of building; the first measured load replaces it.
         return Estimate(blocks=blocks, load_seconds=1.0 + nbytes / 1e9)
 
-    def _expected(self, model: ModelConfig) -> dict[str, int]:
+    def _expected(self, model: ModelConfig, checkpoint: Checkpoint) -> dict[str, int]:
+        """Bytes of each block as the files and the options tell them."""
         options = model.options
-        checkpoint = Checkpoint(self._folder(model))
         kv_bytes = options.kv_cache or 0
         if not kv_bytes and checkpoint.has_kv_cache(model.task):
             tokens = 4 * checkpoint.max_model_len(options)
@@ -414,7 +361,7 @@ class VllmRuntime(Runtime):
             raise _load_failed(error) from error
 
         def failed(error: BaseException) -> None:
-            on_failure(_reason(error))
+            on_failure(reason(error))
 
         loaded.client.on_failure = failed
         return loaded
@@ -426,21 +373,39 @@ class VllmRuntime(Runtime):
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from engine.runtimes.vllm_core import GatedExecutor
+        from engine.runtimes.vllm_park import packing
 
-        expected = self._expected(model)
+        expected = self._expected(model, Checkpoint(self._folder(model)))
         with GATE.exclusive():  # for its speed: Python beside a step slows both fivefold
             arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(
                 self._command_line(model, expected["kv_cache"])
             )
             config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
-        llm = AsyncLLM(
-            config,
-            GatedExecutor,
-            log_stats=self._warm,
-            log_requests=False,
-            stat_loggers=[self._stat_logger] if self._warm else None,
-        )
-        return VllmModel(llm, llm.engine_core, model.options, expected), arguments
+        keep_plain = self.host is not None and self.host.free_bytes >= expected["weights"]
+        with packing(keep_plain=keep_plain) as packed:
+            llm = AsyncLLM(
+                config,
+                GatedExecutor,
+                log_stats=self._warm,
+                log_requests=False,
+                stat_loggers=[self._stat_logger] if self._warm else None,
+            )
+        try:
+            worker = llm.engine_core.core.model_executor.driver_worker.worker
+            memory = self._take_over(worker, packed, expected)
+        except BaseException:
+            llm.shutdown()
+            raise
+        return VllmModel(llm, memory, model.options), arguments
+
+    def _take_over(self, worker: Any, packed: Packing, expected: dict[str, int]) -> ModelMemory:
+        if self._device.kind == "cpu":
+            from engine.runtimes.vllm_park import CpuMemory
+
+            return CpuMemory(worker, packed, self.host, expected)
+        from engine.runtimes.vllm_cuda_memory import CudaMemory
+
+        return CudaMemory(worker, self.host, expected)
 
     def _command_line(self, model: ModelConfig, kv_bytes: int) -> list[str]:
         options = model.options
@@ -463,6 +428,8 @@ class VllmRuntime(Runtime):
             line += ["--kv-cache-memory-bytes", str(kv_bytes)]
         if eager:
             line.append("--enforce-eager")
+        if not on_cpu:
+            line += ["--worker-cls", "engine.runtimes.vllm_cuda_memory.ParkingWorker"]
         if options.tool_call_parser:
             line += ["--enable-auto-tool-choice", "--tool-call-parser", options.tool_call_parser]
         for flag, value in (
@@ -498,7 +465,40 @@ class VllmRuntime(Runtime):
             handler.cancel()
             await asyncio.wait([handler])
         del llm, handler
+        loaded.memory.close()
         await loop.run_in_executor(self._loader, self._collect)
+
+    async def park(self, loaded: LoadedModel, blocks: Collection[str]) -> None:
+        """Take blocks off the device; the engine, its tokenizer and its graphs stay.
+
+        Raises:
+            RuntimeError: requests are running on the model. Nothing was changed.
+
+        """
+        assert isinstance(loaded, VllmModel)
+        if loaded.runs:
+            raise RuntimeError("a model was to be parked while requests run on it")
+        # vLLM aborts what a closed stream asked for some turns of the event loop later.
+        await loaded.llm.abort(list(loaded.llm.output_processor.request_states), internal=True)
+        await asyncio.wrap_future(loaded.client.set_aside(blocks))
+
+        def leave() -> None:
+            loaded.memory.park(blocks)
+            self._device.release_cached()
+
+        await asyncio.get_running_loop().run_in_executor(self._loader, leave)
+
+    async def wake(self, loaded: LoadedModel, blocks: Collection[str]) -> None:
+        """Bring parked blocks back on the loading thread, beside the steps of other models."""
+        assert isinstance(loaded, VllmModel)
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._loader, loaded.memory.wake, blocks)
+        except Exception as error:
+            if _is_out_of_memory(error):
+                raise OutOfDeviceMemory(f"no room to wake: {reason(error)}") from error
+            raise _load_failed(error) from error
+        await asyncio.wrap_future(loaded.client.take_back(blocks))
 
     def _collect(self) -> None:
         from engine.runtimes.vllm_core import forget_tokenizers
@@ -531,15 +531,6 @@ class VllmRuntime(Runtime):
         self._loader.shutdown()
 
 
-def _storage_bytes(tensors: list[Any]) -> int:
-    """Device bytes of the distinct storages under some tensors."""
-    storages = {}
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
 def _named_event(event: Any) -> str:
     """A Responses event as server-sent-event text."""
     return f"event: {event.type}\ndata: {event.model_dump_json(by_alias=True)}\n\n"
@@ -560,16 +551,10 @@ def _invalid(error: ValidationError) -> InvalidRequest:
 
 
 def _load_failed(error: Exception) -> EngineError:
-    return error if isinstance(error, EngineError) else LoadFailed(_reason(error))
+    return error if isinstance(error, EngineError) else LoadFailed(reason(error))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
     import torch
 
     return isinstance(error, torch.OutOfMemoryError | MemoryError)
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error, for people; the log has the rest."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

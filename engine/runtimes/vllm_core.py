@@ -21,7 +21,7 @@ import queue
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,7 @@ from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.scale_out import factories as scale_out_factories
 from vllm.entrypoints.serve.utils import fingerprint
+from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import register_model_loader
@@ -50,6 +51,7 @@ from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from engine.process import GATE
+from engine.runtimes.vllm_park import KV_CACHE, note_packed_layers
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +121,13 @@ class GatedWorker(WorkerWrapperBase):  # type: ignore[misc]
             super().init_device()
 
     def load_model(self) -> None:
-        """Build the module and fill it."""
+        """Build the module and fill it.
+
+        vLLM keeps rotary embeddings for all models of the process that want the same ones:
+        parking one model would take their buffers from the others.
+        """
         with GATE.exclusive():
+            rotary_embedding._ROPE_DICT.clear()
             self.worker.load_model()
 
 
@@ -167,6 +174,7 @@ def own_process_state() -> None:
         functools.cache(AnthropicServingMessages._detect_merge_inline_system)
     )
     scale_out_factories.init_scale_out_state = _leave_alone
+    note_packed_layers()
     GATE.state.register(
         "vllm.current_config",
         lambda: vllm_config_module._current_vllm_config,
@@ -326,6 +334,8 @@ class CoreClient:
         self.error: BaseException | None = None
         self.on_failure: Callable[[BaseException], None] | None = None
         """Called on the event loop when a step raised and the core is lost."""
+        self.parked: frozenset[str] = frozenset()
+        """Blocks that are off the device, or on their way. With any, no step is taken."""
         self._thread = thread
         self._loop: asyncio.AbstractEventLoop | None = None
         self._outputs: asyncio.Queue[Any] = asyncio.Queue()
@@ -340,8 +350,10 @@ class CoreClient:
 
     def has_work(self) -> bool:
         """Whether a step would do something."""
-        return self.error is None and bool(
-            self.core.scheduler.has_requests() or self.core.batch_queue
+        return (
+            not self.error
+            and not self.parked
+            and bool(self.core.scheduler.has_requests() or self.core.batch_queue)
         )
 
     def step(self) -> None:
@@ -359,9 +371,10 @@ class CoreClient:
     def _fail(self, error: BaseException) -> None:
         self.error = error
         self.resources.engine_dead = True
-        self._deliver(EngineDeadError())
+        # First: who gets the error may ask again at once, and must not be given this core.
         if self._loop is not None and self.on_failure is not None:
             self._loop.call_soon_threadsafe(self.on_failure, error)
+        self._deliver(EngineDeadError())
 
     def _deliver(self, item: Any) -> None:
         if self._loop is not None and not self._loop.is_closed():
@@ -424,6 +437,34 @@ class CoreClient:
 
         self._thread.post(job)
         return result
+
+    def set_aside(self, blocks: Collection[str]) -> Future[None]:
+        """Take no step from now on, so that these blocks can leave the device.
+
+        Raises:
+            RuntimeError: requests are running; nothing was changed. Through the future.
+
+        """
+
+        def finish(core: Any) -> None:
+            if core.scheduler.has_unfinished_requests():
+                raise RuntimeError("a model was to be parked with requests in its core")
+            while self.has_work():  # what ended or was aborted is still to be cleared away
+                with GATE.step():
+                    self.step()
+            if KV_CACHE in blocks and not core.reset_prefix_cache():
+                raise RuntimeError("blocks of the KV cache are in use without a request")
+            self.parked |= frozenset(blocks)
+
+        return self.call(finish)
+
+    def take_back(self, blocks: Collection[str]) -> Future[None]:
+        """Step again, unless other blocks are still off the device."""
+
+        def step_again(_core: Any) -> None:
+            self.parked -= frozenset(blocks)
+
+        return self.call(step_again)
 
     def __getattr__(self, name: str) -> Any:
         """`reset_prefix_cache_async` and the like: the core's method, run on the core thread."""

@@ -6,13 +6,17 @@ before `start`; the runs themselves are in `whisper_run`.
 Loads and runs do without the gate. CTranslate2 has threads, memory and an OpenMP of its own and
 lets go of the interpreter while it computes; faster-whisper around it is NumPy on local arrays.
 Neither reads nor changes what the gate guards: torch and the global random generators.
+
+On CUDA a model is parked by CTranslate2's own calls, which keep its weights in host memory from the
+first time on; written after its documentation and source, not run on a card. On a CPU the host's
+memory is where the model is, so there it is only loaded and unloaded.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
@@ -108,17 +112,22 @@ class LoadedWhisper(LoadedModel):
         self,
         model: CancellableWhisper,
         options: WhisperOptions,
-        nbytes: int,
+        weights: Block,
         thread: ThreadPoolExecutor,
     ) -> None:
         self.model: CancellableWhisper | None = model
         self.options = options
-        self.nbytes = nbytes
+        self.weights = weights
         self.thread = thread
 
     def blocks(self) -> tuple[Block, ...]:
         """The weights in the type they were loaded in; CTranslate2 tells no sizes."""
-        return (Block("weights", self.nbytes),)
+        return (self.weights,)
+
+    @property
+    def host_bytes(self) -> int:
+        """What CTranslate2 keeps in host memory once the model was parked."""
+        return self.weights.nbytes if self.weights.parkable else 0
 
     async def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
         """Transcribe; closing the generator stops it at the next window."""
@@ -216,7 +225,11 @@ class WhisperRuntime(Runtime):
         nbytes = weight_bytes(variables, self._compute_type(model.options))
         # Disk at 1 GB/s and half a second of building; the first measured load replaces it.
         seconds = 0.5 + (folder / "model.bin").stat().st_size / 1e9
-        return Estimate(blocks=(Block("weights", nbytes),), load_seconds=seconds)
+        return Estimate(blocks=(self._block(nbytes),), load_seconds=seconds)
+
+    def _block(self, nbytes: int) -> Block:
+        parkable = self._device.kind == "cuda" and self.host is not None
+        return Block("weights", nbytes, parkable)
 
     def _folder(self, model: ModelConfig) -> Path:
         return local_folder(
@@ -262,7 +275,48 @@ class WhisperRuntime(Runtime):
         # What the processor cannot do was turned into what it can.
         nbytes = weight_bytes(variables, whisper.model.compute_type)
         thread = ThreadPoolExecutor(1, thread_name_prefix=model.id)
-        return LoadedWhisper(whisper, options, nbytes, thread)
+        return LoadedWhisper(whisper, options, self._block(nbytes), thread)
+
+    async def park(
+        self,
+        loaded: LoadedModel,
+        blocks: Collection[str],  # noqa: ARG002 - there is one
+    ) -> None:
+        """Have CTranslate2 move the weights to host memory, where they stay from then on.
+
+        Raises:
+            RuntimeFailed: it kept them.
+
+        """
+        assert isinstance(loaded, LoadedWhisper) and loaded.model is not None
+        await asyncio.get_running_loop().run_in_executor(self._loader, self._park, loaded.model)
+
+    def _park(self, model: CancellableWhisper) -> None:
+        model.leave_device(to_host=True)
+        self._device.release_weights()
+
+    async def wake(
+        self,
+        loaded: LoadedModel,
+        blocks: Collection[str],  # noqa: ARG002 - there is one
+    ) -> None:
+        """Have CTranslate2 copy the weights back.
+
+        Raises:
+            OutOfDeviceMemory: there is no room.
+            LoadFailed: it could not.
+
+        """
+        assert isinstance(loaded, LoadedWhisper) and loaded.model is not None
+        loop = asyncio.get_running_loop()
+        library = loaded.model.model
+        try:
+            await loop.run_in_executor(self._loader, partial(library.load_model, keep_cache=True))
+        except Exception as error:
+            known = _translate(error)
+            if isinstance(known, OutOfDeviceMemory):
+                raise known from error
+            raise LoadFailed(reason(error)) from error
 
     async def unload(self, loaded: LoadedModel) -> None:
         """Drop the weights, the library's worker and the thread."""

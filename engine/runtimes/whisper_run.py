@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ from faster_whisper.transcribe import TranscriptionInfo
 from faster_whisper.vad import get_vad_model
 
 from engine.audio_input import decode_audio
-from engine.errors import InvalidRequest
+from engine.errors import InvalidRequest, RuntimeFailed
 from engine.requests import (
     Event,
     Heard,
@@ -24,6 +25,9 @@ from engine.requests import (
     Word,
 )
 from engine.runtimes.whisper import WhisperOptions
+
+BUSY_S = 2.0
+"""How long the library's worker may take to count a run that has ended as ended."""
 
 
 class Cancelled(Exception):
@@ -43,6 +47,24 @@ class CancellableWhisper(WhisperModel):  # type: ignore[misc]
         """As the library's, which every window begins with."""
         self.check()
         return super().encode(features)
+
+    def leave_device(self, *, to_host: bool) -> None:
+        """Take the weights off the device, into host memory or for good.
+
+        The library passes over what it is told while it counts a run as under way, for a moment
+        longer than the run takes, and says nothing; nor is there anything to wait for.
+
+        Raises:
+            RuntimeFailed: the weights are still there.
+
+        """
+        deadline_s = time.monotonic() + BUSY_S
+        self.model.unload_model(to_cpu=to_host)
+        while self.model.model_is_loaded:
+            if time.monotonic() >= deadline_s:
+                raise RuntimeFailed("CTranslate2 kept the model on the device.")
+            time.sleep(0.001)
+            self.model.unload_model(to_cpu=to_host)
 
 
 def import_everything() -> frozenset[str]:

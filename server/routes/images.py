@@ -5,33 +5,31 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import logging
 import time
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from PIL.Image import Image
 from starlette.types import Receive, Scope, Send
 
-from engine.errors import EngineError, RuntimeFailed
-from engine.requests import ImageRequest, ImageResult, PartialImage
+from engine.errors import RuntimeFailed
+from engine.requests import Frame, ImageRequest, ImageResult, PartialImage
 from server.auth import IMAGE_FILES_PREFIX
 from server.connection import run_while_connected
-from server.errors import Failure
 from server.forms import read_fields
-from server.headers import read_priority, read_timeout_s, timing_headers
+from server.headers import answer_headers
 from server.pictures import decode_pictures, encode_picture
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
+from server.schemas.terms import take_terms
 from server.settings import ServerSettings
+from server.sse import event_frame, stream_answer
 
 if TYPE_CHECKING:
     from engine.engine import Engine, Session
     from engine.outputs import Outputs
-
-logger = logging.getLogger(__name__)
 
 _PATHS: dict[str, type[ImageBody]] = {
     "/v1/images/generations": GenerationBody,
@@ -46,15 +44,14 @@ def images_router(engine: Engine, outputs: Outputs, settings: ServerSettings) ->
 
     def add(path: str, kind: type[ImageBody]) -> None:
         async def endpoint(request: Request) -> Response:
-            body = kind.of(await read_fields(request, settings.max_body_bytes))
+            fields = await read_fields(request, settings.max_body_bytes)
+            terms = take_terms(request.headers, fields)
+            body = kind.of(fields)
             pictures = await asyncio.to_thread(
                 decode_pictures, body.uploads(), settings.max_image_pixels
             )
             image_request = body.to_request(
-                pictures,
-                request_id=request.state.request_id,
-                priority=read_priority(request.headers),
-                queue_timeout_s=read_timeout_s(request.headers),
+                pictures, request_id=request.state.request_id, terms=terms
             )
             files_url = f"{str(request.base_url).rstrip('/')}{IMAGE_FILES_PREFIX}"
             return ImageResponse(engine, outputs, image_request, body, files_url)
@@ -100,20 +97,13 @@ class ImageResponse(Response):
         await run_while_connected(self._answer(scope, receive, send), receive)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        session = await self._engine.open(self._request)
-        try:
-            if self._body_asked.stream:
-                await self._stream(session, send)
-            else:
-                await self._send_document(session, scope, receive, send)
-        finally:
-            await session.close()
         if self._body_asked.stream:
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await stream_answer(self._engine, self._request, self._frames, send)
+        else:
+            await self._send_document(scope, receive, send)
 
-    async def _send_document(
-        self, session: Session, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def _send_document(self, scope: Scope, receive: Receive, send: Send) -> None:
+        session = await self._engine.open(self._request)
         began_s = time.perf_counter()
         result = None
         async with aclosing(session.events()) as events:
@@ -124,9 +114,8 @@ class ImageResponse(Response):
             raise RuntimeFailed("The model gave no image.")
         # The session ended with its events: the device is free while the images are encoded.
         ran_ms = (time.perf_counter() - began_s) * 1e3
-        timings = replace(session.timings, run_ms=session.timings.run_ms + ran_ms)
         content = await asyncio.to_thread(self._render, result)
-        headers = timing_headers(timings)
+        headers = answer_headers(session, ran_ms)
         await Response(content, headers=headers, media_type="application/json")(
             scope, receive, send
         )
@@ -144,28 +133,8 @@ class ImageResponse(Response):
         document = body.document(data, result.images[0], result.seed, int(time.time()))
         return json.dumps(document).encode()
 
-    async def _stream(self, session: Session, send: Send) -> None:
-        head = Response(
-            headers={
-                **timing_headers(session.timings),
-                "cache-control": "no-cache",
-                "x-accel-buffering": "no",
-            },
-            media_type="text/event-stream",
-        )
-        del head.headers["content-length"]
-        await send({"type": "http.response.start", "status": 200, "headers": head.raw_headers})
-        try:
-            await self._send_events(session, send)
-        except Exception as error:
-            # The status is sent already: the stream itself must tell.
-            request = self._request
-            expected = isinstance(error, EngineError)
-            logger.error("stream %s failed: %s", request.request_id, error, exc_info=not expected)
-            frame = Failure.of(error).frame(request.operation, request.request_id)
-            await send({"type": "http.response.body", "body": frame.encode(), "more_body": True})
-
-    async def _send_events(self, session: Session, send: Send) -> None:
+    async def _frames(self, session: Session) -> AsyncGenerator[Frame, None]:
+        yield Frame("")  # it runs: the response begins, though its first event may take minutes
         body, result = self._body_asked, None
         async with aclosing(session.events()) as events:
             async for event in events:
@@ -174,7 +143,7 @@ class ImageResponse(Response):
                     document = body.partial_event(
                         b64_json, event.image, event.index, int(time.time())
                     )
-                    await _send_event(send, document)
+                    yield event_frame(document)
                 elif isinstance(event, ImageResult):
                     result = event
         if result is None:
@@ -182,14 +151,9 @@ class ImageResponse(Response):
         for index, image in enumerate(result.images):
             b64_json = await asyncio.to_thread(self._encode, image)
             document = body.completed_event(b64_json, image, result.seed + index, int(time.time()))
-            await _send_event(send, document)
+            yield event_frame(document)
 
     def _encode(self, image: Image) -> str:
         body = self._body_asked
         encoded = encode_picture(image, body.output_format, body.output_compression)
         return base64.b64encode(encoded).decode()
-
-
-async def _send_event(send: Send, document: dict[str, Any]) -> None:
-    text = f"event: {document['type']}\ndata: {json.dumps(document)}\n\n"
-    await send({"type": "http.response.body", "body": text.encode(), "more_body": True})

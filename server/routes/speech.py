@@ -8,21 +8,22 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
 from engine.audio_output import ENCODINGS, AudioEncoder
 from engine.errors import EngineError, NotFound, RuntimeFailed
-from engine.requests import Priority, Speech, SpeechRequest, Word
+from engine.requests import Frame, Priority, Speech, SpeechRequest, Word
 from server.body import read_object
 from server.connection import run_while_connected
 from server.forms import Fields
-from server.headers import read_priority, read_timeout_s, timing_headers
+from server.headers import answer_headers
 from server.schemas.audio import NO_USAGE, SpeechBody, words_document
+from server.schemas.terms import take_terms
 from server.settings import ServerSettings
-from server.sse import send_events
+from server.sse import event_frame, stream_answer
 
 if TYPE_CHECKING:
     from engine.engine import Engine, Session
@@ -44,14 +45,10 @@ def speech_router(engine: Engine, voices: VoiceStore, settings: ServerSettings) 
     @router.post("/v1/audio/speech", response_model=None)
     async def speech(request: Request) -> Response:
         fields = Fields(await read_object(request, settings.max_body_bytes), typed=True)
+        terms = take_terms(request.headers, fields, default=Priority.INTERACTIVE)
         body = SpeechBody.of(fields)
         sample = None if body.voice is None else await asyncio.to_thread(cloned, body.voice)
-        speech_request = body.to_request(
-            sample,
-            request_id=request.state.request_id,
-            priority=read_priority(request.headers, default=Priority.INTERACTIVE),
-            queue_timeout_s=read_timeout_s(request.headers),
-        )
+        speech_request = body.to_request(sample, request_id=request.state.request_id, terms=terms)
         return SpeechResponse(engine, speech_request, body)
 
     return router
@@ -76,14 +73,12 @@ class SpeechResponse(Response):
         await run_while_connected(self._answer(send), receive)
 
     async def _answer(self, send: Send) -> None:
+        if self._body_asked.stream_format == "sse":
+            await stream_answer(self._engine, self._request, self._frames, send)
+            return
         session = await self._engine.open(self._request)
-        complete = True
         try:
-            if self._body_asked.stream_format == "sse":
-                headers = timing_headers(session.timings)
-                await send_events(self._events(session), headers, self._request.request_id, send)
-            else:
-                complete = await self._send_audio(session, send)
+            complete = await self._send_audio(session, send)
         finally:
             await session.close()
         if complete:
@@ -94,7 +89,7 @@ class SpeechResponse(Response):
         async with aclosing(self._encoded(session)) as pieces:
             first, _ = await anext(pieces)
             head = Response(
-                headers={**timing_headers(session.timings), "cache-control": "no-cache"},
+                headers={**answer_headers(session), "cache-control": "no-cache"},
                 media_type=ENCODINGS[self._body_asked.response_format].media_type,
             )
             del head.headers["content-length"]
@@ -110,15 +105,17 @@ class SpeechResponse(Response):
                 return False
         return True
 
-    async def _events(self, session: Session) -> AsyncGenerator[dict[str, Any], None]:
+    async def _frames(self, session: Session) -> AsyncGenerator[Frame, None]:
         async with aclosing(self._encoded(session)) as pieces:
             async for piece, words in pieces:
                 if words:
-                    yield {"type": "speech.audio.words", "words": words_document(words)}
+                    yield event_frame(
+                        {"type": "speech.audio.words", "words": words_document(words)}
+                    )
                 if piece:
                     audio = base64.b64encode(piece).decode()
-                    yield {"type": "speech.audio.delta", "audio": audio}
-        yield {"type": "speech.audio.done", "usage": NO_USAGE}
+                    yield event_frame({"type": "speech.audio.delta", "audio": audio})
+        yield event_frame({"type": "speech.audio.done", "usage": NO_USAGE})
 
     async def _encoded(
         self, session: Session

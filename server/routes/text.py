@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
-from engine.errors import EngineError, InvalidRequest
-from engine.requests import Document, TextOperation, TextRequest
+from engine.errors import InvalidRequest
+from engine.requests import Frame, TextOperation, TextRequest
 from server.body import read_object
 from server.connection import run_while_connected
-from server.errors import Failure
-from server.headers import read_priority, read_timeout_s, timing_headers
+from server.forms import Fields
 from server.media import refuse_foreign_media
+from server.schemas.terms import take_terms
 from server.settings import ServerSettings
+from server.sse import stream_answer
 
 if TYPE_CHECKING:
     from engine.engine import Engine, Session
-
-logger = logging.getLogger(__name__)
 
 _PATHS = {
     "/v1/chat/completions": TextOperation.CHAT,
@@ -35,6 +33,15 @@ _PATHS = {
     "/detokenize": TextOperation.DETOKENIZE,
     "/v1/detokenize": TextOperation.DETOKENIZE,
 }
+
+_STREAMING = frozenset(
+    {
+        TextOperation.CHAT,
+        TextOperation.COMPLETION,
+        TextOperation.RESPONSES,
+        TextOperation.MESSAGES,
+    }
+)
 
 
 def text_router(engine: Engine, settings: ServerSettings) -> APIRouter:
@@ -68,13 +75,13 @@ async def read_text_request(
     if not isinstance(model, str) or not model:
         raise InvalidRequest("You must name a model, as a string.", param="model")
     refuse_foreign_media(body, settings.allowed_media_hosts)
+    terms = take_terms(request.headers, Fields(body, typed=True))
     return TextRequest(
         model=model,
         operation=operation,
         body=body,
         request_id=request.state.request_id,
-        priority=read_priority(request.headers),
-        queue_timeout_s=read_timeout_s(request.headers),
+        terms=terms,
     )
 
 
@@ -94,40 +101,12 @@ class TextResponse(Response):
         await run_while_connected(self._answer(scope, receive, send), receive)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        session = await self._engine.open(self._request)
-        # The session is closed before the last piece is sent: see run_while_connected.
-        try:
-            headers = timing_headers(session.timings)
-            first = session.first
-            if not isinstance(first, Document):
-                await self._stream(session, headers, send)
-        finally:
-            await session.close()
-        if isinstance(first, Document):
-            document = Response(first.body, headers=headers, media_type="application/json")
+        request = self._request
+        tells = request.operation in _STREAMING and request.body.get("stream") is True
+        document = await stream_answer(self._engine, request, _frames, send, tells=tells)
+        if document is not None:
             await document(scope, receive, send)
-        else:
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _stream(self, session: Session, headers: dict[str, str], send: Send) -> None:
-        head = Response(
-            headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"},
-            media_type="text/event-stream",
-        )
-        del head.headers["content-length"]
-        await send({"type": "http.response.start", "status": 200, "headers": head.raw_headers})
-        try:
-            async with aclosing(session.frames()) as frames:
-                async for frame in frames:
-                    await _send_text(send, frame.data)
-        except Exception as error:
-            # The status is sent already: the stream itself must tell.
-            request = self._request
-            expected = isinstance(error, EngineError)
-            logger.error("stream %s failed: %s", request.request_id, error, exc_info=not expected)
-            frame_text = Failure.of(error).frame(request.operation, request.request_id)
-            await _send_text(send, frame_text)
 
 
-async def _send_text(send: Send, text: str) -> None:
-    await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+def _frames(session: Session) -> AsyncGenerator[Frame, None]:
+    return session.frames()

@@ -5,26 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import RuntimeFailed
-from engine.requests import Heard, Priority, Segment, TranscriptionRequest
+from engine.requests import Frame, Heard, Priority, Segment, TranscriptionRequest
 from server.connection import run_while_connected
 from server.forms import read_fields
-from server.headers import read_priority, read_timeout_s, timing_headers
+from server.headers import answer_headers
 from server.schemas.audio import (
     RecordingBody,
     TranscriptionBody,
     TranslationBody,
     transcript_text,
 )
+from server.schemas.terms import take_terms
 from server.settings import ServerSettings
-from server.sse import send_events
+from server.sse import event_frame, stream_answer
 from server.subtitles import srt, vtt
 
 if TYPE_CHECKING:
@@ -42,11 +42,11 @@ def transcriptions_router(engine: Engine, settings: ServerSettings) -> APIRouter
 
     def add(path: str, kind: type[RecordingBody]) -> None:
         async def endpoint(request: Request) -> Response:
-            body = kind.of(await read_fields(request, settings.max_body_bytes))
+            fields = await read_fields(request, settings.max_body_bytes)
+            terms = take_terms(request.headers, fields, default=Priority.INTERACTIVE)
+            body = kind.of(fields)
             transcription_request = body.to_request(
-                request_id=request.state.request_id,
-                priority=read_priority(request.headers, default=Priority.INTERACTIVE),
-                queue_timeout_s=read_timeout_s(request.headers),
+                request_id=request.state.request_id, terms=terms
             )
             return TranscriptionResponse(engine, transcription_request, body)
 
@@ -76,21 +76,13 @@ class TranscriptionResponse(Response):
         await run_while_connected(self._answer(scope, receive, send), receive)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        session = await self._engine.open(self._request)
-        try:
-            if self._body_asked.streams:
-                headers = timing_headers(session.timings)
-                await send_events(_deltas(session), headers, self._request.request_id, send)
-            else:
-                await self._send_whole(session, scope, receive, send)
-        finally:
-            await session.close()
         if self._body_asked.streams:
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await stream_answer(self._engine, self._request, _deltas, send)
+        else:
+            await self._send_whole(scope, receive, send)
 
-    async def _send_whole(
-        self, session: Session, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        session = await self._engine.open(self._request)
         began_s = time.perf_counter()
         heard, segments = None, []
         async with aclosing(session.events()) as events:
@@ -102,9 +94,8 @@ class TranscriptionResponse(Response):
         if heard is None:
             raise RuntimeFailed("The model gave no transcript.")
         ran_ms = (time.perf_counter() - began_s) * 1e3
-        timings = replace(session.timings, run_ms=session.timings.run_ms + ran_ms)
         response = self._rendered(heard, segments)
-        response.headers.update(timing_headers(timings))
+        response.headers.update(answer_headers(session, ran_ms))
         await response(scope, receive, send)
 
     def _rendered(self, heard: Heard, segments: list[Segment]) -> Response:
@@ -122,7 +113,7 @@ class TranscriptionResponse(Response):
                 return PlainTextResponse(vtt(segments), media_type="text/vtt")
 
 
-async def _deltas(session: Session) -> AsyncGenerator[dict[str, Any], None]:
+async def _deltas(session: Session) -> AsyncGenerator[Frame, None]:
     """Each segment's text as soon as it is known, then the whole, which is all of them."""
     text = ""
     async with aclosing(session.events()) as events:
@@ -131,5 +122,5 @@ async def _deltas(session: Session) -> AsyncGenerator[dict[str, Any], None]:
                 delta = event.text if text else event.text.lstrip()
                 if delta:
                     text += delta
-                    yield {"type": "transcript.text.delta", "delta": delta}
-    yield {"type": "transcript.text.done", "text": text}
+                    yield event_frame({"type": "transcript.text.delta", "delta": delta})
+    yield event_frame({"type": "transcript.text.done", "text": text})

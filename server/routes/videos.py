@@ -10,8 +10,8 @@ from fastapi.responses import FileResponse
 
 from engine.requests import Priority
 from server.forms import Fields, read_fields
-from server.headers import read_priority
 from server.pictures import decode_pictures
+from server.schemas.terms import take_terms
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery, video_document
 from server.settings import ServerSettings
 
@@ -29,15 +29,13 @@ def videos_router(jobs: Jobs, settings: ServerSettings) -> APIRouter:
 
     @router.post("/v1/videos")
     async def create(request: Request) -> dict[str, Any]:
-        body = VideoBody.of(await read_fields(request, settings.max_body_bytes))
+        fields = await read_fields(request, settings.max_body_bytes)
+        terms = take_terms(request.headers, fields, default=Priority.BATCH)
+        body = VideoBody.of(fields)
         pictures = await asyncio.to_thread(
             decode_pictures, body.uploads(), settings.max_image_pixels
         )
-        video_request = body.to_request(
-            pictures,
-            request_id=request.state.request_id,
-            priority=read_priority(request.headers, default=Priority.BATCH),
-        )
+        video_request = body.to_request(pictures, request_id=request.state.request_id, terms=terms)
         return document(await jobs.submit(video_request))
 
     @router.get("/v1/videos")

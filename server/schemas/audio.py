@@ -11,9 +11,9 @@ from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, fie
 from engine.audio_output import AudioFormat
 from engine.requests import (
     Heard,
-    Priority,
     Segment,
     SpeechRequest,
+    Terms,
     TranscriptionOperation,
     TranscriptionRequest,
     Word,
@@ -99,12 +99,7 @@ class SpeechBody(Body):
         return value
 
     def to_request(
-        self,
-        voice_sample: Path | None,
-        *,
-        request_id: str,
-        priority: Priority,
-        queue_timeout_s: float | None,
+        self, voice_sample: Path | None, *, request_id: str, terms: Terms
     ) -> SpeechRequest:
         """As the engine takes it; with `voice_sample`, `voice` named a cloned voice."""
         return SpeechRequest(
@@ -117,8 +112,7 @@ class SpeechBody(Body):
             speed=self.speed,
             word_times=self.word_times,
             seed=self.seed,
-            priority=priority,
-            queue_timeout_s=queue_timeout_s,
+            terms=terms,
         )
 
 
@@ -182,9 +176,7 @@ class RecordingBody(Body):
         """Whether the answer is a stream of events."""
         return False
 
-    def to_request(
-        self, *, request_id: str, priority: Priority, queue_timeout_s: float | None
-    ) -> TranscriptionRequest:
+    def to_request(self, *, request_id: str, terms: Terms) -> TranscriptionRequest:
         """As the engine takes it."""
         return TranscriptionRequest(
             model=self.model,
@@ -195,8 +187,7 @@ class RecordingBody(Body):
             temperature=self.temperature,
             vad=self.vad,
             hotwords=self.hotwords,
-            priority=priority,
-            queue_timeout_s=queue_timeout_s,
+            terms=terms,
         )
 
     def document(self, heard: Heard, segments: Sequence[Segment]) -> dict[str, Any]:  # noqa: ARG002
@@ -273,9 +264,7 @@ class TranscriptionBody(RecordingBody):
         """Whether the answer is a stream of events."""
         return self.stream
 
-    def to_request(
-        self, *, request_id: str, priority: Priority, queue_timeout_s: float | None
-    ) -> TranscriptionRequest:
+    def to_request(self, *, request_id: str, terms: Terms) -> TranscriptionRequest:
         """As the engine takes it."""
         return TranscriptionRequest(
             model=self.model,
@@ -288,8 +277,7 @@ class TranscriptionBody(RecordingBody):
             word_times="word" in self.timestamp_granularities,
             vad=self.vad or self.chunking_strategy,
             hotwords=", ".join(self.keywords) or self.hotwords,
-            priority=priority,
-            queue_timeout_s=queue_timeout_s,
+            terms=terms,
         )
 
     def document(self, heard: Heard, segments: Sequence[Segment]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from engine.errors import InvalidRequest
 from engine.job_store import Job, JobState
-from engine.requests import Priority, Quality, VideoRequest
+from engine.requests import Quality, Terms, VideoRequest
 from server.pictures import Picture, Upload
 from server.schemas.fields import (
     Body,
@@ -76,7 +76,6 @@ class VideoBody(Body):
     steps: Steps | None = None
     guidance: Guidance | None = None
     loras: Loras = Field(default_factory=list)
-    priority: Literal["interactive", "normal", "batch"] | None = None
 
     @field_validator("num_frames")
     @classmethod
@@ -91,12 +90,8 @@ class VideoBody(Body):
             return []
         return [Upload("input_reference", self.input_reference)]
 
-    def to_request(
-        self, pictures: list[Picture], *, request_id: str, priority: Priority
-    ) -> VideoRequest:
+    def to_request(self, pictures: list[Picture], *, request_id: str, terms: Terms) -> VideoRequest:
         """As the engine takes it; `pictures` are the `uploads()`, decoded.
-
-        `priority` holds where the body names none.
 
         Raises:
             InvalidRequest: there is neither a prompt nor a first frame.
@@ -122,7 +117,7 @@ class VideoBody(Body):
             seed=self.seed,
             motion=self.motion,
             loras=tuple(lora.choice() for lora in self.loras),
-            priority=Priority[self.priority.upper()] if self.priority else priority,
+            terms=terms,
         )
 
 

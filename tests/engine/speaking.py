@@ -83,8 +83,8 @@ async def cancel_within(
     runtime: Runtime, model: ModelConfig, on: SpeechModel, stop: Callable[[Any], Stop]
 ) -> Stop:
     """Close a run while it is held in the middle of its first sentence."""
-    assert on.speaker is not None
-    held = stop(on.speaker.module)
+    assert on.model is not None
+    held = stop(on.model.module)
     events = on.run(runtime.prepare(model, speech_request()))
     first = asyncio.ensure_future(anext(events))
     await asyncio.to_thread(held.reached.wait, 20)

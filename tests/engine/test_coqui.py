@@ -467,9 +467,9 @@ async def test_a_sentence_with_too_many_tokens_is_spoken_in_pieces(
     """Digits become words: 50 characters are more tokens than XTTS takes at once."""
     numbers = " ".join(["7777777"] * 6)
     async with loaded(runtime, XTTS) as xtts:
-        assert xtts.speaker is not None
-        tokens = xtts.speaker.module.tokenizer.encode(numbers, lang="en")
-        assert len(tokens) >= xtts.speaker.module.args.gpt_max_text_tokens
+        assert xtts.model is not None
+        tokens = xtts.model.module.tokenizer.encode(numbers, lang="en")
+        assert len(tokens) >= xtts.model.module.args.gpt_max_text_tokens
         assert await spoken(runtime, XTTS, xtts, numbers)
 
 

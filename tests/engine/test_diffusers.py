@@ -23,7 +23,8 @@ from engine import process
 from engine.config import EngineConfig, ModelConfig
 from engine.device import CpuDevice
 from engine.engine import Engine
-from engine.errors import EngineError, InvalidRequest, LoadFailed
+from engine.errors import EngineError, InvalidRequest, LoadFailed, RuntimeFailed
+from engine.host_memory import HostMemory
 from engine.process import GATE
 from engine.requests import (
     Event,
@@ -39,7 +40,7 @@ from engine.requests import (
     VideoResult,
 )
 from engine.runtimes import diffusers as diffusers_runtime
-from engine.runtimes.diffusers import DiffusersRuntime
+from engine.runtimes.diffusers import DiffusersModel, DiffusersRuntime
 from engine.runtimes.vllm import VllmRuntime
 from engine.starter import ensure_starter
 from tests.engine.conftest import MakeModel
@@ -200,6 +201,12 @@ async def picture(engine: Engine, model: str, **fields: Any) -> NDArray[np.uint8
     return np.asarray(found.images[0])
 
 
+async def park(engine: Engine, name: str) -> None:
+    await engine.park(name)
+    status = engine.model_status(name)
+    assert (status.state, status.tier, status.device_bytes) == ("parked", "host", 0)
+
+
 def image_request(model: str, **fields: Any) -> ImageRequest:
     defaults = {
         "model": model,
@@ -262,7 +269,56 @@ async def test_an_image_equals_that_of_the_library_alone(
     np.testing.assert_array_equal(await picture(engine, name), expected)
     await engine.unload(name)
     np.testing.assert_array_equal(await picture(engine, name), expected)
+    await park(engine, name)
+    np.testing.assert_array_equal(await picture(engine, name), expected)
     assert (await picture(engine, name, seed=SEED + 1) != expected).any()
+
+
+async def test_one_part_leaves_and_comes_back_while_the_others_stay(
+    runtime: DiffusersRuntime, cache_dir: Path
+) -> None:
+    """A text encoder can make room alone; the model does not run without it."""
+    runtime.host = HostMemory(64 * 1024**2, pinned=False)
+    model = model_of("tiny-flux-schnell", "image", IMAGE_FAMILIES["tiny-flux-schnell"])
+    loaded = await runtime.load(model, lambda _: None)
+    assert isinstance(loaded, DiffusersModel)
+    prepared = runtime.prepare(model, image_request(model.id))
+
+    async def image() -> NDArray[np.uint8]:
+        found = [event async for event in loaded.run(prepared)]
+        assert isinstance(found[-1], ImageResult)
+        return np.asarray(found[-1].images[0])
+
+    try:
+        expected = await image()
+        pipeline = loaded.model
+        assert pipeline is not None
+        before = {
+            name: sum(t.nbytes for t in m.parameters()) for name, m in pipeline.modules().items()
+        }
+        await runtime.park(loaded, {"text_encoder_2"})
+        after = {
+            name: sum(t.nbytes for t in m.parameters()) for name, m in pipeline.modules().items()
+        }
+        assert after == {**before, "text_encoder_2": 0}
+        with pytest.raises(RuntimeFailed):
+            await image()
+        await runtime.wake(loaded, {"text_encoder_2"})
+        np.testing.assert_array_equal(await image(), expected)
+    finally:
+        await runtime.unload(loaded)
+        host, runtime.host = runtime.host, None
+    assert host.used_bytes == 0
+
+
+async def test_a_model_parked_with_its_loras_attached_comes_back_whole(engine: Engine) -> None:
+    lora = (LoraChoice(ADAPTERS[0], 0.9),)
+    plain = await picture(engine, "tiny-sd15")
+    adapted = await picture(engine, "tiny-sd15", loras=lora)
+    await park(engine, "tiny-sd15")
+    np.testing.assert_array_equal(await picture(engine, "tiny-sd15", loras=lora), adapted)
+    await park(engine, "tiny-sd15")
+    np.testing.assert_array_equal(await picture(engine, "tiny-sd15"), plain)
 
 
 @pytest.mark.parametrize("name", VIDEO_FAMILIES)
@@ -299,6 +355,8 @@ async def test_a_video_equals_that_of_the_library_alone(
 
     np.testing.assert_array_equal(await frames(), expected)
     await engine.unload(name)
+    np.testing.assert_array_equal(await frames(), expected)
+    await park(engine, name)
     np.testing.assert_array_equal(await frames(), expected)
 
 
@@ -619,7 +677,7 @@ async def test_a_run_stops_within_a_step_and_gives_back_what_it_took(engine: Eng
             pass
         assert engine.model_status("tiny-sd15").leases == 1
     # The thread has ended its run before the lease ends, and far from all steps.
-    pipeline = engine._residency.loaded["tiny-sd15"].pipeline  # type: ignore[attr-defined]
+    pipeline = engine._residency.loaded["tiny-sd15"].model  # type: ignore[attr-defined]
     assert pipeline.watch is None
     assert pipeline.base.scheduler.counter < 400
     assert engine.model_status("tiny-sd15").leases == 0
@@ -640,7 +698,7 @@ async def test_a_grant_is_the_measured_peak_from_the_second_run_of_a_shape_on(
     granted = engine._working_bytes(model, prepared)
     assert measured <= granted <= measured * 1.1
     loaded = engine._residency.loaded["tiny-sdxl-turbo"]
-    loaded.pipeline.measured.clear()  # type: ignore[attr-defined]
+    loaded.model.measured.clear()  # type: ignore[attr-defined]
     await events(engine, request)
     again = engine._estimates.working_bytes(model, prepared.shape)
     assert again is not None and abs(again - granted) <= 0.1 * granted

@@ -105,18 +105,18 @@ def overgrants(engine: Engine) -> list[LedgerRecord]:
     ]
 
 
-async def bare_texts(folder: Path) -> list[str]:
-    """The answers of plain vLLM to the same prompts."""
+async def bare_texts(*folders: Path) -> list[list[str]]:
+    """The answers of plain vLLM to the same prompts, for each model."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", "tests.engine.bare_vllm", folder, str(MAX_TOKENS), *PROMPTS),
+        *("-m", "tests.engine.bare_vllm", str(MAX_TOKENS), ",".join(map(str, folders)), *PROMPTS),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     output, errors = await process.communicate()
     assert process.returncode == 0, errors[-2000:].decode()
-    texts: list[str] = json.loads(output.splitlines()[-1])
+    texts: list[list[str]] = json.loads(output.splitlines()[-1])
     return texts
 
 
@@ -125,7 +125,8 @@ async def test_two_models_take_turns_in_room_for_one(
 ) -> None:
     """Sixty streams, eight at a time, alternating; every text is plain vLLM's."""
     llama, qwen = make_model("llama"), make_model("qwen", "tiny-qwen")
-    expected = {model.id: await bare_texts(vllm_runtime._folder(model)) for model in (llama, qwen)}
+    texts = await bare_texts(*(vllm_runtime._folder(model) for model in (llama, qwen)))
+    expected = dict(zip(("llama", "qwen"), texts, strict=True))
     engine = await make_engine(llama, qwen, memory="140MiB")
     before = psutil.Process().memory_info().rss
     turnstile = asyncio.Semaphore(8)

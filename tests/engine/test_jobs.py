@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from engine.errors import (
     LoadFailed,
     ModelNotFound,
     NotFound,
+    NotLoaded,
     OutOfDeviceMemory,
     Overloaded,
     QueueFull,
@@ -44,6 +46,7 @@ from engine.requests import (
     Priority,
     Progress,
     Quality,
+    Terms,
     VideoRequest,
 )
 from engine.runtimes import REGISTRY
@@ -252,7 +255,7 @@ async def test_at_most_two_run_by_priority_and_then_age(
         ("d", Priority.BATCH),
         ("e", Priority.INTERACTIVE),
     ):
-        ids[prompt] = (await jobs.submit(ask(prompt=prompt, priority=priority))).id
+        ids[prompt] = (await jobs.submit(ask(prompt=prompt, terms=Terms(priority=priority)))).id
     places = {prompt: jobs.place(job_id) for prompt, job_id in ids.items()}
     assert {prompt: place and place.position for prompt, place in places.items()} == {
         "a": None,
@@ -270,7 +273,7 @@ async def test_at_most_two_run_by_priority_and_then_age(
         if done != "d":
             order.append(await stage.begun())
     assert order == ["e", "c", "d"]
-    assert [request.priority for request in runtime.requests[2:]] == [
+    assert [request.terms.priority for request in runtime.requests[2:]] == [
         Priority.INTERACTIVE,
         Priority.BATCH,
         Priority.BATCH,
@@ -632,7 +635,7 @@ async def test_unfinished_jobs_go_on_after_a_restart(
         image = Image.fromarray(pixels)
         running = await jobs.submit(ask(prompt="running", image=image, seconds=2.0, fps=4))
         await stage.begun()
-        queued = await jobs.submit(ask(prompt="queued", priority=Priority.NORMAL))
+        queued = await jobs.submit(ask(prompt="queued", terms=Terms(priority=Priority.NORMAL)))
         deleted = await jobs.submit(ask(prompt="deleted"))
         await jobs.delete(deleted.id)
     assert stage.closed == ["running"]
@@ -649,7 +652,7 @@ async def test_unfinished_jobs_go_on_after_a_restart(
     assert first.request_id == running.id and second.request_id == queued.id
     assert (np.asarray(first.image) == pixels).all()
     assert (first.num_frames, first.fps, first.seed) == (8, 4, running.request["seed"])
-    assert second.priority is Priority.NORMAL
+    assert second.terms.priority is Priority.NORMAL
 
 
 async def test_who_waits_for_a_job_is_told_when_jobs_stop(
@@ -860,3 +863,43 @@ def test_a_job_that_kills_the_process_is_given_up_and_the_one_beside_it_is_not(
     assert (deadly["state"], deadly["attempts"]) == ("failed", 3)
     assert deadly["error"]["message"] == "The process ended 3 times while this job ran."
     assert (harmless["state"], harmless["attempts"]) == ("completed", 2)
+
+
+async def test_terms_of_a_job_outlive_a_restart(runtime: FakeVideoRuntime, tmp_path: Path) -> None:
+    stage = Stage(runtime)
+    terms = Terms(priority=Priority.NORMAL, keep_alive_s=float("inf"), no_evict=True)
+    async with serving(video_engine(runtime, tmp_path)) as jobs:
+        job = await jobs.submit(ask(prompt="a", terms=terms))
+        await stage.begun()
+    runtime.answer = make
+    runtime.requests.clear()
+    async with serving(video_engine(runtime, tmp_path)) as jobs:
+        assert (await jobs.ended(job.id)).state is JobState.COMPLETED
+    (request,) = runtime.requests
+    assert request.terms == replace(terms, timeout_s=float("inf"))
+
+
+async def test_a_job_that_waits_too_long_fails(
+    jobs: Jobs, runtime: FakeVideoRuntime, clock: Clock
+) -> None:
+    stage = Stage(runtime)
+    await jobs.submit(ask(prompt="runs"))
+    await stage.begun()
+    # It is handed to the engine, but the model serves one at a time.
+    late = await jobs.submit(ask(prompt="late", terms=Terms(timeout_s=0.01)))
+    clock.now += 1
+    async with asyncio.timeout(30):
+        ended = await jobs.ended(late.id)
+    assert ended.state is JobState.FAILED
+    assert ended.error is not None and ended.error.code == "queue_timeout"
+    stage.end("runs")
+
+
+async def test_a_job_for_a_loaded_model_only(jobs: Jobs, engine: Engine) -> None:
+    terms = Terms(if_loaded_only=True)
+    with pytest.raises(NotLoaded):
+        await jobs.submit(ask(terms=terms))
+    assert jobs.list() == ([], False)
+    await engine.load("film")
+    job = await jobs.submit(ask(terms=terms))
+    assert (await jobs.ended(job.id)).state is JobState.COMPLETED

@@ -424,9 +424,10 @@ async def test_blocks_are_what_was_estimated(cache_dir: Path, bare: Any) -> None
     loaded = await runtime.load(model, pytest.fail)
     sizes = {block.name: block.nbytes for block in loaded.blocks()}
     assert list(sizes) == ["bert", "bert_encoder", "predictor", "text_encoder", "decoder"]
-    wanted = sum(tensor.nbytes for tensor in (*bare.parameters(), *bare.buffers()))
-    assert sum(sizes.values()) == wanted
-    assert estimate.nbytes == pytest.approx(wanted, rel=0.001)
+    tensors = (*bare.named_parameters(), *bare.named_buffers())
+    wanted = sum(tensor.nbytes for name, tensor in tensors if not name.endswith(".weight_g"))
+    assert wanted <= sum(sizes.values()) <= wanted * 1.0005, "aligned"
+    assert estimate.nbytes == pytest.approx(wanted, rel=0.0005)
     await runtime.unload(loaded)
     await runtime.stop()
 

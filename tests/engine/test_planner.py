@@ -14,11 +14,14 @@ from engine.planner import (
     REMEASURE_S,
     Load,
     ModelView,
+    Park,
+    PartView,
     Plan,
     RefusalCode,
     Snapshot,
     TicketView,
     Unload,
+    forecast,
     plan,
     service_order,
 )
@@ -506,19 +509,156 @@ def test_a_pinned_model_that_must_leave_reserves_nothing() -> None:
     assert decide([failed, absent("b", 60)], [ticket(1, "b")]).refusals == ()
 
 
+# Parts, host copies and what a request may ask of them.
+
+
+def parked(model_id: str, nbytes: int = 40, **changes: Any) -> ModelView:
+    """All of it off the device; a wake takes a tenth of a load."""
+    base = {"state": ModelState.PARKED, "resident_bytes": 0, "needed_bytes": nbytes}
+    return model(model_id, nbytes, **{**base, "wake_s": 1.0, "host_bytes": nbytes, **changes})
+
+
+WEIGHTS_AND_CACHE = (PartView("weights", 30, 1.0), PartView("kv_cache", 10, 0.0))
+
+
+def test_a_kv_cache_leaves_before_any_weights() -> None:
+    cheap = model("a", 20, demand=0.01, parts=(PartView("weights", 20, 0.5),))
+    llm = model("b", 40, parts=WEIGHTS_AND_CACHE)
+    decision = decide([cheap, llm, absent("c", 50)], [ticket(1, "c")])
+    assert decision.transition == Park("b", frozenset({"kv_cache"}), "making room for c")
+
+
+def test_only_the_parts_that_are_needed_leave() -> None:
+    flux = model("a", 90, parts=(PartView("text_encoder", 40, 1.0), PartView("unet", 50, 1.3)))
+    decision = decide([flux, absent("b", 45)], [ticket(1, "b")])
+    assert decision.transition == Park("a", frozenset({"text_encoder"}), "making room for b")
+
+
+def test_what_cannot_be_parked_takes_its_model_with_it() -> None:
+    llm = model("a", 60, parts=(PartView("kv_cache", 20, 0.0),))
+    decision = decide([llm, absent("b", 50)], [ticket(1, "b")])
+    assert decision.transition == Park("a", frozenset({"kv_cache"}), "making room for b")
+    decision = decide([llm, absent("b", 70)], [ticket(1, "b")])
+    assert decision.transition == Unload("a", "making room for b")
+
+
+def test_a_parked_model_comes_back_for_what_it_lacks() -> None:
+    half = parked("a", 60, resident_bytes=40)
+    assert decide([half, model("b", 40)], [ticket(1, "a")]).transition == Load("a")
+    taken = model("b", 50)
+    decision = decide([half, taken], [ticket(1, "a")])
+    assert decision.transition == Unload("b", "making room for a")
+
+
+def test_what_is_left_of_a_parked_model_can_leave_too() -> None:
+    half = parked("a", 60, resident_bytes=40, parts=(PartView("unet", 40, 1.0),))
+    decision = decide([half, absent("b", 70)], [ticket(1, "b")])
+    assert decision.transition == Park("a", frozenset({"unet"}), "making room for b")
+
+
+def test_an_idle_model_is_parked_after_its_keep_alive() -> None:
+    old = model("a", 40, parts=WEIGHTS_AND_CACHE, idle_since=NOW - 301)
+    decision = decide([old], [])
+    assert decision.transition == Park("a", frozenset({"weights", "kv_cache"}), "idle for 301 s")
+    asked = model("a", 40, parts=WEIGHTS_AND_CACHE, park_reason="asked to")
+    assert decide([asked], []).transition == Park(
+        "a", frozenset({"weights", "kv_cache"}), "asked to"
+    )
+
+
+def test_the_host_copy_that_saves_least_makes_room_for_another() -> None:
+    models = [
+        parked("a", 40, demand=1.0),
+        parked("b", 40, demand=0.1),
+        absent("c", 40, host_bytes=40),
+    ]
+    decision = decide(models, [ticket(1, "c")], host_free_bytes=20)
+    assert decision.transition == Unload("b", "its host copy makes room for that of c")
+    assert decide(models, [ticket(1, "c")], host_free_bytes=40).transition == Load("c")
+
+
+def test_a_host_copy_worth_more_than_the_next_one_stays() -> None:
+    models = [parked("a", 40, demand=5.0), absent("c", 40, host_bytes=40, demand=0.1)]
+    assert decide(models, [ticket(1, "c")], host_free_bytes=20).transition == Load("c")
+
+
+def test_no_model_leaves_for_a_request_that_forbids_it() -> None:
+    models = [model("a", 60), absent("b", 60)]
+    decision = decide(models, [ticket(1, "b", no_evict=True, waited_s=30)])
+    assert decision.transition is None
+    decision = decide(models, [ticket(1, "b", no_evict=True), ticket(2, "b")])
+    assert decision.transition == Unload("a", "making room for b")
+    decision = decide([absent("b", 60)], [ticket(1, "b", no_evict=True)])
+    assert decision.transition == Load("b")
+
+
+@pytest.mark.parametrize("there", [absent("a"), parked("a")])
+def test_a_request_for_loaded_models_only_does_not_wait(there: ModelView) -> None:
+    decision = decide([there], [ticket(1, "a", if_loaded_only=True)])
+    assert [refusal.code for refusal in decision.refusals] == [RefusalCode.NOT_LOADED]
+    assert decide([model("a")], [ticket(1, "a", if_loaded_only=True)]).grants == (1,)
+
+
+def test_the_model_that_comes_next_is_named_while_it_must_wait() -> None:
+    waits = decide([model("a", 60, leases=1), absent("b", 60)], [ticket(1, "b")])
+    assert (waits.transition, waits.next_model) == (None, "b")
+    comes = decide([absent("b", 60)], [ticket(1, "b")])
+    assert (comes.transition, comes.next_model) == (Load("b"), None)
+    from_the_host = decide([model("a", 60, leases=1), parked("b", 60)], [ticket(1, "b")])
+    assert from_the_host.next_model is None
+
+
+class TestForecast:
+    def test_what_leaves_and_how_much_is_wanted(self) -> None:
+        before = snapshot([model("a", 40, parts=WEIGHTS_AND_CACHE), absent("b", 65)])
+        outlook = forecast(before, ticket(1, "b", working_bytes=5))
+        assert (outlook.fits, outlook.wanted_bytes) == (True, 70)
+        assert [(each.model, each.blocks, each.nbytes) for each in outlook.evictions] == [
+            ("a", ("kv_cache",), 10)
+        ]
+
+    def test_models_in_use_are_named_with_the_wait(self) -> None:
+        outlook = forecast(snapshot([model("a", 60, leases=1), absent("b", 65)]), ticket(1, "b"))
+        assert [each.reason for each in outlook.evictions] == ["in use"]
+        assert "idle first" in outlook.reason
+
+    def test_what_never_fits(self) -> None:
+        before = snapshot([model("a", 60, pinned=True), absent("b", 65)])
+        outlook = forecast(before, ticket(1, "b"))
+        assert not outlook.fits
+        assert "40 B" in outlook.reason
+
+    def test_nothing_leaves_for_what_is_there(self) -> None:
+        outlook = forecast(snapshot([model("a", 60), model("b", 40)]), ticket(1, "b"))
+        assert (outlook.wanted_bytes, outlook.evictions, outlook.reason) == (0, (), "it is there")
+
+
 # For every snapshot.
+
+MOVING = (ModelState.LOADING, ModelState.WAKING, ModelState.PARKING, ModelState.UNLOADING)
 
 
 @st.composite
 def model_views(draw: st.DrawFn, model_id: str) -> ModelView:
     state = draw(st.sampled_from(ModelState))
     resident = state is ModelState.RESIDENT
+    loaded = state in (ModelState.RESIDENT, ModelState.PARKED, ModelState.PARKING)
     leases = draw(st.integers(0, 3)) if resident else 0
+    parts = tuple(
+        PartView(name, draw(st.integers(0, 30)), draw(st.floats(0, 5)))
+        for name in (["weights", "kv_cache"][: draw(st.integers(0, 2))] if loaded else [])
+    )
+    part_bytes = sum(part.nbytes for part in parts)
+    rest_bytes = 0 if state is ModelState.ABSENT else draw(st.integers(0, 60))
+    leaving_bytes = draw(st.integers(0, rest_bytes)) if state is ModelState.PARKING else 0
+    needed_bytes = draw(st.one_of(st.none(), st.integers(0, 120)))
+    if state in (ModelState.PARKED, ModelState.PARKING):  # it was measured when it was loaded
+        needed_bytes = rest_bytes + part_bytes + draw(st.integers(0, 60))
     return ModelView(
         id=model_id,
         state=state,
-        resident_bytes=0 if state is ModelState.ABSENT else draw(st.integers(0, 60)),
-        needed_bytes=draw(st.one_of(st.none(), st.integers(0, 120))),
+        resident_bytes=rest_bytes + part_bytes,
+        needed_bytes=needed_bytes,
         leases=leases,
         leased_working_bytes=draw(st.integers(0, 20)) if leases else 0,
         max_concurrency=draw(st.integers(1, 4)),
@@ -528,7 +668,12 @@ def model_views(draw: st.DrawFn, model_id: str) -> ModelView:
         keep_alive_s=draw(st.sampled_from([0.0, 300.0, math.inf])),
         reload_s=draw(st.floats(0, 100)),
         demand=draw(st.floats(0, 10)),
-        unload_reason=draw(st.sampled_from([None, None, None, "asked to"])) if resident else None,
+        unload_reason=draw(st.sampled_from([None, None, None, "asked to"])) if loaded else None,
+        park_reason=draw(st.sampled_from([None, None, "asked to"])) if loaded else None,
+        parts=parts,
+        leaving_bytes=leaving_bytes,
+        wake_s=sum(part.wake_s for part in parts),
+        host_bytes=draw(st.integers(0, 60)),
     )
 
 
@@ -546,13 +691,16 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
             enqueued_at=NOW - waited_s,
             deadline=NOW + draw(st.sampled_from([-1, 0, 5, math.inf])),
             exclusive=draw(st.integers(0, 9)) == 0,
+            no_evict=draw(st.integers(0, 5)) == 0,
+            if_loaded_only=draw(st.integers(0, 5)) == 0,
         )
         for number, waited_s in enumerate(reversed(waits_s))
     ]
     return replace(
         snapshot(models, tickets, capacity_bytes=draw(st.integers(0, 200))),
         budget_bytes=200,
-        busy=any(m.state in (ModelState.LOADING, ModelState.UNLOADING) for m in models),
+        busy=any(m.state in MOVING for m in models),
+        host_free_bytes=draw(st.integers(0, 60)),
         exclusive_running=sum(m.leases for m in models) == 1 and draw(st.booleans()),
         draining=frozenset(draw(st.sets(st.sampled_from(ids)))),
     )
@@ -586,15 +734,21 @@ def test_no_plan_breaks_a_promise(before: Snapshot) -> None:
     if decision.transition is not None:
         assert not before.busy
         view = views[decision.transition.model]
-        if isinstance(decision.transition, Unload):
-            assert view.state is ModelState.RESIDENT
+        free_bytes = before.free_bytes - sum(each.working_bytes for each in granted)
+        if isinstance(decision.transition, Load):
+            assert view.state in (ModelState.ABSENT, ModelState.PARKED)
+            assert view.needed_bytes is not None
+            assert view.needed_bytes - view.resident_bytes <= free_bytes
+        else:
+            assert view.state in (ModelState.RESIDENT, ModelState.PARKED)
             assert leases[view.id] == 0, "a leased model would be evicted"
             assert not view.pinned or view.unload_reason is not None
-        else:
-            assert view.state is ModelState.ABSENT
-            assert view.needed_bytes is not None
-            free_bytes = before.free_bytes - sum(each.working_bytes for each in granted)
-            assert view.needed_bytes <= free_bytes
+        if isinstance(decision.transition, Park):
+            assert decision.transition.blocks
+            assert decision.transition.blocks <= {part.name for part in view.parts}
+        elif isinstance(decision.transition, Unload) and view.unload_reason is None:
+            rest_bytes = view.resident_bytes - sum(part.nbytes for part in view.parts)
+            assert rest_bytes > 0 or view.state is ModelState.PARKED, "parking would do"
     for model_id in decision.draining:
         assert not views[model_id].pinned
     assert decision.wake_at is None or decision.wake_at > before.now
@@ -605,7 +759,8 @@ def test_no_plan_breaks_a_promise(before: Snapshot) -> None:
 def test_a_waiting_ticket_always_has_something_to_wait_for(before: Snapshot) -> None:
     """Nothing done, nothing under way, nothing running and no alarm set would be for ever."""
     before = replace(
-        before, tickets=tuple(replace(each, deadline=math.inf) for each in before.tickets)
+        before,
+        tickets=tuple(replace(each, deadline=math.inf, no_evict=False) for each in before.tickets),
     )
     decision = plan(before)
     sizes_unknown = {

@@ -42,7 +42,19 @@ class SimulatedModel:
     load_s: float
     unload_s: float
     concurrency: int
-    keep_alive_s: float = 300.0
+    parkable: float = 0.0
+    """Share of its bytes that can be parked; what is left only unloading gives back."""
+    wake_s: float = 0.0
+
+    def blocks(self) -> tuple[Block, ...]:
+        """Two that can be parked, one that cannot."""
+        parkable_bytes = int(self.nbytes * self.parkable)
+        scratch_bytes = parkable_bytes // 3
+        return (
+            Block("weights", parkable_bytes - scratch_bytes, parkable=True),
+            Block("kv_cache", scratch_bytes, parkable=True, scratch=True),
+            Block("rest", self.nbytes - parkable_bytes),
+        )
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,7 @@ class World:
         *,
         failing_loads: frozenset[int] = frozenset(),
         max_overtake_s: float = OVERTAKE_S,
+        host_bytes: int = 2 * CAPACITY_BYTES,
     ) -> None:
         self.clock = Clock(0.0)
         self.models = {model.id: model for model in models}
@@ -87,6 +100,11 @@ class World:
         self.foreign_bytes = 0
         self.loads = 0
         self.unloads = 0
+        self.parks = 0
+        self.wakes = 0
+        self.host_bytes = host_bytes
+        self.host_copies: dict[str, int] = {}
+        self.parked: dict[str, set[str]] = {model.id: set() for model in models}
         self.moving: str | None = None
         self.loaded_at: dict[str, float] = {}
         self.running: Counter[str] = Counter()
@@ -115,6 +133,9 @@ class World:
         size = Estimate((Block("weights", self.models[model_id].estimated_bytes),), 1.0)
         self.after(0.1, lambda: self.scheduler.on_estimate(model_id, size))
 
+    def prefetch(self, model_id: str) -> None:
+        assert model_id not in self.loaded_at
+
     def load(self, model_id: str) -> None:
         assert self.moving is None, "two transitions at a time"
         self.moving = model_id
@@ -128,8 +149,14 @@ class World:
                 self.scheduler.on_load_failed(model_id, LoadFailed("simulated"))
             else:
                 self.loaded_at[model_id] = self.clock.now
-                blocks = (Block("weights", model.nbytes),)
-                self.scheduler.on_loaded(model_id, blocks, model.load_s, model.concurrency)
+                blocks = model.blocks()
+                copy_bytes = min(self.host_free_bytes(), blocks[0].nbytes)
+                self.host_copies[model_id] = copy_bytes if copy_bytes == blocks[0].nbytes else 0
+                if not self.host_copies[model_id]:
+                    blocks = (Block("weights", model.nbytes),)
+                self.scheduler.on_loaded(
+                    model_id, blocks, model.load_s, model.concurrency, self.host_copies[model_id]
+                )
 
         self.after(model.load_s, done)
 
@@ -142,9 +169,47 @@ class World:
         def done() -> None:
             self.moving = None
             del self.loaded_at[model_id]
+            self.host_copies[model_id] = 0
+            self.parked[model_id] = set()
             self.scheduler.on_unloaded(model_id)
 
         self.after(self.models[model_id].unload_s, done)
+
+    def park(self, model_id: str, blocks: frozenset[str], reason: str) -> None:
+        assert self.moving is None, "two transitions at a time"
+        assert self.running[model_id] == 0, "a leased model was parked"
+        assert blocks and self.parked[model_id].isdisjoint(blocks)
+        self.moving = model_id
+        self.parks += 1
+
+        def done() -> None:
+            self.moving = None
+            self.parked[model_id] |= blocks
+            self.scheduler.on_parked(model_id)
+
+        self.after(0.0, done)
+
+    def wake(self, model_id: str, blocks: frozenset[str]) -> None:
+        assert self.moving is None, "two transitions at a time"
+        assert blocks == self.parked[model_id]
+        self.moving = model_id
+        model = self.models[model_id]
+        fails = self.wakes in self.failing_loads
+        self.wakes += 1
+
+        def done() -> None:
+            self.moving = None
+            if fails:
+                self.scheduler.on_wake_failed(model_id, LoadFailed("simulated"))
+            else:
+                self.parked[model_id] = set()
+                self.loaded_at[model_id] = self.clock.now
+                self.scheduler.on_woken(model_id, model.wake_s)
+
+        self.after(model.wake_s, done)
+
+    def host_free_bytes(self) -> int:
+        return self.host_bytes - sum(self.host_copies.values())
 
     def measure_foreign(self) -> int:
         assert self.moving is None, "measured while bytes were moving"
@@ -173,6 +238,7 @@ class World:
             visit.granted_at = self.clock.now
             assert self.clock.now >= arrival.at
             assert arrival.model in self.loaded_at, "granted on a model that is not there"
+            assert not self.parked[arrival.model], "granted on a model that is parked"
             self.running[arrival.model] += 1
             assert self.running[arrival.model] <= self.models[arrival.model].concurrency
             assert not self.alone, "granted beside an exclusive lease"
@@ -277,6 +343,8 @@ def simulated_models(draw: st.DrawFn, /, **fixed: Any) -> list[SimulatedModel]:
                 load_s=draw(durations_s),
                 unload_s=draw(st.sampled_from([0.0, 0.5, 2.0])),
                 concurrency=draw(st.integers(1, 4)),
+                parkable=draw(st.sampled_from([0.0, 0.6, 1.0])),
+                wake_s=draw(st.sampled_from([0.0, 0.1, 1.0])),
             )
         )
     return models
@@ -317,7 +385,8 @@ def test_every_promise_holds_in_any_world(data: st.DataObject) -> None:
     models = data.draw(simulated_models())
     arrivals = data.draw(arrivals_for(models))
     failing = data.draw(st.frozensets(st.integers(0, 8), max_size=4))
-    world = World(models, failing_loads=failing)
+    host_bytes = data.draw(st.sampled_from([0, 50, 200]))
+    world = World(models, failing_loads=failing, host_bytes=host_bytes)
     add_arrivals(world, arrivals)
     foreign = data.draw(st.lists(st.tuples(st.floats(0, 100), st.integers(0, 110)), max_size=4))
     for at, nbytes in foreign:
@@ -456,12 +525,17 @@ def test_room_that_others_take_for_a_while_only_delays() -> None:
 
 
 def test_a_model_state_is_told_truly_at_every_step() -> None:
-    world = World([SimulatedModel(each, 60, 60, 1.0, 1.0, 4) for each in "ab"])
+    models = [SimulatedModel(each, 60, 60, 1.0, 1.0, 4, parkable=1.0) for each in "ab"]
+    world = World(models)
 
     def after_step() -> None:
         for model in world.scheduler.models():
             there = model.id in world.loaded_at
-            assert (model.state in (ModelState.RESIDENT, ModelState.UNLOADING)) == there
+            absent = model.state in (ModelState.ABSENT, ModelState.LOADING)
+            assert absent != there
+            off = {block.name for block in model.blocks if block.tier == "host"}
+            if model.state is not ModelState.WAKING:
+                assert off == world.parked[model.id]
             assert model.leases == world.running[model.id]
 
     world.after_step = after_step
@@ -469,3 +543,5 @@ def test_a_model_state_is_told_truly_at_every_step() -> None:
         world, [Arrival(at=number * 3.0, model="ab"[number % 2], run_s=2.0) for number in range(20)]
     )
     world.run_and_empty()
+    assert world.loads == 2
+    assert world.wakes >= 10

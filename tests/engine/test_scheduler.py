@@ -603,6 +603,169 @@ def test_a_pinned_model_is_not_evicted(bench: Bench) -> None:
     assert bench.effects.calls[-1] == ("unload", "a")
 
 
+# Parking and waking.
+
+PARTS = (
+    Block("weights", 50, parkable=True),
+    Block("kv_cache", 10, parkable=True, scratch=True),
+)
+
+
+@pytest.fixture
+def parked(bench: Bench) -> Bench:
+    """Model a parked for a request of b, which runs; a's load took 2 s."""
+    first = bench.ask("a")
+    bench.scheduler.on_estimate("a", estimate(60))
+    bench.scheduler.on_loaded("a", PARTS, 2.0, 4, host_bytes=50)
+    first.release()
+    second = bench.ask("b")
+    bench.scheduler.on_estimate("b", estimate(60))
+    assert bench.effects.calls[-1] == ("park", "a:weights")
+    bench.scheduler.on_parked("a")
+    bench.loaded("b", 60)
+    assert second.lease is not None
+    second.release()
+    return bench
+
+
+def test_a_model_with_a_host_copy_is_parked_part_by_part(bench: Bench) -> None:
+    first = bench.ask("a")
+    bench.scheduler.on_estimate("a", estimate(60))
+    bench.scheduler.on_loaded("a", PARTS, 2.0, 4, host_bytes=50)
+    bench.ask("b")
+    bench.scheduler.on_estimate("b", estimate(45))
+    assert "park" not in [call[0] for call in bench.effects.calls]  # it is in use
+    first.release()
+    assert bench.effects.calls[-1] == ("park", "a:kv_cache")  # of 100 bytes, 5 were lacking
+    bench.scheduler.on_parked("a")
+    assert bench.model("a").device_bytes == 50
+    assert bench.model("a").tier == "host"
+    assert bench.effects.calls[-1] == ("load", "b")
+
+
+def test_a_parked_model_gives_its_bytes_back_and_is_woken(parked: Bench) -> None:
+    a = parked.model("a")
+    assert (a.state, a.tier, a.device_bytes, a.host_bytes) == (ModelState.PARKED, "host", 10, 50)
+    assert [block.tier for block in a.blocks] == ["host", "device"]
+    assert parked.ledger.granted_bytes == 70
+    waiting = parked.ask("a")
+    assert parked.effects.calls[-1] == ("unload", "b")  # without a host copy it cannot be parked
+    parked.scheduler.on_unloaded("b")
+    assert parked.effects.calls[-1] == ("wake", "a:weights")
+    assert parked.ledger.granted_bytes == 60  # reserved before it is brought in
+    parked.clock.now += 0.2
+    parked.scheduler.on_woken("a", 0.2)
+    assert waiting.lease is not None
+    assert waiting.lease.timings.tier == "host"
+    assert waiting.lease.timings.load_s == pytest.approx(0.2)
+    assert parked.model("a").state is ModelState.RESIDENT
+    assert {entry.name for entry in parked.ledger.status().entries} == {"weights", "kv_cache"}
+
+
+def test_a_wake_takes_what_was_measured_for_a_byte(parked: Bench) -> None:
+    parked.ask("a")
+    parked.scheduler.on_unloaded("b")
+    parked.scheduler.on_woken("a", 5.0)
+    forecast = parked.scheduler.forecast("a")
+    assert (forecast.tier, forecast.move_s) == ("device", 0.0)
+    parked.ask("b", timeout_s=1.0)
+    assert parked.scheduler.forecast("b").move_s == 2.0
+
+
+def test_a_model_that_cannot_be_woken_is_loaded_afresh(parked: Bench) -> None:
+    waiting = parked.ask("a")
+    parked.scheduler.on_unloaded("b")
+    parked.scheduler.on_wake_failed("a", LoadFailed("no room"))
+    assert parked.effects.calls[-1] == ("unload", "a")
+    parked.scheduler.on_unloaded("a")
+    assert parked.effects.calls[-1] == ("load", "a")
+    assert parked.ledger.granted_bytes == 60
+    parked.scheduler.on_loaded("a", PARTS, 2.0, 4, host_bytes=50)
+    assert waiting.lease is not None
+
+
+def test_a_parked_model_that_dies_is_unloaded(parked: Bench) -> None:
+    parked.scheduler.on_model_failed("a", "its core failed")
+    assert parked.effects.calls[-1] == ("unload", "a")
+
+
+def test_parking_by_hand(bench: Bench) -> None:
+    first = bench.ask("a")
+    bench.scheduler.on_estimate("a", estimate(60))
+    bench.scheduler.on_loaded("a", PARTS, 2.0, 4, host_bytes=50)
+    with pytest.raises(Conflict, match="in use"):
+        bench.scheduler.request_park("a")
+    first.release()
+    bench.scheduler.request_park("a")
+    assert bench.effects.calls[-1] == ("park", "a:kv_cache+weights")
+    with pytest.raises(Conflict, match="being parked"):
+        bench.scheduler.request_unload("a")
+    bench.scheduler.on_parked("a")
+    bench.scheduler.request_park("a")  # it is off already
+    bench.bring_in("b", 40).release()
+    with pytest.raises(Conflict, match="cannot be parked"):
+        bench.scheduler.request_park("b")
+    bench.scheduler.request_unload("a")
+    assert bench.effects.calls[-1] == ("unload", "a")
+
+
+def test_the_files_of_the_next_model_are_read_ahead_once(bench: Bench) -> None:
+    running = bench.bring_in("a", 60)
+    bench.ask("b")
+    bench.scheduler.on_estimate("b", estimate(60))
+    bench.ask("b")
+    assert bench.effects.calls.count(("prefetch", "b")) == 1
+    running.release()
+    bench.scheduler.on_unloaded("a")
+    assert bench.effects.calls[-2:] == [("unload", "a"), ("load", "b")]
+
+
+def test_a_request_sets_the_keep_alive_of_its_model(bench: Bench) -> None:
+    bench.bring_in("a", 40).release()
+    bench.ask("a", keep_alive_s=0.0).release()
+    assert bench.effects.calls[-1] == ("unload", "a")
+
+
+def test_a_request_for_a_loaded_model_only_is_refused_at_once(bench: Bench) -> None:
+    asker = bench.ask("a", if_loaded_only=True)
+    assert isinstance(asker.error, Conflict)
+    assert asker.error.param == "model"
+
+
+def test_positions_and_the_time_to_come(bench: Bench) -> None:
+    running = bench.bring_in("a", 60, leases=1)
+    bench.clock.now += 4.0
+    running.release()  # a turn of a takes 4 s
+    bench.ask("a")
+    second, third, other = bench.ask("a"), bench.ask("a"), bench.ask("b")
+    bench.scheduler.on_estimate("b", estimate(60, load_seconds=7.0))
+    etas = [status.eta_s for status in bench.scheduler.queue()]
+    assert etas == [4.0, 8.0, 7.0]
+    status = bench.scheduler.ticket_status(third.ticket)
+    assert status is not None
+    assert (status.position, status.eta_s) == (2, 8.0)
+    forecast = bench.scheduler.forecast("b")
+    assert (forecast.fits, forecast.tier, forecast.wanted_bytes) == (True, "disk", 60)
+    assert [eviction.model for eviction in forecast.evictions] == ["a"]
+    assert bench.scheduler.ticket_status(running.ticket) is None
+    bench.scheduler.on_cancel(second.ticket)
+    bench.clock.now += 1.0
+    status = bench.scheduler.ticket_status(third.ticket)
+    assert status is not None
+    assert status.position == 1
+    assert other.waits
+
+
+def test_draining_unloads_what_is_parked(parked: Bench) -> None:
+    parked.scheduler.on_drain()
+    assert not parked.scheduler.empty
+    unloaded = [call for call in parked.effects.calls if call[0] == "unload"]
+    parked.scheduler.on_unloaded(unloaded[-1][1])
+    parked.scheduler.on_unloaded("b" if unloaded[-1][1] == "a" else "a")
+    assert parked.scheduler.empty
+    assert parked.ledger.granted_bytes == 0
+
+
 def test_draining_refuses_the_queue_and_empties_the_device(bench: Bench) -> None:
     running = bench.bring_in("a", 40, leases=1)
     bench.scheduler.pin("a")

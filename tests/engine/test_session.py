@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest_asyncio
 from PIL import Image
 
 from engine.engine import OUT_OF_MEMORY_FACTOR, WORKING_MARGIN, Engine
-from engine.errors import LoadFailed, OutOfDeviceMemory
+from engine.errors import LoadFailed, ModelNotFound, NotLoaded, OutOfDeviceMemory
 from engine.requests import (
     Event,
     ImageOperation,
@@ -24,6 +25,8 @@ from engine.requests import (
 )
 from engine.runtimes import REGISTRY
 from engine.runtimes.base import Block, Estimate, Prepared
+from engine.status import ModelState
+from engine.waiting import Stage, Waiting, WaitStatus
 from tests.server.fake import MODEL_BYTES, FakeRuntime, fake_engine
 
 PICTURE = Image.new("RGB", (2, 2))
@@ -175,3 +178,67 @@ async def test_files_that_cannot_be_had_fail_the_load(
     monkeypatch.setattr(runtime, "estimate", estimate)
     with pytest.raises(LoadFailed, match="the hub is away"):
         await events(engine)
+
+
+async def test_the_peak_is_known_once_the_run_has_told_it(
+    engine: Engine, runtime: Measured
+) -> None:
+    async def answer(_: Any) -> AsyncGenerator[Event, None]:
+        yield Progress(0.0)
+        if len(runtime.requests) == 1:
+            raise OutOfDeviceMemory("too little")
+        yield WorkingMemory(1000)
+        yield RESULT
+
+    runtime.answer = answer
+    session = await engine.open(request())
+    assert session.peak.nbytes is None
+    assert [event async for event in session.events()][-1] == RESULT
+    assert session.peak.nbytes == 1000, "that of the second try was not taken over"
+
+
+async def test_where_a_request_stands_can_be_seen(engine: Engine, runtime: Measured) -> None:
+    ran, may_end = asyncio.Event(), asyncio.Event()
+
+    async def answer(_: Any) -> AsyncGenerator[Event, None]:
+        ran.set()
+        await may_end.wait()
+        yield RESULT
+
+    runtime.answer = answer
+    first, second = Waiting(), Waiting()
+    assert engine.wait_status(first) == WaitStatus(Stage.STARTING)
+    opening = [asyncio.create_task(engine.open(request(), first))]
+    await ran.wait()
+    assert engine.wait_status(first) == WaitStatus(Stage.RUNNING)
+    opening.append(asyncio.create_task(engine.open(request(), second)))
+    await asyncio.sleep(0)  # it runs until it waits for the one place
+    status = engine.wait_status(second)
+    assert (status.stage, status.position) == (Stage.QUEUED, 1)
+    may_end.set()
+    for session in await asyncio.gather(opening[0]):
+        await session.close()
+    await (await opening[1]).close()
+    assert engine.wait_status(second) == WaitStatus(Stage.RUNNING)
+
+
+async def test_a_plan_changes_nothing(engine: Engine) -> None:
+    plan = await engine.plan("gpt-4o", working_bytes=50)
+    assert (plan.model, plan.fits, plan.wanted_bytes) == ("small", True, MODEL_BYTES + 50)
+    assert engine.model_status("small").state is ModelState.ABSENT
+    with pytest.raises(ModelNotFound):
+        await engine.plan("nobody")
+
+
+async def test_a_plan_for_files_that_cannot_be_read_says_why(
+    engine: Engine, runtime: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def estimate(_model: Any) -> Estimate:
+        raise LoadFailed("the hub is away")
+
+    monkeypatch.setattr(runtime, "estimate", estimate)
+    with pytest.raises(LoadFailed, match="the hub is away"):
+        await engine.plan("small")
+    with pytest.raises(NotLoaded) as caught:
+        await engine.check_loaded("small")
+    assert (caught.value.tier, caught.value.load_s) == ("disk", None)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -118,8 +119,18 @@ def test_the_weights_are_of_the_declared_type_and_vocabulary(
 @settings(deadline=None, max_examples=50)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_survives_the_tokenizer(name: str, tokenizer_of: Any, text: str) -> None:
+    """Qwen's, as the real one does, reads text in its canonical composition (NFC)."""
     tokenizer = tokenizer_of(name)
-    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    decoded = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
+    if name == "tiny-qwen":
+        # Of both sides: its tables and Python's are of different versions of Unicode.
+        decoded, text = (unicodedata.normalize("NFC", each) for each in (decoded, text))
+    assert decoded == text
+
+
+def test_qwen_composes_what_it_reads(tokenizer_of: Any) -> None:
+    tokenizer = tokenizer_of("tiny-qwen")
+    assert tokenizer.decode(tokenizer.encode("e\u0301 \uf900")) == "\u00e9 \u8c48"
 
 
 def test_each_tokenizer_frames_a_text_as_its_kind_does(tokenizer_of: Any) -> None:

@@ -21,7 +21,8 @@ from engine.config import EngineConfig, ModelConfig
 from engine.ctranslate2_file import read_variables, weight_bytes, write_variables
 from engine.device import CpuDevice
 from engine.engine import Engine
-from engine.errors import InvalidRequest, LoadFailed
+from engine.errors import InvalidRequest, LoadFailed, RuntimeFailed
+from engine.host_memory import HostMemory
 from engine.requests import (
     Event,
     Heard,
@@ -421,9 +422,11 @@ async def test_unloading_ends_threads_and_frees_the_model(cache_dir: Path) -> No
     await runtime.stop()
 
 
-async def drain(loaded: LoadedModel, runtime: WhisperRuntime, model: ModelConfig) -> None:
+async def drain(loaded: LoadedModel, runtime: WhisperRuntime, model: ModelConfig) -> list[Event]:
     prepared = runtime.prepare(model, request_of(encode(voice(2))))
-    assert [event async for event in loaded.run(prepared)]
+    events = [event async for event in loaded.run(prepared)]
+    assert events
+    return events
 
 
 async def test_the_estimate_is_what_the_weights_take(
@@ -529,3 +532,60 @@ async def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert weight_bytes(found, "float32") == 4 * (12 + 5 + 12)
     assert weight_bytes(found, "int8_float16") == 12 + 3 * 4 + 2 * (5 + 12)
     assert weight_bytes(found, "int8") == 12 + 3 * 4 + 4 * (5 + 12)
+
+
+async def test_weights_are_parkable_where_they_are_on_a_gpu(cache_dir: Path) -> None:
+    class Card(CpuDevice):
+        kind = "cuda"
+
+    for device, host, parkable in (
+        (Card(), HostMemory(2**30, pinned=False), True),
+        (Card(), None, False),
+        (CpuDevice(), HostMemory(2**30, pinned=False), False),
+    ):
+        runtime = WhisperRuntime(device, cache_dir)
+        runtime.host = host
+        estimate = runtime.estimate(model_of())
+        assert [block.parkable for block in estimate.blocks] == [parkable]
+    loaded = await runtime.load(model_of(), pytest.fail)
+    assert [block.parkable for block in loaded.blocks()] == [False]
+    assert loaded.host_bytes == 0
+    await runtime.unload(loaded)
+
+
+async def test_a_park_that_the_library_passes_over_is_no_park(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU it always does, as it does on a GPU for a model in use."""
+    monkeypatch.setattr("engine.runtimes.whisper_run.BUSY_S", 0.0)
+    runtime = WhisperRuntime(CpuDevice(), cache_dir)
+    runtime.start()
+    loaded = await runtime.load(model_of(), pytest.fail)
+    with pytest.raises(RuntimeFailed):
+        await runtime.park(loaded, {"weights"})
+    await runtime.unload(loaded)
+
+
+async def test_a_woken_model_hears_as_before(cache_dir: Path) -> None:
+    runtime = WhisperRuntime(CpuDevice(), cache_dir)
+    runtime.start()
+    model = model_of()
+    loaded = await runtime.load(model, pytest.fail)
+    assert isinstance(loaded, LoadedWhisper) and loaded.model is not None
+    expected = await drain(loaded, runtime, model)
+    for _ in range(2):
+        loaded.model.leave_device(to_host=False)  # right after a run, which it may still count
+        assert not loaded.model.model.model_is_loaded
+        await runtime.wake(loaded, {"weights"})
+        assert await drain(loaded, runtime, model) == expected
+    loaded.model.leave_device(to_host=False)
+    weights = ensure_starter("tiny-whisper", cache_dir) / "model.bin"
+    moved = weights.rename(weights.with_suffix(".away"))
+    try:
+        with pytest.raises(LoadFailed):
+            await runtime.wake(loaded, {"weights"})
+    finally:
+        moved.rename(weights)
+    await runtime.wake(loaded, {"weights"})
+    assert await drain(loaded, runtime, model) == expected
+    await runtime.unload(loaded)

@@ -28,11 +28,15 @@ class RecordedEffects:
     """Keeps what the scheduler asked for; the test answers with the events."""
 
     foreign_bytes: int = 0
+    host_bytes: int = 0
     calls: list[tuple[str, str]] = field(default_factory=list)
     wake_at: float | None = None
 
     def estimate(self, model_id: str) -> None:
         self.calls.append(("estimate", model_id))
+
+    def prefetch(self, model_id: str) -> None:
+        self.calls.append(("prefetch", model_id))
 
     def load(self, model_id: str) -> None:
         self.calls.append(("load", model_id))
@@ -40,8 +44,17 @@ class RecordedEffects:
     def unload(self, model_id: str, reason: str) -> None:
         self.calls.append(("unload", model_id))
 
+    def park(self, model_id: str, blocks: frozenset[str], reason: str) -> None:
+        self.calls.append(("park", f"{model_id}:{'+'.join(sorted(blocks))}"))
+
+    def wake(self, model_id: str, blocks: frozenset[str]) -> None:
+        self.calls.append(("wake", f"{model_id}:{'+'.join(sorted(blocks))}"))
+
     def measure_foreign(self) -> int:
         return self.foreign_bytes
+
+    def host_free_bytes(self) -> int:
+        return self.host_bytes
 
     def call_at(self, when: float) -> None:
         self.wake_at = when
@@ -79,6 +92,9 @@ def client(
     priority: Priority = Priority.NORMAL,
     timeout_s: float = 1000.0,
     exclusive: bool = False,
+    no_evict: bool = False,
+    if_loaded_only: bool = False,
+    keep_alive_s: float | None = None,
     request_id: str = "request",
 ) -> Client:
     """A client whose ticket is not queued yet."""
@@ -91,6 +107,9 @@ def client(
         priority=priority,
         timeout_s=timeout_s,
         exclusive=exclusive,
+        no_evict=no_evict,
+        if_loaded_only=if_loaded_only,
+        keep_alive_s=keep_alive_s,
         on_granted=new.granted,
         on_refused=new.refused,
     )

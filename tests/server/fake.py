@@ -35,6 +35,9 @@ class FakeDevice(Device):
     def foreign_bytes(self) -> int:
         return 0
 
+    def own_bytes(self) -> int:
+        return 0
+
     def release_cached(self) -> None:
         pass
 

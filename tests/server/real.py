@@ -24,22 +24,23 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._log = (home / "server.log").open("a+")
+        self._log = home / "server.log"
         command = "from server.cli import main; main()"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", command, "serve", "--port", str(self.port), *arguments],
-            cwd=ROOT,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env={
-                **os.environ,
-                "HF_HUB_OFFLINE": "1",
-                "XDG_CACHE_HOME": str(home / "cache"),
-                "XDG_DATA_HOME": str(home / "data"),
-                "XDG_STATE_HOME": str(home / "state"),
-                **environ,
-            },
-        )
+        with self._log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", command, "serve", "--port", str(self.port), *arguments],
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={
+                    **os.environ,
+                    "HF_HUB_OFFLINE": "1",
+                    "XDG_CACHE_HOME": str(home / "cache"),
+                    "XDG_DATA_HOME": str(home / "data"),
+                    "XDG_STATE_HOME": str(home / "state"),
+                    **environ,
+                },
+            )
 
     def wait_ready(self) -> None:
         """Poll as an orchestrator does."""
@@ -64,5 +65,4 @@ class Server:
             self.process.kill()
 
     def log(self) -> str:
-        self._log.seek(0)
-        return self._log.read()[-4000:]
+        return self._log.read_text()[-4000:]

@@ -171,7 +171,7 @@ async def test_what_is_not_said_is_the_models_choice(
     assert request == SpeechRequest(
         model="tts-1", text="A.", request_id=answer.headers["x-request-id"]
     )
-    assert request.priority is Priority.INTERACTIVE
+    assert request.terms.priority is Priority.INTERACTIVE
 
 
 async def test_everything_is_passed_on(sdk: openai.AsyncOpenAI, runtime: FakeRuntime) -> None:
@@ -188,8 +188,8 @@ async def test_everything_is_passed_on(sdk: openai.AsyncOpenAI, runtime: FakeRun
     (request,) = runtime.requests
     assert (request.text, request.voice, request.voice_sample) == (" Two. ", "bert", None)
     assert (request.speed, request.language, request.seed) == (4.0, "en-gb", 7)
-    assert (request.word_times, request.priority) == (True, Priority.BATCH)
-    assert request.queue_timeout_s == 9
+    assert (request.word_times, request.terms.priority) == (True, Priority.BATCH)
+    assert request.terms.timeout_s == 9
 
 
 @pytest.mark.parametrize("audio_format", FORMATS)

@@ -18,7 +18,7 @@ from pydantic import SecretStr
 from typer.testing import CliRunner, Result
 
 from engine.errors import ConfigError
-from server.cli import app as command
+from server import cli
 from server.settings import ServerSettings
 from tests.server.fake import FakeRuntime
 
@@ -33,8 +33,14 @@ models:
 """
 
 
+@pytest.fixture(autouse=True)
+def wide_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rich takes COLUMNS when a console is made, and workers of pytest-xdist have it at 80."""
+    monkeypatch.setattr(cli.out, "width", 200)
+
+
 def invoke(*arguments: str) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(command, arguments)
+    return CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, arguments)
 
 
 def write_config(folder: Path, drain_s: float = 30) -> Path:
@@ -192,6 +198,43 @@ class TestPs:
         result = invoke("ps", "--url", f"http://127.0.0.1:{port}")
         assert result.exit_code == 1
         assert "no Roundhouse answers" in result.stderr
+
+
+class TestPlan:
+    @pytest.fixture
+    def settings(self) -> ServerSettings:
+        return ServerSettings(api_keys=(SecretStr("user-key"),))
+
+    @staticmethod
+    async def plan(url: str, *arguments: str) -> Result:
+        key = ("--url", url, "--api-key", "user-key")
+        return await asyncio.to_thread(invoke, "plan", *arguments, *key)
+
+    async def test_empty_device(self, url: str) -> None:
+        result = await self.plan(url, "gpt-4o", "--working", "1000")
+        assert result.exit_code == 0, result.output
+        assert result.output.startswith("small: ")
+        assert re.search(r"fits +yes *\nis on +disk *\nto bring in +2.0 KiB", result.output)
+        assert "who leaves" not in result.output
+
+    async def test_who_leaves(self, url: str) -> None:
+        headers = {"authorization": "Bearer user-key"}
+        async with httpx.AsyncClient(base_url=url, headers=headers) as client:
+            await client.post(CHAT, json={"model": "small"})
+        result = await self.plan(url, "other", "--working", "9000", "--priority", "batch")
+        assert result.exit_code == 0, result.output
+        assert "who leaves" in result.output
+        assert re.search(r"small +│ all +│ 1000 B", result.output)
+
+    async def test_it_never_fits(self, url: str) -> None:
+        result = await self.plan(url, "big")
+        assert result.exit_code == 0
+        assert re.search(r"fits +no *\n", result.output)
+
+    async def test_unknown_model(self, url: str) -> None:
+        result = await self.plan(url, "smal")
+        assert result.exit_code == 1
+        assert "404" in result.stderr and "'small'" in result.stderr
 
 
 def test_version() -> None:

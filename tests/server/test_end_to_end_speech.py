@@ -47,9 +47,16 @@ def speech(sdk: openai.OpenAI, model: str, kind: Any, **more: Any) -> bytes:
         return answer.read()
 
 
+@pytest.fixture(scope="module")
+def as_wav(sdk: openai.OpenAI) -> tuple[np.ndarray[Any, Any], int]:
+    return decoded(speech(sdk, "tts-1", "wav"), "wav")
+
+
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_format_holds_the_same_speech(sdk: openai.OpenAI, kind: str) -> None:
-    wav, rate = decoded(speech(sdk, "tts-1", "wav"), "wav")
+def test_every_format_holds_the_same_speech(
+    sdk: openai.OpenAI, as_wav: tuple[np.ndarray[Any, Any], int], kind: str
+) -> None:
+    wav, rate = as_wav
     found, found_rate = decoded(speech(sdk, "tts-1", kind), kind)
     assert found.std() > 1e-4
     assert len(found) / found_rate == pytest.approx(len(wav) / rate, abs=0.06)

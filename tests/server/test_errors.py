@@ -25,6 +25,7 @@ TABLE: list[tuple[EngineError, int, str]] = [
     (errors.ModelNotFound("m"), 404, "invalid_request_error"),
     (errors.NotFound("m"), 404, "invalid_request_error"),
     (errors.Conflict("m"), 409, "invalid_request_error"),
+    (errors.NotLoaded("m", tier="disk", load_s=1.0), 409, "invalid_request_error"),
     (errors.Overloaded("m", retry_after_s=1), 503, "server_error"),
     (errors.QueueFull("m", retry_after_s=1), 429, "rate_limit_error"),
     (errors.QueueTimeout("m", retry_after_s=1), 503, "server_error"),
@@ -76,6 +77,7 @@ def test_only_what_may_pass_is_retried() -> None:
     useless = {error.code for error, _, _ in TABLE if "x-should-retry" in Failure.of(error).headers}
     assert useless == {
         "conflict",
+        "model_not_loaded",
         "insufficient_capacity",
         "model_load_failed",
         "config_error",

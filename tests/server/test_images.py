@@ -136,7 +136,7 @@ async def test_what_is_not_said_is_the_models_choice(
     for field in ("width", "height", "steps", "guidance", "seed", "negative_prompt", "strength"):
         assert getattr(request, field) is None
     assert request.quality is Quality.AUTO
-    assert (request.priority, request.queue_timeout_s) == (Priority.NORMAL, None)
+    assert (request.terms.priority, request.terms.timeout_s) == (Priority.NORMAL, None)
 
 
 async def test_size_that_the_contract_does_not_know_is_not_named(sdk: openai.AsyncOpenAI) -> None:
@@ -197,7 +197,7 @@ async def test_our_own_fields(sdk: openai.AsyncOpenAI, runtime: FakeRuntime) -> 
     assert (colour(request.control_image), colour(request.reference_image)) == (RED, GREEN)
     assert [image.size for image in request.images] == [(5, 5)]
     assert request.operation is ImageOperation.EDIT, "it starts from an image"
-    assert (request.priority, request.queue_timeout_s) == (Priority.INTERACTIVE, 7)
+    assert (request.terms.priority, request.terms.timeout_s) == (Priority.INTERACTIVE, 7)
 
 
 async def test_headers_tell_where_the_time_went(plain: httpx.AsyncClient) -> None:

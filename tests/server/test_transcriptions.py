@@ -151,7 +151,7 @@ class TestTranscription:
         assert request.operation is TranscriptionOperation.TRANSCRIPTION
         assert (request.language, request.prompt, request.temperature) == ("de", "Earlier", 0.5)
         assert (request.word_times, request.vad, request.hotwords) == (True, True, "Roundhouse")
-        assert (request.priority, request.queue_timeout_s) == (Priority.BATCH, 9)
+        assert (request.terms.priority, request.terms.timeout_s) == (Priority.BATCH, 9)
 
     @pytest.mark.parametrize("strategy", ["auto", {"type": "server_vad"}])
     async def test_openai_names_of_our_extensions(
@@ -354,7 +354,7 @@ class TestTranslation:
         (request,) = runtime.requests
         assert request.operation is TranscriptionOperation.TRANSLATION
         assert (request.prompt, request.temperature, request.vad) == ("Earlier", 1, True)
-        assert request.priority is Priority.INTERACTIVE
+        assert request.terms.priority is Priority.INTERACTIVE
 
     async def test_verbose_json(self, sdk: openai.AsyncOpenAI) -> None:
         raw = await sdk.audio.translations.with_raw_response.create(

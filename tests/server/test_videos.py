@@ -183,7 +183,7 @@ async def test_everything_reaches_the_runtime(
     assert (request.seed, request.motion, request.negative_prompt) == (9, 180, "dogs")
     assert (request.quality, request.steps, request.guidance) == (Quality.HIGH, 4, 1.5)
     assert request.loras == (LoraChoice("ink", 0.5),)
-    assert request.priority is Priority.NORMAL
+    assert request.terms.priority is Priority.NORMAL
     assert (request.image.size, request.image.getpixel((0, 0))) == ((8, 6), RED)
 
 
@@ -221,7 +221,7 @@ async def test_json(
     await ended(sdk, answer.json()["id"])
     (request,) = runtime.requests
     assert request.image.size == (8, 6)
-    assert request.priority is (Priority.BATCH if header is None else Priority.INTERACTIVE)
+    assert request.terms.priority is (Priority.BATCH if header is None else Priority.INTERACTIVE)
 
 
 async def test_reference_object_in_a_form(sdk: openai.AsyncOpenAI, runtime: FakeRuntime) -> None:

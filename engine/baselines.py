@@ -1,0 +1,91 @@
+"""What most servers do, on the modelled machine: first in, first out, least recently used out.
+
+Requests are admitted strictly in order of arrival, whatever their priority: the first of the queue
+holds up the rest until it runs. If its model is not there, idle models leave, the least
+recently used first, until it fits; then it is brought in. Admitted requests run side by
+side, up to the concurrency of their models.
+
+Everything else is as for the engine itself: the same seconds for each transition, one
+at a time, runs going on beside it; the same host memory, so that a model that left comes back from
+its host copy where there was room for one; the same timeouts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from engine.simulator import Machine, Outcome, Tier
+from engine.traces import Trace
+
+
+def fifo_lru(trace: Trace, *, serial_device: bool = False) -> Outcome:
+    """Serve a trace in order of arrival, evicting least recently used idle models."""
+    machine = Machine(trace, serial_device=serial_device)
+    server = _FifoLru(trace, machine)
+    machine.play(server.arrive)
+    return machine.outcome()
+
+
+class _FifoLru:
+    def __init__(self, trace: Trace, machine: Machine) -> None:
+        self._trace = trace
+        self._machine = machine
+        self._queue: deque[int] = deque()
+
+    def arrive(self, index: int) -> None:
+        request = self._trace.requests[index]
+        self._queue.append(index)
+        if request.timeout_s < math.inf:
+            self._machine.at(request.at_s + request.timeout_s, lambda: self._give_up(index))
+        self._serve()
+
+    def _give_up(self, index: int) -> None:
+        if index in self._queue:
+            self._queue.remove(index)
+            self._machine.refuse(index)
+            self._serve()
+
+    def _serve(self) -> None:
+        """Admit what can be admitted, and begin what the first of the queue needs."""
+        machine = self._machine
+        while self._queue:
+            index = self._queue[0]
+            request = self._trace.requests[index]
+            name, model = request.model, self._trace.models[request.model]
+            resident = machine.tiers[name] is Tier.RESIDENT and machine.moving != name
+            if resident and machine.runs[name] >= model.max_concurrency:
+                return
+            missing_bytes = model.nbytes - machine.device_bytes[name]
+            if missing_bytes + request.working_bytes > machine.free_bytes:
+                self._evict_for(name)
+                return
+            if not resident:
+                self._bring_in(name)
+                return
+            self._queue.popleft()
+            machine.start(index, self._serve)
+
+    def _bring_in(self, name: str) -> None:
+        machine = self._machine
+        if machine.moving is not None:
+            return
+        if machine.tiers[name] is Tier.PARKED:
+            machine.wake(name, lambda _: self._serve())
+        else:
+            machine.load(name, lambda _: self._serve())
+
+    def _evict_for(self, name: str) -> None:
+        machine = self._machine
+        idle = [
+            other
+            for other, tier in machine.tiers.items()
+            if other != name and tier is Tier.RESIDENT and not machine.runs[other]
+        ]
+        if machine.moving is not None or not idle:
+            return
+        victim = min(idle, key=lambda other: machine.last_used_s[other])
+        if victim in machine.copied:
+            machine.park(victim, self._trace.models[victim].blocks, self._serve)
+        else:
+            machine.unload(victim, self._serve)

@@ -1,0 +1,120 @@
+"""Host memory for master copies: large slabs within one budget."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import threading
+from typing import TYPE_CHECKING
+
+from engine.units import format_size
+
+if TYPE_CHECKING:
+    import torch
+
+SLAB_BYTES = 256 * 1024**2
+"""What a slab holds, unless one tensor is larger. Pinned allocations are rounded up to powers of
+two by torch, so a slab is one."""
+
+PAGE_BYTES = 4096
+
+HUGE_PAGE_BYTES = 2 * 1024**2
+"""What the kernel gives at once where it is asked to."""
+
+
+def host_slab(nbytes: int) -> torch.Tensor:
+    """Host memory as a tensor of bytes, not page-locked; in huge pages if it is large.
+
+    The kernel clears each page that is touched for the first time and takes each back, which with
+    small pages takes several times as long as filling 256 MB. A slab goes back to the system as
+    soon as no tensor uses it.
+    """
+    import torch
+
+    if nbytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(nbytes, dtype=torch.uint8)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel built without
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+class HostMemoryFull(Exception):
+    """The budget does not hold another slab of that size. Nothing was taken."""
+
+
+class HostMemory:
+    """Gives out slabs of host memory, page-locked where a GPU reads them. Threads may share it."""
+
+    def __init__(self, budget_bytes: int, *, pinned: bool) -> None:
+        self.budget_bytes = budget_bytes
+        self._pinned = pinned
+        self._lock = threading.Lock()
+        self._used_bytes = 0
+        self._idle: list[torch.Tensor] = []
+        """Page-locked slabs that nobody uses: locking pages takes longer than filling them."""
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all slabs in use."""
+        return self._used_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """What the budget still holds."""
+        return self.budget_bytes - self._used_bytes
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """A slab of at least `nbytes` as a tensor of bytes, not initialised.
+
+        Raises:
+            HostMemoryFull: the budget does not hold it.
+
+        """
+        nbytes = self._rounded(nbytes)
+        with self._lock:
+            if nbytes > self.free_bytes:
+                free = format_size(max(0, self.free_bytes))
+                raise HostMemoryFull(f"{format_size(nbytes)} wanted, {free} of host memory free")
+            self._used_bytes += nbytes
+            for index, slab in enumerate(self._idle):
+                if slab.numel() == nbytes:
+                    return self._idle.pop(index)
+            # Idle slabs of other sizes count as free, so they must really be.
+            idle_bytes = sum(slab.numel() for slab in self._idle)
+            if self._used_bytes + idle_bytes > self.budget_bytes:
+                self._drop_idle()
+        import torch
+
+        try:
+            if not self._pinned:
+                return host_slab(nbytes)
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        except BaseException:
+            with self._lock:
+                self._used_bytes -= nbytes
+            raise
+
+    def free(self, slab: torch.Tensor) -> None:
+        """Take a slab back. The caller must hold no view of it any more."""
+        with self._lock:
+            self._used_bytes -= slab.numel()
+            if self._pinned:
+                self._idle.append(slab)
+
+    def close(self) -> None:
+        """Give the idle slabs back to the system."""
+        with self._lock:
+            self._drop_idle()
+
+    def _drop_idle(self) -> None:
+        if self._idle:
+            import torch
+
+            self._idle.clear()
+            torch.accelerator.memory.empty_host_cache()  # else torch keeps page-locked memory
+
+    def _rounded(self, nbytes: int) -> int:
+        if self._pinned:
+            return max(PAGE_BYTES, 1 << (nbytes - 1).bit_length())
+        return -(-nbytes // PAGE_BYTES) * PAGE_BYTES

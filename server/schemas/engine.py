@@ -1,0 +1,32 @@
+"""What the routes of the engine itself take."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, PlainValidator
+
+from engine.units import parse_size
+from server.schemas.fields import Body
+from server.schemas.terms import PriorityField
+
+MAX_EVENTS = 1000
+
+
+class PlanBody(Body):
+    """`POST /v1/engine/plan`: the request that is asked about."""
+
+    model: str = Field(min_length=1)
+    priority: PriorityField = None
+    working_bytes: Annotated[int, PlainValidator(parse_size)] = 0
+    """What its run needs beside the model: bytes, or a size such as `2GiB`."""
+
+
+class EventsQuery(Body):
+    """The query of `GET /v1/engine/events`."""
+
+    stream: bool = False
+    after: int | None = Field(default=None, ge=0, lt=10**18)
+    """The id of the event before the first one wanted; 0 is before all."""
+    limit: int = Field(default=100, ge=1, le=MAX_EVENTS)
+    """Of a document."""
