@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -106,6 +107,8 @@ class CudaDevice(Device):
         torch.cuda.init()
         self.name = torch.cuda.get_device_name()
         self.total_bytes = torch.cuda.mem_get_info()[1]
+        self.unmapped_bytes: Callable[[], int] = lambda: 0
+        """Of what torch takes for reserved, the bytes that are only addresses."""
 
     def foreign_bytes(self) -> int:
         """What the card reports as used beyond what our allocator reserved.
@@ -113,11 +116,11 @@ class CudaDevice(Device):
         The CUDA context, loaded kernels and graphs are in here with other programs.
         """
         free_bytes, total_bytes = self._torch.cuda.mem_get_info()
-        return max(0, int(total_bytes - free_bytes - self._torch.cuda.memory_reserved()))
+        return max(0, int(total_bytes - free_bytes) - self.own_bytes())
 
     def own_bytes(self) -> int:
         """What torch holds of the card; the others' libraries keep their own counts."""
-        return int(self._torch.cuda.memory_reserved())
+        return int(self._torch.cuda.memory_reserved()) - self.unmapped_bytes()
 
     def release_weights(self) -> None:
         """Empty torch's caching allocator: other libraries allocate beside it."""

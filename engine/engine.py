@@ -620,8 +620,7 @@ class Engine:
             ModelNotFound: there is none.
 
         """
-        model_id = self.config.find(name).id
-        return next(status for status in self._scheduler.models() if status.id == model_id)
+        return self._scheduler.model(self.config.find(name).id)
 
     async def load(self, name: str) -> None:
         """Bring a model in as if a request had asked for it, and return once it is ready.

@@ -722,6 +722,10 @@ class Scheduler:
             model.state is ModelState.ABSENT for model in self._models.values()
         )
 
+    def model(self, model_id: str) -> ModelStatus:
+        """One configured model, as it is now."""
+        return self._model_status(self._models[model_id], self._clock())
+
     def models(self) -> tuple[ModelStatus, ...]:
         """Every configured model, as it is now."""
         now = self._clock()

@@ -227,10 +227,16 @@ class Weights:
             if not part.on_device:
                 continue
             self._save(part)
-            places = (place for slab in part.slabs for place in slab.places)
-            # Of the places too: the library may have put a module aside for a while.
-            for tensor in (*_tensors(part.modules), *(place.tensor for place in places)):
-                _point(tensor, torch.empty(0, dtype=tensor.dtype, device=self._device))
+            tensors = {id(tensor): tensor for tensor in _tensors(part.modules)}
+            for slab in part.slabs:  # the library may have put a module aside for a while
+                tensors.update((id(place.tensor), place.tensor) for place in slab.places)
+            nothing: dict[torch.dtype, torch.Tensor] = {}
+            for tensor in tensors.values():
+                if tensor.dtype not in nothing:
+                    empty = torch.empty(0, dtype=tensor.dtype, device=self._device)
+                    nothing[tensor.dtype] = empty
+                _point(tensor, nothing[tensor.dtype])
+            del tensors
             for slab in part.slabs:
                 slab.device = None
             part.on_device = False
@@ -357,7 +363,10 @@ def _tensors(modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
 
 def _point(tensor: torch.Tensor, data: torch.Tensor) -> None:
     """Have a tensor stand on the memory of another. One of inference mode stays one."""
-    with torch.inference_mode(tensor.is_inference()):
+    if not tensor.is_inference():
+        tensor.data = data
+        return
+    with torch.inference_mode():
         alias = torch.empty(0, dtype=data.dtype, device=data.device)
         where = (data.storage_offset(), data.shape, data.stride())
         tensor.data = alias.set_(data.untyped_storage(), *where)

@@ -24,7 +24,7 @@ from prometheus_client.registry import CollectorRegistry
 from pydantic import Field, ValidationError
 
 from engine.config import ModelConfig, Section
-from engine.device import Device
+from engine.device import CudaDevice, Device
 from engine.errors import (
     EngineError,
     InvalidRequest,
@@ -403,8 +403,10 @@ class VllmRuntime(Runtime):
             from engine.runtimes.vllm_park import CpuMemory
 
             return CpuMemory(worker, packed, self.host, expected)
-        from engine.runtimes.vllm_cuda_memory import CudaMemory
+        from engine.runtimes.vllm_cuda_memory import MAPPED, CudaMemory
 
+        assert isinstance(self._device, CudaDevice)
+        self._device.unmapped_bytes = MAPPED.unmapped_bytes
         return CudaMemory(worker, self.host, expected)
 
     def _command_line(self, model: ModelConfig, kv_bytes: int) -> list[str]:

@@ -105,6 +105,10 @@ class MappedMemory:
                 self._unmap(spare)
                 spare.spare = True
 
+    def unmapped_bytes(self) -> int:
+        """Bytes of addresses without memory, which torch still takes for reserved memory."""
+        return sum(each.nbytes for each in self._allocations.values() if not each.mapped)
+
     def of(self, owner: Owner) -> list[Allocation]:
         """The allocations that hold something."""
         return [a for a in self._allocations.values() if a.owner == owner and not a.spare]
