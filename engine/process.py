@@ -85,7 +85,8 @@ class Gate:
         self._holder: int | None = None
         self._held_since_s = 0.0
         self._depth = 0
-        self._exclusive_waiting = 0
+        self.exclusive_waiting = 0
+        """Threads that wait for `exclusive`; to be read without the lock, for a first look."""
         self._owner: int | None = None  # of exclusive work under way, though it may have yielded
         self._outside: dict[str, Any] = {}
 
@@ -105,7 +106,7 @@ class Gate:
 
     def pause(self) -> None:
         """Let exclusive work that waits go first, in the middle of a long step."""
-        if self._exclusive_waiting:  # read without the lock: a late look costs one part more
+        if self.exclusive_waiting:  # read without the lock: a late look costs one part more
             self._leave_step()
             self._enter_step()
 
@@ -167,7 +168,7 @@ class Gate:
     def _enter_step(self) -> None:
         with self._changed:
             self._steps_waiting += 1
-            while self._holder is not None or (self._exclusive_waiting and not self._turns):
+            while self._holder is not None or (self.exclusive_waiting and not self._turns):
                 self._changed.wait()
             self._steps_waiting -= 1
             self._turns = max(0, self._turns - 1)
@@ -189,10 +190,10 @@ class Gate:
             while self._owner not in (None, me):
                 self._changed.wait()
             self._owner = me
-            self._exclusive_waiting += 1
+            self.exclusive_waiting += 1
             while self._holder is not None or self._stepping or self._turns:
                 self._changed.wait()
-            self._exclusive_waiting -= 1
+            self.exclusive_waiting -= 1
             self._holder = me
             self._held_since_s = self._clock()
 

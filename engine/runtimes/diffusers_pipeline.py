@@ -398,7 +398,7 @@ class Run(TorchRun):
         def on_step(
             pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]
         ) -> dict[str, Any]:
-            self._check()
+            self.check()
             steps = max(1, getattr(pipe, "num_timesteps", 0) or self._request.steps or 1)
             self._emit(Progress((index + min(1.0, (step + 1) / steps)) / count))
             if step in previews:

@@ -140,7 +140,7 @@ class KokoroRun(TorchRun):
         with GATE.step(), seeded(utterance.seed), self._measured():
             for sentence in utterance.sentences:
                 for chunk in self._phonemizer.chunks(sentence, utterance.language):
-                    self._check()
+                    self.check()
                     output = model.module(
                         chunk.phonemes,
                         style[len(chunk.phonemes) - 1],

@@ -61,6 +61,6 @@ class SpeechRun(TorchRun):
             with GATE.step(), seeded(self._utterance.seed), self._measured():
                 for speech in self._speaker.speak(self._request, self._utterance):
                     self._emit(speech)
-                    self._check()
+                    self.check()
         finally:
             self._speaker.forget_run()

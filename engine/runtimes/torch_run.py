@@ -5,7 +5,6 @@ Importing this module imports torch.
 
 from __future__ import annotations
 
-import threading
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -40,8 +39,7 @@ class TorchParts:
     def __init__(self, parts: Mapping[str, torch.nn.Module], device: str) -> None:
         """`parts` hold every weight; each is one block."""
         self.device = device
-        self.watch: Callable[[], None] | None = None
-        """Called before every module of a run."""
+        self.running: TorchRun | None = None
         self.measured: set[str] = set()
         """Shapes whose working memory was measured since the load."""
         self._parts = parts
@@ -54,8 +52,10 @@ class TorchParts:
                     each.register_forward_pre_hook(self._before_module)
 
     def _before_module(self, _module: Any, _args: Any) -> None:
-        if self.watch is not None:
-            self.watch()
+        # Before every module, tens of thousands of times a second: no call unless there is cause.
+        run = self.running
+        if run is not None and (run.cancelled or GATE.exclusive_waiting):
+            run.check()
 
     def place(self, host: HostMemory | None) -> None:
         """Bring the parts onto the device, their master copies into `host` if it has the room.
@@ -113,11 +113,11 @@ class TorchRun(ABC):
         self._model = model
         self._shape = shape
         self._emit = emit
-        self._cancelled = threading.Event()
+        self.cancelled = False
 
     def cancel(self) -> None:
         """Stop at the next module; nothing if it has ended."""
-        self._cancelled.set()
+        self.cancelled = True
 
     def execute(self) -> None:
         """Emit what is made. Returns early if it was cancelled.
@@ -127,10 +127,10 @@ class TorchRun(ABC):
             Exception: what the library raised.
 
         """
-        if self._cancelled.is_set():
+        if self.cancelled:
             return
         try:
-            self._model.watch = self._check
+            self._model.running = self
             self._run()
         except Cancelled:
             return
@@ -139,15 +139,15 @@ class TorchRun(ABC):
             traceback.clear_frames(error.__traceback__)
             raise
         finally:
-            self._model.watch = None
+            self._model.running = None
 
     @abstractmethod
     def _run(self) -> None:
         """Do the work inside `GATE.step()`, and what takes memory inside `_measured()`."""
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Look for a cancel, and let exclusive work go first. Only inside `GATE.step()`."""
-        if self._cancelled.is_set():
+        if self.cancelled:
             raise Cancelled
         GATE.pause()
 

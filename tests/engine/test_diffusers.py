@@ -678,7 +678,7 @@ async def test_a_run_stops_within_a_step_and_gives_back_what_it_took(engine: Eng
         assert engine.model_status("tiny-sd15").leases == 1
     # The thread has ended its run before the lease ends, and far from all steps.
     pipeline = engine._residency.loaded["tiny-sd15"].model  # type: ignore[attr-defined]
-    assert pipeline.watch is None
+    assert pipeline.running is None
     assert pipeline.base.scheduler.counter < 400
     assert engine.model_status("tiny-sd15").leases == 0
     assert not [entry for entry in engine.status().ledger.entries if entry.kind == "lease"]

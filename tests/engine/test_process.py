@@ -164,7 +164,7 @@ def test_a_long_step_lets_exclusive_work_through_when_it_pauses(gate: Gate) -> N
     with gate.step():
         gate.pause()  # nobody waits
         waiting = run(lambda: exclusively(gate, lambda: log.append("exclusive")))
-        wait_until(lambda: gate._exclusive_waiting == 1, gate)
+        wait_until(lambda: gate.exclusive_waiting == 1, gate)
         log.append("first part")
         gate.pause()
         log.append("second part")
