@@ -203,6 +203,7 @@ class Runtime(ABC):
         """Bring parked blocks back.
 
         Raises:
+            OutOfDeviceMemory: there is no room for all of them; they are parked as before.
             LoadFailed: they could not be brought back; they are parked as before.
 
         """

@@ -360,7 +360,7 @@ async def test_client_that_leaves_ends_the_run(
 
     stuck = runtime.answer = Speaking()
     body = {"model": "small", "input": "A.", "stream_format": stream_format}
-    async with httpx.AsyncClient(base_url=url) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         call = asyncio.create_task(client.post(SPEECH, json=body))
         await wait_for(stuck.began)
         assert engine.model_status("small").leases == 1

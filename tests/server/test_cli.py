@@ -177,7 +177,7 @@ class TestPs:
 
     async def test_table(self, url: str) -> None:
         headers = {"authorization": "Bearer user-key"}
-        async with httpx.AsyncClient(base_url=url, headers=headers) as client:
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as client:
             await client.post(CHAT, json={"model": "small"})
             await client.post(CHAT, json={"model": "broken"})
             await client.post("/v1/engine/models/small/pin")
@@ -219,7 +219,7 @@ class TestPlan:
 
     async def test_who_leaves(self, url: str) -> None:
         headers = {"authorization": "Bearer user-key"}
-        async with httpx.AsyncClient(base_url=url, headers=headers) as client:
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as client:
             await client.post(CHAT, json={"model": "small"})
         result = await self.plan(url, "other", "--working", "9000", "--priority", "batch")
         assert result.exit_code == 0, result.output

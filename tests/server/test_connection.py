@@ -16,7 +16,7 @@ from server.connection import run_while_connected
 from tests.server.fake import FakeRuntime
 
 CHAT = "/v1/chat/completions"
-PATIENCE_S = 5
+PATIENCE_S = 60
 
 
 class Stuck:
@@ -55,7 +55,7 @@ async def answers_again(url: str, runtime: FakeRuntime) -> bool:
 
 async def test_client_leaves_before_the_first_event(url: str, runtime: FakeRuntime) -> None:
     stuck = runtime.answer = Stuck()
-    async with httpx.AsyncClient(base_url=url) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         call = asyncio.create_task(client.post(CHAT, json={"model": "small"}))
         await wait_for(stuck.began)
         call.cancel()
@@ -68,7 +68,7 @@ async def test_client_leaves_while_it_waits_for_a_place(
     url: str, engine: Engine, runtime: FakeRuntime
 ) -> None:
     stuck = runtime.answer = Stuck()
-    async with httpx.AsyncClient(base_url=url) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         runs = asyncio.create_task(client.post(CHAT, json={"model": "small"}))
         await wait_for(stuck.began)
         with pytest.raises(httpx.ReadTimeout):
@@ -89,7 +89,7 @@ async def test_client_leaves_a_stream_that_is_silent(
 ) -> None:
     stuck = runtime.answer = Stuck("data: 1\n\n")
     async with (
-        httpx.AsyncClient(base_url=url) as client,
+        httpx.AsyncClient(base_url=url, timeout=60) as client,
         client.stream("POST", CHAT, json={"model": "small"}) as answer,
     ):
         async for text in answer.aiter_text():
@@ -114,7 +114,7 @@ async def test_client_leaves_a_stream_that_floods(url: str, runtime: FakeRuntime
 
     runtime.answer = flood
     async with (
-        httpx.AsyncClient(base_url=url) as client,
+        httpx.AsyncClient(base_url=url, timeout=60) as client,
         client.stream("POST", CHAT, json={"model": "small"}),
     ):
         pass
@@ -134,7 +134,7 @@ async def test_frames_are_sent_one_by_one(url: str, runtime: FakeRuntime) -> Non
     got = []
     async with (
         asyncio.timeout(PATIENCE_S),
-        httpx.AsyncClient(base_url=url) as client,
+        httpx.AsyncClient(base_url=url, timeout=60) as client,
         client.stream("POST", CHAT, json={"model": "small"}) as answer,
     ):
         async for text in answer.aiter_text():

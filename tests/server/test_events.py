@@ -18,7 +18,7 @@ from server import event_stream
 
 CHAT = "/v1/chat/completions"
 EVENTS = "/v1/engine/events"
-PATIENCE_S = 10
+PATIENCE_S = 60
 
 
 @pytest.fixture

@@ -286,7 +286,7 @@ class TestUrl:
         assert conforms(answer.json(), "ErrorResponse")
 
     async def test_only_reading_needs_no_key(self, url: str) -> None:
-        async with httpx.AsyncClient(base_url=url) as stranger:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as stranger:
             assert (await stranger.post("/v1/images/files/x.png")).status_code == 401
             assert (await stranger.post(GENERATIONS, json={})).status_code == 401
             assert (await stranger.get("/v1/images/files/x.png")).status_code == 404
@@ -650,7 +650,7 @@ async def test_client_that_leaves_ends_the_run(
 
     stuck = runtime.answer = Painting()
     body = {"model": "small", "prompt": "a", "stream": stream}
-    async with httpx.AsyncClient(base_url=url, headers=KEY) as client:
+    async with httpx.AsyncClient(base_url=url, headers=KEY, timeout=60) as client:
         call = asyncio.create_task(client.post(GENERATIONS, json=body))
         await wait_for(stuck.began)
         assert engine.model_status("small").leases == 1

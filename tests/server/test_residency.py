@@ -31,7 +31,7 @@ from tests.server.fake import DEVICE_BYTES, FakeLoaded, FakeRuntime, fake_engine
 
 CHAT = "/v1/chat/completions"
 PLAN = "/v1/engine/plan"
-PATIENCE_S = 10
+PATIENCE_S = 60
 HALF_BYTES = DEVICE_BYTES // 2 + 1
 """Two of them do not fit."""
 MODELS: list[dict[str, Any]] = [
@@ -377,7 +377,7 @@ class TestNoEvict:
         body = {"model": "small", "no_evict": True}
         async with (
             asyncio.timeout(PATIENCE_S),
-            httpx.AsyncClient(base_url=url) as client,
+            httpx.AsyncClient(base_url=url, timeout=60) as client,
         ):
             await client.post(CHAT, json={"model": "other"})
             waiting = asyncio.create_task(client.post(CHAT, json=body))

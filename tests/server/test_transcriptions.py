@@ -504,7 +504,7 @@ async def test_client_that_leaves_ends_the_run(
 
     stuck = runtime.answer = Listening()
     sent: dict[str, Any] = {"data": {"model": "small", "stream": stream}, "files": {"file": FILE}}
-    async with httpx.AsyncClient(base_url=url) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         call = asyncio.create_task(client.post(TRANSCRIPTIONS, **sent))
         await wait_for(stuck.began)
         assert engine.model_status("small").leases == 1

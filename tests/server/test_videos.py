@@ -297,7 +297,7 @@ class TestQueue:
     async def test_job_outlives_its_connection(
         self, url: str, sdk: openai.AsyncOpenAI, stuck: Stuck
     ) -> None:
-        async with httpx.AsyncClient(base_url=url, headers=KEY) as client:
+        async with httpx.AsyncClient(base_url=url, headers=KEY, timeout=60) as client:
             await client.post(VIDEOS, json={"model": "small", "prompt": "a", "size": SIZE})
         await wait_for(stuck.began)
         (video,) = (await sdk.videos.list()).data
@@ -450,7 +450,7 @@ class TestRefusal:
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "variant")
 
     async def test_without_a_key(self, url: str) -> None:
-        async with httpx.AsyncClient(base_url=url) as stranger:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as stranger:
             assert (await stranger.get(VIDEOS)).status_code == 401
             assert (await stranger.post(VIDEOS, json={})).status_code == 401
             assert (await stranger.get(f"{VIDEOS}/x/content")).status_code == 401

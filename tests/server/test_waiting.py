@@ -40,7 +40,7 @@ from server.settings import ServerSettings
 from tests.server.fake import FakeRuntime, fake_engine, listening
 
 CHAT = "/v1/chat/completions"
-PATIENCE_S = 20
+PATIENCE_S = 60
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 RECORDING = ("a.wav", b"RIFF", "audio/wav")
 CHUNK = {
@@ -104,7 +104,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 async def http(url: str, runtime: Loading) -> AsyncIterator[httpx.AsyncClient]:
-    async with asyncio.timeout(PATIENCE_S), httpx.AsyncClient(base_url=url) as client:
+    async with asyncio.timeout(PATIENCE_S), httpx.AsyncClient(base_url=url, timeout=60) as client:
         while (await client.get("/ready")).status_code != 200:
             pass
         yield client
@@ -382,7 +382,7 @@ async def test_the_start_is_told(tmp_path: Path) -> None:
     async with (
         asyncio.timeout(PATIENCE_S),
         listening(app) as url,
-        httpx.AsyncClient(base_url=url) as client,
+        httpx.AsyncClient(base_url=url, timeout=60) as client,
         client.stream("POST", CHAT, json=chat()) as response,
     ):
         pieces = response.aiter_text()
