@@ -17,12 +17,12 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from engine.comparison import compare
 from engine.config import ENV_CONFIG, EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
-from engine.simulator import usual_config
-from engine.traces import BUILT_IN, generate, read_trace
+from engine.simulation.comparison import compare
+from engine.simulation.simulator import usual_config
+from engine.simulation.traces import BUILT_IN, generate, read_trace
 from engine.units import format_size
 from server import simulation
 from server.serve import listen, run

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from engine.comparison import OURS, Comparison
-from engine.simulator import Move, Outcome
+from engine.simulation.comparison import OURS, Comparison
+from engine.simulation.simulator import Move, Outcome
 from engine.units import format_size
 
 

@@ -13,14 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from engine.baselines import fifo_lru
-from engine.clairvoyant import clairvoyant, lower_bound_s
-from engine.comparison import FIFO_LRU, FIFO_LRU_DISK, OURS, compare
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import ConfigError
 from engine.requests import Priority
-from engine.simulator import Machine, Move, Outcome, Tier, Waits, simulate, usual_config
-from engine.traces import BUILT_IN, Trace, TracedModel, TracedRequest, generate, read_trace
+from engine.simulation.baselines import fifo_lru
+from engine.simulation.clairvoyant import clairvoyant, lower_bound_s
+from engine.simulation.comparison import FIFO_LRU, FIFO_LRU_DISK, OURS, compare
+from engine.simulation.simulator import Machine, Move, Outcome, Tier, Waits, simulate, usual_config
+from engine.simulation.traces import (
+    BUILT_IN,
+    Trace,
+    TracedModel,
+    TracedRequest,
+    generate,
+    read_trace,
+)
 from server.cli import app as command
 
 LOAD_S = 5.0

@@ -30,7 +30,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from engine.traces import Trace, TracedModel, TracedRequest
+from engine.simulation.traces import Trace, TracedModel, TracedRequest
 
 EXACT_REQUESTS = 16
 """Traces of at most so many requests are searched for the exact answer …"""

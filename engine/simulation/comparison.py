@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from engine.baselines import fifo_lru
-from engine.clairvoyant import Clairvoyant, clairvoyant
 from engine.config import EngineConfig
-from engine.simulator import Move, Outcome, simulate
-from engine.traces import Trace, TracedModel
+from engine.simulation.baselines import fifo_lru
+from engine.simulation.clairvoyant import Clairvoyant, clairvoyant
+from engine.simulation.simulator import Move, Outcome, simulate
+from engine.simulation.traces import Trace, TracedModel
 
 OURS = "roundhouse"
 FIFO_LRU = "FIFO + LRU"

@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 from collections import deque
 
-from engine.simulator import Machine, Outcome, Tier
-from engine.traces import Trace
+from engine.simulation.simulator import Machine, Outcome, Tier
+from engine.simulation.traces import Trace
 
 
 def fifo_lru(trace: Trace, *, serial_device: bool = False) -> Outcome:

@@ -22,7 +22,7 @@ from engine.ledger import Ledger
 from engine.requests import Priority
 from engine.runtimes.base import Block, Estimate
 from engine.scheduler import Lease, Scheduler, Ticket
-from engine.traces import Trace, TracedModel, TracedRequest
+from engine.simulation.traces import Trace, TracedModel, TracedRequest
 
 ROUNDING_S = 1e-9
 """Runs that end this close together end at once."""
