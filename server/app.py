@@ -21,6 +21,7 @@ from server.routes.models import models_router
 from server.routes.probes import probes_router
 from server.routes.text import text_router
 from server.routes.videos import videos_router
+from server.routes.web import web_router
 from server.settings import ServerSettings
 from server.start import Start
 
@@ -74,6 +75,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     app.include_router(voices_router(engine, voices, settings))
     app.include_router(models_router(engine))
     app.include_router(engine_router(engine, settings))
+    app.include_router(web_router())
     app.add_exception_handler(EngineError, _on_engine_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_middleware(Guard, settings=settings)

@@ -1,9 +1,9 @@
 """Who may ask: keys, and without keys, only this machine.
 
-With keys configured, every route but the probes and the files of finished images needs one; the
-routes that change the engine need an admin key. Without keys the server is open to programs on
-this machine, but not to web pages that a browser on it happens to show: a page may send requests
-to loopback addresses, and a host name may be rebound to one.
+With keys configured, every route but the probes, the page at `/` and the files of finished images
+needs one; the routes that change the engine need an admin key. Without keys the server is open to
+programs on this machine, but not to web pages that a browser on it happens to show: a page may
+send requests to loopback addresses, and a host name may be rebound to one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from server.errors import Failure
 from server.settings import ServerSettings, is_loopback
 
 PROBES = frozenset({"/health", "/ready", "/ping"})
+WEB_PATH = "/"
+WEB_FILES_PREFIX = "/web/"
+"""Page and files hold no secret; what the page shows it asks for with the key that it is given."""
 ADMIN_PREFIX = "/v1/engine/"
 PLAN_PATH = "/v1/engine/plan"
 """A question, though it is posted: it changes nothing, so any key may ask it."""
@@ -81,7 +84,7 @@ class Guard:
         admin = method == "POST" and path.startswith(ADMIN_PREFIX) and path != PLAN_PATH
         if not self._keyring:
             return self._refusal_without_keys(headers, admin=admin)
-        if path in PROBES or (method in ("GET", "HEAD") and path.startswith(IMAGE_FILES_PREFIX)):
+        if path in PROBES or (method in ("GET", "HEAD") and _is_open_file(path)):
             return None
         presented = _presented_keys(headers)
         if not presented:
@@ -112,6 +115,10 @@ class Guard:
         if admin and not self._local:
             return _forbidden("This needs an admin key (server.admin_keys).", "admin_key_required")
         return None
+
+
+def _is_open_file(path: str) -> bool:
+    return path == WEB_PATH or path.startswith((WEB_FILES_PREFIX, IMAGE_FILES_PREFIX))
 
 
 def _digest(key: str) -> bytes:

@@ -219,7 +219,7 @@ async def test_a_running_stream_is_never_cut_by_another_model(
     assert "".join([text_of(frame) async for frame in session.frames()]) == expected
     async with asyncio.timeout(WAIT_S):
         assert await other
-    assert engine.model_status("llama").state is ModelState.ABSENT
+    assert engine.model_status("llama").state is ModelState.PARKED
 
 
 async def test_a_broken_checkpoint_fails_alone(

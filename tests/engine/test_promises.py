@@ -343,7 +343,7 @@ def simulated_models(draw: st.DrawFn, /, **fixed: Any) -> list[SimulatedModel]:
                 load_s=draw(durations_s),
                 unload_s=draw(st.sampled_from([0.0, 0.5, 2.0])),
                 concurrency=draw(st.integers(1, 4)),
-                parkable=draw(st.sampled_from([0.0, 0.6, 1.0])),
+                parkable=draw(fixed.get("parkable", st.sampled_from([0.0, 0.6, 1.0]))),
                 wake_s=draw(st.sampled_from([0.0, 0.1, 1.0])),
             )
         )
@@ -407,7 +407,11 @@ def test_nobody_is_overtaken_beyond_the_bound_where_models_exclude_each_other(
     data: st.DataObject,
 ) -> None:
     """Every model needs all the room, so any grant keeps the others' requests waiting."""
-    models = data.draw(simulated_models(nbytes=st.integers(60, 70), error=st.just(0)))
+    # A part of a parked model that is still there may leave no room for the working memory of one
+    # request, while others of its model have room: not what this is about.
+    models = data.draw(
+        simulated_models(nbytes=st.integers(60, 70), error=st.just(0), parkable=st.just(0.0))
+    )
     world = World(models)
 
     def on_grant(visit: Visit) -> None:

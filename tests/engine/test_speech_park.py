@@ -43,7 +43,7 @@ RUNTIMES: dict[str, type[TorchRuntime]] = {
 }
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, again and again."
-ROUNDS = 20
+ROUNDS = 8
 HOST_BYTES = 2**30
 LEFT_BYTES = 24 * 1024
 """What may stay of a parked model beside its masters: the latents of tiny-xtts' two voices are 20

@@ -1,0 +1,290 @@
+"""The documentation names what there is, all of it, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fastapi.routing import APIRoute
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel
+
+from engine.config import EngineConfig, ModelConfig, engine_fields
+from engine.engine import Engine
+from engine.errors import EngineError, NotLoaded, Overloaded
+from engine.metrics import EngineMetrics
+from engine.runtimes import REGISTRY, runtime_class
+from engine.runtimes.diffusers import IpAdapter, Profile
+from engine.scheduler import EventKind, SchedulerEvent
+from engine.status import BlockStatus, EngineStatus
+from server.app import create_app
+from server.errors import Failure
+from server.metrics import HttpMetrics, render
+from server.schemas.audio import (
+    RecordingBody,
+    SpeechBody,
+    TranscriptionBody,
+    TranslationBody,
+    VoiceBody,
+    VoicesQuery,
+)
+from server.schemas.engine import EventsQuery, PlanBody
+from server.schemas.fields import Body
+from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
+from server.schemas.terms import TermsBody, TermsHeaders
+from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
+from server.settings import ServerSettings
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *DOCS]
+
+MODEL = {"id": "any", "source": "any"}
+NOTHING: dict[str, Any] = {}
+
+CONFIGURATION: list[tuple[str, str, type[BaseModel], dict[str, Any]]] = [
+    ("`engine`", "key", EngineConfig, {"models": [MODEL]}),
+    ("`server`", "key", ServerSettings, NOTHING),
+    ("`models`", "key", ModelConfig, MODEL),
+    *((f"Options of `{name}`", "key", runtime_class(name).Options, NOTHING) for name in REGISTRY),
+    ("Options of `diffusers`", "key of a profile", Profile, {"steps": 1, "guidance": 0}),
+    ("Options of `diffusers`", "key of `ip_adapter`", IpAdapter, {"source": "any"}),
+]
+
+BODIES: dict[str, list[type[Body]]] = {
+    "Every request": [TermsBody],
+    "Images": [GenerationBody, EditBody, VariationBody],
+    "Videos": [VideoBody, VideoListQuery, VideoContentQuery],
+    "Speech": [SpeechBody],
+    "Transcriptions and translations": [TranscriptionBody, TranslationBody],
+    "Voices": [VoiceBody, VoicesQuery],
+    "The engine": [PlanBody, EventsQuery],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a table: the heading above it, the table's first column, and its cells."""
+
+    section: str
+    column: str
+    cells: tuple[str, ...]
+
+
+@cache
+def rows(page: str) -> tuple[Row, ...]:
+    """Every row of every table of a page."""
+
+    def read() -> Iterator[Row]:
+        section = column = ""
+        for line in (ROOT / "docs" / page).read_text().splitlines():
+            cells = tuple(cell.strip() for cell in line.strip("|").split("|"))
+            if line.startswith("#"):
+                section = line.lstrip("# ")
+            elif not line.startswith("|"):
+                column = ""
+            elif not column:
+                column = cells[0]
+            elif not cells[0].startswith("---"):
+                yield Row(section, column, cells)
+
+    return tuple(read())
+
+
+def code(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def named(page: str, section: str) -> list[str]:
+    """What the first columns of a section's tables name."""
+    return [name for row in rows(page) if row.section == section for name in code(row.cells[0])]
+
+
+@pytest.mark.parametrize(("section", "column", "kind", "needed"), CONFIGURATION)
+def test_every_key_is_described_with_its_default(
+    section: str,
+    column: str,
+    kind: type[BaseModel],
+    needed: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable in ("XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    table = [r for r in rows("configuration.md") if (r.section, r.column) == (section, column)]
+    described = {code(row.cells[0])[0]: "".join(code(row.cells[1])) for row in table}
+    assert [*described] == [name for name in kind.model_fields if name != "models"]
+    by_itself = kind.model_validate(needed)
+    for name, text in described.items():
+        assert bool(text) is not kind.model_fields[name].is_required(), name
+        if text:
+            value, default = yaml.safe_load(text), getattr(by_itself, name)
+            value = Path(value).expanduser() if isinstance(default, Path) else value
+            assert getattr(kind.model_validate({**needed, name: value}), name) == default, name
+
+
+def test_every_runtime_has_its_options_described() -> None:
+    sections = {row.section for row in rows("configuration.md")}
+    described = {
+        match[1] for match in map(re.compile(r"Options of `(\w+)`").match, sections) if match
+    }
+    assert described == REGISTRY.keys()
+
+
+def test_every_variable_that_is_named_is_one() -> None:
+    keys = {*engine_fields(), *ServerSettings.model_fields, "config"}
+    texts = "".join(page.read_text() for page in PAGES)
+    variables = set(re.findall(r"\bROUNDHOUSE_([A-Z_]+)\b", texts))
+    assert "API_KEYS" in variables
+    assert {name.lower() for name in variables} <= keys
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(EngineConfig.model_validate({"models": [MODEL]}))
+
+
+def test_every_route_is_described(engine: Engine) -> None:
+    app = create_app(engine, ServerSettings())
+    served = {
+        f"{method} {route.path.replace(':path}', '}')}"
+        for route in app.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods
+    }
+    assert sorted(named("api.md", "Routes")) == sorted(served)
+
+
+@pytest.mark.parametrize("section", BODIES)
+def test_every_field_of_a_request_is_described(section: str) -> None:
+    fields = {name for body in BODIES[section] for name in body.model_fields}
+    assert sorted(named("api.md", section)) == sorted(fields)
+
+
+def kinds(base: type[Any]) -> Iterator[type[Any]]:
+    """The subclasses that the program has; tests may have some too."""
+    for kind in base.__subclasses__():
+        if kind.__module__.partition(".")[0] in ("engine", "server"):
+            yield kind
+            yield from kinds(kind)
+
+
+def test_no_request_is_left_out() -> None:
+    described = {body for bodies in BODIES.values() for body in bodies}
+    assert set(kinds(Body)) - described == {ImageBody, RecordingBody, TermsHeaders}
+
+
+def test_every_error_is_described_with_its_status() -> None:
+    described = {
+        (int(row.cells[0]), name)
+        for row in rows("api.md")
+        if row.section == "Errors"
+        for name in code(row.cells[1])
+    }
+    error: EngineError
+    for kind in (EngineError, *kinds(EngineError)):
+        if issubclass(kind, Overloaded):
+            error = kind("", retry_after_s=1)
+        elif issubclass(kind, NotLoaded):
+            error = kind("", tier="disk", load_s=None)
+        else:
+            error = kind("")
+        assert (Failure.of(error).status, error.code) in described
+
+
+def test_every_event_is_described() -> None:
+    assert sorted(named("operations.md", "Events")) == sorted([*EventKind, "lost"])
+
+
+@pytest.fixture(scope="module")
+def series(engine: Engine) -> dict[str, dict[str, set[str]]]:
+    """The labels of every sample, by the series' name and the sample's; all were counted once."""
+
+    def status() -> EngineStatus:
+        now = engine.status()
+        blocks = (BlockStatus("weights", 1, "device"),)
+        return replace(now, models=tuple(replace(each, blocks=blocks) for each in now.models))
+
+    metrics, http = EngineMetrics(status), HttpMetrics()
+    for kind in sorted(EventKind, key=lambda kind: kind.endswith(("ed", "en"))):
+        metrics.count(SchedulerEvent(kind, "any", "", 0, 0), now=0.0)
+    metrics.residual("any", 0)
+    metrics.request_seconds.labels("any", "run").observe(0)
+    http.observe("/", "GET", 200, 0.0)
+    text, _ = render((metrics.registry, http.registry), "text/plain")
+    found: dict[str, dict[str, set[str]]] = {}
+    for family in text_string_to_metric_families(text.decode()):
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        found[name] = {each.name: {*each.labels} for each in family.samples}
+    return {
+        name: {each: labels for each, labels in samples.items() if not each.endswith("_created")}
+        for name, samples in found.items()
+        if not name.endswith("_created")
+    }
+
+
+def test_every_metric_is_described_with_its_labels(series: dict[str, dict[str, set[str]]]) -> None:
+    described = {
+        code(row.cells[0])[0]: {*code(row.cells[1])}
+        for row in rows("operations.md")
+        if row.section == "Metrics"
+    }
+    labels = {name: set.union(*samples.values()) - {"le"} for name, samples in series.items()}
+    assert described == labels
+
+
+def vllm_series() -> set[str]:
+    """vLLM's names, read from its source: importing it takes ten seconds."""
+    vllm = find_spec("vllm")
+    assert vllm is not None and vllm.origin is not None
+    source = Path(vllm.origin).parent / "v1" / "metrics" / "loggers.py"
+    return set(re.findall(r'name="(vllm:\w+)"', source.read_text()))
+
+
+def test_the_metrics_of_vllm_that_are_named_are_its() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    names = {name.removesuffix("_total") for name in re.findall(r"`(vllm:\w+)`", text)}
+    assert names
+    assert names <= vllm_series()
+
+
+def test_the_dashboard_asks_for_what_there_is(series: dict[str, dict[str, set[str]]]) -> None:
+    dashboard = json.loads((ROOT / "configs" / "grafana.json").read_text())
+    own = {name: labels for samples in series.values() for name, labels in samples.items()}
+    asked: set[str] = set()
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", ()):
+            expression = target["expr"]
+            grouped = ",".join(re.findall(r"by \(([^)]*)\)", expression)).split(",")
+            labels = {name.strip() for name in grouped if name}
+            labels |= set(re.findall(r"(\w+)=~?\"", expression))
+            labels |= set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
+            for name in re.findall(r"roundhouse_\w+|vllm:\w+", expression):
+                asked.add(name)
+                if name in own:
+                    assert labels <= own[name] | {"instance"}, expression
+                else:
+                    assert re.sub(r"_(total|bucket)$", "", name) in vllm_series(), expression
+                    assert labels <= {"instance", "model_name", "le"}, expression
+    assert all(asked & samples.keys() for samples in series.values())
+    numbers = [panel["id"] for panel in dashboard["panels"]]
+    assert len(numbers) == len(set(numbers))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    near = [link for link in links if "://" not in link]
+    assert [link for link in near if not (page.parent / link).exists()] == []
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [page.name for page in DOCS if f"(docs/{page.name})" not in readme] == []
