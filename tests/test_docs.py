@@ -189,7 +189,8 @@ def test_every_error_is_described_with_its_status() -> None:
         for name in code(row.cells[1])
     }
     error: EngineError
-    for kind in (EngineError, *kinds(EngineError)):
+    every: tuple[type[EngineError], ...] = (EngineError, *kinds(EngineError))
+    for kind in every:
         if issubclass(kind, Overloaded):
             error = kind("", retry_after_s=1)
         elif issubclass(kind, NotLoaded):

@@ -17,11 +17,16 @@ export function startChat() {
     const question = { role: "user", content: prompt.value };
     const asked = addMessage(list, "You", question.content);
     const answer = addMessage(list, byId("chat-model").value, "");
+    const grow = (delta) => {
+      answer.text.append(delta);
+      log.scrollTop = log.scrollHeight; // the log's own: the page stays where the reader is
+    };
+    grow("");
     prompt.value = "";
     // Told at once, each token would be read out alone.
     log.setAttribute("aria-busy", "true");
     try {
-      const { content, told } = await ask([...conversation, question], answer, signal, tell);
+      const { content, told } = await ask([...conversation, question], grow, signal, tell);
       conversation.push(question, { role: "assistant", content });
       return told;
     } catch (error) {
@@ -48,8 +53,8 @@ export function startChat() {
   };
 }
 
-/** Stream an answer into its message; returns its text and what it took, in words. */
-async function ask(messages, answer, signal, tell) {
+/** Stream an answer, piece by piece, to `grow`; returns its text and what it took, in words. */
+async function ask(messages, grow, signal, tell) {
   const system = byId("chat-system").value;
   const began = performance.now();
   const response = await post(
@@ -73,8 +78,7 @@ async function ask(messages, answer, signal, tell) {
     if (delta.content) {
       firstS ??= (performance.now() - began) / 1000;
       content += delta.content;
-      answer.text.append(delta.content);
-      answer.entry.scrollIntoView({ block: "nearest" });
+      grow(delta.content);
       tell("Answering…");
     }
     tokens = usage?.completion_tokens ?? tokens;
@@ -94,6 +98,5 @@ function addMessage(list, who, content) {
   const speaker = element("strong", { textContent: who });
   const entry = element("li", { className: "message" }, speaker, text);
   list.append(entry);
-  entry.scrollIntoView({ block: "nearest" });
   return { entry, text };
 }

@@ -266,6 +266,7 @@ class TestModules:
         tokens.labels("a").inc(50)
         for model in ("a", "b"):
             for _ in range(10):
+                seconds.labels(model, "queue").observe(0.5)
                 seconds.labels(model, "run").observe(1.5)
         scrapes.append([10, text()])
         scrapes.append([45, text()])  # beyond the window of both
@@ -290,7 +291,8 @@ class TestModules:
         documents = [{"type": "a", "text": "naïve – 日本"}, {"type": "b", "text": "x" * 50}]
         text = ": queued position=3 eta=12.4s\n\n: granted queue-ms=1\n\n"
         text += "".join(event_frame(document).data for document in documents)
-        text += f"data: {json.dumps({'error': {'message': 'torn'}}, ensure_ascii=False)}\n\n"
+        last = {"error": {"message": "abgebrochen – 途中で"}}
+        text += f"data: {json.dumps(last, ensure_ascii=False)}\n\n"  # as vLLM writes
         script = """
             const { readDocuments } = await import("./sse.js");
             const bytes = new TextEncoder().encode(input);
@@ -314,7 +316,7 @@ class TestModules:
         assert self.run(modules, script, text) == {
             "documents": documents,
             "told": ["Waiting: queued position 3 eta 12.4s"],
-            "error": "torn",
+            "error": "abgebrochen – 途中で",
         }
 
     def test_every_import_is_exported(self, modules: Path) -> None:
