@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 import psutil
@@ -120,9 +120,7 @@ class Residency:
         """Bytes of the device that others use, measured now."""
         if self._device is None or self._host is None:
             return 0
-        # On a CPU the device is host memory, so host copies take room from the models there.
-        copies_bytes = self._host.used_bytes if self._device.kind == CpuDevice.kind else 0
-        return self._device.foreign_bytes() + copies_bytes
+        return self._device.foreign_bytes() + _copies_bytes(self._device, self._host)
 
     def host_free_bytes(self) -> int:
         """What the budget of host copies still holds."""
@@ -212,9 +210,7 @@ class Residency:
             self.outcomes.on_model_failed(model_id, f"could not be parked: {error}")
         self._parked_blocks[model_id] = self._parked_blocks.get(model_id, frozenset()) | blocks
         self.outcomes.on_parked(model_id)
-        for future in self._parked.pop(model_id, []):
-            if not future.done():
-                future.set_result(None)
+        _fulfil(self._parked.pop(model_id, []))
 
     async def _wake(self, model: ModelConfig, blocks: frozenset[str]) -> None:
         started_s = time.perf_counter()
@@ -230,9 +226,7 @@ class Residency:
         self._leaving.setdefault(model_id, [])
         await self._take_out(model_id)
         self.outcomes.on_unloaded(model_id)
-        for future in self._leaving.pop(model_id):
-            if not future.done():
-                future.set_result(None)
+        _fulfil(self._leaving.pop(model_id))
 
     async def _take_out(self, model_id: str) -> None:
         loaded = self.loaded.pop(model_id)
@@ -260,9 +254,8 @@ class Residency:
             for block in loaded.blocks()
             if block.name not in self._parked_blocks.get(model_id, ())
         )
-        if self._device.kind == CpuDevice.kind:
-            held_bytes += self._host.used_bytes
-        return self._device.own_bytes() - held_bytes
+        copies_bytes = _copies_bytes(self._device, self._host)
+        return self._device.own_bytes() - held_bytes - copies_bytes
 
     def _check_leak(self, model_id: str, nbytes: int) -> None:
         before = self._overhead_before.pop(model_id, None)
@@ -276,6 +269,17 @@ class Residency:
                 format_size(residual_bytes),
                 model_id,
             )
+
+
+def _copies_bytes(device: Device, host: HostMemory) -> int:
+    """What host copies take of the device: on a CPU that is host memory, and they are in it."""
+    return host.used_bytes if device.kind == CpuDevice.kind else 0
+
+
+def _fulfil(futures: Iterable[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
 
 
 def _read_ahead(runtime: Runtime, model: ModelConfig) -> int:
