@@ -227,7 +227,7 @@ class _Model:
 
     __slots__ = (
         "base_bytes", "budget_bytes", "capacity_bytes", "closed", "held", "leases", "room_held",
-        "view",
+        "turn_held", "view",
     )  # fmt: skip
 
     def __init__(self, view: ModelView, snapshot: Snapshot, pinned_bytes: int) -> None:
@@ -239,6 +239,8 @@ class _Model:
         """Its tickets that come later in the order are held back."""
         self.room_held = False
         """Room is held for its first overdue ticket while it loads."""
+        self.turn_held = False
+        """One of its places is held for the claim, whose working memory does not fit yet."""
         granted = view.state in COMPLETE
         self.base_bytes = view.resident_bytes if granted else view.needed_bytes
         pinned_others = pinned_bytes - (view.resident_bytes if _stays(view) else 0)
@@ -254,6 +256,11 @@ class _Model:
     def ample_bytes(self) -> int:
         """Working memory up to which a ticket is neither refused nor waits for other programs."""
         return min(self.budget_bytes, self.capacity_bytes) - (self.base_bytes or 0)
+
+    @property
+    def has_place(self) -> bool:
+        """One more of its tickets may run beside those that do."""
+        return self.leases + self.turn_held < self.view.max_concurrency
 
     @property
     def can_come(self) -> bool:
@@ -446,7 +453,7 @@ class _Decision:
         if (
             model.resident
             and not model.held
-            and model.leases < model.view.max_concurrency
+            and model.has_place
             and (
                 ticket.working_bytes == 0
                 or ticket.working_bytes <= self.free_bytes - self.held_bytes
@@ -481,7 +488,7 @@ class _Decision:
     def _block(self, ticket: TicketView, model: _Model) -> None:
         """Find out whether the ticket lacks room, and what that asks for."""
         view = model.view
-        if model.resident and not model.held and model.leases < view.max_concurrency:
+        if model.resident and not model.held and model.has_place:
             if ticket.working_bytes <= self.free_bytes:
                 return  # it would fit, but the room is held for the claim
         else:
@@ -511,6 +518,7 @@ class _Decision:
         if self.victims is not None:
             for victim in self.victims:
                 victim.model.held = True
+            model.turn_held = model.resident
             self.held_bytes += self.claim_bytes
 
     @property

@@ -6,8 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from engine.starter import ensure_starter
+
+# The same examples in every run: what is submitted is judged by what it changes, not by chance.
+# `pytest --hypothesis-profile=search` looks for new ones.
+settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=250)
+settings.register_profile("search", deadline=None, max_examples=20_000)
+settings.load_profile("repeatable")
 
 StarterDir = Callable[[str], Path]
 

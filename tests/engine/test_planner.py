@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.planner import (
@@ -706,7 +706,6 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     )
 
 
-@settings(max_examples=500, deadline=None)
 @given(snapshots())
 def test_no_plan_breaks_a_promise(before: Snapshot) -> None:
     decision = plan(before)
@@ -754,7 +753,6 @@ def test_no_plan_breaks_a_promise(before: Snapshot) -> None:
     assert decision.wake_at is None or decision.wake_at > before.now
 
 
-@settings(max_examples=300, deadline=None)
 @given(snapshots())
 def test_a_waiting_ticket_always_has_something_to_wait_for(before: Snapshot) -> None:
     """Nothing done, nothing under way, nothing running and no alarm set would be for ever."""

@@ -430,7 +430,7 @@ class TestClairvoyant:
     def test_the_exact_answer_is_between_the_bound_and_every_policy(self) -> None:
         found: list[tuple[bool, bool]] = []
 
-        @settings(max_examples=120, deadline=None, derandomize=True)
+        @settings(max_examples=120, derandomize=True)
         @given(st.data())
         def check(data: st.DataObject) -> None:
             given = data.draw(small_traces())
@@ -450,7 +450,7 @@ class TestClairvoyant:
         assert any(above for above, _ in found), "the search would have been for nothing"
         assert any(below for _, below in found)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.data())
     def test_the_bound_holds_for_every_machine(self, data: st.DataObject) -> None:
         given = data.draw(small_traces())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -116,7 +116,6 @@ def test_the_weights_are_of_the_declared_type_and_vocabulary(
 
 
 @pytest.mark.parametrize("name", STARTERS)
-@settings(deadline=None, max_examples=50)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_survives_the_tokenizer(name: str, tokenizer_of: Any, text: str) -> None:
     """Qwen's, as the real one does, reads text in its canonical composition (NFC)."""
