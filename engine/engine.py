@@ -667,10 +667,10 @@ class Engine:
 
         """
         model_id = self.config.find(name).id
-        # Or it may leave altogether instead, if the engine shuts down meanwhile.
-        ends = [self._residency.parked(model_id), self._residency.gone(model_id)]
         self._scheduler.request_park(model_id)
         if self.model_status(model_id).device_bytes:
+            # Or it may leave altogether instead, if the engine shuts down meanwhile.
+            ends = [self._residency.parked(model_id), self._residency.gone(model_id)]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
 
     def pin(self, name: str) -> None:

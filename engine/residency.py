@@ -285,7 +285,8 @@ def _fulfil(futures: Iterable[asyncio.Future[None]]) -> None:
 def _read_ahead(runtime: Runtime, model: ModelConfig) -> int:
     """Ask the system to read the weights into its cache; returns the bytes asked for.
 
-    Nothing if they do not fit what is unused: what else is cached would be lost for them.
+    Nothing if they take more than half of what is unused or only cached: a good part of that cache
+    is what others read.
 
     Raises:
         OSError: a file cannot be opened.
@@ -293,7 +294,7 @@ def _read_ahead(runtime: Runtime, model: ModelConfig) -> int:
 
     """
     sizes = {path: path.stat().st_size for path in runtime.weight_files(model)}
-    if sum(sizes.values()) > psutil.virtual_memory().free:
+    if sum(sizes.values()) > psutil.virtual_memory().available // 2:
         return 0
     for path in sizes:
         descriptor = os.open(path, os.O_RDONLY)

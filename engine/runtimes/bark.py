@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -105,14 +106,19 @@ class BarkRuntime(TorchRuntime):
             model.source, self._cache_dir, revision=model.options.revision, patterns=FILES
         )
 
+    def weight_files(self, model: ModelConfig) -> Sequence[Path]:
+        """All safetensors of the folder, else the one pickled file."""
+        folder = self._folder(model)
+        return sorted(folder.glob("*.safetensors")) or [folder / "pytorch_model.bin"]
+
     def estimate(self, model: ModelConfig) -> Estimate:
         """Sum the tensors of the checkpoint by part; fetch the files first if need be."""
         folder = self._folder(model)
         options: BarkOptions = model.options
         item_bytes = DTYPE_BYTES[options.dtype]
         sizes: defaultdict[str, int] = defaultdict(int)
-        files = sorted(folder.glob("*.safetensors"))
-        if files:
+        files = self.weight_files(model)
+        if files[0].suffix == ".safetensors":
             try:
                 tensors = tensor_sizes(files)
             except (OSError, ValueError) as error:
@@ -120,7 +126,7 @@ class BarkRuntime(TorchRuntime):
             for name, size in tensors.items():
                 sizes[name.partition(".")[0]] += weight_bytes({name: size}, item_bytes)
         else:
-            for name, tensor in load_pickled(folder / "pytorch_model.bin", device="meta").items():
+            for name, tensor in load_pickled(files[0], device="meta").items():
                 width = item_bytes if tensor.is_floating_point() else tensor.element_size()
                 sizes[name.partition(".")[0]] += tensor.numel() * width
         parkable = self.host is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -117,6 +118,10 @@ class CoquiRuntime(TorchRuntime):
         )
         self._files[model.id] = read_folder(folder)
         return self._files[model.id]
+
+    def weight_files(self, model: ModelConfig) -> Sequence[Path]:
+        """The checkpoint."""
+        return (self._fetched(model).checkpoint,)
 
     def estimate(self, model: ModelConfig) -> Estimate:
         """Sum the shapes in the checkpoint by part; fetch the files first if need be."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -312,6 +312,10 @@ class KokoroRuntime(TorchRuntime):
             if blend is not None and all(name in files for name, _ in blend):
                 found.append(Voice(alias, target, _language_of(blend[0][0])))
         return tuple(found)
+
+    def weight_files(self, model: ModelConfig) -> Sequence[Path]:
+        """The checkpoint."""
+        return (_weights(self._folder(model)),)
 
     def estimate(self, model: ModelConfig) -> Estimate:
         """Sum the shapes of the checkpoint's tensors; fetch the files first if need be."""

@@ -13,7 +13,7 @@ import gc
 import json
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -317,6 +317,10 @@ class VllmRuntime(Runtime):
             raise InvalidRequest(str(error), param=parameter) from error
         return Prepared(request=request, payload=payload)
 
+    def weight_files(self, model: ModelConfig) -> Sequence[Path]:
+        """All safetensors of the folder."""
+        return sorted(self._folder(model).glob("*.safetensors"))
+
     def estimate(self, model: ModelConfig) -> Estimate:
         """Sum the safetensors headers; fetch the files first if they are on a hub."""
         checkpoint = Checkpoint(self._folder(model))
@@ -326,7 +330,12 @@ class VllmRuntime(Runtime):
             # A CPU kernel may keep its own form of the matrix that gives the logits beside it.
             expected["weights"] += checkpoint.embedding_bytes(model.options.dtype)
         nbytes = sum(expected.values())
-        blocks = tuple(Block(name, size) for name, size in expected.items() if size)
+        parkable = self.host is not None
+        blocks = tuple(
+            Block(name, size, parkable, scratch=name != "weights")
+            for name, size in expected.items()
+            if size
+        )
         # Disk at 1 GB/s and a second of building; the first measured load replaces it.
         return Estimate(blocks=blocks, load_seconds=1.0 + nbytes / 1e9)
 

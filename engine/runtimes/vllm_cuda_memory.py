@@ -223,8 +223,15 @@ class CudaMemory:
         for name, parkable in ((WEIGHTS, bool(self._masters)), (KV_CACHE, True)):
             nbytes = sum(allocation.nbytes for allocation in MAPPED.of((self._number, name)))
             if nbytes or expected[name]:
-                blocks.append(Block(name, nbytes or expected[name], parkable and nbytes > 0))
-        blocks.append(Block(WORKSPACE, expected[WORKSPACE], parkable=True))
+                blocks.append(
+                    Block(
+                        name,
+                        nbytes or expected[name],
+                        parkable and nbytes > 0,
+                        scratch=name == KV_CACHE,
+                    )
+                )
+        blocks.append(Block(WORKSPACE, expected[WORKSPACE], parkable=True, scratch=True))
         self._blocks = tuple(blocks)
 
     @property

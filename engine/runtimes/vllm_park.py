@@ -191,9 +191,9 @@ class CpuMemory:
         blocks = [self._weights_block(expected[WEIGHTS])]
         if self._kv:
             kv_bytes = sum(storage.nbytes() for storage in self._kv)
-            blocks.append(Block(KV_CACHE, kv_bytes, parkable=True))
+            blocks.append(Block(KV_CACHE, kv_bytes, parkable=True, scratch=True))
         # Nothing is allocated for it between two steps, so it is free to leave and to come back.
-        blocks.append(Block(WORKSPACE, expected[WORKSPACE], parkable=True))
+        blocks.append(Block(WORKSPACE, expected[WORKSPACE], parkable=True, scratch=True))
         self._blocks = tuple(blocks)
 
     @property

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
@@ -217,6 +217,10 @@ class WhisperRuntime(Runtime):
             layers = {name.split("/")[1] for name in variables if name.startswith("decoder/layer_")}
             self._shapes[model.id] = (width, len(layers - {"layer_norm"}))
         return self._shapes[model.id]
+
+    def weight_files(self, model: ModelConfig) -> Sequence[Path]:
+        """The one that CTranslate2 reads."""
+        return (self._folder(model) / "model.bin",)
 
     def estimate(self, model: ModelConfig) -> Estimate:
         """Read the header of `model.bin`; fetch the files first if need be."""

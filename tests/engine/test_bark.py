@@ -173,6 +173,8 @@ async def test_a_pickled_checkpoint(runtime: BarkRuntime, folder: Path) -> None:
     for each in (BARK, model):
         estimate = {block.name: block.nbytes for block in runtime.estimate(each).blocks}
         assert estimate.keys() == measured.keys()
+        stored = sum(path.stat().st_size for path in runtime.weight_files(each))
+        assert stored >= sum(estimate.values())
         assert sum(estimate.values()) == pytest.approx(sum(measured.values()), rel=0.05)
 
 

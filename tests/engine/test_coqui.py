@@ -340,6 +340,8 @@ async def test_the_estimate_is_what_is_measured(runtime: CoquiRuntime, model: Mo
         measured = {block.name: block.nbytes for block in made.blocks()}
     assert sum(measured.values()) == pytest.approx(sum(estimated.values()), rel=0.05)
     assert max(measured, key=lambda name: measured[name]) in estimated
+    (file,) = runtime.weight_files(model)
+    assert file.name in ("model_file.pth", "model.pth")
 
 
 async def test_a_folder_trained_elsewhere(

@@ -428,6 +428,7 @@ async def test_blocks_are_what_was_estimated(cache_dir: Path, bare: Any) -> None
     wanted = sum(tensor.nbytes for name, tensor in tensors if not name.endswith(".weight_g"))
     assert wanted <= sum(sizes.values()) <= wanted * 1.0005, "aligned"
     assert estimate.nbytes == pytest.approx(wanted, rel=0.0005)
+    assert [path.suffix for path in runtime.weight_files(model)] == [".pth"]
     await runtime.unload(loaded)
     await runtime.stop()
 

@@ -371,6 +371,8 @@ async def test_a_decoder_that_embeds_has_a_kv_cache_of_the_configured_size(
     assert isinstance(event, Document)
     measured = {block.name: block.nbytes for block in loaded.blocks()}
     assert 0.9 * expected["kv_cache"] < measured["kv_cache"] <= expected["kv_cache"]
+    (file,) = vllm_runtime.weight_files(model)
+    assert file.name == "model.safetensors"
     await vllm_runtime.unload(loaded)
 
 

@@ -437,6 +437,7 @@ async def test_the_estimate_is_what_the_weights_take(
     stored = (folder / "model.bin").stat().st_size
     as_stored = runtime.estimate(model_of(compute_type="float16")).nbytes
     assert as_stored == pytest.approx(stored, rel=0.01)
+    assert runtime.weight_files(model_of()) == (folder / "model.bin",)
     full = runtime.estimate(model_of()).nbytes
     assert full == 2 * as_stored
     small = runtime.estimate(model_of(compute_type="auto")).nbytes
