@@ -15,6 +15,10 @@ from engine.requests import Samples
 NO_PROTOCOL = {"protocol_whitelist": "none"}
 """A playlist or session description must not make FFmpeg open files and addresses it names."""
 
+WAV_PROBE_BYTES = 8192
+"""The header of a WAV file says what is in it. FFmpeg decodes five seconds all the same to make
+sure, half as long as it takes to decode twenty (5 of 11 ms); two packets do."""
+
 MAX_RATE = 768_000
 """Hertz, the highest of any converter. The filter of a resampler grows with the rate it comes from:
 a header that says gigahertz would keep a processor busy for half a minute."""
@@ -63,8 +67,11 @@ def decode_audio(
 def _pieces(
     data: bytes, rate: int, max_seconds: float, check: Callable[[], None]
 ) -> Iterator[NDArray[np.int16]]:
+    options = dict(NO_PROTOCOL)
+    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
+        options["probesize"] = str(WAV_PROBE_BYTES)
     with av.open(
-        io.BytesIO(data), mode="r", metadata_errors="ignore", options=NO_PROTOCOL
+        io.BytesIO(data), mode="r", metadata_errors="ignore", options=options
     ) as container:
         if not container.streams.audio:
             raise InvalidRequest("There is no audio in the file.", param="file")
