@@ -41,6 +41,15 @@ class Device(ABC):
     def own_bytes(self) -> int:
         """Bytes that this process uses now beyond what it used before its first model. Cheap."""
 
+    def check(self) -> None:  # noqa: B027 - host memory has no state that could be lost
+        """Do something trivial on the device, and return once it is done. Inside `GATE.step()`.
+
+        Raises:
+            Exception: whatever the device's library says. Nothing works there any more: of CUDA's
+                errors those that a trivial call meets are sticky, and last as long as the process.
+
+        """
+
     def settle(self) -> None:  # noqa: B027 - only host memory mixes libraries with models
         """Take what the process uses now, after the imports and before any model, for its own."""
 
@@ -109,6 +118,16 @@ class CudaDevice(Device):
         self.total_bytes = torch.cuda.mem_get_info()[1]
         self.unmapped_bytes: Callable[[], int] = lambda: 0
         """Of what torch takes for reserved, the bytes that are only addresses."""
+        # Made now: a check must need no memory. Its stream goes before the models' kernels, so that
+        # it waits for the one that runs and not for all that are queued.
+        self._checked = torch.zeros(1, device="cuda")
+        self._checks = torch.cuda.Stream(priority=-1)
+
+    def check(self) -> None:
+        """Add two numbers on a stream of its own."""
+        with self._torch.cuda.stream(self._checks):
+            self._checked.add_(1)
+        self._checks.synchronize()
 
     def foreign_bytes(self) -> int:
         """What the card reports as used beyond what our allocator reserved.

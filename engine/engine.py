@@ -7,7 +7,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client.registry import CollectorRegistry
@@ -45,7 +45,8 @@ from engine.residency import Residency
 from engine.runtimes import runtime_class
 from engine.runtimes.base import Estimate, Prepared, Runtime, Voice
 from engine.scheduler import EventKind, Lease, Scheduler, SchedulerEvent, Ticket
-from engine.status import EngineState, EngineStatus, Forecast, ModelState, ModelStatus
+from engine.status import EngineState, EngineStatus, Forecast, ModelState, ModelStatus, Restarts
+from engine.vitals import find_fault
 from engine.waiting import Stage, Waiting, WaitStatus
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,9 @@ _STAGES = {ModelState.LOADING: Stage.LOADING, ModelState.WAKING: Stage.WAKING}
 
 SIZE_PATIENCE_S = 1.0
 """How long a request that is to be refused may wait for what is told with the refusal."""
+
+FAILURES = frozenset({EventKind.LOAD_FAILED, EventKind.WAKE_FAILED, EventKind.MODEL_FAILED})
+"""What a device that lost its state would look like."""
 
 FOREIGN_CHECK_S = 5.0
 """How often the use of the device by others is looked at while nothing else happens."""
@@ -166,13 +170,19 @@ class Engine:
         *,
         device: Device | None = None,
         runtimes: Mapping[str, Runtime] | None = None,
+        restarts: Restarts | None = None,
+        restore: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Cheap: opens no device and imports no library before `start`.
 
-        `device` and `runtimes` take the place of what the configuration names.
+        `device` and `runtimes` take the place of what the configuration names. `restarts` is only
+        reported. The models of `restore` are brought in after the start, in that order, as far as
+        they fit.
         """
         self.config = config
+        self._restarts = restarts or Restarts()
+        self._to_restore = restore
         self.state = EngineState.STARTING
         self._clock = clock
         self._device = device
@@ -196,6 +206,7 @@ class Engine:
         self._started = asyncio.Event()
         self._emptied = asyncio.Event()
         self._start_error: str | None = None
+        self._doubt = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
         self._preloads: list[asyncio.Task[None]] = []
         self._fetches: dict[str, asyncio.Task[Estimate]] = {}
@@ -247,6 +258,7 @@ class Engine:
         self._preloads = [
             asyncio.create_task(self._preload(model)) for model in self.config.models if model.pin
         ]
+        self._preloads.append(asyncio.create_task(self._restore()))
 
     def _open(self) -> Device:
         device = self._device or open_device(self.config.device)
@@ -285,6 +297,18 @@ class Engine:
             await runtime.stop()
         process.thaw_heap()
         self.state = EngineState.STOPPED
+
+    async def find_fault(self, hang_s: float, stall_s: float) -> str:
+        """Return why this process must be replaced, in words; as long as all is well, wait.
+
+        See `engine.vitals.find_fault`. Call it once the engine has started.
+        """
+        assert self._device is not None
+        return await find_fault(self._device, self._doubt, hang_s, stall_s)
+
+    def wanted(self) -> tuple[str, ...]:
+        """The models that are there or being brought in, the most asked for first."""
+        return self._scheduler.wanted()
 
     async def check_alive(self, timeout_s: float = 5.0) -> bool:
         """Whether the scheduler's loop and every library's own threads answer in time."""
@@ -611,6 +635,7 @@ class Engine:
             models=self._scheduler.models(),
             queue=self._scheduler.queue(),
             transition=self._scheduler.transition,
+            restarts=self._restarts,
         )
 
     def model_status(self, name: str) -> ModelStatus:
@@ -622,7 +647,7 @@ class Engine:
         """
         return self._scheduler.model(self.config.find(name).id)
 
-    async def load(self, name: str) -> None:
+    async def load(self, name: str, terms: Terms | None = None) -> None:
         """Bring a model in as if a request had asked for it, and return once it is ready.
 
         Raises:
@@ -635,7 +660,7 @@ class Engine:
             model,
             request_id=f"load-{model.id}",
             operation="load",
-            terms=Terms(),
+            terms=terms or Terms(),
             timeout_s=self.config.queue_timeout_s,
             waiting=Waiting(),
             ignore_backoff=True,
@@ -697,6 +722,15 @@ class Engine:
         except EngineError as error:
             log.error("cannot load the pinned model %s: %s", model.id, error)
 
+    async def _restore(self) -> None:
+        """Requests go first, and nothing leaves for it."""
+        terms = Terms(priority=Priority.BATCH, no_evict=True)
+        for model_id in self._to_restore:
+            try:
+                await self.load(model_id, terms)
+            except EngineError as error:  # or it is configured no more
+                log.warning("%s is not restored: %s", model_id, error)
+
     async def _watch_device(self) -> None:
         while True:
             await asyncio.sleep(FOREIGN_CHECK_S)
@@ -705,6 +739,8 @@ class Engine:
     def _on_event(self, event: SchedulerEvent) -> None:
         self._metrics.count(event, self._clock())
         self.events.append(event)
+        if event.kind in FAILURES:
+            self._doubt.set()
         if event.kind is EventKind.UNLOADED and self._scheduler.empty:
             self._emptied.set()
         level = logging.DEBUG if event.kind is EventKind.GRANT else logging.INFO

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from engine.scheduler import EventKind, SchedulerEvent
@@ -57,6 +57,20 @@ class StatusCollector(Collector):
                 resident.add_metric((model.id, block.name, block.tier), block.nbytes)
             leases.add_metric((model.id,), model.leases)
             waiting.add_metric((model.id,), model.waiting)
+        restarts = status.restarts
+        yield CounterMetricFamily(
+            "roundhouse_restarts",
+            "Times this process was started again since the command was.",
+            value=restarts.count,
+        )
+        if restarts.at is not None:
+            reason = GaugeMetricFamily(
+                "roundhouse_last_restart_timestamp_seconds",
+                "When it was started again last, and why.",
+                labels=("reason",),
+            )
+            reason.add_metric((restarts.reason or "",), restarts.at)
+            yield reason
         yield resident
         yield leases
         yield waiting

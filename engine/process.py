@@ -80,10 +80,12 @@ class Gate:
         self._clock = clock
         self._changed = threading.Condition()
         self._stepping: set[int] = set()
+        self._waiting: set[int] = set()  # threads that wait for anybody
         self._steps_waiting = 0
         self._turns = 0  # steps that go before the next exclusive holder
         self._holder: int | None = None
         self._held_since_s = 0.0
+        self._holds = 0
         self._depth = 0
         self.exclusive_waiting = 0
         """Threads that wait for `exclusive`; to be read without the lock, for a first look."""
@@ -94,6 +96,15 @@ class Gate:
     def held(self) -> bool:
         """Whether the calling thread is doing exclusive work."""
         return self._holder == threading.get_ident()
+
+    @property
+    def hold(self) -> int | None:
+        """A number that each hold of the gate has for itself; None while nobody holds it."""
+        return None if self._holder is None else self._holds
+
+    def waits(self, thread: int) -> bool:
+        """Whether a thread, by its `threading.get_ident`, waits for others to leave the gate."""
+        return thread in self._waiting
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -166,13 +177,16 @@ class Gate:
                 pass
 
     def _enter_step(self) -> None:
+        me = threading.get_ident()
         with self._changed:
             self._steps_waiting += 1
+            self._waiting.add(me)
             while self._holder is not None or (self.exclusive_waiting and not self._turns):
                 self._changed.wait()
+            self._waiting.discard(me)
             self._steps_waiting -= 1
             self._turns = max(0, self._turns - 1)
-            self._stepping.add(threading.get_ident())
+            self._stepping.add(me)
 
     def _leave_step(self) -> None:
         with self._changed:
@@ -187,6 +201,7 @@ class Gate:
         with self._changed:
             # Behind other exclusive work under way this does not hold up steps: that would be
             # for as long as it takes, not for one part of it.
+            self._waiting.add(me)
             while self._owner not in (None, me):
                 self._changed.wait()
             self._owner = me
@@ -194,6 +209,8 @@ class Gate:
             while self._holder is not None or self._stepping or self._turns:
                 self._changed.wait()
             self.exclusive_waiting -= 1
+            self._waiting.discard(me)
+            self._holds += 1
             self._holder = me
             self._held_since_s = self._clock()
 

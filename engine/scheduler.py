@@ -731,6 +731,14 @@ class Scheduler:
         now = self._clock()
         return tuple(self._model_status(model, now) for model in self._models.values())
 
+    def wanted(self) -> tuple[str, ...]:
+        """The models that are there or being brought in, the most asked for first."""
+        now = self._clock()
+        there = (ModelState.LOADING, ModelState.WAKING, ModelState.RESIDENT, ModelState.PARKED)
+        models = [model for model in self._models.values() if model.state in there]
+        models.sort(key=lambda model: model.demand.read(now), reverse=True)
+        return tuple(model.config.id for model in models)
+
     def queue(self) -> tuple[TicketStatus, ...]:
         """Every waiting request, in the order in which they are considered."""
         return tuple(self._line().values())

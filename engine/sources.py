@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from engine.errors import ConfigError, LoadFailed
+from engine.errors import ConfigError, EngineError, LoadFailed
 from engine.starter import ensure_starter, starter_folder
+
+log = logging.getLogger(__name__)
 
 STARTER_PREFIX = "starter:"
 
@@ -22,6 +27,8 @@ def local_folder(
     patterns: Sequence[str] = WANTED_FILES,
 ) -> Path:
     """The folder with the files of `source`, built or downloaded if need be. May take minutes.
+
+    What is here already is taken as it is: no hub is asked whether there is something newer.
 
     `patterns` are the files to fetch from a hub; paths count, and `*` matches a slash.
 
@@ -39,14 +46,21 @@ def local_folder(
         return folder
     if folder.is_absolute() or source.startswith((".", "~")):
         raise LoadFailed(f"there is no folder {source}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from engine import hub
 
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise LoadFailed(f"cannot fetch {source} from the model hub: {reason}") from error
+    wanted = hub.HubSource(source, tuple(patterns), revision)
+    found = hub.present(wanted)
+    if found is None:
+        try:
+            found = hub.fetch(wanted)
+        except EngineError as error:
+            found = hub.snapshot(source, revision)
+            if found is None:
+                raise LoadFailed(f"cannot fetch {source}: {error.message}") from error
+            log.warning("using what is here of %s: %s", source, error.message)
+    with suppress(OSError):
+        os.utime(found)  # when it was used last, for `roundhouse prune`
+    return found
 
 
 def present_folder(source: str, cache_dir: Path, *, revision: str | None = None) -> Path | None:
@@ -59,10 +73,6 @@ def present_folder(source: str, cache_dir: Path, *, revision: str | None = None)
         return folder
     if source.startswith((STARTER_PREFIX, "/", ".", "~")):
         return None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from engine import hub
 
-    try:
-        return Path(snapshot_download(source, revision=revision, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError, OSError):
-        return None
+    return hub.snapshot(source, revision)

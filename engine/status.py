@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -146,6 +146,17 @@ class LedgerStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Restarts:
+    """How often this process had to be started again since the command was."""
+
+    count: int = 0
+    reason: str | None = None
+    """Why the last time, in words."""
+    at: float | None = None
+    """Unix seconds of the last time."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatus:
     """The whole engine at one moment."""
 
@@ -157,3 +168,4 @@ class EngineStatus:
     queue: tuple[TicketStatus, ...]
     transition: str | None
     """What is being moved, in words."""
+    restarts: Restarts = field(default_factory=Restarts)

@@ -16,6 +16,7 @@ from server.context import RequestContext
 from server.errors import Failure
 from server.metrics import HttpMetrics
 from server.routes.engine import engine_router
+from server.routes.files import files_router
 from server.routes.images import images_router
 from server.routes.models import models_router
 from server.routes.probes import probes_router
@@ -75,6 +76,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     app.include_router(voices_router(engine, voices, settings))
     app.include_router(models_router(engine))
     app.include_router(engine_router(engine, settings))
+    app.include_router(files_router(engine))
     app.include_router(web_router())
     app.add_exception_handler(EngineError, _on_engine_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

@@ -81,7 +81,8 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _refusal(self, method: str, path: str, headers: Headers) -> Failure | None:
-        admin = method == "POST" and path.startswith(ADMIN_PREFIX) and path != PLAN_PATH
+        changes = method not in ("GET", "HEAD") and path != PLAN_PATH
+        admin = changes and path.startswith(ADMIN_PREFIX)
         if not self._keyring:
             return self._refusal_without_keys(headers, admin=admin)
         if path in PROBES or (method in ("GET", "HEAD") and _is_open_file(path)):

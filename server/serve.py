@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
+import logging
 import os
 import signal
 import socket
@@ -14,7 +16,10 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from engine.errors import ShuttingDown
 from server.app import create_app
+from server.lifeline import Lifeline
+from server.open_requests import OpenRequests
 from server.settings import ServerSettings
 from server.start import Start
 
@@ -27,6 +32,14 @@ KEEP_ALIVE_S = 75
 """Longer than the idle time of common load balancers (60 s): a server that closes first loses
 the race against a request under way, which then fails for no visible reason."""
 INTERRUPTED = 130
+FAULT = 70
+"""Exit status of a process that can serve nobody any more (sysexits.h: EX_SOFTWARE)."""
+BEAT_S = 1.0
+"""How often the supervisor is told that the event loop still turns."""
+RESTART_S = 5.0
+"""When clients whose request is given up are told to come again."""
+
+logger = logging.getLogger(__name__)
 
 
 class _Server(uvicorn.Server):
@@ -53,16 +66,25 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=2048)
 
 
-def run(engine: Engine, settings: ServerSettings, listener: socket.socket) -> None:
+def run(
+    engine: Engine,
+    settings: ServerSettings,
+    listener: socket.socket,
+    line: Lifeline | None = None,
+) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain and return; a second Ctrl-C exits with 130.
+
+    `line` leads to the supervisor, where there is one. A process that can serve nobody any more
+    exits with 70: nothing is unloaded then, as that would need what does not answer.
 
     Raises:
         Exception: what kept the engine from starting.
 
     """
     start = Start(engine)
+    requests = OpenRequests(create_app(engine, settings, start))
     config = uvicorn.Config(
-        create_app(engine, settings, start),
+        requests,
         lifespan="on",
         ws="none",
         log_config=None,
@@ -73,26 +95,77 @@ def run(engine: Engine, settings: ServerSettings, listener: socket.socket) -> No
         timeout_graceful_shutdown=FLUSH_S,
     )
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_serve(_Server(config), start, listener, settings.drain_s))
+        runner.run(_serve(_Server(config), engine, start, requests, listener, settings, line))
     if start.error is not None:
         raise start.error
 
 
-async def _serve(server: _Server, start: Start, listener: socket.socket, drain_s: float) -> None:
+async def _serve(
+    server: _Server,
+    engine: Engine,
+    start: Start,
+    requests: OpenRequests,
+    listener: socket.socket,
+    settings: ServerSettings,
+    line: Lifeline | None,
+) -> None:
     stop = asyncio.Event()
     with _stop_on_signals(stop):
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         waits = [asyncio.create_task(each.wait()) for each in (stop, start.failed)]
-        await asyncio.wait((serving, *waits), return_when=asyncio.FIRST_COMPLETED)
+        beside = [asyncio.create_task(_replace_if_lost(engine, start, requests, settings, line))]
+        if line is not None:
+            beside.append(asyncio.create_task(_beat(engine, start, line)))
+        await asyncio.wait((serving, *waits, *beside), return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
         try:
+            for task in beside:
+                if task.done():  # by a mistake of ours alone, and that must not pass unnoticed
+                    task.result()
             if stop.is_set():
                 # The listener stays open: probes see the drain, new requests a clean 503.
-                await start.drain(drain_s)
+                await start.drain(settings.drain_s)
         finally:
             server.should_exit = True
             await serving
+            for task in beside:
+                task.cancel()
+
+
+async def _beat(engine: Engine, start: Start, line: Lifeline) -> None:
+    """Tell the supervisor again and again that the event loop, and with it the scheduler, works."""
+    while True:
+        ready = start.done.is_set()
+        line.beat(ready=ready, residents=engine.wanted())
+        if ready:
+            await asyncio.sleep(BEAT_S)
+            continue
+        # That it is ready is told at once: from then on it may be silent for less long.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(BEAT_S):
+                await start.done.wait()
+
+
+async def _replace_if_lost(
+    engine: Engine,
+    start: Start,
+    requests: OpenRequests,
+    settings: ServerSettings,
+    line: Lifeline | None,
+) -> None:
+    """End the process once no request can be served with it any more; jobs go on in the next."""
+    await start.done.wait()
+    fault = await engine.find_fault(settings.hang_s, settings.stall_s)
+    logger.critical("this process must be replaced: %s", fault)
+    faulthandler.dump_traceback(all_threads=True)
+    if line is not None:
+        line.report(fault)
+    message = f"The server is being restarted: {fault}."
+    await requests.give_up(ShuttingDown(message, retry_after_s=RESTART_S))
+    sys.stderr.flush()
+    # Not sys.exit: the thread that hangs would be waited for.
+    os._exit(FAULT)
 
 
 @contextlib.contextmanager

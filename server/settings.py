@@ -49,6 +49,12 @@ class ServerSettings(Section):
     """Allow listening beyond loopback without any key."""
     drain_s: Duration = Field(default=30.0, le=86_400)
     """Seconds that running requests get to finish after a stop was asked for."""
+    hang_s: Duration = Field(default=10.0, ge=1, le=86_400)
+    """Seconds of silence after which this process counts as hung and is replaced: of its event
+    loop; of a call into a library that neither gets on nor computes; of the device, asked for
+    something trivial."""
+    stall_s: Duration = Field(default=900.0, ge=1, le=86_400)
+    """The same for what computes, compiles, or imports at the start, but gets no further."""
     max_body_bytes: Size = Field(default=32 * 2**20, gt=0)
     """A larger request body is refused with 413."""
     max_image_pixels: int = Field(default=2**25, gt=0)

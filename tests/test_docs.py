@@ -24,7 +24,7 @@ from engine.metrics import EngineMetrics
 from engine.runtimes import REGISTRY, runtime_class
 from engine.runtimes.diffusers import IpAdapter, Profile
 from engine.scheduler import EventKind, SchedulerEvent
-from engine.status import BlockStatus, EngineStatus
+from engine.status import BlockStatus, EngineStatus, Restarts
 from server.app import create_app
 from server.errors import Failure
 from server.metrics import HttpMetrics, render
@@ -211,7 +211,8 @@ def series(engine: Engine) -> dict[str, dict[str, set[str]]]:
     def status() -> EngineStatus:
         now = engine.status()
         blocks = (BlockStatus("weights", 1, "device"),)
-        return replace(now, models=tuple(replace(each, blocks=blocks) for each in now.models))
+        models = tuple(replace(each, blocks=blocks) for each in now.models)
+        return replace(now, models=models, restarts=Restarts(1, "it was killed", 0.0))
 
     metrics, http = EngineMetrics(status), HttpMetrics()
     for kind in sorted(EventKind, key=lambda kind: kind.endswith(("ed", "en"))):

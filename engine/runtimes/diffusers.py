@@ -207,6 +207,13 @@ def lora_files(folder: Path | None) -> dict[str, Path]:
     return found
 
 
+def ip_adapter_files(adapter: IpAdapter) -> tuple[str, ...]:
+    """What is read of an IP-Adapter's repository, which holds those of many models."""
+    encoder = f"{adapter.subfolder}/image_encoder"
+    weights = f"{adapter.subfolder}/{adapter.weight_name}"
+    return (weights, f"{encoder}/*.safetensors", f"{encoder}/*.json")
+
+
 class DiffusersModel(TorchModel["Pipeline"]):
     """One pipeline on a thread of its own."""
 
@@ -477,7 +484,11 @@ class DiffusersRuntime(TorchRuntime):
         if options.controlnet is not None:
             parts["controlnet"] = local_folder(options.controlnet, self._cache_dir)
         if options.ip_adapter is not None:
-            adapter = local_folder(options.ip_adapter.source, self._cache_dir)
+            adapter = local_folder(
+                options.ip_adapter.source,
+                self._cache_dir,
+                patterns=ip_adapter_files(options.ip_adapter),
+            )
             parts["image_encoder"] = adapter / options.ip_adapter.subfolder / "image_encoder"
             parts["ip_adapter"] = adapter / options.ip_adapter.subfolder
         return parts
@@ -518,11 +529,14 @@ class DiffusersRuntime(TorchRuntime):
         sources = dict(options.components)
         if options.controlnet is not None:
             sources["controlnet"] = options.controlnet
-        if options.ip_adapter is not None:
-            sources["ip_adapter"] = options.ip_adapter.source
         folders = {name: local_folder(each, self._cache_dir) for name, each in sources.items()}
+        if (ip_adapter := options.ip_adapter) is not None:
+            folders["ip_adapter"] = local_folder(
+                ip_adapter.source, self._cache_dir, patterns=ip_adapter_files(ip_adapter)
+            )
         adapters = {
-            name: local_folder(each, self._cache_dir) for name, each in options.lora_sources.items()
+            name: local_folder(each, self._cache_dir, patterns=(LORA_FILE,))
+            for name, each in options.lora_sources.items()
         }
         folder = self._folder(model)
         group_offload = self._streams(model, sum(self._part_bytes(model).values()))

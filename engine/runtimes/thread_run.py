@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from engine.errors import EngineError, OutOfDeviceMemory, RuntimeFailed
 from engine.requests import Event
+from engine.watchdog import WATCHDOG, Work
 
 Emit = Callable[[Event], None]
 """Gives an event to whoever waits for it; callable from any thread."""
 
 
-class ThreadRun(Protocol):
-    """One request on one model."""
+class ThreadRun(Work, Protocol):
+    """One request on one model, which counts what it gets done."""
 
     def execute(self) -> None:
         """Do the work, emitting events, on the model's thread; return early if cancelled."""
@@ -28,8 +30,12 @@ async def run_on_thread(
     thread: ThreadPoolExecutor,
     make_run: Callable[[Emit], ThreadRun],
     translate: Callable[[Exception], EngineError],
+    *,
+    helpers: bool = False,
 ) -> AsyncGenerator[Event, None]:
     """The events of a run. Closing the generator cancels it, and returns once it has ended.
+
+    With `helpers` the library computes on threads of its own while the model's thread waits.
 
     Raises:
         EngineError: what the run raised, put into words by `translate` if it was another error.
@@ -42,7 +48,12 @@ async def run_on_thread(
         loop.call_soon_threadsafe(events.put_nowait, event)
 
     run = make_run(emit)
-    done = loop.run_in_executor(thread, run.execute)
+
+    def execute() -> None:
+        with WATCHDOG.watch(f"a run on {threading.current_thread().name}", run, helpers=helpers):
+            run.execute()
+
+    done = loop.run_in_executor(thread, execute)
     done.add_done_callback(lambda _: events.put_nowait(None))
     try:
         while (event := await events.get()) is not None:

@@ -54,8 +54,10 @@ class TorchParts:
     def _before_module(self, _module: Any, _args: Any) -> None:
         # Before every module, tens of thousands of times a second: no call unless there is cause.
         run = self.running
-        if run is not None and (run.cancelled or GATE.exclusive_waiting):
-            run.check()
+        if run is not None:
+            run.progress += 1
+            if run.cancelled or GATE.exclusive_waiting:
+                run.check()
 
     def place(self, host: HostMemory | None) -> None:
         """Bring the parts onto the device, their master copies into `host` if it has the room.
@@ -114,6 +116,8 @@ class TorchRun(ABC):
         self._shape = shape
         self._emit = emit
         self.cancelled = False
+        self.progress = 0
+        """Modules entered so far."""
 
     def cancel(self) -> None:
         """Stop at the next module; nothing if it has ended."""

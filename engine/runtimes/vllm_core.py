@@ -52,6 +52,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from engine.process import GATE
 from engine.runtimes.vllm_park import KV_CACHE, note_packed_layers
+from engine.watchdog import WATCHDOG
 
 log = logging.getLogger(__name__)
 
@@ -301,7 +302,7 @@ class CoreThread:
             if not working:
                 continue
             # One turn at the gate for all, so that no stream waits for two exclusive holders.
-            with GATE.step():
+            with WATCHDOG.watch("a step of vLLM"), GATE.step():
                 for client in working:
                     if client in self._clients:  # a job just run may have detached it
                         client.step()
@@ -317,7 +318,8 @@ class CoreThread:
                 return True
             if job is None:
                 return False
-            job()
+            with WATCHDOG.watch("a call of vLLM"):
+                job()
             block = False
 
 

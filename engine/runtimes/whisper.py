@@ -136,7 +136,9 @@ class LoadedWhisper(LoadedModel):
         assert self.model is not None
         assert isinstance(prepared.request, TranscriptionRequest)
         make_run = partial(Run, self.model, self.options, prepared.request)
-        async with aclosing(run_on_thread(self.thread, make_run, _translate)) as events:
+        # CTranslate2 computes on threads of its own.
+        running = run_on_thread(self.thread, make_run, _translate, helpers=True)
+        async with aclosing(running) as events:
             async for event in events:
                 yield event
 

@@ -88,6 +88,8 @@ class Run:
         self._request = request
         self._emit = emit
         self._cancelled = False
+        self.progress = 0
+        """Packets and windows begun so far."""
 
     def cancel(self) -> None:
         """Make `execute` return at the next packet or window."""
@@ -120,6 +122,7 @@ class Run:
             del self._model.check
 
     def _check(self) -> None:
+        self.progress += 1
         if self._cancelled:
             raise Cancelled
 

@@ -3,11 +3,11 @@
 import { ApiError, access, currentKey, get, useKey } from "./api.js";
 import { startChat } from "./chat.js";
 import { byId, setText } from "./dom.js";
-import { EventFeed } from "./events.js";
+import { EventFeed, showRestarts } from "./events.js";
 import { History } from "./history.js";
 import { startImages } from "./images.js";
 import { showMemory } from "./memory.js";
-import { showModels } from "./models.js";
+import { showModels, startFilter } from "./models.js";
 import { showPickers } from "./pickers.js";
 import { showPlots } from "./plots.js";
 import { showQueue } from "./queue.js";
@@ -20,11 +20,15 @@ const STATUS_EVERY_MS = 2000;
 const METRICS_EVERY_MS = 5000;
 const RECONNECT_AFTER_MS = 3000;
 
+let models = []; // the ids, in the order of the configuration
+
 async function refreshStatus() {
   const engine = await (await get("/v1/engine")).json();
   setText(byId("engine-state"), `${engine.state}, ${engine.device_name || engine.device_kind}`);
+  models = engine.models.map(({ id }) => id);
   showMemory(engine);
   showQueue(engine.queue);
+  showRestarts(engine.restarts);
   showModels(engine.models, () => refreshStatus().catch(tellFailure));
   showPickers(engine.models);
 }
@@ -35,7 +39,7 @@ async function refreshPlots() {
   const response = await get("/metrics", { headers: { Accept: "text/plain" } });
   const nowS = performance.now() / 1000;
   history.push(nowS, await response.text());
-  showPlots(history, nowS);
+  showPlots(history, nowS, models);
 }
 
 function tellFailure(error) {
@@ -92,6 +96,7 @@ function startKeyDialog() {
 }
 
 startKeyDialog();
+startFilter();
 startTabs(byId("playground-tabs"));
 startChat();
 startImages();

@@ -44,6 +44,15 @@ export class EventFeed {
   }
 }
 
+/** Tell of `restarts`, a part of a document of `GET /v1/engine`. */
+export function showRestarts({ count, reason, at }) {
+  const line = byId("restarts");
+  line.hidden = count === 0;
+  if (line.hidden) return;
+  const times = count === 1 ? "once" : `${count} times`;
+  setText(line, `Restarted ${times}, last at ${new Date(at * 1000).toLocaleString()}: ${reason}`);
+}
+
 function entry(event) {
   const at = new Date(event.at * 1000);
   const kind = event.type.replaceAll("_", " ");

@@ -1,9 +1,16 @@
-// The memory of the device and the host copies, drawn to one scale.
+// The memory of the device and the host copies, drawn to one scale, and enlarged where models are small.
 
 import { byId, element, keyed, setText } from "./dom.js";
 import { formatBytes, hueOf } from "./units.js";
 
-const KINDS = { block: "", reservation: " (loading)", lease: " (working memory)" };
+/** What the ledger's entries are, in words, by their kind. */
+const KINDS = {
+  block: (name) => name,
+  reservation: () => "being loaded",
+  lease: (name) => `working memory of ${name}`,
+};
+/** What the models have is drawn once more, enlarged, while it is a smaller share than this. */
+const ENLARGED_BELOW = 1 / 3;
 
 /** Draw a document of `GET /v1/engine`. */
 export function showMemory(engine) {
@@ -13,6 +20,20 @@ export function showMemory(engine) {
   const scaleBytes = Math.max(...totals, 1);
   drawBar(byId("device-bar"), device, scaleBytes);
   drawBar(byId("host-bar"), host, scaleBytes);
+  byId("host-bar").hidden = host.length === 0;
+  const ours = device.filter(({ kind }) => kind in KINDS);
+  const oursBytes = Math.max(sum(ours), sum(host));
+  const times = oursBytes < scaleBytes * ENLARGED_BELOW ? scaleBytes / oursBytes : 1;
+  const enlarged = [
+    [byId("device-enlarged"), byId("device-enlarged-title"), ours, "What models have"],
+    [byId("host-enlarged"), byId("host-enlarged-title"), host, "The copies"],
+  ];
+  for (const [bar, title, parts, what] of enlarged) {
+    bar.hidden = title.hidden = times === 1 || parts.length === 0;
+    if (bar.hidden) continue;
+    setText(title, `${what}, enlarged ${times.toFixed(times < 10 ? 1 : 0)} times:`);
+    drawBar(bar, parts, oursBytes);
+  }
   const { granted_bytes: granted, free_bytes: free, foreign_bytes: foreign } = engine.ledger;
   setText(
     byId("device-summary"),
@@ -38,7 +59,7 @@ function deviceParts({ ledger, models }) {
     for (const [shade, entry] of entries.entries()) {
       parts.push({
         key: `${entry.kind} ${model.id} ${entry.name} ${shade}`,
-        name: `${model.id}: ${entry.name}${KINDS[entry.kind]}`,
+        name: `${model.id}: ${KINDS[entry.kind](entry.name)}`,
         kind: entry.kind,
         nbytes: entry.nbytes,
         hue: hueOf(index),
@@ -61,11 +82,12 @@ function hostParts({ models }) {
     if (model.host_bytes === 0) return [];
     const parked = model.blocks.filter(({ tier }) => tier === "host").map(({ name }) => name);
     const use = parked.length > 0 ? `parked: ${parked.join(", ")}` : "all of it is on the device";
+    const kind = parked.length > 0 ? "block" : "copy";
     return [
       {
-        key: model.id,
+        key: `${kind} ${model.id}`, // another one once it is parked, for it is painted but once
         name: `${model.id} (${use})`,
-        kind: parked.length > 0 ? "block" : "copy",
+        kind,
         nbytes: model.host_bytes,
         hue: hueOf(index),
         shade: 0,
@@ -78,7 +100,7 @@ function drawBar(bar, parts, scaleBytes) {
   keyed(bar, parts, (part) => part.key, createSegment, (segment, part) => {
     segment.style.width = `${(100 * part.nbytes) / scaleBytes}%`;
     segment.title = describe(part);
-    setText(segment, part.name);
+    setText(segment, describe(part));
   });
 }
 

@@ -11,6 +11,13 @@ const ORDERS = {
   Pin: (id) => post(`/v1/engine/models/${encodeURIComponent(id)}/pin`),
   Unpin: (id) => post(`/v1/engine/models/${encodeURIComponent(id)}/unpin`),
 };
+/** Each model's buttons: the order that one gives, and whether that would change anything. */
+const BUTTONS = {
+  load: { order: () => "Load", useful: ({ state }) => state !== "resident" },
+  park: { order: () => "Park", useful: (model) => model.device_bytes > 0 },
+  unload: { order: () => "Unload", useful: ({ state }) => state !== "absent" },
+  pin: { order: ({ pinned }) => (pinned ? "Unpin" : "Pin"), useful: () => true },
+};
 
 /** Show the `models` of a document of `GET /v1/engine`; `onOrder` is called after each order. */
 export function showModels(models, onOrder) {
@@ -22,6 +29,22 @@ export function showModels(models, onOrder) {
     (model) => createCard(model, onOrder),
     fillCard,
   );
+  filter();
+}
+
+/** Show only the models in which all words of the filter are found. */
+export function startFilter() {
+  byId("models-filter").oninput = filter;
+}
+
+function filter() {
+  const words = byId("models-filter").value.toLowerCase().split(/\s+/);
+  const cards = [...byId("models-list").children];
+  for (const card of cards) {
+    card.hidden = !words.every((word) => card.dataset.found.includes(word));
+  }
+  const shown = cards.filter((card) => !card.hidden).length;
+  setText(byId("models-count"), `${shown} of ${cards.length} shown`);
 }
 
 function createCard(model, onOrder) {
@@ -32,16 +55,21 @@ function createCard(model, onOrder) {
   const buttons = element("div", { className: "buttons" });
   buttons.setAttribute("role", "group");
   buttons.setAttribute("aria-label", `Orders to ${model.id}`);
-  for (const name of Object.keys(ORDERS)) {
-    const button = element("button", { type: "button", textContent: name });
-    button.onclick = () => give(name, model.id, button, outcome, onOrder);
+  for (const className of Object.keys(BUTTONS)) {
+    const button = element("button", { type: "button", className });
+    button.onclick = () => give(model.id, button, outcome, onOrder);
     buttons.append(button);
   }
   return element(
     "li",
     { className: "card" },
-    element("h3", {}, swatch, model.id),
-    element("p", { className: "state" }),
+    element(
+      "div",
+      { className: "head" },
+      element("h3", {}, swatch, model.id),
+      element("p", { className: "state" }),
+    ),
+    element("p", { className: "names" }),
     element("p", { className: "numbers" }),
     element("ul", { className: "parts" }),
     element("p", { className: "error" }),
@@ -50,9 +78,11 @@ function createCard(model, onOrder) {
   );
 }
 
-async function give(name, id, button, outcome, onOrder) {
+async function give(id, button, outcome, onOrder) {
   // Not `disabled`, which would take the focus away.
   if (button.getAttribute("aria-disabled") === "true") return;
+  const name = button.textContent;
+  button.dataset.given = name;
   button.setAttribute("aria-disabled", "true");
   setText(outcome, `${name}…`);
   try {
@@ -61,18 +91,16 @@ async function give(name, id, button, outcome, onOrder) {
   } catch (error) {
     setText(outcome, `${name}: ${error.message}`);
   } finally {
-    button.removeAttribute("aria-disabled");
+    delete button.dataset.given;
   }
   onOrder();
 }
 
 function fillCard(card, model) {
   const part = (name) => card.querySelector(`.${name}`);
+  setText(part("state"), model.pinned ? `${model.state}, pinned` : model.state);
   const names = model.aliases.length > 0 ? `; also ${model.aliases.join(", ")}` : "";
-  setText(
-    part("state"),
-    `${model.state}${model.pinned ? ", pinned" : ""}: ${model.task} by ${model.runtime}${names}`,
-  );
+  setText(part("names"), `${model.task} by ${model.runtime}${names}`);
   setText(part("numbers"), numbers(model).join(" · "));
   keyed(
     part("parts"),
@@ -82,11 +110,22 @@ function fillCard(card, model) {
     (entry, block) => setText(entry, `${block.name}: ${formatBytes(block.nbytes)} (${block.tier})`),
   );
   setText(part("error"), model.last_error ?? "");
+  for (const [className, { order, useful }] of Object.entries(BUTTONS)) {
+    const button = part(className);
+    if (button.dataset.given) continue; // until it was carried out
+    setText(button, order(model));
+    button.setAttribute("aria-disabled", String(!useful(model)));
+  }
   card.dataset.state = model.state;
+  card.dataset.found = [model.id, part("names").textContent, part("state").textContent]
+    .join(" ")
+    .toLowerCase();
 }
 
 function numbers(model) {
-  const told = [`${model.leases} running`, `${model.waiting} waiting`];
+  const told = [];
+  if (model.leases > 0) told.push(`${model.leases} running`);
+  if (model.waiting > 0) told.push(`${model.waiting} waiting`);
   if (model.device_bytes > 0) told.push(`${formatBytes(model.device_bytes)} on the device`);
   else if (model.estimated_bytes !== null) told.push(`needs ${formatBytes(model.estimated_bytes)}`);
   if (model.host_bytes > 0) told.push(`host copy ${formatBytes(model.host_bytes)}`);

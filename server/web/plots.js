@@ -10,24 +10,28 @@ const [WIDTH, HEIGHT] = [600, 120];
 const perSecond = (value) => `${value >= 10 ? value.toFixed(0) : value.toFixed(2)}/s`;
 
 const PLOTS = [
-  { plot: "tokens", title: "Tokens generated, by model", format: perSecond },
-  { plot: "requests", title: "Requests finished, by model", format: perSecond },
-  { plot: "phases", title: "Time of a request by phase, 95th percentile", format: formatSeconds },
-  { plot: "tokens_s", title: "Time of tokens, 95th percentile", format: formatSeconds },
+  { plot: "tokens", title: "Tokens per second, by model", format: perSecond, byModel: true },
+  { plot: "requests", title: "Requests per second, by model", format: perSecond, byModel: true },
+  { plot: "phases", title: "Request time, 95th percentile", format: formatSeconds },
+  { plot: "tokens_s", title: "Token time, 95th percentile", format: formatSeconds },
 ];
 
-/** Draw all curves of a `History` up to `nowS`. */
-export function showPlots(history, nowS) {
+/** Draw all curves of a `History` up to `nowS`, a model's in its colour: its place in `models`. */
+export function showPlots(history, nowS, models) {
   const parent = byId("plots-figures");
-  keyed(parent, PLOTS, ({ plot }) => plot, createFigure, (figure, { plot, format }) => {
-    drawCurves(figure, [...history.curves.get(plot)], format, nowS);
+  keyed(parent, PLOTS, ({ plot }) => plot, createFigure, (figure, { plot, format, byModel }) => {
+    const hue = (name, index) => {
+      const place = byModel ? models.indexOf(name) : index;
+      return hueOf(place === -1 ? models.length + index : place);
+    };
+    drawCurves(figure, [...history.curves.get(plot)], hue, format, nowS);
   });
 }
 
-function drawCurves(figure, all, format, nowS) {
+function drawCurves(figure, all, hueOfCurve, format, nowS) {
   const curves = all
     .filter(([, points]) => points.some(([, value]) => value))
-    .map(([name, points], index) => ({ name, points, hue: hueOf(index) }));
+    .map(([name, points], index) => ({ name, points, hue: hueOfCurve(name, index) }));
   const values = curves.flatMap(({ points }) => points.map(([, value]) => value ?? 0));
   const top = ceiling(Math.max(0, ...values));
   setText(figure.querySelector(".top"), top > 0 ? format(top) : "nothing yet");

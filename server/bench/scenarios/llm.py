@@ -1,0 +1,99 @@
+"""Text: streams of tokens, so many at once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from server.bench.figures import Figure, quantile
+from server.bench.scenarios.scenario import Case, Peer, Scenario
+from server.bench.work import COMPLETIONS, Streams, Turn, Work
+
+TEXT = (
+    "the engine waits in a roundhouse while another locomotive stands on its turntable and "
+    "the driver asks for track one two three four please write short story about small robot "
+    "that learns to paint once upon time there was king who had daughters explain how memory "
+    "is shared between models every byte counted before used given back when work done"
+)
+WORDS = TEXT.split()
+STREAMS = (1, 16, 64, 256)
+SAMPLES = 4
+SHARES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
+
+
+def prompt(key: str, words: int) -> str:
+    """`key` and words by chance, the same for the same key.
+
+    A key of its own for each request keeps prefix caches from answering.
+    """
+    chosen = random.Random(key)
+    return " ".join([key, *(chosen.choice(WORDS) for _ in range(words))])
+
+
+def completion(model: str, text: str, output_tokens: int) -> Work:
+    """A greedy completion of exactly so many tokens, streamed."""
+    body = {
+        "model": model,
+        "prompt": text,
+        "max_tokens": output_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    return Work(COMPLETIONS, body)
+
+
+class Llm(Scenario):
+    """Streams that each send their next request when the last is answered."""
+
+    name = "llm"
+    models = ("tiny-llama",)
+    peers = frozenset(Peer)
+    figures = (
+        Figure("tokens", "tokens/s", higher_is_better=True),
+        *(Figure(f"TTFT {name}", "ms") for name in SHARES),
+        *(Figure(f"ITL {name}", "ms") for name in SHARES),
+        Figure("tokens a piece", "", higher_is_better=None),
+        Figure("client CPU", "% of a core", higher_is_better=None),
+    )
+
+    def cases(self) -> tuple[Case, ...]:
+        """One for each number of streams."""
+        numbers = self._settings.streams or STREAMS
+        return tuple(Case(f"{n} stream{'s' if n > 1 else ''}", n) for n in numbers)
+
+    def streams(self, case: Case, seed: int) -> Streams:
+        """Two requests a stream, eight of a single one, one of each of very many."""
+        rounds = self._settings.rounds or (1 if case.streams > 256 else max(2, 8 // case.streams))
+        return [
+            [self._work(f"{stream} {turn} {seed} {case.name}") for turn in range(rounds)]
+            for stream in range(case.streams)
+        ]
+
+    def _work(self, key: str) -> Work:
+        settings = self._settings
+        return completion(
+            self._models[0], prompt(key, settings.prompt_words), settings.output_tokens
+        )
+
+    def measure(self, turn: Turn) -> Mapping[str, float]:
+        """Tokens of all streams over the time from the first request to the last answer."""
+        first_ms = [each.first_s * 1e3 for each in turn.good]
+        gaps_ms = [
+            (after - before) * 1e3 for each in turn.good for before, after in pairwise(each.times_s)
+        ]
+        tokens = sum(each.tokens for each in turn.good)
+        pieces = sum(len(each.times_s) for each in turn.good)
+        return {
+            "tokens": tokens / turn.wall_s,
+            **{f"TTFT {name}": quantile(first_ms, share) for name, share in SHARES.items()},
+            **{f"ITL {name}": quantile(gaps_ms, share) for name, share in SHARES.items()},
+            "tokens a piece": tokens / max(1, pieces),
+            "client CPU": 100 * turn.client_cpu_s / turn.wall_s,
+        }
+
+    def samples(self) -> Sequence[Work]:
+        """A few prompts, each alone: what is greedy must be the same text."""
+        return [self._work(f"{number} sample") for number in range(SAMPLES)]

@@ -1,0 +1,67 @@
+"""Speech: how soon it begins, and how much faster than real time it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from server.bench.figures import Figure, quantile
+from server.bench.scenarios.scenario import Case, Peer, Scenario
+from server.bench.work import SPEECH, Streams, Turn, Work
+
+ROUNDS = 4
+SENTENCES = (3, 10)
+SEED = 7
+SAME_S = 0.001
+"""By how much the lengths of the same speech may differ."""
+
+
+class Speech(Scenario):
+    """Texts of some sentences, one after the other."""
+
+    name = "speech"
+    models = ("tiny-vits",)
+    peers = frozenset({Peer.BARE})
+    figures = (
+        Figure("time to first byte", "ms"),
+        Figure("speech", "ms"),
+        Figure("real-time factor", ""),
+    )
+
+    def cases(self) -> tuple[Case, ...]:
+        """One for each length."""
+        return tuple(Case(f"{number} sentences", number) for number in SENTENCES)
+
+    def streams(self, case: Case, seed: int) -> Streams:  # noqa: ARG002
+        """One series, each as long as the others and drawn from the same seed."""
+        rounds = self._settings.rounds or ROUNDS
+        return [[self._work(case.streams) for _ in range(rounds)]]
+
+    def _work(self, sentences: int) -> Work:
+        text = " ".join(
+            f"The locomotive number {n} waits on the turntable for its turn."
+            for n in range(1, sentences + 1)
+        )
+        body = {
+            "model": self._models[0],
+            "input": text,
+            "voice": "alloy",
+            "seed": SEED,
+            "response_format": "wav",
+        }
+        return Work(SPEECH, body)
+
+    def measure(self, turn: Turn) -> Mapping[str, float]:
+        """The real-time factor is the time of making over that of listening: below 1 is faster."""
+        return {
+            "time to first byte": quantile([each.first_s * 1e3 for each in turn.good], 0.5),
+            "speech": quantile([each.end_s * 1e3 for each in turn.good], 0.5),
+            "real-time factor": quantile([each.end_s / each.audio_s for each in turn.good], 0.5),
+        }
+
+    def samples(self) -> Sequence[Work]:
+        """One of each length."""
+        return [self._work(number) for number in SENTENCES]
+
+    def alike(self, ours: str, peer: str) -> bool:
+        """Whether both speak equally long; `Answer.output` of a sound is its seconds."""
+        return abs(float(ours) - float(peer)) <= SAME_S

@@ -1,0 +1,142 @@
+"""Answers for the time in which nobody serves: 503 and when to come again.
+
+Only the standard library, as it is part of the supervisor.
+"""
+
+from __future__ import annotations
+
+import json
+import selectors
+import socket
+from dataclasses import dataclass
+
+MAX_HEAD_BYTES = 2**16
+MAX_CONNECTIONS = 256
+"""Beyond, the oldest connection is closed."""
+PATIENCE_S = 10.0
+"""How long a connection may take to send its head, and then to take its answer."""
+
+_READ_BYTES = 2**16
+
+
+@dataclass(slots=True, eq=False)
+class _Connection:
+    socket: socket.socket
+    head: bytes = b""
+    answered: bool = False
+    open_s: float = 0.0
+
+
+class Refuser:
+    """Takes connections off a listener, while it is on, and answers each once.
+
+    It shares the listener with the process that serves: turn it off once that takes connections.
+    """
+
+    def __init__(self, selector: selectors.BaseSelector, listener: socket.socket) -> None:
+        """`selector`'s owner calls the `data` of each event that comes. Begins turned off."""
+        self._selector = selector
+        self._listener = listener
+        self._connections: dict[_Connection, None] = {}  # in the order they came
+        self.on = False
+        self.retry_after_s = 1
+        """What clients are told."""
+
+    def turn_on(self) -> None:
+        """Take connections from now on."""
+        if not self.on:
+            self._listener.setblocking(False)
+            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+            self.on = True
+
+    def turn_off(self) -> None:
+        """Take no more; those taken get their answers."""
+        if self.on:
+            self._selector.unregister(self._listener)
+            self.on = False
+
+    def on_time(self, elapsed_s: float) -> None:
+        """Close the connections whose patience is at its end."""
+        for connection in tuple(self._connections):
+            connection.open_s += elapsed_s
+            if connection.open_s > PATIENCE_S:
+                self._close(connection)
+
+    def close(self) -> None:
+        """Turn it off and close every connection."""
+        self.turn_off()
+        for connection in tuple(self._connections):
+            self._close(connection)
+
+    def _accept(self) -> None:
+        try:
+            accepted, _ = self._listener.accept()
+        except OSError:  # the client left, or the process that serves was faster
+            return
+        accepted.setblocking(False)
+        connection = _Connection(accepted)
+        if len(self._connections) >= MAX_CONNECTIONS:
+            self._close(next(iter(self._connections)))
+        self._connections[connection] = None
+        self._selector.register(accepted, selectors.EVENT_READ, lambda: self._read(connection))
+
+    def _read(self, connection: _Connection) -> None:
+        if connection not in self._connections:  # closed since the selector returned
+            return
+        try:
+            data = connection.socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._close(connection)
+            return
+        if connection.answered:
+            return  # its body: closing with bytes unread would reset the connection, answer and all
+        connection.head += data
+        if b"\r\n\r\n" in connection.head:
+            self._answer(connection)
+        elif len(connection.head) > MAX_HEAD_BYTES:
+            self._close(connection)
+
+    def _answer(self, connection: _Connection) -> None:
+        connection.answered = True
+        try:
+            # So short that the buffer of a new connection always takes it whole.
+            connection.socket.send(answer(connection.head, self.retry_after_s))
+            connection.socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._close(connection)
+
+    def _close(self, connection: _Connection) -> None:
+        del self._connections[connection]
+        self._selector.unregister(connection.socket)
+        connection.socket.close()
+
+
+def answer(head: bytes, retry_after_s: int) -> bytes:
+    """The whole response to a request with this head, as its client expects errors."""
+    method, _, rest = head.partition(b" ")
+    path = rest.partition(b" ")[0].partition(b"?")[0]
+    if path == b"/ping":  # to RunPod: still being initialised
+        return b"HTTP/1.1 204 No Content\r\nconnection: close\r\n\r\n"
+    message = "The server is being restarted."
+    document: dict[str, object]
+    if path in (b"/health", b"/ready"):
+        document = {"status": "restarting"}
+    elif path == b"/v1/messages" or path.startswith(b"/v1/messages/"):
+        error = {"type": "overloaded_error", "message": message}
+        document = {"type": "error", "error": error, "request_id": ""}
+    else:
+        error_fields = {"message": message, "type": "server_error", "param": None}
+        document = {"error": {**error_fields, "code": "restarting"}}
+    body = json.dumps(document).encode()
+    lines = (
+        "HTTP/1.1 503 Service Unavailable",
+        "content-type: application/json",
+        f"content-length: {len(body)}",
+        f"retry-after: {retry_after_s}",
+        "connection: close",
+    )
+    return "\r\n".join((*lines, "", "")).encode() + (b"" if method == b"HEAD" else body)

@@ -1,0 +1,183 @@
+"""The files of models: what they take, pulling and deleting them, adding LoRAs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import aclosing
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request, Response
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.types import Receive, Scope, Send
+
+from engine.downloads import NO_PROGRESS, Pulls, sources_of
+from engine.errors import Conflict, EngineError, InvalidRequest
+from engine.hub import FetchProgress
+from engine.loras import MAX_LORA_BYTES, add, check_name, folder_of
+from engine.model_files import Files, files_of, removable, remove
+from engine.status import ModelState
+from server.body import stream_body
+from server.connection import run_while_connected
+from server.errors import Failure
+from server.sse import EventStream, event_frame
+
+if TYPE_CHECKING:
+    from engine.config import ModelConfig
+    from engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+TELL_EVERY_S = 0.5
+
+MAX_IGNORED_BYTES = 2**16
+
+SPOOL_BYTES = 2**20
+"""An upload beyond this is kept on disk while it comes."""
+
+
+def files_router(engine: Engine) -> APIRouter:
+    """`/v1/engine/files`, `/v1/engine/models/{id}/pull` and `…/files`, `/v1/engine/loras`."""
+    router = APIRouter(tags=["engine"])
+    pulls = Pulls()
+
+    @router.get("/v1/engine/files")
+    async def list_files() -> dict[str, Any]:
+        return await asyncio.to_thread(_files_document, engine)
+
+    @router.post("/v1/engine/models/{name:path}/pull", response_model=None)
+    async def pull(name: str, request: Request) -> Response:
+        model = engine.config.find(name)
+        async for _ in stream_body(request, MAX_IGNORED_BYTES):
+            pass  # there is nothing to say, but some clients send an empty object
+        return PullResponse(pulls, model)
+
+    @router.delete("/v1/engine/models/{name:path}/files")
+    async def delete_files(name: str) -> dict[str, Any]:
+        model = engine.config.find(name)
+        if engine.model_status(model.id).state is not ModelState.ABSENT:
+            raise Conflict(f"The model {model.id!r} is loaded; unload it first.")
+        if pulls.is_pulling(model.id):
+            raise Conflict(f"The files of {model.id!r} are just being fetched.")
+        found = await asyncio.to_thread(removable, model, engine.config)
+        freed = await asyncio.to_thread(_remove, found)
+        return {
+            "id": model.id,
+            "object": "engine.files",
+            "deleted": [each.source for each in found],
+            "freed_bytes": freed,
+        }
+
+    @router.post("/v1/engine/loras")
+    async def add_lora(request: Request) -> dict[str, Any]:
+        return await _add_lora(request, engine)
+
+    return router
+
+
+class PullResponse(Response):
+    """Server-sent events of a pull: `pull.progress`, then `pull.completed` or `error`.
+
+    The pull stops when the last client that follows it leaves. What fails is told by the last
+    event, as the hub is asked only after the stream has begun.
+    """
+
+    def __init__(self, pulls: Pulls, model: ModelConfig) -> None:
+        super().__init__()
+        self._pulls = pulls
+        self._model = model
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until the pull has ended or the client leaves."""
+        request_id: str = scope["state"]["request_id"]
+        await run_while_connected(self._send_events(send, request_id), receive)
+
+    async def _send_events(self, send: Send, request_id: str) -> None:
+        stream = EventStream(send)
+        await stream.begin({})
+        last = NO_PROGRESS
+        try:
+            async with aclosing(self._pulls.follow(self._model, TELL_EVERY_S)) as progress:
+                async for last in progress:
+                    await stream.send(self._frame("pull.progress", last))
+            await stream.send(self._frame("pull.completed", last))
+        except EngineError as error:
+            logger.warning("the pull of %s failed: %s", self._model.id, error)
+            document = {"type": "error", **Failure.of(error).openai_document()}
+            await stream.send(event_frame({**document, "request_id": request_id}).data)
+        await stream.end()
+
+    def _frame(self, kind: str, progress: FetchProgress) -> str:
+        return event_frame({"type": kind, "model": self._model.id, **asdict(progress)}).data
+
+
+async def _add_lora(request: Request, engine: Engine) -> dict[str, Any]:
+    """A form with `model`, `file` and perhaps `name`, by itself the file's own."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "multipart/form-data":
+        raise InvalidRequest("Send the file as multipart/form-data.", status=415)
+    async with aclosing(stream_body(request, MAX_LORA_BYTES)) as stream:
+        parser = MultiPartParser(request.headers, stream, max_files=1, max_fields=2)
+        parser.spool_max_size = SPOOL_BYTES
+        try:
+            form = await parser.parse()
+        except MultiPartException as error:
+            raise InvalidRequest(f"The form cannot be read: {error.message}") from error
+        except OSError as error:  # of the temporary file
+            raise Conflict(f"The upload cannot be kept: {error}") from error
+    try:
+        unknown = next((key for key in form if key not in ("model", "name", "file")), None)
+        if unknown is not None:
+            raise InvalidRequest(f"Unknown parameter: '{unknown}'.", param=unknown)
+        file, model_name = form.get("file"), form.get("model")
+        if not isinstance(file, UploadFile):
+            raise InvalidRequest("Missing required parameter: 'file'.", param="file")
+        if not isinstance(model_name, str) or not model_name:
+            raise InvalidRequest("You must name a model, as a string.", param="model")
+        model = engine.config.find(model_name)
+        folder_of(model)
+        name = check_name(str(form.get("name") or file.filename or ""))
+        path = await asyncio.to_thread(add, model, name, file.file)
+    finally:
+        await form.close()
+    return {
+        "id": name,
+        "object": "engine.lora",
+        "model": model.id,
+        "nbytes": path.stat().st_size,
+    }
+
+
+def _files_document(engine: Engine) -> dict[str, Any]:
+    config = engine.config
+    return {
+        "object": "list",
+        "data": [
+            {
+                "id": model.id,
+                "object": "engine.files",
+                "source": model.source,
+                "hub": bool(sources_of(model)),
+                "files": [_document(each) for each in files_of(model, config)],
+            }
+            for model in config.models
+        ],
+    }
+
+
+def _document(files: Files) -> dict[str, Any]:
+    document = asdict(files)
+    del document["path"]  # users need not know how this machine's disk is laid out
+    return document
+
+
+def _remove(found: tuple[Files, ...]) -> int:
+    freed = 0
+    for each in found:
+        try:
+            freed += remove(each.source)
+        except OSError as error:
+            raise Conflict(f"The files of {each.source} cannot be deleted: {error}") from error
+    return freed

@@ -1,0 +1,479 @@
+"""The page at `/` in a real browser: against a real server with the starter models, and by key."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import wave
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from math import pi, sin
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+from tests.server.real import ROOT, STOP_S, Server
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext, FilePayload, Locator, Page, Route
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+axe = pytest.importorskip(
+    "axe_playwright_python.sync_playwright", reason="needs axe-playwright-python"
+)
+expect = playwright.expect
+
+pytestmark = pytest.mark.slow
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+"""The system's; None: the one that playwright has fetched, if it has."""
+ARGUMENTS = (
+    "--no-sandbox",  # tests may be run as root
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-quic",
+    "--disable-sync",
+    "--no-first-run",
+    "--autoplay-policy=no-user-gesture-required",
+    # A microphone that beeps, and leave to use it.
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
+)
+PATIENCE_MS = 60_000
+PANELS = ("chat", "images", "videos", "speech", "transcription")
+PIXEL = 1 / 1200
+"""About one in the width of a bar."""
+NARROW = 320
+"""CSS pixels at which a page must need no scrolling to the side (WCAG 2.2, 1.4.10)."""
+
+RECORD_FRAMES = """
+    ([selector, property]) => {
+        globalThis.seen = [];
+        const look = () => {
+            const value = document.querySelector(selector)?.[property];
+            if (value && value !== globalThis.seen.at(-1)) globalThis.seen.push(value);
+            requestAnimationFrame(look);
+        };
+        look();
+    }
+"""
+"""Note each value that stood on the screen for a frame, and so could be seen."""
+
+KEY_CONFIG = """
+engine: {{device: cpu, memory: 64MiB, state_dir: {folder}, data_dir: {folder}}}
+server: {{port: 0, api_keys: [user-key], admin_keys: [admin-key]}}
+models:
+  - {{id: small, runtime: fake, source: "starter:tiny"}}
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with playwright.sync_playwright() as running:
+        if CHROMIUM is None and not Path(running.chromium.executable_path).exists():
+            pytest.skip("needs Chromium: the system's package, or `playwright install chromium`")
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        context.set_default_timeout(PATIENCE_MS)
+        expect.set_options(timeout=PATIENCE_MS)
+        yield context
+
+
+@pytest.fixture
+def faults() -> list[str]:
+    """What the browser complained about."""
+    return []
+
+
+@pytest.fixture
+def blank(context: BrowserContext, faults: list[str]) -> Page:
+    """A page that nothing was opened in."""
+    page = context.new_page()
+    page.on("console", lambda message: faults.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: faults.append(f"uncaught: {error}"))
+    return page
+
+
+@pytest.fixture
+def page(blank: Page, faults: list[str], server: Server) -> Iterator[Page]:
+    """The page of the real server, with its models shown; any word on its console is a fault."""
+    blank.goto(server.url)
+    blank.locator("#models-list > li").first.wait_for()
+    yield blank
+    assert faults == []
+
+
+def serious_faults(page: Page) -> list[str]:
+    """What axe finds that keeps somebody from using the page."""
+    found = axe.Axe().run(page).response["violations"]
+    return [
+        f"{each['id']} at {node['target']}: {each['help']}"
+        for each in found
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ]
+
+
+def send(page: Page, panel: str, **fields: str) -> Locator:
+    """Open a panel, fill its form and submit it; returns where its state is told."""
+    page.locator(f"#tab-{panel}").click()
+    for name, value in fields.items():
+        field = page.locator(f"#{panel}-{name}")
+        if field.evaluate("(node) => node.tagName") == "SELECT":
+            field.select_option(value)
+        else:
+            field.fill(value)
+    page.locator(f"#{panel}-form [type=submit]").click()
+    return page.locator(f"#{panel}-form [data-status]")
+
+
+def card_of(page: Page, model: str) -> Locator:
+    return page.locator(f"#models-list > [data-key='{model}']")
+
+
+def order(card: Locator, name: str) -> Locator:
+    """A button of a model."""
+    return card.get_by_role("button", name=name, exact=True)
+
+
+def shares(bar: Locator) -> dict[str, float]:
+    """Each part's share of the width of a bar, by the part's key."""
+    found: dict[str, float] = bar.evaluate(
+        """(bar) => Object.fromEntries([...bar.children].map((part) =>
+            [part.dataset.key, part.getBoundingClientRect().width / bar.clientWidth]))"""
+    )
+    return found
+
+
+def has_played(medium: Locator) -> None:
+    """Return once it has played something."""
+    expect(medium).not_to_have_js_property("currentTime", 0)
+    expect(medium).to_have_js_property("error", None)
+
+
+def spoken_wav() -> bytes:
+    """Two seconds that change their pitch, 16 kHz."""
+    rate = 16_000
+    file = io.BytesIO()
+    with wave.open(file, "wb") as recording:
+        recording.setnchannels(1)
+        recording.setsampwidth(2)
+        recording.setframerate(rate)
+        for index in range(2 * rate):
+            time_s = index / rate
+            sample = round(9000 * sin(2 * pi * (200 + 150 * time_s) * time_s))
+            recording.writeframesraw(struct.pack("<h", sample))
+    return file.getvalue()
+
+
+class TestPlayground:
+    def test_chat_streams_in_and_stops(self, page: Page) -> None:
+        page.evaluate(RECORD_FRAMES, ["#chat-messages li:last-child .text", "textContent"])
+        status = send(page, "chat", **{"model": "tiny-llama", "prompt": "Hello"})
+        expect(status).to_have_text(re.compile(r"in all, \d+ tokens"))
+        texts = page.evaluate("seen")
+        answers = texts[texts.index("Hello") + 1 :] if "Hello" in texts else texts
+        assert len(answers) > 5, "it did not come piece by piece"
+        assert all(later.startswith(earlier) for earlier, later in pairwise(answers))
+        entries = page.locator("#chat-messages li")
+        expect(entries).to_have_count(2)
+        expect(entries.last).to_contain_text("tiny-llama")
+
+        page.locator("#chat-clear").click()
+        expect(entries).to_have_count(0)
+        # Greedy, so that it takes the same way, far from its end, each time.
+        send(page, "chat", **{"max-tokens": "1500", "temperature": "0", "prompt": "Go on"})
+        expect(entries).to_have_count(2)
+        expect(entries.last.locator(".text")).not_to_be_empty()
+        page.locator("#chat-form [data-stop]").click()
+        expect(status).to_have_text("Stopped.")
+        expect(page.locator("#chat-form [type=submit]")).to_be_focused()
+        assert serious_faults(page) == []
+
+        curve = page.locator("#plots-figures [data-key='tokens'] .legend li", has_text="tiny-llama")
+        expect(curve).to_contain_text("/s")
+        hue = "(node) => node.querySelector('.swatch').style.getPropertyValue('--hue')"
+        assert curve.evaluate(hue) == card_of(page, "tiny-llama").evaluate(hue)
+
+    def test_an_image_appears_step_by_step(self, page: Page) -> None:
+        page.evaluate(RECORD_FRAMES, ["#images-results img", "src"])
+        status = send(
+            page,
+            "images",
+            model="tiny-sdxl",
+            prompt="A roundhouse at dusk",
+            size="256x256",
+            steps="20",
+            seed="7",
+        )
+        expect(status).to_have_text("Done.")
+        assert len(page.evaluate("seen")) >= 3, "no partial images"
+        image = page.get_by_role("img", name="A roundhouse at dusk")
+        assert image.evaluate("(node) => [node.naturalWidth, node.naturalHeight]") == [256, 256]
+        with page.expect_download() as download:
+            page.get_by_role("link", name="Download").click()
+        assert download.value.suggested_filename == "image-7.png"
+        assert serious_faults(page) == []
+
+    def test_a_video_plays(self, page: Page) -> None:
+        status = send(page, "videos", model="tiny-wan", prompt="A turntable", seconds="1")
+        expect(status).to_have_text(re.compile("^Created video_"))
+        card = page.locator("#videos-list > li").first
+        expect(card.locator("progress")).to_be_visible()
+        expect(card).to_contain_text("completed")
+        expect(card.locator("progress")).to_be_hidden()
+        card.get_by_role("button", name="Play A turntable").click()
+        has_played(card.locator("video"))
+        assert card.locator("video").evaluate("(node) => node.videoWidth") == 128
+        assert serious_faults(page) == []
+        jobs = page.locator("#videos-list > li")
+        before = jobs.count()
+        card.get_by_role("button", name="Delete A turntable").click()
+        expect(jobs).to_have_count(before - 1)
+        expect(page.locator("#videos-title")).to_be_focused()
+
+    def test_speech_plays(self, page: Page) -> None:
+        page.locator("#tab-speech").click()
+        page.locator("#speech-model").select_option("tiny-vits-multi")
+        expect(page.locator("#speech-voice")).to_contain_text("p226")
+        status = send(page, "speech", voice="p226", input="Good morning, roundhouse.")
+        expect(status).to_have_text("Done.")
+        has_played(page.locator("#speech-audio"))
+        assert serious_faults(page) == []
+
+    def test_a_recording_is_transcribed(self, page: Page) -> None:
+        page.locator("#tab-transcription").click()
+        file: FilePayload = {"name": "a.wav", "mimeType": "audio/wav", "buffer": spoken_wav()}
+        page.locator("#transcription-file").set_input_files(file)
+        with page.expect_response("**/v1/audio/transcriptions") as uploaded:
+            status = send(page, "transcription")
+        expect(status).to_have_text(re.compile("^Done"))
+        said = re.findall(r'"transcript\.text\.done".*?"text":\s*"(.*?)"', uploaded.value.text())
+        expect(page.locator("#transcription-text")).to_have_text(said[-1])
+        assert serious_faults(page) == []
+
+        page.reload()  # so that no file is chosen
+        page.locator("#tab-transcription").click()
+        page.locator("#record-toggle").click()
+        expect(page.locator("#record-time")).to_have_text("1 s")
+        page.locator("#record-toggle").click()
+        expect(page.locator("#record-state")).to_contain_text("Recorded")
+        with page.expect_response("**/v1/audio/transcriptions") as recorded:
+            send(page, "transcription")
+        assert recorded.value.status == 200
+        expect(status).to_have_text(re.compile("^Done"))
+
+
+class TestDashboard:
+    def test_the_picture_of_memory_follows(self, page: Page, server: Server) -> None:
+        model = "tiny-sd15"
+        httpx.post(f"{server.url}/v1/engine/models/{model}/unload", timeout=60).raise_for_status()
+        card = card_of(page, model)
+        state, outcome = card.locator(".state"), card.locator(".outcome")
+        on_device = page.locator("#device-parts")
+        expect(state).to_have_text("absent")
+        expect(order(card, "Park")).to_have_attribute("aria-disabled", "true")
+        expect(on_device).not_to_contain_text(f"{model}:")
+
+        order(card, "Load").press("Enter")
+        expect(outcome).to_have_text("Load: done")
+        expect(state).to_have_text("resident")
+        expect(order(card, "Load")).to_be_focused()
+        expect(on_device).to_contain_text(f"{model}: unet")
+        expect(page.locator("#events-list li:visible").first).to_contain_text(f"loaded {model}")
+        self.drawn_to_scale(page, server)
+
+        order(card, "Park").click()
+        expect(outcome).to_have_text("Park: done")
+        expect(state).to_have_text("parked")
+        expect(on_device).not_to_contain_text(f"{model}:")
+        expect(page.locator("#host-parts")).to_contain_text(f"{model} (parked: ")
+        expect(page.locator("#host-bar .block", has_text=f"{model} (parked")).to_have_count(1)
+        expect(page.locator("#events-list")).to_contain_text(f"park {model}")
+
+        order(card, "Pin").click()
+        expect(state).to_have_text("parked, pinned")
+        order(card, "Unpin").click()
+        expect(state).to_have_text("parked")
+        order(card, "Unload").click()
+        expect(state).to_have_text("absent")
+        expect(page.locator("#host-parts")).not_to_contain_text(model)
+
+    def drawn_to_scale(self, page: Page, server: Server) -> None:
+        """Every byte of the ledger has its share of the bar, and a larger one where enlarged."""
+        # One status, held on to: what others use changes all the time.
+        engine = httpx.get(f"{server.url}/v1/engine").json()
+        engine["transition"] = "held still"
+        page.route("**/v1/engine", lambda route: route.fulfill(json=engine))
+        expect(page.locator("#transition")).to_have_text("Now: held still")
+        drawn = shares(page.locator("#device-bar"))
+        enlarged = shares(page.locator("#device-enlarged"))
+        page.unroute_all(behavior="wait")
+        ledger, entries = engine["ledger"], engine["ledger"]["entries"]
+        assert sum(drawn.values()) == pytest.approx(1, abs=0.001)
+        for name in ("foreign", "free"):
+            expected = ledger[f"{name}_bytes"] / ledger["total_bytes"]
+            assert drawn[name] == pytest.approx(expected, abs=PIXEL)
+        copied_bytes = sum(model["host_bytes"] for model in engine["models"])
+        models_bytes = max(ledger["granted_bytes"], copied_bytes)
+        assert len(enlarged) == len(entries)
+        for entry in entries:
+            key = f"{entry['kind']} {entry['owner']} {entry['name']} "
+            for parts, whole_bytes in ((drawn, ledger["total_bytes"]), (enlarged, models_bytes)):
+                (share,) = (share for name, share in parts.items() if name.startswith(key))
+                assert share == pytest.approx(entry["nbytes"] / whole_bytes, abs=PIXEL)
+
+    def test_models_are_found(self, page: Page) -> None:
+        shown = page.locator("#models-list > li:visible")
+        page.locator("#models-filter").fill("WHISPER transcribe")
+        expect(shown).to_have_count(1)
+        expect(shown).to_contain_text("tiny-whisper")
+        page.locator("#models-filter").fill("")
+        expect(shown).to_have_count(page.locator("#models-list > li").count())
+
+    def test_restarts_are_told(self, page: Page) -> None:
+        expect(page.locator("#restarts")).to_be_hidden()
+
+        def restarted(route: Route) -> None:
+            status = route.fetch().json()
+            restarts = {"count": 2, "reason": "the device did not answer", "at": 1_000_000}
+            route.fulfill(json={**status, "restarts": restarts})
+
+        page.route("**/v1/engine", restarted)
+        expect(page.locator("#restarts")).to_have_text(
+            re.compile("^Restarted 2 times, last at .*1970.*: the device did not answer$")
+        )
+        page.unroute_all(behavior="wait")
+
+    def test_everybody_can_use_it_in_the_dark_too(self, page: Page) -> None:
+        page.emulate_media(color_scheme="dark")
+        for panel in PANELS:
+            page.locator(f"#tab-{panel}").click()
+            assert serious_faults(page) == [], panel
+        page.locator("#key-open").click()
+        assert serious_faults(page) == []
+
+    def test_by_keyboard(self, page: Page) -> None:
+        page.keyboard.press("Tab")
+        expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
+        page.keyboard.press("Enter")
+        expect(page.locator("#main")).to_be_focused()
+
+        page.locator("#tab-chat").focus()
+        for key, panel in (
+            ("ArrowRight", "images"),
+            ("End", "transcription"),
+            ("ArrowRight", "chat"),
+            ("ArrowLeft", "transcription"),
+            ("Home", "chat"),
+        ):
+            page.keyboard.press(key)
+            expect(page.locator(f"#tab-{panel}")).to_be_focused()
+            expect(page.locator("[role=tabpanel]:visible")).to_have_id(f"panel-{panel}")
+        page.locator("#chat-prompt").focus()
+        page.keyboard.type("Hello")
+        page.keyboard.press("Control+Enter")
+        expect(page.locator("#chat-messages li").first).to_contain_text("Hello")
+
+        page.locator("#key-open").press("Enter")
+        expect(page.get_by_role("dialog")).to_be_visible()
+        assert serious_faults(page) == []
+        page.keyboard.press("Escape")
+        expect(page.get_by_role("dialog")).to_be_hidden()
+        expect(page.locator("#key-open")).to_be_focused()
+
+    def test_on_a_narrow_screen(self, page: Page) -> None:
+        page.set_viewport_size({"width": NARROW, "height": 640})
+        for panel in PANELS:
+            page.locator(f"#tab-{panel}").click()
+            assert page.evaluate("document.documentElement.scrollWidth") <= NARROW, panel
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a server that asks for a key. Its model answers one request at a time: never."""
+    folder = tmp_path_factory.mktemp("locked")
+    config = folder / "config.yaml"
+    config.write_text(KEY_CONFIG.format(folder=folder))
+    command = (sys.executable, "-m", "tests.server.serve_fake", "serve", "--no-supervisor")
+    with subprocess.Popen(
+        [*command, "--config", str(config)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stderr is not None
+            told = ""
+            while (url := re.search(r"http://127\.0\.0\.1:\d+", told)) is None:
+                line = process.stderr.readline()
+                assert line, told
+                told += line
+            yield url[0]
+        finally:
+            process.terminate()
+            process.communicate(timeout=STOP_S)
+
+
+@contextmanager
+def requests_without_end(url: str, count: int) -> Iterator[None]:
+    """Chats that are open meanwhile: the first is being answered, the others wait."""
+    with (
+        httpx.Client(
+            base_url=url, headers={"authorization": "Bearer user-key"}, timeout=60
+        ) as client,
+        ExitStack() as streams,
+    ):
+        for _ in range(count):
+            body = {"model": "small", "messages": [], "stream": True}
+            streams.enter_context(client.stream("POST", "/v1/chat/completions", json=body))
+        yield
+
+
+class TestWithKeys:
+    def test_it_asks_for_a_key(self, blank: Page, faults: list[str], locked: str) -> None:
+        blank.goto(locked)
+        dialog = blank.get_by_role("dialog")
+        expect(dialog).to_contain_text("The server asks for a key.")
+        key = blank.get_by_label("Key", exact=True)
+        key.fill("wrong-key")
+        key.press("Enter")
+        expect(dialog).to_contain_text("The server refuses this key.")
+        expect(card_of(blank, "small")).to_have_count(0)
+        key.fill("user-key")
+        blank.get_by_role("button", name="Use this key").click()
+        expect(card_of(blank, "small")).to_be_visible()
+        expect(dialog).to_be_hidden()
+        # Kept in this tab, and only there.
+        blank.reload()
+        expect(card_of(blank, "small")).to_be_visible()
+        assert blank.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+
+        order(card_of(blank, "small"), "Load").click()
+        expect(card_of(blank, "small").locator(".outcome")).to_contain_text("needs an admin key")
+        refused = re.compile(r"error: Failed to load resource: .* 40[13] ")
+        assert [each for each in faults if not refused.match(each)] == []
+
+    def test_those_who_wait_are_shown(self, blank: Page, locked: str) -> None:
+        blank.add_init_script("sessionStorage.setItem('roundhouse-api-key', 'user-key')")
+        blank.goto(locked)
+        expect(blank.locator("#queue-summary")).to_have_text("Nobody waits.")
+        rows = blank.locator("#queue-rows tr")
+        with requests_without_end(locked, 3):
+            expect(blank.locator("#queue-summary")).to_have_text("2 requests wait.")
+            expect(rows.nth(0)).to_contain_text(re.compile("^1small.*normal"))
+            expect(rows.nth(1)).to_contain_text(re.compile("^2small.*normal"))
+            expect(card_of(blank, "small")).to_contain_text("1 running · 2 waiting")
+            assert serious_faults(blank) == []
+        expect(blank.locator("#queue-summary")).to_have_text("Nobody waits.")
