@@ -90,8 +90,7 @@ def _last_line(node: yaml.Node) -> int:
         return _last_line(node.value[-1][1])
     if isinstance(node, yaml.SequenceNode) and node.value and not node.flow_style:
         return _last_line(node.value[-1])
-    mark = node.end_mark
+    line: int = node.end_mark.line
     # A block scalar ends at the beginning of the line after it.
-    return int(
-        mark.line - 1 if mark.column == 0 and mark.line > node.start_mark.line else mark.line
-    )
+    after = node.end_mark.column == 0 and line > node.start_mark.line
+    return line - 1 if after else line

@@ -16,7 +16,6 @@ from server.context import RequestContext
 from server.errors import Failure
 from server.metrics import HttpMetrics
 from server.routes.engine import engine_router
-from server.routes.files import files_router
 from server.routes.images import images_router
 from server.routes.models import models_router
 from server.routes.probes import probes_router
@@ -41,6 +40,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     from engine.jobs import Jobs
     from engine.outputs import Outputs
     from engine.voices import VoiceStore
+    from server.routes.files import files_router
     from server.routes.speech import speech_router
     from server.routes.transcriptions import transcriptions_router
     from server.routes.voices import voices_router

@@ -1,4 +1,4 @@
-// The memory of the device and the host copies, drawn to one scale, and enlarged where models are small.
+// The memory of the device and the host copies, drawn to one scale, and larger where it is little.
 
 import { byId, element, keyed, setText } from "./dom.js";
 import { formatBytes, hueOf } from "./units.js";

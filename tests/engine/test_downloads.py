@@ -23,7 +23,15 @@ from engine.config import EngineConfig, ModelConfig
 from engine.device import CpuDevice
 from engine.downloads import Pulls, pull, sources_of
 from engine.errors import Conflict, LoadFailed, NotFound
-from engine.hub import PARTIAL, FetchCancelledError, FetchProgress, HubSource, choose, fetch
+from engine.hub import (
+    PARTIAL,
+    FetchCancelledError,
+    FetchProgress,
+    HubSource,
+    choose,
+    fetch,
+    present,
+)
 from engine.model_files import files_of, other_repos, removable, remove, unused_repos
 from engine.runtimes import runtime_class
 from engine.runtimes.diffusers import DiffusersRuntime
@@ -73,6 +81,15 @@ class TestFetch:
         sent = hub.sent.copy()
         assert fetch(SOURCE) == folder
         assert hub.sent == sent
+
+    def test_a_part_of_it_is_not_present(self, hub: Hub, cache: Path) -> None:
+        assert present(SOURCE) is None
+        only_weights = HubSource(REPO, ("*.safetensors",))
+        folder = fetch(only_weights)
+        assert present(only_weights) == folder
+        assert present(SOURCE) is None
+        assert fetch(SOURCE) == present(SOURCE) == folder
+        assert hub.sent["model.safetensors"] == len(WEIGHTS)
 
     def test_progress_ends_with_all_of_it(self, cache: Path) -> None:
         told: list[FetchProgress] = []
@@ -380,7 +397,8 @@ class TestPulls:
         async with asyncio.timeout(PATIENCE_S):
             told = await asyncio.gather(follow(), follow())
         assert hub.sent["model.safetensors"] == len(WEIGHTS)
-        assert hub.listed == [REPO]
+        # By one pull: to know what there is, and by the library as it registers the snapshot.
+        assert hub.listed == [REPO, REPO]
         for each in told:
             assert each[-1].done_bytes == each[-1].total_bytes > len(WEIGHTS)
         assert not pulls.is_pulling("a")

@@ -20,6 +20,7 @@ import psutil
 import pytest
 import yaml
 
+from server.serve import BEAT_S
 from server.settings import STARTER_CONFIG
 from tests.server.real import ROOT, Server
 
@@ -228,6 +229,13 @@ async def heals(server: Hanging, do: str, reason: str) -> httpx.Response | None:
     """Have it do that; return what the client that asked for it was told, once all is well."""
     async with server.client() as client:
         assert (await client.post(CHAT, json={"model": "other"})).status_code == 200
+
+        async def told() -> bool:
+            """The supervisor knows of it: it is told with each beat."""
+            models = (await client.get("/v1/engine")).json()["models"]
+            return any((m["idle_s"] or 0) > 2 * BEAT_S for m in models if m["id"] == "other")
+
+        await until(told)
         began_s = time.monotonic()
         asked = asyncio.create_task(client.post(CHAT, json={"model": "small", "do": do}))
 

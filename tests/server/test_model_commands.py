@@ -526,6 +526,7 @@ class TestConfigText:
             "models:\n    - id: a\n      source: b\n      aliases:\n        - c\n    # last\n",
             'models:\n  - {id: a, source: "b"}  # one\n',
             "models:\n  - id: a\n    source: >-\n      b\n# after\nengine: {}\n",
+            "models:\n  - id: a\n    source: |-\n      b\nengine: {}\n",
             "models:\n  - id: a\n    source: 'b\n      c'\nengine: {}\n",
         ],
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import wave
-
-import numpy as np
+from array import array
+from math import pi, sin
 
 RATE = 16_000
 """Hertz; what transcription models take."""
@@ -15,13 +15,15 @@ LOUDNESS = 8000.0
 
 def tone(seconds: int) -> bytes:
     """A tone that comes and goes every second, as a WAV file of 16 bits."""
-    times_s = np.arange(seconds * RATE) / RATE
-    sounding = np.sin(2 * np.pi * times_s) > 0
-    samples = LOUDNESS * np.sin(2 * np.pi * TONE_HZ * times_s) * sounding
+    samples = array("h", bytes(2 * seconds * RATE))
+    for number in range(len(samples)):
+        turn = 2 * pi * number / RATE
+        if sin(turn) > 0:
+            samples[number] = int(LOUDNESS * sin(TONE_HZ * turn))
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
         writer.setnchannels(1)
         writer.setsampwidth(2)
         writer.setframerate(RATE)
-        writer.writeframes(samples.astype("<i2").tobytes())
+        writer.writeframes(samples.tobytes())
     return file.getvalue()
