@@ -162,7 +162,9 @@ async def _replace_if_lost(
     if line is not None:
         line.report(fault)
     message = f"The server is being restarted: {fault}."
-    await requests.give_up(ShuttingDown(message, retry_after_s=RESTART_S))
+    with contextlib.suppress(TimeoutError):  # a client that reads nothing keeps nobody
+        async with asyncio.timeout(FLUSH_S):
+            await requests.give_up(ShuttingDown(message, retry_after_s=RESTART_S))
     sys.stderr.flush()
     # Not sys.exit: the thread that hangs would be waited for.
     os._exit(FAULT)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import httpx
 
+from server.settings import STARTER_CONFIG
+
 START_S = 180.0
 STOP_S = 60.0
 ROOT = Path(__file__).parents[2]
@@ -35,6 +37,7 @@ class Server:
                 env={
                     **os.environ,
                     "HF_HUB_OFFLINE": "1",
+                    "ROUNDHOUSE_CONFIG": str(STARTER_CONFIG),
                     "XDG_CACHE_HOME": str(home / "cache"),
                     "XDG_DATA_HOME": str(home / "data"),
                     "XDG_STATE_HOME": str(home / "state"),
@@ -65,4 +68,4 @@ class Server:
             self.process.kill()
 
     def log(self) -> str:
-        return self._log.read_text()[-4000:]
+        return self._log.read_text()

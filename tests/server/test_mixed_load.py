@@ -20,7 +20,7 @@ from tests.server.real import Server
 
 pytestmark = pytest.mark.slow
 
-REQUESTS = 50
+REQUESTS = 30
 AT_ONCE = 12
 MODELS = {
     "tiny-llama",
