@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,14 @@ class Stand:
     def run(self, *words: str, **limits: float) -> int:
         """Supervise a process that does what the words say, and return the exit status."""
         return Supervisor(self.orders(*words, **limits), self.listener, self.clock).run()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Whatever happens inside, the time goes on after it."""
+        try:
+            yield
+        finally:
+            self.clock.step_s = 1.0
 
     def starts(self) -> list[dict[str, Any]]:
         """What each process was told at its start."""
@@ -225,12 +234,11 @@ class TestMeanwhile:
 
         def ask() -> None:
             body = {"model": "x", "prompt": "y" * 500_000}
-            with httpx.Client(base_url=stand.url, timeout=PATIENCE_S) as client:
+            with stand.paused(), httpx.Client(base_url=stand.url, timeout=PATIENCE_S) as client:
                 for path in ("/v1/chat/completions", "/v1/messages"):
                     answers[path] = client.post(path, json=body)
                 for path in ("/health", "/ready", "/ping"):
                     answers[path] = client.get(path)
-            stand.clock.step_s = 1.0
 
         stand.clock.step_s = 0.0  # the pause does not end before the client has its answers
         client = threading.Thread(target=ask)
@@ -253,11 +261,10 @@ def test_a_body_on_its_way_does_not_cost_the_answer(stand: Stand) -> None:
     answers: list[bytes] = []
 
     def ask() -> None:
-        with socket.create_connection(stand.listener.getsockname()) as client:
+        with stand.paused(), socket.create_connection(stand.listener.getsockname()) as client:
             client.sendall(b"POST / HTTP/1.1\r\ncontent-length: 4000000\r\n\r\n" + bytes(4_000_000))
             while data := client.recv(4096):
                 answers.append(data)
-        stand.clock.step_s = 1.0
 
     stand.clock.step_s = 0.0
     client = threading.Thread(target=ask)
