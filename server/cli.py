@@ -99,8 +99,9 @@ def serve(
             limits = (settings.hang_s, settings.stall_s, settings.drain_s)
             level = settings.log_level.upper()
             become(Orders(command, listener.fileno(), *limits, log_level=level), listener)
-    engine = Engine(engine_config)
-    if line is not None:
+    if line is None:
+        engine = Engine(engine_config)
+    else:
         engine = Engine(engine_config, restarts=line.restarts, restore=line.residents)
     try:
         run(engine, settings, listener, line)

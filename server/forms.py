@@ -44,27 +44,56 @@ async def read_fields(request: Request, max_bytes: int) -> Fields:
         ClientDisconnect: the client left while sending.
 
     """
-    content_type = request.headers.get("content-type", "")
-    if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
+    if not is_form(request):
         return Fields(await read_object(request, max_bytes), typed=True)
-    async with aclosing(stream_body(request, max_bytes)) as stream:
-        parser = MultiPartParser(
-            request.headers,
-            stream,
-            max_files=MAX_FILES,
-            max_fields=MAX_FIELDS,
-            max_part_size=max_bytes,
-        )
-        # Starlette moves files beyond this size to disk.
-        parser.spool_max_size = max_bytes
-        try:
-            form = await parser.parse()
-        except MultiPartException as error:
-            raise InvalidRequest(f"The form cannot be read: {error.message}") from error
+    # Starlette moves files beyond a size to disk: here none.
+    form = await parse_form(
+        request, max_bytes, MAX_FILES, MAX_FIELDS, text_bytes=max_bytes, spool_bytes=max_bytes
+    )
     try:
         return Fields(await _structured(form), typed=False)
     finally:
         await form.close()
+
+
+def is_form(request: Request) -> bool:
+    """Whether the body is said to be a form."""
+    content_type = request.headers.get("content-type", "")
+    return content_type.partition(";")[0].strip().lower() == "multipart/form-data"
+
+
+async def parse_form(
+    request: Request,
+    max_bytes: int,
+    max_files: int,
+    max_fields: int,
+    *,
+    text_bytes: int = 2**20,
+    spool_bytes: int,
+) -> FormData:
+    """The body as a form, to be closed; files beyond `spool_bytes` are kept on disk meanwhile.
+
+    A field of text may have `text_bytes`, by itself Starlette's own bound.
+
+    Raises:
+        InvalidRequest: too long (status 413), malformed, or too many parts.
+        ClientDisconnect: the client left while sending.
+        OSError: the disk does not take a file.
+
+    """
+    async with aclosing(stream_body(request, max_bytes)) as stream:
+        parser = MultiPartParser(
+            request.headers,
+            stream,
+            max_files=max_files,
+            max_fields=max_fields,
+            max_part_size=text_bytes,
+        )
+        parser.spool_max_size = spool_bytes
+        try:
+            return await parser.parse()
+        except MultiPartException as error:
+            raise InvalidRequest(f"The form cannot be read: {error.message}") from error
 
 
 async def _structured(form: FormData) -> dict[str, Any]:

@@ -12,9 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from engine.status import Restarts
-
-MAX_MESSAGE_BYTES = 2**17
-"""Of one message: some hundreds of model ids of the greatest length."""
+from server.supervisor import MAX_MESSAGE_BYTES
 
 PR_SET_PDEATHSIG = 1
 """prctl(2): which signal this process gets when its parent ends."""

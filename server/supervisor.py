@@ -42,6 +42,7 @@ STACKS_S = 0.5
 STOP_S = 30.0
 """What a process gets beyond its drain to unload its models, before it is killed."""
 MAX_MESSAGE_BYTES = 2**17
+"""Of one message on the line: some hundreds of model ids of the greatest length."""
 
 
 @dataclass(frozen=True, slots=True)

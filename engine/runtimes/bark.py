@@ -113,16 +113,15 @@ class BarkRuntime(TorchRuntime):
 
     def estimate(self, model: ModelConfig) -> Estimate:
         """Sum the tensors of the checkpoint by part; fetch the files first if need be."""
-        folder = self._folder(model)
+        files = self.weight_files(model)
         options: BarkOptions = model.options
         item_bytes = DTYPE_BYTES[options.dtype]
         sizes: defaultdict[str, int] = defaultdict(int)
-        files = self.weight_files(model)
         if files[0].suffix == ".safetensors":
             try:
                 tensors = tensor_sizes(files)
             except (OSError, ValueError) as error:
-                raise LoadFailed(f"{folder.name}: cannot read: {error}") from error
+                raise LoadFailed(f"{files[0].parent.name}: cannot read: {error}") from error
             for name, size in tensors.items():
                 sizes[name.partition(".")[0]] += weight_bytes({name: size}, item_bytes)
         else:

@@ -12,6 +12,8 @@ from typing import Any
 
 import psutil
 
+from engine.nvidia_smi import MIB, read_gpus
+
 PACKAGES = (
     "roundhouse",
     "torch",
@@ -57,8 +59,11 @@ def cpu_name() -> str:
 
 def gpus() -> list[str]:
     """Name, memory and driver of each NVIDIA GPU."""
-    query = "--query-gpu=name,memory.total,driver_version"
-    return _said("nvidia-smi", query, "--format=csv,noheader").splitlines()
+    try:
+        found = read_gpus()
+    except OSError:
+        return []
+    return [f"{gpu.name}, {gpu.total_bytes // MIB} MiB, {gpu.driver}" for gpu in found]
 
 
 def commit() -> str:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import Receive, Scope, Send
 
 from engine.downloads import NO_PROGRESS, Pulls, sources_of
@@ -22,6 +21,7 @@ from engine.status import ModelState
 from server.body import stream_body
 from server.connection import run_while_connected
 from server.errors import Failure
+from server.forms import is_form, parse_form
 from server.sse import EventStream, event_frame
 
 if TYPE_CHECKING:
@@ -115,18 +115,12 @@ class PullResponse(Response):
 
 async def _add_lora(request: Request, engine: Engine) -> dict[str, Any]:
     """A form with `model`, `file` and perhaps `name`, by itself the file's own."""
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "multipart/form-data":
+    if not is_form(request):
         raise InvalidRequest("Send the file as multipart/form-data.", status=415)
-    async with aclosing(stream_body(request, MAX_LORA_BYTES)) as stream:
-        parser = MultiPartParser(request.headers, stream, max_files=1, max_fields=2)
-        parser.spool_max_size = SPOOL_BYTES
-        try:
-            form = await parser.parse()
-        except MultiPartException as error:
-            raise InvalidRequest(f"The form cannot be read: {error.message}") from error
-        except OSError as error:  # of the temporary file
-            raise Conflict(f"The upload cannot be kept: {error}") from error
+    try:
+        form = await parse_form(request, MAX_LORA_BYTES, 1, 2, spool_bytes=SPOOL_BYTES)
+    except OSError as error:  # of the temporary file
+        raise Conflict(f"The upload cannot be kept: {error}") from error
     try:
         unknown = next((key for key in form if key not in ("model", "name", "file")), None)
         if unknown is not None:
