@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from types import ModuleType
+from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +25,17 @@ _thread = threading.local()
 
 class _Torch(ModuleType):
     """Torch, but what is drawn comes from the thread's generator where it has one."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.__name__)
+        # Found at once, and not by way of `__getattr__`, which was a twentieth of Bark's time.
+        # Built-in functions and types alone: nobody puts others in their place.
+        kept = (BuiltinFunctionType, type, torch.dtype)
+        self.__dict__.update(
+            (name, value)
+            for name, value in vars(torch).items()
+            if isinstance(value, kept) and name not in vars(_Torch)
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -47,7 +58,7 @@ class _Torch(ModuleType):
         return torch.multinomial(weights, *args, **_with_generator(settings, weights.device))
 
 
-_TORCH = _Torch("torch")
+_TORCH = _Torch()
 
 
 def draw_by_thread(*module_names: str) -> None:

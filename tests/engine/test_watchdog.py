@@ -223,9 +223,10 @@ class Steps(TorchRun):
             self._model._parts["all"](torch.zeros(1))
 
 
-def test_a_run_of_torch_counts_its_modules() -> None:
-    module = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+def test_a_run_of_torch_counts_its_modules_made_of_others() -> None:
+    inner = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    module = torch.nn.Sequential(inner, torch.nn.Linear(1, 1))
     events: list[Event] = []
     run = Steps(TorchParts({"all": module}, "cpu"), "", events.append)
     run.execute()
-    assert run.progress == 5 * 3
+    assert run.progress == 5 * 2
