@@ -256,9 +256,15 @@ def share_torch_state(gate: Gate = GATE) -> None:
 
     gate.state.register("torch.default_dtype", torch.get_default_dtype, torch.set_default_dtype)
     gate.state.register("torch.rng", torch.get_rng_state, torch.set_rng_state)
-    gate.state.register("torch.num_threads", torch.get_num_threads, torch.set_num_threads)
     # vLLM's CPU worker replaces the function itself by one that only warns.
     set_num_threads = torch.set_num_threads
+
+    def put_num_threads(number: int) -> None:
+        # It is the calling thread's, but setting it also tells what later threads begin with.
+        if torch.get_num_threads() != number:
+            set_num_threads(number)
+
+    gate.state.register("torch.num_threads", torch.get_num_threads, put_num_threads)
     gate.state.register(
         "torch.set_num_threads",
         lambda: set_num_threads,

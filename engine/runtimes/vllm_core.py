@@ -26,8 +26,10 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import vllm.config.vllm as vllm_config_module
 import vllm.v1.engine.core as vllm_core_module
+from threadpoolctl import threadpool_limits
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.scale_out import factories as scale_out_factories
@@ -262,7 +264,9 @@ def _once(function: Callable[..., None]) -> Any:
 class CoreThread:
     """The one thread that steps every engine core."""
 
-    def __init__(self) -> None:
+    def __init__(self, omp_threads: int | None = None) -> None:
+        """Steps compute with `omp_threads` OpenMP threads; None leaves it to the libraries."""
+        self._omp_threads = omp_threads
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._clients: list[CoreClient] = []
         self._thread = threading.Thread(target=self._run, name="vllm-cores", daemon=True)
@@ -295,6 +299,10 @@ class CoreThread:
         self._thread.join()
 
     def _run(self) -> None:
+        if self._omp_threads is not None:
+            torch.get_num_threads()  # or torch would set the thread's number when it first computes
+            # Each of the libraries in the process has an OpenMP of its own; it holds by thread.
+            threadpool_limits(self._omp_threads, user_api="openmp")
         while True:
             working = [client for client in self._clients if client.has_work()]
             if not self._drain(block=not working):

@@ -9,6 +9,7 @@ import random
 import shutil
 import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,28 @@ async def test_a_load_leaves_the_process_as_it_found_it(
     await vllm_runtime.unload(await load(vllm_runtime, make_model("again")))
     assert state() == before
     assert gc.get_freeze_count() > 100_000  # nobody thawed the heap
+
+
+async def test_steps_have_as_many_openmp_threads_as_they_were_given_and_others_keep_theirs() -> (
+    None
+):
+    import torch
+    from threadpoolctl import threadpool_info
+
+    from engine.runtimes.vllm_core import CoreThread
+
+    def numbers() -> set[int]:
+        openmp = (pool for pool in threadpool_info() if pool["user_api"] == "openmp")
+        return {torch.get_num_threads(), *(pool["num_threads"] for pool in openmp)}
+
+    here, before = numbers(), torch.get_num_threads()
+    cores = CoreThread(before + 2)
+    seen: Future[set[int]] = Future()
+    cores.post(lambda: seen.set_result(numbers()))
+    there = await asyncio.wrap_future(seen)
+    cores.stop()
+    assert there == {before + 2}
+    assert numbers() == here
 
 
 async def test_an_unknown_architecture_costs_no_second_process(vllm_runtime: VllmRuntime) -> None:
