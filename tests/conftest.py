@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from engine.starter import ensure_starter
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=250)
 settings.register_profile("search", deadline=None, max_examples=20_000)
 settings.load_profile("repeatable")
+
+# With all libraries imported a full collection looks at a million objects: at the usual thresholds
+# that is an eighth of the time of the tests of a runtime. Tests of what must be freed collect.
+gc.set_threshold(50_000, 20, 50)
 
 StarterDir = Callable[[str], Path]
 

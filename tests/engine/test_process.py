@@ -285,6 +285,24 @@ class Cycle:
         self.found.append(True)
 
 
+def test_no_collection_while_much_is_made_that_stays() -> None:
+    seen: list[str] = []
+
+    def note(phase: str, _info: dict[str, int]) -> None:
+        seen.append(phase)
+
+    gc.callbacks.append(note)
+    try:
+        with process.uncollected():
+            assert [[] for _ in range(100_000)]
+        assert not seen
+        assert gc.isenabled()
+        assert [[] for _ in range(100_000)]
+        assert seen
+    finally:
+        gc.callbacks.remove(note)
+
+
 @pytest.mark.usefixtures("frozen")
 def test_nobody_thaws_or_refreezes_the_heap() -> None:
     count = gc.get_freeze_count()
