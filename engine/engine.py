@@ -46,6 +46,7 @@ from engine.runtimes import runtime_class
 from engine.runtimes.base import Estimate, Prepared, Runtime, Voice
 from engine.scheduler import EventKind, Lease, Scheduler, SchedulerEvent, Ticket
 from engine.status import EngineState, EngineStatus, Forecast, ModelState, ModelStatus, Restarts
+from engine.units import format_size
 from engine.vitals import find_fault
 from engine.waiting import Stage, Waiting, WaitStatus
 
@@ -230,9 +231,10 @@ class Engine:
 
         """
         try:
-            device = await asyncio.to_thread(self._open)
-            for runtime in self._runtimes.values():
-                await runtime.warm_up()
+            with process.uncollected():
+                device = await asyncio.to_thread(self._open)
+                for runtime in self._runtimes.values():
+                    await runtime.warm_up()
         except Exception as error:
             self._start_error = str(error) or type(error).__name__
             self.state = EngineState.STOPPED
@@ -259,6 +261,7 @@ class Engine:
             asyncio.create_task(self._preload(model)) for model in self.config.models if model.pin
         ]
         self._preloads.append(asyncio.create_task(self._restore()))
+        self._preloads.append(asyncio.create_task(self._warn_of_too_large()))
 
     def _open(self) -> Device:
         device = self._device or open_device(self.config.device)
@@ -632,6 +635,7 @@ class Engine:
             device_kind=self._device.kind if self._device else self.config.device,
             device_name=self._device.name if self._device else "",
             ledger=self._ledger.status(),
+            host=self._residency.host_status(),
             models=self._scheduler.models(),
             queue=self._scheduler.queue(),
             transition=self._scheduler.transition,
@@ -731,6 +735,24 @@ class Engine:
             except EngineError as error:  # or it is configured no more
                 log.warning("%s is not restored: %s", model_id, error)
 
+    async def _warn_of_too_large(self) -> None:
+        """Name the models that every request for them will be refused for, before one comes.
+
+        Only of those whose files are here: nothing is fetched or built for it.
+        """
+        for model in self.config.models:
+            try:
+                if not await asyncio.to_thread(_has_all_files, model, self.config):
+                    continue
+                await self._know_size(model, self.config.queue_timeout_s)
+            except Exception as error:  # a library's; its first request will be told
+                log.debug("cannot tell what %s takes: %s", model.id, error)
+                continue
+            forecast = self._scheduler.forecast(model.id)
+            if not forecast.fits:
+                needed = format_size(forecast.wanted_bytes or 0)
+                log.warning("%s cannot be served: needs %s; %s", model.id, needed, forecast.reason)
+
     async def _watch_device(self) -> None:
         while True:
             await asyncio.sleep(FOREIGN_CHECK_S)
@@ -753,3 +775,10 @@ class Engine:
             event.granted_bytes,
             event.capacity_bytes,
         )
+
+
+def _has_all_files(model: ModelConfig, config: EngineConfig) -> bool:
+    """Whether all that a model reads is on this disk. Asks no hub."""
+    from engine.model_files import files_of  # it brings NumPy, which commands need not wait for
+
+    return all(files.present for files in files_of(model, config))

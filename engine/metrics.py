@@ -41,6 +41,16 @@ class StatusCollector(Collector):
             "Device bytes in use that no model accounts for.",
             value=ledger.foreign_bytes,
         )
+        yield GaugeMetricFamily(
+            "roundhouse_host_budget_bytes",
+            "Host memory that copies of weights may take.",
+            value=status.host.budget_bytes,
+        )
+        yield GaugeMetricFamily(
+            "roundhouse_host_used_bytes",
+            "Host memory that copies of weights take.",
+            value=status.host.used_bytes,
+        )
         resident = GaugeMetricFamily(
             "roundhouse_resident_bytes",
             "Bytes of a model's parts, by tier.",

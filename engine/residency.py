@@ -18,6 +18,7 @@ from engine.estimates import EstimateStore
 from engine.host_memory import HostMemory
 from engine.runtimes.base import Estimate, LoadedModel, Runtime
 from engine.scheduler import Scheduler
+from engine.status import HostStatus
 from engine.units import format_size
 
 log = logging.getLogger(__name__)
@@ -121,6 +122,12 @@ class Residency:
         if self._device is None or self._host is None:
             return 0
         return self._device.foreign_bytes() + _copies_bytes(self._device, self._host)
+
+    def host_status(self) -> HostStatus:
+        """The budget of host copies and what is used of it."""
+        if self._host is None:
+            return HostStatus(0, 0)
+        return HostStatus(self._host.budget_bytes, self._host.used_bytes)
 
     def host_free_bytes(self) -> int:
         """What the budget of host copies still holds."""

@@ -146,6 +146,14 @@ class LedgerStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class HostStatus:
+    """The memory of the host copies."""
+
+    budget_bytes: int
+    used_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Restarts:
     """How often this process had to be started again since the command was."""
 
@@ -164,6 +172,7 @@ class EngineStatus:
     device_kind: str
     device_name: str
     ledger: LedgerStatus
+    host: HostStatus
     models: tuple[ModelStatus, ...]
     queue: tuple[TicketStatus, ...]
     transition: str | None

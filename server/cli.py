@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -32,9 +31,9 @@ from server.choice import choose, look
 from server.lifeline import Lifeline
 from server.serve import listen, run
 from server.settings import ServerSettings, load_settings
-from server.supervisor import Orders, become
+from server.supervisor import BAD_CONFIG, Orders, become
+from server.terminal import err, leave, out
 
-BAD_CONFIG = 2
 STARTER = "starter:"
 
 app = typer.Typer(
@@ -43,8 +42,6 @@ app = typer.Typer(
     help="One GPU, many models.",
     pretty_exceptions_enable=False,  # they show local variables, and those may hold keys
 )
-out = Console()
-err = Console(stderr=True)
 
 
 @app.command()
@@ -76,7 +73,7 @@ def serve(
     try:
         engine_config, settings = load_settings(config, os.environ, overrides)
     except ConfigError as error:
-        raise _exit(error.message, BAD_CONFIG) from error
+        raise leave(error.message, BAD_CONFIG) from error
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -91,7 +88,7 @@ def serve(
         try:
             listener = listen(settings.host, settings.port)
         except OSError as error:
-            raise _exit(f"cannot listen on {settings.host}:{settings.port}: {error}", 1) from error
+            raise leave(f"cannot listen on {settings.host}:{settings.port}: {error}", 1) from error
         _introduce(engine_config, settings, f"{config}{chosen}", listener.getsockname()[1])
         if supervisor:
             # The same program once more, whatever it was started by.
@@ -106,10 +103,10 @@ def serve(
     try:
         run(engine, settings, listener, line)
     except ConfigError as error:
-        raise _exit(error.message, BAD_CONFIG) from error
+        raise leave(error.message, BAD_CONFIG) from error
     except Exception as error:
         logging.getLogger(__name__).debug("the start failed", exc_info=error)
-        raise _exit(f"the engine could not start: {error}", 1) from error
+        raise leave(f"the engine could not start: {error}", 1) from error
 
 
 Url = Annotated[str, typer.Option(help="A running server.")]
@@ -171,7 +168,7 @@ def simulate(
             policy, _ = load_settings(config, os.environ)
         comparison = compare(traced.within(policy), policy, serial_device=serial_device)
     except ConfigError as error:
-        raise _exit(error.message, BAD_CONFIG) from error
+        raise leave(error.message, BAD_CONFIG) from error
     out.print(simulation.tables(comparison), highlight=False)
     try:
         if json_file is not None:
@@ -179,9 +176,9 @@ def simulate(
         if plot_file is not None:
             simulation.plot(comparison, plot_file)
     except ImportError as error:
-        raise _exit("--plot needs matplotlib", 1) from error
+        raise leave("--plot needs matplotlib", 1) from error
     except (OSError, ValueError) as error:
-        raise _exit(f"cannot write: {error}", 1) from error
+        raise leave(f"cannot write: {error}", 1) from error
 
 
 @app.command()
@@ -221,20 +218,15 @@ def _ask(
         )
         document = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise _exit(f"no Roundhouse answers at {url}: {error}", 1) from error
+        raise leave(f"no Roundhouse answers at {url}: {error}", 1) from error
     if answer.is_error:
         message = answer.reason_phrase
         if isinstance(document, dict) and isinstance(document.get("error"), dict):
             message = document["error"].get("message", message)
-        raise _exit(f"{url}: {answer.status_code} {message}", 1)
+        raise leave(f"{url}: {answer.status_code} {message}", 1)
     if not isinstance(document, dict) or has not in document:
-        raise _exit(f"what answers at {url} is no Roundhouse", 1)
+        raise leave(f"what answers at {url} is no Roundhouse", 1)
     return document
-
-
-def _exit(message: str, code: int) -> typer.Exit:
-    err.print(f"roundhouse: {message}", highlight=False, markup=False, soft_wrap=True)
-    return typer.Exit(code)
 
 
 def _version(*distributions: str) -> str:

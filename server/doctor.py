@@ -18,7 +18,6 @@ from typing import Annotated
 
 import psutil
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -29,6 +28,7 @@ from engine.nvidia_smi import Gpu, read_gpus, read_processes
 from engine.units import format_size
 from server.choice import choose, hub_answers, look, read_engine_config, torch_has_cuda
 from server.settings import ServerSettings, config_path, load_settings
+from server.terminal import out
 
 GIB = 2**30
 
@@ -54,8 +54,6 @@ free, total = torch.cuda.mem_get_info()
 print(json.dumps([torch.__version__, torch.cuda.get_device_name(), free, total]))
 """
 TORCH_PATIENCE_S = 120
-
-out = Console()
 
 
 class State(StrEnum):

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -37,18 +36,16 @@ from engine.errors import ConfigError, EngineError, LoadFailed, ModelNotFound
 from engine.units import format_size
 from server.choice import read_engine_config
 from server.settings import STARTER_CONFIG, config_path
+from server.supervisor import BAD_CONFIG
+from server.terminal import complain, err, leave, out, say
 
 if TYPE_CHECKING:
     # They bring numpy, which the other commands need not wait for.
     from engine.hub import FetchProgress, HubSource, Listing
     from engine.model_files import Files
 
-BAD_CONFIG = 2
 INTERRUPTED = 130
 DAY_S = 86_400.0
-
-out = Console()
-err = Console(stderr=True)
 
 Config = Annotated[Path | None, typer.Option(envvar=ENV_CONFIG, help="The configuration file.")]
 AllowPickle = Annotated[
@@ -77,7 +74,7 @@ def pull(
 
     configured = _read(config)
     if bool(models) is every:
-        raise _exit("name the models to pull, or --all", BAD_CONFIG)
+        raise leave("name the models to pull, or --all", BAD_CONFIG)
     names = models or [model.id for model in configured.models]
     failed = False
     for name in names:
@@ -85,16 +82,16 @@ def pull(
             model, sources = _find(name, configured, allow_pickle)
             if not sources:
                 assert model is not None
-                _say(f"{name}: nothing to fetch, its files are {_locally(model)}")
+                say(f"{name}: nothing to fetch, its files are {_locally(model)}")
                 continue
             _fetch(name, sources)
         except EngineError as error:
             failed = True
-            _complain(f"{name}: {error.message}")
+            complain(f"{name}: {error.message}")
         except KeyboardInterrupt:
-            raise _exit("stopped; the next pull goes on from here", INTERRUPTED) from None
+            raise leave("stopped; the next pull goes on from here", INTERRUPTED) from None
     if every and not any(sources_of(model) for model in configured.models):
-        _say("no configured model comes from a hub")
+        say("no configured model comes from a hub")
     if failed:
         raise typer.Exit(1)
 
@@ -137,9 +134,9 @@ def rm(
             found += tuple(each for each in other_repos(configured) if each.source == model)
             found = found[:1]
     except EngineError as error:
-        raise _exit(error.message, 1) from error
+        raise leave(error.message, 1) from error
     if not found:
-        raise _exit(f"nothing of {model} is on this disk", 1)
+        raise leave(f"nothing of {model} is on this disk", 1)
     _remove(found, yes=yes)
 
 
@@ -161,7 +158,7 @@ def prune(
     configured = _read(config)
     found = unused_repos(configured, time.time() - keep_days * DAY_S, unconfigured=every)
     if not found:
-        _say(f"everything was used in the last {keep_days:g} days")
+        say(f"everything was used in the last {keep_days:g} days")
         return
     if dry_run:
         _list(found)
@@ -186,7 +183,7 @@ def add(
 
     path = config_path(config, os.environ)
     if path == STARTER_CONFIG:
-        raise _exit("name the file to write to with --config or ROUNDHOUSE_CONFIG", BAD_CONFIG)
+        raise leave("name the file to write to with --config or ROUNDHOUSE_CONFIG", BAD_CONFIG)
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         taken = frozenset(_names(text))
@@ -201,13 +198,13 @@ def add(
             _fetch(model.id, sources_of(model, allow_pickle=allow_pickle))
         replace_text(path, changed)
     except (ConfigError, OSError) as error:
-        raise _exit(f"{path}: {error}", BAD_CONFIG) from error
+        raise leave(f"{path}: {error}", BAD_CONFIG) from error
     except EngineError as error:
-        raise _exit(error.message, 1) from error
+        raise leave(error.message, 1) from error
     except KeyboardInterrupt:
-        raise _exit("stopped; nothing was added", INTERRUPTED) from None
+        raise leave("stopped; nothing was added", INTERRUPTED) from None
     size = f", {format_size(nbytes)}" if nbytes else ""
-    _say(f"added {model.id} to {path}: {model.runtime}, {model.task}{size}")
+    say(f"added {model.id} to {path}: {model.runtime}, {model.task}{size}")
     out.print(yaml.safe_dump([entry], sort_keys=False), markup=False, highlight=False, end="")
 
 
@@ -215,7 +212,7 @@ def _read(config: Path | None) -> EngineConfig:
     try:
         return read_engine_config(config_path(config, os.environ), os.environ)
     except ConfigError as error:
-        raise _exit(error.message, BAD_CONFIG) from error
+        raise leave(error.message, BAD_CONFIG) from error
 
 
 def _find(
@@ -245,7 +242,7 @@ def _unconfigured(repo: str, allow_pickle: bool) -> Sequence[HubSource]:
         entry = recognise(listing).entry("pulled", repo)
     except LoadFailed as error:
         # A part of a pipeline, or a LoRA: no model by itself.
-        _complain(f"{repo}: {error.message}; fetching its safetensors files")
+        complain(f"{repo}: {error.message}; fetching its safetensors files")
         return (HubSource(repo, WANTED_FILES, allow_pickle=allow_pickle),)
     return sources_of(parse_section(ModelConfig, entry, "models"), allow_pickle=allow_pickle)
 
@@ -273,7 +270,7 @@ def _fetch(name: str, sources: Sequence[HubSource]) -> None:
 
         folders = pull_sources(sources, tell, threading.Event())
     for source, folder in zip(sources, folders, strict=True):
-        _say(f"{name}: {source.repo} is in {folder}")
+        say(f"{name}: {source.repo} is in {folder}")
 
 
 def _every_repo(config: EngineConfig) -> tuple[Files, ...]:
@@ -321,8 +318,8 @@ def _remove(found: Sequence[Files], *, yes: bool) -> None:
         try:
             freed += remove(each.source)
         except (EngineError, OSError) as error:
-            raise _exit(f"cannot delete {each.source}: {error}", 1) from error
-    _say(f"{format_size(freed)} deleted")
+            raise leave(f"cannot delete {each.source}: {error}", 1) from error
+    say(f"{format_size(freed)} deleted")
 
 
 def _names(text: str) -> list[str]:
@@ -342,16 +339,3 @@ def _check(text: str) -> EngineConfig:
     return engine_config(
         {"engine": document.get("engine") or {}, "models": document.get("models") or []}
     )
-
-
-def _say(message: str) -> None:
-    out.print(message, highlight=False, markup=False, soft_wrap=True)
-
-
-def _complain(message: str) -> None:
-    err.print(f"roundhouse: {message}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _exit(message: str, code: int) -> typer.Exit:
-    _complain(message)
-    return typer.Exit(code)

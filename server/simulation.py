@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -14,6 +15,9 @@ from rich.text import Text
 from engine.simulation.comparison import OURS, Comparison
 from engine.simulation.simulator import Move, Outcome
 from engine.units import format_size
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def tables(comparison: Comparison) -> RenderableType:
@@ -93,17 +97,38 @@ def plot(comparison: Comparison, path: Path) -> None:
         axis.set_yticks(range(len(names)), names, fontsize=6)
         axis.set_title(f"{policy}: on the device (grey: coming in)", fontsize=9)
         axis.set_xlabel("s", fontsize=8)
+    _draw_waits(axes[-1], comparison)
+    figure.savefig(path, dpi=120)
+
+
+def plot_waits(comparison: Comparison, path: Path) -> None:
+    """Draw how long requests waited, by policy, and nothing else.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: the file cannot be written.
+        ValueError: the file's name does not end in a format that matplotlib writes.
+
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    _draw_waits(figure.subplots(), comparison)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_waits(axis: Axes, comparison: Comparison) -> None:
     for policy, outcome in comparison.outcomes.items():
         waits_s = sorted(visit.wait_s for visit in outcome.visits)
-        shares = [(rank + 1) / len(waits_s) for rank in range(len(waits_s))]
-        axes[-1].step(waits_s, shares, where="post", label=policy)
-    axes[-1].axvline(comparison.max_overtake_s, color="0.5", linestyle=":", label="max_overtake_s")
-    axes[-1].set_xscale("symlog")
-    axes[-1].set_xlim(left=0)
-    axes[-1].set_xlabel("wait, s", fontsize=8)
-    axes[-1].set_title("share of requests that waited at most so long", fontsize=9)
-    axes[-1].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+        shares = [100 * (rank + 1) / len(waits_s) for rank in range(len(waits_s))]
+        axis.step(waits_s, shares, where="post", label=policy)
+    axis.axvline(comparison.max_overtake_s, color="0.5", linestyle=":", label="max_overtake_s")
+    axis.set_xscale("symlog")
+    axis.set_xlim(left=0)
+    axis.set_xlabel("seconds", fontsize=8)
+    axis.yaxis.set_major_formatter("{x:.0f} %")
+    axis.set_title("requests that waited at most so long", fontsize=9)
+    axis.legend(fontsize=8)
 
 
 def _resident(outcome: Outcome, name: str) -> list[tuple[float, float]]:

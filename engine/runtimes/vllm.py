@@ -56,6 +56,9 @@ ENVIRONMENT = {
 }
 """Set before vLLM is imported, unless the operator set them."""
 
+ALIVE_LOOK_S = 0.2
+"""How often a thread that does not answer is looked at."""
+
 LAZY_MODULES = (
     "compressed_tensors.quantization",
     "vllm.engine.arg_utils",
@@ -532,7 +535,11 @@ class VllmRuntime(Runtime):
         self._device.release_cached()
 
     async def check_alive(self) -> None:
-        """Wait until the core thread has come round to a job of ours."""
+        """Wait until the core thread has come round to a job of ours.
+
+        Or is found to wait at the gate: a load may hold that for longer than probes are patient,
+        and who holds it for too long is found by `engine.vitals`.
+        """
         if self._cores is None:
             return
         loop = asyncio.get_running_loop()
@@ -546,7 +553,8 @@ class VllmRuntime(Runtime):
             loop.call_soon_threadsafe(answer)
 
         self._cores.post(come_round)
-        await answered
+        while not answered.done() and not self._cores.waits_at_gate:
+            await asyncio.wait([answered], timeout=ALIVE_LOOK_S)
 
     async def stop(self) -> None:
         """End the core thread and the loading thread."""

@@ -272,6 +272,11 @@ class CoreThread:
         self._thread = threading.Thread(target=self._run, name="vllm-cores", daemon=True)
         self._thread.start()
 
+    @property
+    def waits_at_gate(self) -> bool:
+        """Whether the thread is kept waiting by somebody's exclusive work."""
+        return GATE.waits(self._thread.ident or 0)
+
     def post(self, job: Callable[[], None]) -> None:
         """Run `job` on the thread between two steps, in the order posted."""
         self._inbox.put(job)

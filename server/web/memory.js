@@ -44,7 +44,8 @@ export function showMemory(engine) {
     byId("host-summary"),
     host.length === 0
       ? "None: a model that leaves the device is read from disk again."
-      : `${formatBytes(sum(host))}, on the same scale`,
+      : `${formatBytes(sum(host))} of at most ${formatBytes(engine.host.budget_bytes)}, ` +
+          "on the same scale",
   );
   listParts(byId("device-parts"), device);
   listParts(byId("host-parts"), host);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,10 +18,11 @@ import pytest_asyncio
 
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
-from engine.errors import Conflict, LoadFailed
+from engine.errors import Conflict, InsufficientCapacity, LoadFailed
 from engine.ledger import Change, LedgerRecord
 from engine.requests import TextOperation, TextRequest
 from engine.runtimes.vllm import VllmModel, VllmRuntime
+from engine.starter import ensure_starter
 from engine.status import ModelState
 from tests.engine.conftest import MakeModel
 from tests.engine.greedy import PROMPTS, completion, text_of
@@ -241,6 +243,31 @@ async def test_a_broken_checkpoint_fails_alone(
     assert isinstance(gone, LoadFailed) and "no folder" in str(gone)
     assert engine.model_status("broken").last_error == str(bad)
     assert_adds_up(engine)
+
+
+async def test_a_model_that_can_never_fit_is_named_at_the_start(
+    make_engine: MakeEngine,
+    make_model: MakeModel,
+    cache_dir: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ensure_starter("tiny-llama", cache_dir)
+    remote = ModelConfig(id="remote", source="nobody/has-this")
+    fits, large = make_model("fits"), make_model("large", kv_cache="128MiB")
+    with caplog.at_level(logging.DEBUG, "engine.engine"):
+        engine = await make_engine(remote, large, fits, memory="128MiB")
+        await asyncio.gather(*engine._preloads)
+    (said,) = (each for each in caplog.records if "cannot" in each.message)
+    with pytest.raises(InsufficientCapacity) as refused:
+        await engine.load("large")
+    needs = refused.value.message.partition("'large' ")[2].removesuffix(".")
+    assert needs.startswith("needs 1") and needs.endswith("at most 128.0 MiB can be freed")
+    assert (said.levelname, said.message) == (
+        "WARNING",
+        f"large cannot be served: {needs} for it",
+    )
+    assert engine.model_status("fits").estimated_bytes is not None
+    assert engine.model_status("remote").estimated_bytes is None
 
 
 async def test_a_dead_engine_is_replaced_on_the_next_request(

@@ -194,6 +194,39 @@ async def test_steps_have_as_many_openmp_threads_as_they_were_given_and_others_k
     assert numbers() == here
 
 
+async def test_a_thread_that_waits_for_a_load_is_alive(
+    vllm_runtime: VllmRuntime, make_model: MakeModel
+) -> None:
+    model = make_model("llama")
+    loaded = await load(vllm_runtime, model)
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with GATE.exclusive():
+            held.set()
+            over.wait(WAIT_S)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    await asyncio.to_thread(held.wait)
+    answering = asyncio.create_task(answer(vllm_runtime, model, loaded, PROMPTS[0]))
+    cores = vllm_runtime._cores
+    assert cores is not None
+    try:
+        async with asyncio.timeout(WAIT_S):
+            while not cores.waits_at_gate:
+                await asyncio.wait([answering], timeout=0.01)
+            await vllm_runtime.check_alive()
+        assert not answering.done()
+    finally:
+        over.set()
+        holder.join()
+    assert await answering
+    async with asyncio.timeout(WAIT_S):
+        await vllm_runtime.check_alive()
+    await vllm_runtime.unload(loaded)
+
+
 async def test_an_unknown_architecture_costs_no_second_process(vllm_runtime: VllmRuntime) -> None:
     """vLLM looks at a model's class in a child process that imports vLLM again: ten seconds."""
     from vllm.model_executor.models import registry

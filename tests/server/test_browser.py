@@ -329,6 +329,9 @@ class TestDashboard:
             expected = ledger[f"{name}_bytes"] / ledger["total_bytes"]
             assert drawn[name] == pytest.approx(expected, abs=PIXEL)
         copied_bytes = sum(model["host_bytes"] for model in engine["models"])
+        assert 0 < copied_bytes <= engine["host"]["used_bytes"] <= engine["host"]["budget_bytes"]
+        budget = f"of at most {engine['host']['budget_bytes'] / 2**30:.1f} GiB"
+        expect(page.locator("#host-summary")).to_contain_text(budget)
         models_bytes = max(ledger["granted_bytes"], copied_bytes)
         assert len(enlarged) == len(entries)
         for entry in entries:

@@ -19,7 +19,7 @@ from pydantic import SecretStr
 from typer.testing import CliRunner, Result
 
 from engine.errors import ConfigError
-from server import cli
+from server import cli, terminal
 from server.settings import ServerSettings
 from tests.server.fake import FakeRuntime
 
@@ -37,7 +37,7 @@ models:
 @pytest.fixture(autouse=True)
 def wide_console(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rich takes COLUMNS when a console is made, and workers of pytest-xdist have it at 80."""
-    monkeypatch.setattr(cli.out, "width", 200)
+    monkeypatch.setattr(terminal.out, "width", 200)
 
 
 def invoke(*arguments: str) -> Result:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from engine.config import ENV_PREFIX
 from engine.hub import HubSource, fetch
 from engine.nvidia_smi import Gpu, GpuProcess, read_gpus, read_processes
-from server import choice, cli, doctor
+from server import choice, cli, doctor, terminal
 from server.choice import GIB, Facts, choose, hub_answers
 from server.doctor import Finding, State, examine, read_speed
 from tests.hub import Hub, point_client_at, serving
@@ -299,7 +299,7 @@ def invoke(*arguments: str) -> Result:
 
 class TestCommand:
     def test_table_and_status(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(doctor.out, "width", 200)
+        monkeypatch.setattr(terminal.out, "width", 200)
         result = invoke("--config", str(config_file(tmp_path)))
         assert result.exit_code == 0, result.output
         assert "configuration" in result.output and "ok" in result.output

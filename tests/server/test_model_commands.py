@@ -21,7 +21,7 @@ from engine.config_file import with_model
 from engine.errors import ConfigError
 from engine.hub import PARTIAL
 from engine.runtimes import runtime_class
-from server import cli, model_commands
+from server import cli, terminal
 from tests.hub import Hub, etag, point_client_at, serving
 
 REPO = "me/Tiny-Llama"
@@ -67,7 +67,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture(autouse=True)
 def cache(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(model_commands.out, "width", 250)
+    monkeypatch.setattr(terminal.out, "width", 250)
     monkeypatch.delenv(ENV_CONFIG, raising=False)
     return point_client_at(hub, tmp_path, monkeypatch)
 
