@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from itertools import dropwhile
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -24,40 +20,18 @@ from engine.config import EngineConfig, engine_fields
 from engine.units import parse_duration
 from server.serve import FLUSH_S
 from server.settings import ServerSettings
+from tests.dockerfile import BuildContext, Instruction, stages
 
 ROOT = Path(__file__).parents[1]
+# Where the development dependencies put it, or anywhere.
+HADOLINT = shutil.which(
+    "hadolint", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+)
 WEIGHTS = ("*.safetensors", "*.gguf", "*.pt", "*.pth", "*.bin", "*.onnx", "*.ckpt")
 
 
-@dataclass(frozen=True, slots=True)
-class Instruction:
-    """One instruction of a Dockerfile; `text` is all after its name, in one line."""
-
-    name: str
-    text: str
-
-    def words(self) -> list[str]:
-        """The arguments, in the JSON form or by the rules of a shell; without leading flags."""
-        if self.text.startswith("["):
-            listed: list[str] = json.loads(self.text)
-            return listed
-        return list(dropwhile(lambda word: word.startswith("--"), shlex.split(self.text)))
-
-
-def stages(path: Path) -> list[list[Instruction]]:
-    """The stages of a Dockerfile, each beginning with its FROM."""
-    lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
-    joined = "\n".join(lines).replace("\\\n", " ")
-    found: list[list[Instruction]] = []
-    for line in filter(None, map(str.strip, joined.splitlines())):
-        name, _, text = line.partition(" ")
-        if name == "FROM":
-            found.append([])
-        found[-1].append(Instruction(name, text.strip()))
-    return found
-
-
-BASE, ENVIRONMENT, FINAL = stages(ROOT / "Dockerfile.cuda")
+CONTEXT = BuildContext(ROOT, (ROOT / ".dockerignore").read_text().splitlines())
+BASE, ENVIRONMENT, FINAL = stages((ROOT / "Dockerfile.cuda").read_text())
 
 
 def only(stage: list[Instruction], name: str) -> Instruction:
@@ -72,38 +46,14 @@ def variables() -> dict[str, str]:
 
 def copies(stage: list[Instruction]) -> list[tuple[list[str], str]]:
     """Sources and target of each COPY from the build context."""
-    from_context = (e for e in stage if e.name == "COPY" and not e.text.startswith("--from"))
+    from_context = (each for each in stage if each.name == "COPY" and not each.flags)
     return [(words[:-1], words[-1]) for words in (each.words() for each in from_context)]
-
-
-def matches(path: str, pattern: str) -> bool:
-    if pattern.startswith("**/"):
-        return fnmatch(PurePosixPath(path).name, pattern.removeprefix("**/"))
-    return path.count("/") == pattern.count("/") and fnmatch(path, pattern)
-
-
-def sent(path: str) -> bool:
-    """Whether `.dockerignore` lets a path into the build context: the last pattern decides."""
-    kept = True
-    names = [path, *map(str, PurePosixPath(path).parents)]
-    for line in (ROOT / ".dockerignore").read_text().splitlines():
-        if line and not line.startswith("#"):
-            exception = line.startswith("!")
-            if any(matches(name, line.removeprefix("!")) for name in names):
-                kept = exception
-    return kept
 
 
 def copy_into(folder: Path, stage: list[Instruction]) -> None:
     """Do what a stage's COPYs do."""
     for sources, target in copies(stage):
-        (folder / target).mkdir(parents=True, exist_ok=True)
-        for source in map(ROOT.joinpath, sources):
-            if source.is_dir():
-                leave_out = shutil.ignore_patterns("__pycache__", "node_modules")
-                shutil.copytree(source, folder / target, dirs_exist_ok=True, ignore=leave_out)
-            else:
-                shutil.copy(source, folder / target)
+        CONTEXT.copy(sources, folder / target)
 
 
 def program(path: Path, script: str) -> None:
@@ -121,12 +71,12 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment, final = (tmp_path_factory.mktemp(name) for name in ("environment", "final"))
     copy_into(environment, ENVIRONMENT)
     program(environment / ".venv/bin/python", 'echo "$@" >>installed')
-    subprocess.run(only(ENVIRONMENT, "RUN").words(), cwd=environment, check=True, timeout=60)
+    subprocess.run(only(ENVIRONMENT, "RUN").command(), cwd=environment, check=True, timeout=60)
     assert "--editable .[cuda]" in (environment / "installed").read_text()
     copy_into(final, FINAL)
     shutil.copytree(environment / ".venv", final / ".venv")
     program(final / ".venv/bin/python", 'echo "set up again: $@"; exit 1')
-    program(final / ".venv/bin/roundhouse", 'echo "$ROUNDHOUSE_PORT" "$@"')
+    program(final / ".venv/bin/roundhouse", 'env >"$0.environ"; echo "$ROUNDHOUSE_PORT" "$@"')
     return final
 
 
@@ -145,19 +95,19 @@ def test_everything_that_is_copied_exists_and_is_sent_to_the_build() -> None:
     sources = [s for stage in (BASE, ENVIRONMENT, FINAL) for each, _ in copies(stage) for s in each]
     assert sources
     assert [source for source in sources if not (ROOT / source).exists()] == []
-    assert [source for source in sources if not sent(source.rstrip("/"))] == []
+    assert [source for source in sources if not CONTEXT.sends(source.rstrip("/"))] == []
 
 
 @pytest.mark.parametrize(
     "path", [".git", ".venv", "tests/engine", "constraints/cpu.txt", "scripts/test"]
 )
 def test_what_is_not_copied_is_not_sent(path: str) -> None:
-    assert not sent(path)
+    assert not CONTEXT.sends(path)
 
 
 def test_caches_of_python_are_not_sent() -> None:
-    assert sent("engine/engine.py")
-    assert not sent("engine/runtimes/__pycache__/vllm.pyc")
+    assert CONTEXT.sends("engine/engine.py")
+    assert not CONTEXT.sends("engine/runtimes/__pycache__/vllm.pyc")
 
 
 def test_no_weights_go_into_the_image(tmp_path: Path) -> None:
@@ -165,6 +115,27 @@ def test_no_weights_go_into_the_image(tmp_path: Path) -> None:
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [path for path in files for kind in WEIGHTS if path.match(kind)] == []
     assert sum(path.stat().st_size for path in files) < 20 * 2**20
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed")
+def test_the_linter_finds_nothing() -> None:
+    command = [str(HADOLINT), "--no-color", str(ROOT / "Dockerfile.cuda")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_check_without_docker_knows_every_line() -> None:
+    command = [sys.executable, str(ROOT / "scripts/check-container"), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    marked = [line.partition(": ") for line in done.stdout.splitlines()]
+    replaced = [text for mark, _, text in marked if mark == "replaced"]
+    lines = [text for mark, _, text in marked if mark == "would do"]
+    written = [f"{each.name} {each.text}" for each in (*BASE, *ENVIRONMENT, *FINAL)]
+    assert any("scripts/setup --cuda" in text for text in replaced)
+    assert not any("cuda" in line for line in lines)
+    changed = [old for old, new in zip(written, lines, strict=True) if old != new]
+    assert all("cuda" in line for line in changed)
 
 
 def test_the_server_is_no_root() -> None:
@@ -212,6 +183,21 @@ def test_a_port_for_probes_alone_is_refused(image: Path) -> None:
     assert "PORT_HEALTH" in done.stderr
 
 
+def test_what_is_compiled_for_a_model_lasts_with_the_cache(image: Path) -> None:
+    names = ("FLASHINFER_WORKSPACE_BASE", "TRITON_CACHE_DIR")
+
+    def places(**environ: str) -> list[str]:
+        assert start(image, **environ).returncode == 0
+        lines = (image / ".venv/bin/roundhouse.environ").read_text().splitlines()
+        told = dict(line.split("=", 1) for line in lines)
+        return [told[name] for name in names]
+
+    cache = variables()["XDG_CACHE_HOME"]
+    assert all(Path(place).is_relative_to(cache) for place in places(XDG_CACHE_HOME=cache))
+    own = {name: f"/mine/{name}" for name in names}
+    assert places(XDG_CACHE_HOME=cache, **own) == [*own.values()]
+
+
 @contextmanager
 def answering(status: int) -> Iterator[tuple[int, list[str]]]:
     """A server that answers with one status; its port, and the paths it was asked for."""
@@ -237,8 +223,7 @@ def answering(status: int) -> Iterator[tuple[int, list[str]]]:
 
 
 def check_health(**environ: str) -> int:
-    command = only(FINAL, "HEALTHCHECK").text.partition("CMD ")[2]
-    python, *arguments = Instruction("CMD", command).words()
+    python, *arguments = only(FINAL, "HEALTHCHECK").nested().command()
     assert Path(python).name == "python"
     environ = {"http_proxy": "http://127.0.0.1:9", **environ}
     done = subprocess.run(

@@ -124,7 +124,7 @@ NOT_RUN: Mapping[str, str] = {
     r"scripts/bench/bare": "`roundhouse bench` starts it (test_bench.py) and talks to it",
     r"dmesg \| grep Xid": "needs a card, and the rights of root",
     r"sudo \.venv/bin/python scripts/check-container": (
-        "needs the rights of root and 16 GB; tests/test_container.py runs it with --dry-run"
+        "needs the rights of root and 11 GB; tests/test_container.py runs it with --dry-run"
     ),
 }
 
