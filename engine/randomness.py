@@ -29,7 +29,7 @@ class _Torch(ModuleType):
     def __init__(self) -> None:
         super().__init__(torch.__name__)
         # Found at once, and not by way of `__getattr__`, which was a twentieth of Bark's time.
-        # Built-in functions and types alone: nobody puts others in their place.
+        # Built-in functions and types alone: of what others replace, the modules use nothing.
         kept = (BuiltinFunctionType, type, torch.dtype)
         self.__dict__.update(
             (name, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import shutil
 import threading
@@ -63,6 +64,7 @@ def block_bytes(loaded: VllmModel) -> dict[str, int]:
 
 
 def resident_bytes(runtime: VllmRuntime) -> int:
+    gc.collect()
     runtime._device.release_cached()
     return int(psutil.Process().memory_info().rss)
 

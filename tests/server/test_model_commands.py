@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,8 @@ class TestPull:
             assert process.stdout is not None and process.stderr is not None
             assert process.stdout.readline() == "half\n"
             process.send_signal(signal.SIGINT)
-            hub.let_go.set()
+            # Not at once: the rest could come before the signal is looked at.
+            threading.Timer(1.0, hub.let_go.set).start()
             stderr = process.stderr.read()
             assert process.wait(60) == 130, stderr
         assert "the next pull goes on from here" in stderr
