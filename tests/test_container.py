@@ -21,6 +21,7 @@ from engine.units import parse_duration
 from server.serve import FLUSH_S
 from server.settings import ServerSettings
 from tests.dockerfile import BuildContext, Instruction, stages
+from tests.programs import write_program
 
 ROOT = Path(__file__).parents[1]
 # Where the development dependencies put it, or anywhere.
@@ -56,12 +57,6 @@ def copy_into(folder: Path, stage: list[Instruction]) -> None:
         CONTEXT.copy(sources, folder / target)
 
 
-def program(path: Path, script: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-
-
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the program in the image; Python and the command are stand-ins.
@@ -70,13 +65,13 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     environment, final = (tmp_path_factory.mktemp(name) for name in ("environment", "final"))
     copy_into(environment, ENVIRONMENT)
-    program(environment / ".venv/bin/python", 'echo "$@" >>installed')
+    write_program(environment / ".venv/bin/python", 'echo "$@" >>installed')
     subprocess.run(only(ENVIRONMENT, "RUN").command(), cwd=environment, check=True, timeout=60)
     assert "--editable .[cuda]" in (environment / "installed").read_text()
     copy_into(final, FINAL)
     shutil.copytree(environment / ".venv", final / ".venv")
-    program(final / ".venv/bin/python", 'echo "set up again: $@"; exit 1')
-    program(final / ".venv/bin/roundhouse", 'env >"$0.environ"; echo "$ROUNDHOUSE_PORT" "$@"')
+    write_program(final / ".venv/bin/python", 'echo "set up again: $@"; exit 1')
+    write_program(final / ".venv/bin/roundhouse", 'env >"$0.environ"; echo "$ROUNDHOUSE_PORT" "$@"')
     return final
 
 

@@ -29,6 +29,7 @@ from server.bench.scenarios import SCENARIOS
 from server.bench.scenarios.scenario import Peer, Scenario, Settings
 from server.bench.sides import Address, BareLibrary, Server, Side
 from server.settings import load_settings
+from server.terminal import leave
 
 BAD_SET_UP = 2
 FAILED = 1
@@ -119,13 +120,11 @@ def bench(
             paths = report.write(out, result, machine, command, repeats)
             paths += _plot(result, out, complaints)
     except (BadSetUp, ConfigError) as error:
-        complaints.print(f"roundhouse: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(BAD_SET_UP) from error
+        raise leave(str(error), BAD_SET_UP) from error
     except asyncio.CancelledError as error:
         raise typer.Exit(128 + signal.SIGTERM) from error
     except (BenchError, OSError) as error:
-        complaints.print(f"roundhouse: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(FAILED) from error
+        raise leave(str(error), FAILED) from error
     screen.print(_table(result))
     for line in (*result.warnings(), *(f"written: {path}" for path in paths)):
         complaints.print(line, markup=False, highlight=False, soft_wrap=True)

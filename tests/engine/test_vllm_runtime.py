@@ -172,9 +172,7 @@ async def test_a_load_leaves_the_process_as_it_found_it(
     assert gc.get_freeze_count() > 100_000  # nobody thawed the heap
 
 
-async def test_steps_have_as_many_openmp_threads_as_they_were_given_and_others_keep_theirs() -> (
-    None
-):
+async def test_steps_have_openmp_threads_of_their_own_number() -> None:
     import torch
     from threadpoolctl import threadpool_info
 

@@ -19,30 +19,43 @@ STOP_S = 60.0
 ROOT = Path(__file__).parents[2]
 
 
+def free_port() -> int:
+    """A port of loopback that nobody has at this moment."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
 class Server:
     """`roundhouse serve` in a child process."""
 
     def __init__(self, home: Path, *arguments: str, **environ: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._log = home / "server.log"
-        command = "from server.cli import main; main()"
-        with self._log.open("a") as log:
+        port = free_port()
+        code = "from server.cli import main; main()"
+        own = {
+            "HF_HUB_OFFLINE": "1",
+            "ROUNDHOUSE_CONFIG": str(STARTER_CONFIG),
+            "XDG_CACHE_HOME": str(home / "cache"),
+            "XDG_DATA_HOME": str(home / "data"),
+            "XDG_STATE_HOME": str(home / "state"),
+        }
+        self._start(
+            port,
+            [sys.executable, "-c", code, "serve", "--port", str(port), *arguments],
+            ROOT,
+            {**os.environ, **own, **environ},
+            home / "server.log",
+        )
+
+    def _start(
+        self, port: int, command: list[str], folder: Path, environ: dict[str, str], log: Path
+    ) -> None:
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = log
+        with log.open("a") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", command, "serve", "--port", str(self.port), *arguments],
-                cwd=ROOT,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={
-                    **os.environ,
-                    "HF_HUB_OFFLINE": "1",
-                    "ROUNDHOUSE_CONFIG": str(STARTER_CONFIG),
-                    "XDG_CACHE_HOME": str(home / "cache"),
-                    "XDG_DATA_HOME": str(home / "data"),
-                    "XDG_STATE_HOME": str(home / "state"),
-                    **environ,
-                },
+                command, cwd=folder, stdout=file, stderr=subprocess.STDOUT, env=environ
             )
 
     def wait_ready(self) -> None:

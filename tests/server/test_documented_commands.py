@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import textwrap
@@ -29,7 +28,8 @@ from typer.core import TyperGroup
 
 from server import cli
 from tests.hub import Hub, serving
-from tests.server.real import ROOT, Server
+from tests.programs import write_program
+from tests.server.real import ROOT, Server, free_port
 
 pytestmark = pytest.mark.slow
 
@@ -351,14 +351,13 @@ class Checkout:
             (folder / name).symlink_to(ROOT / name)
         (folder / "pyproject.toml").symlink_to(ROOT / "pyproject.toml")
         programs = folder / ".venv" / "bin"
-        programs.mkdir(parents=True)
         # What pip would install is there: in the environment that these tests run in.
         python = shlex.quote(sys.executable)
-        program(programs / "python", f'[ "$1 $2" = "-m pip" ] || exec {python} "$@"')
+        write_program(programs / "python", f'[ "$1 $2" = "-m pip" ] || exec {python} "$@"')
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         module, _, function = project["scripts"]["roundhouse"].partition(":")
         entry = f"import sys; from {module} import {function}; sys.exit({function}())"
-        program(programs / "roundhouse", f'exec {python} -c "{entry}" "$@"')
+        write_program(programs / "roundhouse", f'exec {python} -c "{entry}" "$@"')
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("ROUNDHOUSE_", "HF_"))}
         home = folder / "home"
         home.mkdir()
@@ -398,29 +397,20 @@ class Started(Server):
     """A server that a command of the pages started."""
 
     def __init__(self, checkout: Checkout, command: str, **environ: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._log = checkout.folder / f"{self.port}.log"
+        port = free_port()
         own = {
             "HF_HUB_OFFLINE": "1",
-            "ROUNDHOUSE_PORT": str(self.port),
+            "ROUNDHOUSE_PORT": str(port),
             # Two servers cannot share their jobs.
-            "XDG_DATA_HOME": str(checkout.folder / f"{self.port}.data"),
+            "XDG_DATA_HOME": str(checkout.folder / f"{port}.data"),
         }
-        with self._log.open("w") as log:
-            self.process = subprocess.Popen(
-                ["bash", "-c", command],
-                cwd=checkout.folder,
-                env={**checkout.environ, **own, **environ},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-
-def program(path: Path, text: str) -> None:
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
+        self._start(
+            port,
+            ["bash", "-c", command],
+            checkout.folder,
+            {**checkout.environ, **own, **environ},
+            checkout.folder / f"{port}.log",
+        )
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,6 +150,10 @@ class TestPull:
             f"    if fetch.missing_bytes <= {len(WEIGHTS) - half}:\n"
             "        print('half', flush=True)\n"
             "engine.hub.Fetch._tell = told\n"
+            "def stop(*_):\n"
+            "    print('stopping', flush=True)\n"
+            "    raise KeyboardInterrupt\n"
+            "signal.signal(signal.SIGINT, stop)\n"
             "from server.cli import main; main()"
         )
         with subprocess.Popen(
@@ -163,8 +166,9 @@ class TestPull:
             assert process.stdout is not None and process.stderr is not None
             assert process.stdout.readline() == "half\n"
             process.send_signal(signal.SIGINT)
-            # Not at once: the rest could come before the signal is looked at.
-            threading.Timer(1.0, hub.let_go.set).start()
+            # Or the rest could come before the signal is looked at.
+            assert process.stdout.readline() == "stopping\n"
+            hub.let_go.set()
             stderr = process.stderr.read()
             assert process.wait(60) == 130, stderr
         assert "the next pull goes on from here" in stderr
