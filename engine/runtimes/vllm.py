@@ -35,6 +35,7 @@ from engine.errors import (
 from engine.process import GATE
 from engine.requests import Document, Event, Frame, Request, TextOperation, TextRequest
 from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
+from engine.runtimes.stream_pace import PACE
 from engine.runtimes.thread_run import reason
 from engine.runtimes.vllm_checkpoint import Checkpoint
 from engine.sources import STARTER_PREFIX, local_folder
@@ -135,6 +136,7 @@ class VllmModel(LoadedModel):
                 yield Document(self._document(answer))
                 return
             first = True
+            PACE.streams += 1
             try:
                 async for piece in answer:
                     frame = Frame(piece if isinstance(piece, str) else _named_event(piece))
@@ -143,6 +145,7 @@ class VllmModel(LoadedModel):
                         first = False
                     yield frame
             finally:
+                PACE.streams -= 1
                 await answer.aclose()
         except EngineError:
             raise
@@ -399,6 +402,7 @@ class VllmRuntime(Runtime):
 
         from engine.runtimes.vllm_core import GatedExecutor
         from engine.runtimes.vllm_park import packing
+        from engine.runtimes.vllm_request_state import ADAPTIVE
 
         expected = self._expected(model, Checkpoint(self._folder(model)))
         with GATE.exclusive():  # for its speed: Python beside a step slows both fivefold
@@ -415,6 +419,7 @@ class VllmRuntime(Runtime):
                 log_requests=False,
                 stat_loggers=[self._stat_logger] if self._warm else None,
             )
+        llm.output_processor.stream_interval = ADAPTIVE
         try:
             worker = llm.engine_core.core.model_executor.driver_worker.worker
             memory = self._take_over(worker, packed, expected)

@@ -53,7 +53,9 @@ from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from engine.process import GATE
+from engine.runtimes.stream_pace import PACE
 from engine.runtimes.vllm_park import KV_CACHE, note_packed_layers
+from engine.runtimes.vllm_request_state import pace_streams
 from engine.watchdog import WATCHDOG
 
 log = logging.getLogger(__name__)
@@ -178,6 +180,7 @@ def own_process_state() -> None:
     )
     scale_out_factories.init_scale_out_state = _leave_alone
     note_packed_layers()
+    pace_streams()
     GATE.state.register(
         "vllm.current_config",
         lambda: vllm_config_module._current_vllm_config,
@@ -405,6 +408,7 @@ class CoreClient:
 
         """
         item = await self._outputs.get()
+        PACE.observe()
         if isinstance(item, BaseException):
             raise item
         return item

@@ -1,0 +1,206 @@
+"""Events get longer while the event loop is busy, and with many streams only."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from engine.requests import Frame, TextOperation, TextRequest
+from engine.runtimes.stream_pace import BUSY, IDLE, MAX_TOKENS, OBSERVED_S, PACE, StreamPace
+from engine.runtimes.vllm import VllmModel, VllmRuntime
+from tests.engine.conftest import MakeModel
+
+CROWD = 1000
+
+
+class Loop:
+    """A loop that is busy for a share of its time."""
+
+    def __init__(self, streams: int = CROWD) -> None:
+        self.now_s = 100.0
+        self.busy_s = 5.0
+        self.pace = StreamPace(lambda: self.now_s, lambda: self.busy_s)
+        self.pace.streams = streams
+        self.pace.observe()
+
+    def spend(self, share: float, seconds: float = OBSERVED_S) -> int:
+        """Pass time; returns the tokens of an event after it."""
+        self.now_s += seconds
+        self.busy_s += share * seconds
+        self.pace.observe()
+        return self.pace.tokens
+
+
+def test_events_get_longer_step_by_step_while_the_loop_is_busy() -> None:
+    loop = Loop()
+    assert loop.pace.tokens == 1
+    assert [loop.spend(BUSY + 0.1) for _ in range(5)] == [2, 3, MAX_TOKENS, MAX_TOKENS, MAX_TOKENS]
+
+
+def test_events_get_shorter_step_by_step_while_it_is_idle() -> None:
+    loop = Loop()
+    while loop.spend(1.0) < MAX_TOKENS:
+        pass
+    assert loop.spend((BUSY + IDLE) / 2) == MAX_TOKENS
+    assert [loop.spend(IDLE / 2) for _ in range(5)] == [3, 2, 1, 1, 1]
+
+
+def test_what_it_does_is_looked_at_now_and_then() -> None:
+    loop = Loop()
+    assert [loop.spend(1.0, OBSERVED_S / 4) for _ in range(4)] == [1, 1, 1, 2]
+    # A short burst within a quiet time is no reason.
+    assert loop.spend(IDLE / 2, 10 * OBSERVED_S) == 1
+
+
+@pytest.mark.parametrize(("streams", "tokens"), [(1, 1), (15, 1), (16, 2), (31, 3), (32, 4)])
+def test_few_streams_get_every_token(streams: int, tokens: int) -> None:
+    loop = Loop(streams)
+    for _ in range(2 * MAX_TOKENS):
+        loop.spend(1.0)
+    assert loop.pace.tokens == tokens
+
+
+def test_what_few_streams_did_not_need_is_not_remembered() -> None:
+    loop = Loop(streams=1)
+    for _ in range(2 * MAX_TOKENS):
+        loop.spend(1.0)
+    loop.pace.streams = CROWD
+    assert loop.pace.tokens == 2
+
+
+@pytest.mark.slow
+@pytest.mark.asyncio(loop_scope="session")
+class TestStreams:
+    """Real streams of a real engine, with the pace set from outside."""
+
+    @pytest.fixture(autouse=True)
+    def unobserved(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(StreamPace, "observe", lambda _: None)
+        monkeypatch.setattr(PACE, "streams", CROWD)
+
+    @pytest.fixture
+    def chat(self, vllm_runtime: VllmRuntime, make_model: MakeModel) -> Any:
+        model = make_model("llama")
+
+        async def ask(loaded: VllmModel, turn: Any = None, **body: Any) -> list[dict[str, Any]]:
+            """The chunks of an answer of ten tokens; `turn` is called after each."""
+            request = TextRequest(
+                model.id,
+                TextOperation.CHAT,
+                {
+                    "messages": [{"role": "user", "content": "hello"}],
+                    "max_tokens": 10,
+                    "temperature": 0,
+                    "ignore_eos": True,
+                    "logprobs": True,
+                    "stream": True,
+                    "stream_options": {"include_usage": True},
+                    **body,
+                },
+                request_id="paced",
+            )
+            chunks = []
+            async for event in loaded.run(vllm_runtime.prepare(model, request)):
+                assert isinstance(event, Frame)
+                data = event.data.removeprefix("data: ").strip()
+                if data != "[DONE]":
+                    chunks.append(json.loads(data))
+                    if turn is not None:
+                        turn(len(chunks))
+            return chunks
+
+        return model, ask
+
+    async def test_an_event_has_as_many_tokens_as_it_should(
+        self, vllm_runtime: VllmRuntime, chat: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, ask = chat
+        loaded = await vllm_runtime.load(model, lambda _: None)
+        try:
+            monkeypatch.setattr(PACE, "_tokens", 1)
+            alone = await ask(loaded)
+            assert token_counts(alone) == [1] * 10
+
+            monkeypatch.setattr(PACE, "_tokens", 4)
+            crowded = await ask(loaded)
+            assert token_counts(crowded) == [1, 4, 4, 1]
+            assert whole(crowded) == whole(alone)
+
+            # A client that says how it wants them gets them so, whatever the others do.
+            assert token_counts(await ask(loaded, stream_interval=1)) == [1] * 10
+            assert token_counts(await ask(loaded, stream_interval=5)) == [1, 5, 4]
+
+            # Two choices are two sequences.
+            two = {"n": 2, "temperature": 1, "seed": 5, "logprobs": False}
+            both = await ask(loaded, **two)
+            assert both[-1]["usage"]["completion_tokens"] == 20
+            for index in (0, 1):
+                singly = await ask(loaded, stream_interval=1, **two)
+                assert text(both, index) == text(singly, index) != ""
+        finally:
+            await vllm_runtime.unload(loaded)
+
+    async def test_the_pace_may_change_in_the_middle_of_a_stream(
+        self, vllm_runtime: VllmRuntime, chat: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, ask = chat
+        loaded = await vllm_runtime.load(model, lambda _: None)
+        try:
+            monkeypatch.setattr(PACE, "_tokens", 1)
+            alone = await ask(loaded)
+
+            def turn(count: int) -> None:
+                PACE._tokens = (3, 1, 4, 2)[count % 4]
+
+            assert whole(await ask(loaded, turn)) == whole(alone)
+        finally:
+            await vllm_runtime.unload(loaded)
+
+    async def test_streams_under_way_are_counted(
+        self, vllm_runtime: VllmRuntime, chat: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, ask = chat
+        monkeypatch.setattr(PACE, "streams", 0)
+        loaded = await vllm_runtime.load(model, lambda _: None)
+        try:
+            seen: set[int] = set()
+            await asyncio.gather(*(ask(loaded, lambda _: seen.add(PACE.streams)) for _ in range(3)))
+            assert max(seen) == 3
+            assert PACE.streams == 0
+        finally:
+            await vllm_runtime.unload(loaded)
+
+
+def token_counts(chunks: list[dict[str, Any]]) -> list[int]:
+    """How many tokens came with each chunk that had some."""
+    return [
+        len(choice["logprobs"]["content"])
+        for chunk in chunks
+        for choice in chunk["choices"]
+        if choice.get("logprobs")
+    ]
+
+
+def text(chunks: list[dict[str, Any]], index: int = 0) -> str:
+    """The answer of a choice."""
+    return "".join(
+        choice["delta"].get("content") or ""
+        for chunk in chunks
+        for choice in chunk["choices"]
+        if choice["index"] == index
+    )
+
+
+def whole(chunks: list[dict[str, Any]]) -> tuple[Any, ...]:
+    """The text, each token with its probability, and the usage."""
+    logprobs = [
+        (entry["token"], entry["logprob"])
+        for chunk in chunks
+        for choice in chunk["choices"]
+        if choice.get("logprobs")
+        for entry in choice["logprobs"]["content"]
+    ]
+    return text(chunks), logprobs, chunks[-1]["usage"]["completion_tokens"]
