@@ -16,6 +16,7 @@ from engine.device import CpuDevice, Device
 from engine.errors import EngineError, LoadFailed
 from engine.estimates import EstimateStore
 from engine.host_memory import HostMemory
+from engine.process import quick_switches
 from engine.runtimes.base import Estimate, LoadedModel, Runtime
 from engine.scheduler import Scheduler
 from engine.status import HostStatus
@@ -154,7 +155,7 @@ class Residency:
         self.outcomes.on_timer()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
+        task = asyncio.get_running_loop().create_task(_beside_steps(work))
         self._tasks.add(task)
         task.add_done_callback(self._done)
 
@@ -276,6 +277,11 @@ class Residency:
                 format_size(residual_bytes),
                 model_id,
             )
+
+
+async def _beside_steps(work: Coroutine[Any, Any, None]) -> None:
+    with quick_switches():
+        await work
 
 
 def _copies_bytes(device: Device, host: HostMemory) -> int:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from engine.errors import EngineError, OutOfDeviceMemory, RuntimeFailed
+from engine.process import quick_switches
 from engine.requests import Event
 from engine.watchdog import WATCHDOG, Work
 
@@ -50,7 +51,8 @@ async def run_on_thread(
     run = make_run(emit)
 
     def execute() -> None:
-        with WATCHDOG.watch(f"a run on {threading.current_thread().name}", run, helpers=helpers):
+        what = f"a run on {threading.current_thread().name}"
+        with quick_switches(), WATCHDOG.watch(what, run, helpers=helpers):
             run.execute()
 
     done = loop.run_in_executor(thread, execute)

@@ -40,13 +40,13 @@ class PacedRequestState(RequestState):  # type: ignore[misc]
     ) -> Any:
         """The output to send, or None while its tokens are held back."""
         if self._paced:
-            sent: int = self.sent_tokens_offset
+            sent = self.sent_tokens_offset
             held = self.detokenizer.num_output_tokens() - sent
             wanted = self._wanted if self._wanted != ADAPTIVE else PACE.tokens
             if finish_reason is None and sent and held < wanted:
                 return None
             new_token_ids = self.detokenizer.output_token_ids[sent:]
-            self.sent_tokens_offset = sent + held
+            self.sent_tokens_offset: int = sent + held
         return super().make_request_output(
             new_token_ids, pooling_output, finish_reason, *args, **kwargs
         )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from engine import process
 from engine.process import HOLD_S, Gate
+from engine.runtimes.thread_run import run_on_thread, torch_error
 
 WAIT_S = 10.0
 """Long enough never to pass on a healthy machine; every wait ends by an event."""
@@ -337,3 +341,37 @@ def test_thawing_gives_the_collector_back() -> None:
     process.thaw_heap()
     assert (gc.collect, gc.freeze, gc.unfreeze) == before
     assert gc.get_freeze_count() == 0
+
+
+def test_quick_switches_last_until_the_last_one_ends() -> None:
+    usual_s = sys.getswitchinterval()
+    with suppress(ZeroDivisionError), process.quick_switches():
+        with process.quick_switches():
+            assert sys.getswitchinterval() == pytest.approx(process.QUICK_SWITCH_S)
+        assert sys.getswitchinterval() == pytest.approx(process.QUICK_SWITCH_S)
+        raise ZeroDivisionError
+    assert sys.getswitchinterval() == usual_s
+
+
+class Timed:
+    """A run that looks how long a thread may hold the interpreter."""
+
+    progress = 0
+
+    def __init__(self, seen: list[float]) -> None:
+        self._seen = seen
+
+    def execute(self) -> None:
+        self._seen.append(sys.getswitchinterval())
+
+    def cancel(self) -> None:
+        pass
+
+
+async def test_a_run_on_a_thread_lets_steps_have_the_interpreter_quickly() -> None:
+    seen: list[float] = []
+    with ThreadPoolExecutor(1) as thread:
+        async for _ in run_on_thread(thread, lambda _: Timed(seen), torch_error):
+            pass
+    assert seen == [pytest.approx(process.QUICK_SWITCH_S)]
+    assert sys.getswitchinterval() > process.QUICK_SWITCH_S

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 
 from engine.engine import OUT_OF_MEMORY_FACTOR, WORKING_MARGIN, Engine
 from engine.errors import LoadFailed, ModelNotFound, NotLoaded, OutOfDeviceMemory
+from engine.process import QUICK_SWITCH_S
 from engine.requests import (
     Event,
     ImageOperation,
@@ -242,3 +244,18 @@ async def test_a_plan_for_files_that_cannot_be_read_says_why(
     with pytest.raises(NotLoaded) as caught:
         await engine.check_loaded("small")
     assert (caught.value.tier, caught.value.load_s) == ("disk", None)
+
+
+async def test_a_load_lets_steps_have_the_interpreter_quickly(
+    engine: Engine, runtime: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = runtime.load
+    seen: list[float] = []
+
+    async def watched(*arguments: Any) -> Any:
+        seen.append(sys.getswitchinterval())
+        return await load(*arguments)
+
+    monkeypatch.setattr(runtime, "load", watched)
+    await engine.load("small")
+    assert seen == [pytest.approx(QUICK_SWITCH_S)]

@@ -55,7 +55,9 @@ def test_what_it_does_is_looked_at_now_and_then() -> None:
     assert loop.spend(IDLE / 2, 10 * OBSERVED_S) == 1
 
 
-@pytest.mark.parametrize(("streams", "tokens"), [(1, 1), (15, 1), (16, 2), (31, 3), (32, 4)])
+@pytest.mark.parametrize(
+    ("streams", "tokens"), [(0, 1), (32, 1), (33, 2), (64, 2), (65, 3), (97, 4)]
+)
 def test_few_streams_get_every_token(streams: int, tokens: int) -> None:
     loop = Loop(streams)
     for _ in range(2 * MAX_TOKENS):
