@@ -10,7 +10,6 @@ import gc
 import traceback
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from engine.device import Device
 from engine.errors import EngineError, LoadFailed, OutOfDeviceMemory
 from engine.requests import Event
 from engine.runtimes.base import Block, LoadedModel, Prepared, Runtime
+from engine.runtimes.compute_thread import ComputeThread
 from engine.runtimes.thread_run import Emit, ThreadRun, reason, run_on_thread, torch_error
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class TorchModel(LoadedModel, Generic[PartsT]):
         """`model` is in host memory; `TorchRuntime.load` brings it onto the device."""
         self.model: PartsT | None = model
         """None once it is unloaded."""
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix=model_id)
+        self.thread = ComputeThread(model_id)
 
     def blocks(self) -> tuple[Block, ...]:
         """Every part by its tensors."""
@@ -75,7 +75,7 @@ class TorchRuntime(Runtime):
     def __init__(self, device: Device, cache_dir: Path) -> None:
         self._device = device
         self._cache_dir = cache_dir
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix=f"{self.name}-load")
+        self._loader = ComputeThread(f"{self.name}-load")
 
     @abstractmethod
     def _build(self, model: ModelConfig) -> TorchModel[Any]:

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +34,7 @@ from engine.errors import (
 from engine.process import GATE
 from engine.requests import Document, Event, Frame, Request, TextOperation, TextRequest
 from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
+from engine.runtimes.compute_thread import ComputeThread
 from engine.runtimes.stream_pace import PACE
 from engine.runtimes.thread_run import reason
 from engine.runtimes.vllm_checkpoint import Checkpoint
@@ -231,7 +231,7 @@ class VllmRuntime(Runtime):
         self._device = device
         self._cache_dir = cache_dir
         self._cores: CoreThread | None = None
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="vllm-load")
+        self._loader = ComputeThread("vllm-load")
         self._schemas: dict[TextOperation, Any] = {}
         self._stat_logger: Any = None
         self._warm = False

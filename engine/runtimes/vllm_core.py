@@ -53,6 +53,7 @@ from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from engine.process import GATE
+from engine.runtimes.compute_thread import end_openmp_pools
 from engine.runtimes.stream_pace import PACE
 from engine.runtimes.vllm_park import KV_CACHE, note_packed_layers
 from engine.runtimes.vllm_request_state import pace_streams
@@ -313,6 +314,8 @@ class CoreThread:
             threadpool_limits(self._omp_threads, user_api="openmp")
         while True:
             working = [client for client in self._clients if client.has_work()]
+            if not working:
+                end_openmp_pools()  # or runs on other threads would wait at their barriers
             if not self._drain(block=not working):
                 return
             if not working:
