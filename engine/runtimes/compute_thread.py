@@ -42,7 +42,7 @@ def _with_passing_pool(fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
 
 
 def end_openmp_pools() -> None:
-    """End the threads that OpenMP libraries keep for the calling thread."""
+    """End the threads that GNU's OpenMP keeps for the calling thread."""
     if "torch" in sys.modules:
         for pause in _pauses():
             pause(_PAUSE_SOFT)
@@ -50,9 +50,12 @@ def end_openmp_pools() -> None:
 
 @functools.cache
 def _pauses() -> list[Callable[[int], int]]:
-    """`omp_pause_resource_all` of torch's OpenMP and of those that others brought before."""
+    """`omp_pause_resource_all` of torch's OpenMP and of those that others brought before.
+
+    GNU's only: LLVM's and Intel's pause the whole process.
+    """
     return [
         library.dynlib.omp_pause_resource_all
         for library in ThreadpoolController().lib_controllers
-        if library.internal_api == "openmp" and hasattr(library.dynlib, "omp_pause_resource_all")
+        if library.prefix == "libgomp" and hasattr(library.dynlib, "omp_pause_resource_all")
     ]
