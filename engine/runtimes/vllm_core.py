@@ -353,10 +353,12 @@ class CoreClient:
     ) -> None:
         self.resources = SimpleNamespace(engine_dead=False)
         self.error: BaseException | None = None
+        """Why the core is lost. Set on the event loop, together with the news of it."""
         self.on_failure: Callable[[BaseException], None] | None = None
         """Called on the event loop when a step raised and the core is lost."""
         self.parked: frozenset[str] = frozenset()
         """Blocks that are off the device, or on their way. With any, no step is taken."""
+        self._lost = False
         self._thread = thread
         self._loop: asyncio.AbstractEventLoop | None = None
         self._outputs: asyncio.Queue[Any] = asyncio.Queue()
@@ -372,7 +374,7 @@ class CoreClient:
     def has_work(self) -> bool:
         """Whether a step would do something."""
         return (
-            not self.error
+            not self._lost
             and not self.parked
             and bool(self.core.scheduler.has_requests() or self.core.batch_queue)
         )
@@ -390,11 +392,10 @@ class CoreClient:
             self._deliver(mine)
 
     def _fail(self, error: BaseException) -> None:
-        self.error = error
-        self.resources.engine_dead = True
+        self._lost = True
         # First: who gets the error may ask again at once, and must not be given this core.
-        if self._loop is not None and self.on_failure is not None:
-            self._loop.call_soon_threadsafe(self.on_failure, error)
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._tell_lost, error)
         self._deliver(EngineDeadError())
 
     def _deliver(self, item: Any) -> None:
@@ -402,6 +403,13 @@ class CoreClient:
             self._loop.call_soon_threadsafe(self._outputs.put_nowait, item)
 
     # On the event loop.
+
+    def _tell_lost(self, error: BaseException) -> None:
+        # AsyncLLM refuses requests by the flag: not before the engine knows why.
+        self.error = error
+        self.resources.engine_dead = True
+        if self.on_failure is not None:
+            self.on_failure(error)
 
     async def get_output_async(self) -> Any:
         """The outputs of the next step.
@@ -420,7 +428,7 @@ class CoreClient:
         """Queue a request; a request the core refuses is answered with an error output."""
 
         def add() -> None:
-            if self.error is not None:
+            if self._lost:
                 return
             try:
                 prepared, wave = self.core.preprocess_add_request(request)
@@ -442,7 +450,7 @@ class CoreClient:
         """Drop requests and free their KV cache before the next step."""
 
         def abort() -> None:
-            if self.error is None and self.core is not None:
+            if not self._lost and self.core is not None:
                 self.core.abort_requests(request_ids)
 
         self._thread.post(abort)

@@ -148,6 +148,7 @@ class TestPull:
             "def told(fetch):\n"
             "    tell(fetch)\n"
             f"    if fetch.missing_bytes <= {len(WEIGHTS) - half}:\n"
+            "        engine.hub.Fetch._tell = tell\n"
             "        print('half', flush=True)\n"
             "engine.hub.Fetch._tell = told\n"
             "def stop(*_):\n"
