@@ -328,6 +328,29 @@ async def test_a_failing_step_kills_one_model_only(
     assert await answer(vllm_runtime, other_model, other, "hello")
 
 
+async def test_a_lost_core_refuses_nobody_before_its_loss_is_told(
+    vllm_runtime: VllmRuntime, make_model: MakeModel
+) -> None:
+    """Who is refused asks again at once, and would be given the same core."""
+    loaded = await load(vllm_runtime, make_model("doomed"))
+    told: list[bool] = []
+    loaded.client.on_failure = lambda _: told.append(loaded.client.resources.engine_dead)
+
+    def fail() -> None:
+        raise RuntimeError("the device is on fire")
+
+    loaded.client.core.step_fn = fail
+    stepping = threading.Thread(target=loaded.client.step)
+    stepping.start()
+    stepping.join()  # the event loop stands meanwhile
+    assert not loaded.client.resources.engine_dead
+    assert loaded.client.error is None
+    assert not loaded.client.has_work()
+    await asyncio.sleep(0)
+    assert told == [True]
+    await vllm_runtime.unload(loaded)
+
+
 async def test_out_of_memory_in_a_step_is_told_apart(
     vllm_runtime: VllmRuntime, pair: list[tuple[ModelConfig, VllmModel]]
 ) -> None:
