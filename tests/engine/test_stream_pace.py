@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from engine.requests import Frame, TextOperation, TextRequest
 from engine.runtimes.stream_pace import BUSY, IDLE, MAX_TOKENS, OBSERVED_S, PACE, StreamPace
@@ -83,11 +85,14 @@ class TestStreams:
         monkeypatch.setattr(StreamPace, "observe", lambda _: None)
         monkeypatch.setattr(PACE, "streams", CROWD)
 
-    @pytest.fixture
-    def chat(self, vllm_runtime: VllmRuntime, make_model: MakeModel) -> Any:
+    @pytest_asyncio.fixture(loop_scope="session")
+    async def ask(self, vllm_runtime: VllmRuntime, make_model: MakeModel) -> AsyncIterator[Any]:
+        """A function that asks a model, which is loaded meanwhile."""
         model = make_model("llama")
+        loaded = await vllm_runtime.load(model, lambda _: None)
+        assert isinstance(loaded, VllmModel)
 
-        async def ask(loaded: VllmModel, turn: Any = None, **body: Any) -> list[dict[str, Any]]:
+        async def ask(turn: Any = None, **body: Any) -> list[dict[str, Any]]:
             """The chunks of an answer of ten tokens; `turn` is called after each."""
             request = TextRequest(
                 model.id,
@@ -114,66 +119,52 @@ class TestStreams:
                         turn(len(chunks))
             return chunks
 
-        return model, ask
+        yield ask
+        await vllm_runtime.unload(loaded)
 
     async def test_an_event_has_as_many_tokens_as_it_should(
-        self, vllm_runtime: VllmRuntime, chat: Any, monkeypatch: pytest.MonkeyPatch
+        self, ask: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        model, ask = chat
-        loaded = await vllm_runtime.load(model, lambda _: None)
-        try:
-            monkeypatch.setattr(PACE, "_tokens", 1)
-            alone = await ask(loaded)
-            assert token_counts(alone) == [1] * 10
+        monkeypatch.setattr(PACE, "_tokens", 1)
+        alone = await ask()
+        assert token_counts(alone) == [1] * 10
 
-            monkeypatch.setattr(PACE, "_tokens", 4)
-            crowded = await ask(loaded)
-            assert token_counts(crowded) == [1, 4, 4, 1]
-            assert whole(crowded) == whole(alone)
+        monkeypatch.setattr(PACE, "_tokens", 4)
+        crowded = await ask()
+        assert token_counts(crowded) == [1, 4, 4, 1]
+        assert whole(crowded) == whole(alone)
 
-            # A client that says how it wants them gets them so, whatever the others do.
-            assert token_counts(await ask(loaded, stream_interval=1)) == [1] * 10
-            assert token_counts(await ask(loaded, stream_interval=5)) == [1, 5, 4]
+        # A client that says how it wants them gets them so, whatever the others do.
+        assert token_counts(await ask(stream_interval=1)) == [1] * 10
+        assert token_counts(await ask(stream_interval=5)) == [1, 5, 4]
 
-            # Two choices are two sequences.
-            two = {"n": 2, "temperature": 1, "seed": 5, "logprobs": False}
-            both = await ask(loaded, **two)
-            assert both[-1]["usage"]["completion_tokens"] == 20
-            for index in (0, 1):
-                singly = await ask(loaded, stream_interval=1, **two)
-                assert text(both, index) == text(singly, index) != ""
-        finally:
-            await vllm_runtime.unload(loaded)
+        # Two choices are two sequences.
+        two = {"n": 2, "temperature": 1, "seed": 5, "logprobs": False}
+        both = await ask(**two)
+        assert both[-1]["usage"]["completion_tokens"] == 20
+        for index in (0, 1):
+            singly = await ask(stream_interval=1, **two)
+            assert text(both, index) == text(singly, index) != ""
 
     async def test_the_pace_may_change_in_the_middle_of_a_stream(
-        self, vllm_runtime: VllmRuntime, chat: Any, monkeypatch: pytest.MonkeyPatch
+        self, ask: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        model, ask = chat
-        loaded = await vllm_runtime.load(model, lambda _: None)
-        try:
-            monkeypatch.setattr(PACE, "_tokens", 1)
-            alone = await ask(loaded)
+        monkeypatch.setattr(PACE, "_tokens", 1)
+        alone = await ask()
 
-            def turn(count: int) -> None:
-                PACE._tokens = (3, 1, 4, 2)[count % 4]
+        def turn(count: int) -> None:
+            PACE._tokens = (3, 1, 4, 2)[count % 4]
 
-            assert whole(await ask(loaded, turn)) == whole(alone)
-        finally:
-            await vllm_runtime.unload(loaded)
+        assert whole(await ask(turn)) == whole(alone)
 
     async def test_streams_under_way_are_counted(
-        self, vllm_runtime: VllmRuntime, chat: Any, monkeypatch: pytest.MonkeyPatch
+        self, ask: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        model, ask = chat
         monkeypatch.setattr(PACE, "streams", 0)
-        loaded = await vllm_runtime.load(model, lambda _: None)
-        try:
-            seen: set[int] = set()
-            await asyncio.gather(*(ask(loaded, lambda _: seen.add(PACE.streams)) for _ in range(3)))
-            assert max(seen) == 3
-            assert PACE.streams == 0
-        finally:
-            await vllm_runtime.unload(loaded)
+        seen: set[int] = set()
+        await asyncio.gather(*(ask(lambda _: seen.add(PACE.streams)) for _ in range(3)))
+        assert max(seen) == 3
+        assert PACE.streams == 0
 
 
 def token_counts(chunks: list[dict[str, Any]]) -> list[int]:
