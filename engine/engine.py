@@ -233,9 +233,11 @@ class Engine:
         try:
             with process.uncollected():
                 device = await asyncio.to_thread(self._open)
+                process.freeze_heap()  # or a warm-up's collections look at all that is imported
                 for runtime in self._runtimes.values():
                     await runtime.warm_up()
         except Exception as error:
+            process.thaw_heap()
             self._start_error = str(error) or type(error).__name__
             self.state = EngineState.STOPPED
             self._started.set()

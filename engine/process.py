@@ -325,7 +325,7 @@ def freeze_heap() -> None:
     freezes and thaws the heap itself around every engine: its freeze would
     make a dead engine's cycles immortal, its thaw would bring the stall back,
     so both are turned off, and collections inside the gate are left out.
-    Call once, after the imports, before any load.
+    Call after the imports, before any load, and again when more has been made that stays.
     """
     _gc_collect()
     _gc_freeze()

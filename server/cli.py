@@ -19,17 +19,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from engine.config import ENV_CONFIG, EngineConfig
-from engine.engine import Engine
 from engine.errors import ConfigError
-from engine.simulation.comparison import compare
-from engine.simulation.simulator import usual_config
 from engine.simulation.traces import BUILT_IN, generate, read_trace
 from engine.units import format_size
-from server import doctor, model_commands, simulation
+from server import doctor, model_commands
 from server.bench.command import bench
 from server.choice import choose, look
 from server.lifeline import Lifeline
-from server.serve import listen, run
+from server.listener import listen
 from server.settings import ServerSettings, load_settings
 from server.supervisor import BAD_CONFIG, Orders, become
 from server.terminal import err, leave, out
@@ -96,6 +93,11 @@ def serve(
             limits = (settings.hang_s, settings.stall_s, settings.drain_s)
             level = settings.log_level.upper()
             become(Orders(command, listener.fileno(), *limits, log_level=level), listener)
+    # Here, not above: half of the seconds that every command would take to begin, and who becomes
+    # the supervisor needs none of it.
+    from engine.engine import Engine
+    from server.serve import run
+
     if line is None:
         engine = Engine(engine_config)
     else:
@@ -155,6 +157,10 @@ def simulate(
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a .png there.")] = None,
 ) -> None:
     """Serve a trace on a modelled machine, by this scheduler and by others."""
+    from engine.simulation.comparison import compare
+    from engine.simulation.simulator import usual_config
+    from server import simulation
+
     try:
         if trace in BUILT_IN:
             traced = generate(trace, seed=seed, requests=requests, models=models)

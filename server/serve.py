@@ -55,17 +55,6 @@ class _Server(uvicorn.Server):
         yield
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A bound and listening socket.
-
-    Raises:
-        OSError: the address is taken, unknown or forbidden.
-
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048)
-
-
 def run(
     engine: Engine,
     settings: ServerSettings,

@@ -69,3 +69,7 @@ def test_importing_loads_no_native_library(module: str) -> None:
 @pytest.mark.parametrize("module", ["engine.engine", "engine.runtimes.vllm"])
 def test_the_engine_can_be_imported_without_a_web_framework(module: str) -> None:
     assert not loaded_after(f"import {module}") & WEB
+
+
+def test_a_command_begins_without_what_only_the_server_needs() -> None:
+    assert not loaded_after("import server.cli") & WEB

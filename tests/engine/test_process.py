@@ -8,13 +8,16 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine import process
 from engine.process import HOLD_S, Gate
+from engine.runtimes import REGISTRY
 from engine.runtimes.thread_run import run_on_thread, torch_error
+from tests.server.fake import FakeRuntime, fake_engine
 
 WAIT_S = 10.0
 """Long enough never to pass on a healthy machine; every wait ends by an event."""
@@ -305,6 +308,38 @@ def test_no_collection_while_much_is_made_that_stays() -> None:
         assert seen
     finally:
         gc.callbacks.remove(note)
+
+
+class WarmedUp(FakeRuntime):
+    """A runtime whose warm-up notes how much is frozen, and may fail."""
+
+    fails = False
+    frozen = 0
+
+    async def warm_up(self) -> None:
+        self.frozen = gc.get_freeze_count()
+        if self.fails:
+            raise RuntimeError("cold")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_warm_up_collects_nothing_of_what_is_imported(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(REGISTRY, "fake", "tests.server.fake:FakeRuntime")
+    collect, before = gc.collect, gc.get_freeze_count()
+    runtime = WarmedUp()
+    runtime.fails = fails
+    engine = fake_engine(runtime, tmp_path)
+    if fails:
+        with pytest.raises(RuntimeError, match="cold"):
+            await engine.start()
+    else:
+        await engine.start()
+        await engine.stop()
+    assert runtime.frozen > before
+    assert gc.collect is collect
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.usefixtures("frozen")
