@@ -1,7 +1,7 @@
 """The parent of the process that serves: starts it, listens to its heart, starts it again.
 
 Only the standard library and `server.refuser`: what is not imported cannot break, and takes no
-memory (13 MB, where the command line alone has 60). For that, `roundhouse serve` becomes this
+memory (13 MB, where the command line alone has 68). For that, `roundhouse serve` becomes this
 program once it listens (`become`), and this one runs the same command once more with the
 listener handed down. The socket stays open while nobody serves: clients that connect in the
 seconds of a restart wait in its queue, and are answered by the next process.
