@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import shutil
+import statistics
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
@@ -153,6 +154,32 @@ async def frames_come(frames: asyncio.Queue[str], count: int) -> None:
             await frames.get()
 
 
+async def bytes_moved(
+    runtime: VllmRuntime, loaded: VllmModel, names: Collection[str]
+) -> tuple[int, int]:
+    """Bytes that leave the process with a park and come back with a wake: medians of three.
+
+    Other memory of the process grows and shrinks in between, now and then by tens of megabytes.
+    """
+    left, came_back = [], []
+    for _ in range(3):
+        if "kv_cache" in names:
+            await on_core(loaded, write_kv_cache)
+        before = resident_bytes(runtime)
+        await runtime.park(loaded, names)
+        without = resident_bytes(runtime)
+        await runtime.wake(loaded, names)
+        left.append(before - without)
+        came_back.append(resident_bytes(runtime) - without)
+    return statistics.median_low(left), statistics.median_low(came_back)
+
+
+def write_kv_cache(core: Any) -> None:
+    """All of it, so that all of it is resident; the prefixes it holds are lost."""
+    for cache in core.model_executor.driver_worker.worker.model_runner.kv_caches:
+        cache.zero_()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 async def test_the_bytes_of_each_block_leave_the_process(
     vllm_runtime: VllmRuntime, large: Path, dtype: str
@@ -165,15 +192,13 @@ async def test_the_bytes_of_each_block_leave_the_process(
     assert sizes["weights"] > (240 if dtype == "float32" else 120) * MIB
     assert all(block.parkable for block in loaded.blocks())
     for names in (("kv_cache",), ("weights",), EVERYTHING):
-        before = resident_bytes(vllm_runtime)
-        await vllm_runtime.park(loaded, names)
-        without = resident_bytes(vllm_runtime)
-        # A KV cache that was away before has come back only where it was written.
-        gone = sizes["weights"] if "weights" in names else sizes["kv_cache"]
-        assert before - without == pytest.approx(gone, rel=0.05)
-        await vllm_runtime.wake(loaded, names)
-        back = sizes["weights"] if "weights" in names else 0
-        assert resident_bytes(vllm_runtime) - without == pytest.approx(back, rel=0.05, abs=MIB)
+        left, came_back = await bytes_moved(vllm_runtime, loaded, names)
+        # A workspace is there only where it was written, and a KV cache comes back only there.
+        written = [sizes[name] for name in names if name != "workspace"]
+        assert left == pytest.approx(sum(written), rel=0.05)
+        assert came_back == pytest.approx(
+            sizes["weights"] if "weights" in names else 0, rel=0.05, abs=MIB
+        )
         assert await answers(vllm_runtime, model, loaded) == expected
     await vllm_runtime.unload(loaded)
 
@@ -198,9 +223,8 @@ async def test_a_second_form_of_a_tied_head_is_counted_and_an_unused_one_freed(
     assert 2 * embedding < weights < 2.2 * embedding
     estimate = {block.name: block.nbytes for block in vllm_runtime.estimate(model).blocks}
     assert weights == pytest.approx(estimate["weights"], rel=0.02)
-    before = resident_bytes(vllm_runtime)
-    await vllm_runtime.park(loaded, ("weights",))
-    assert before - resident_bytes(vllm_runtime) == pytest.approx(weights, rel=0.05)
+    left, _ = await bytes_moved(vllm_runtime, loaded, ("weights",))
+    assert left == pytest.approx(weights, rel=0.05)
     await vllm_runtime.unload(loaded)
 
 
