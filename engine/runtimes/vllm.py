@@ -244,21 +244,28 @@ class VllmRuntime(Runtime):
             os.environ.setdefault(variable, value)
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
         from pydantic import TypeAdapter
-        from vllm.entrypoints.anthropic.protocol import (
-            AnthropicCountTokensRequest,
-            AnthropicMessagesRequest,
-        )
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-        from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-        from vllm.entrypoints.pooling.embed.protocol import EmbeddingRequest
-        from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeRequest
-        from vllm.v1.engine.core_client import EngineCoreClient
 
-        from engine.runtimes import vllm_core, vllm_metrics
+        from engine.runtimes.vllm_imports import sparing_imports
 
-        for module in LAZY_MODULES:
-            import_module(module)
+        with sparing_imports():
+            from vllm.entrypoints.anthropic.protocol import (
+                AnthropicCountTokensRequest,
+                AnthropicMessagesRequest,
+            )
+            from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+            from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+            from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+            from vllm.entrypoints.pooling.embed.protocol import EmbeddingRequest
+            from vllm.entrypoints.serve.tokenize.protocol import (
+                DetokenizeRequest,
+                TokenizeRequest,
+            )
+            from vllm.v1.engine.core_client import EngineCoreClient
+
+            from engine.runtimes import vllm_core, vllm_metrics
+
+            for module in LAZY_MODULES:
+                import_module(module)
         self._stat_logger = vllm_metrics.stat_logger(self._series)
         vllm_core.own_process_state()
         self._cores = cores = vllm_core.CoreThread(self._omp_threads())
@@ -401,6 +408,7 @@ class VllmRuntime(Runtime):
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from engine.runtimes.vllm_core import GatedExecutor
+        from engine.runtimes.vllm_imports import prepare_to_compile
         from engine.runtimes.vllm_park import packing
         from engine.runtimes.vllm_request_state import ADAPTIVE
 
@@ -410,6 +418,8 @@ class VllmRuntime(Runtime):
                 self._command_line(model, expected["kv_cache"])
             )
             config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+            if not config.model_config.enforce_eager:
+                prepare_to_compile()
         keep_plain = self.host is not None and self.host.free_bytes >= expected["weights"]
         with packing(keep_plain=keep_plain) as packed:
             llm = AsyncLLM(
