@@ -10,7 +10,7 @@ from server.bench.scenarios.scenario import Case, Peer, Scenario
 from server.bench.work import IMAGES, Streams, Turn, Work
 
 ROUNDS = 8
-SIZES = ("128x128", "256x256")
+SIZES = ("128x128", "256x256", "512x512")
 SAMPLE_SEED = 1 << 20
 """Beyond any turn's."""
 LEVELS = 1
