@@ -1,8 +1,9 @@
-"""How many tokens an event of a stream carries.
+"""When the tokens of a stream make an event.
 
 Every event costs the event loop about the same, however many tokens are in it: building the
 chunk, framing and sending it. The loop shares the interpreter with the thread that steps the
-models, so with many streams events of one token each are what holds up the steps.
+models, so events of one token each are what holds up the steps. What comes within a frame of a
+display is one to a reader anyway, and what comes within a tenth of a second nearly so.
 """
 
 from __future__ import annotations
@@ -10,14 +11,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-MAX_TOKENS = 4
-STREAMS_PER_TOKEN = 32
-"""So many streams for each token of an event, rounded up. Measured on two cores: with 16 streams
-a second token gave nothing, with 64 it gave 2-30 % more tokens a second and more of them no more;
-with 256 four gave 25-40 %."""
+FRAME_S = 1 / 60
+"""Events follow each other no closer than the frames of a common display."""
+HOLD_S = 0.1
+"""So long an event waits for its tokens while the loop is busy: the limit below which a reply feels
+instantaneous (Nielsen, Response Times: The 3 Important Limits)."""
+CROWD = 64
+"""With more streams than this an event waits longer by as much: the tokens of each come as much
+later. Measured on two cores, 256 streams: four tokens an event gave 25-40 % more tokens a second
+than one."""
 
-BUSY = 0.25
-IDLE = 0.10
+MAX_TOKENS = 8
+STREAMS_PER_TOKEN = 2
+"""So many streams for each token of an event: the events of a few are not what keeps the loop busy.
+Measured on two cores, 16 and 64 streams, against at most one token for 32 streams: 15-20 % more
+tokens a second; of that with at most 50 ms an event at 64 streams nothing was left."""
+
+BUSY = 0.12
+IDLE = 0.05
 """Shares of the loop's time above and below which events get longer and shorter. Twice the tokens
 make about half the work, so that one share does not lead to the other and back."""
 
@@ -25,7 +36,7 @@ OBSERVED_S = 0.25
 
 
 class StreamPace:
-    """The number of tokens an event should have now. For one event loop; not thread-safe."""
+    """Says when an event is due. For one event loop; not thread-safe."""
 
     def __init__(
         self,
@@ -44,7 +55,19 @@ class StreamPace:
     @property
     def tokens(self) -> int:
         """How many tokens an event should wait for; at least 1."""
-        return min(self._tokens, 1 + max(0, self.streams - 1) // STREAMS_PER_TOKEN)
+        return min(self._tokens, max(1, self.streams // STREAMS_PER_TOKEN))
+
+    def now_s(self) -> float:
+        """Seconds on the clock of `due`."""
+        return self._wall()
+
+    def due(self, tokens: int, sent_s: float) -> bool:
+        """Whether so many tokens make an event now, the last one having been sent at `sent_s`."""
+        passed_s = self._wall() - sent_s
+        if passed_s < FRAME_S:
+            return False
+        hold_s = HOLD_S * max(1.0, self.streams / CROWD)
+        return tokens >= self.tokens or passed_s >= hold_s
 
     def observe(self) -> None:
         """Look at what the loop has done lately. Called on it, with every step's outputs."""

@@ -28,7 +28,13 @@ class PacedRequestState(RequestState):  # type: ignore[misc]
     def __init__(self, *args: Any, stream_interval: int, **kwargs: Any) -> None:
         super().__init__(*args, stream_interval=1, **kwargs)
         self._wanted = stream_interval
+        self._sent_s = 0.0
         self._paced = self.detokenizer is not None and self.output_kind == RequestOutputKind.DELTA
+
+    def _due(self, held: int) -> bool:
+        if self._wanted == ADAPTIVE:
+            return PACE.due(held, self._sent_s)
+        return held >= self._wanted
 
     def make_request_output(
         self,
@@ -42,9 +48,9 @@ class PacedRequestState(RequestState):  # type: ignore[misc]
         if self._paced:
             sent = self.sent_tokens_offset
             held = self.detokenizer.num_output_tokens() - sent
-            wanted = self._wanted if self._wanted != ADAPTIVE else PACE.tokens
-            if finish_reason is None and sent and held < wanted:
+            if finish_reason is None and sent and not self._due(held):
                 return None
+            self._sent_s = PACE.now_s()
             new_token_ids = self.detokenizer.output_token_ids[sent:]
             self.sent_tokens_offset: int = sent + held
         return super().make_request_output(

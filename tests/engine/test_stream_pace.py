@@ -1,8 +1,9 @@
-"""Events get longer while the event loop is busy, and with many streams only."""
+"""Events keep a frame's distance, and get longer while the event loop is busy with many streams."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -11,17 +12,28 @@ import pytest
 import pytest_asyncio
 
 from engine.requests import Frame, TextOperation, TextRequest
-from engine.runtimes.stream_pace import BUSY, IDLE, MAX_TOKENS, OBSERVED_S, PACE, StreamPace
+from engine.runtimes.stream_pace import (
+    BUSY,
+    CROWD,
+    FRAME_S,
+    HOLD_S,
+    IDLE,
+    MAX_TOKENS,
+    OBSERVED_S,
+    PACE,
+    StreamPace,
+)
 from engine.runtimes.vllm import VllmModel, VllmRuntime
 from tests.engine.conftest import MakeModel
 
-CROWD = 1000
+CROWDED = 1000
+INSTANT_S = 1e-6
 
 
 class Loop:
     """A loop that is busy for a share of its time."""
 
-    def __init__(self, streams: int = CROWD) -> None:
+    def __init__(self, streams: int = CROWDED) -> None:
         self.now_s = 100.0
         self.busy_s = 5.0
         self.pace = StreamPace(lambda: self.now_s, lambda: self.busy_s)
@@ -35,11 +47,16 @@ class Loop:
         self.pace.observe()
         return self.pace.tokens
 
+    def due(self, tokens: int, after_s: float) -> bool:
+        """Whether an event of so many tokens is due so long after the last."""
+        return self.pace.due(tokens, self.now_s - after_s)
+
 
 def test_events_get_longer_step_by_step_while_the_loop_is_busy() -> None:
     loop = Loop()
     assert loop.pace.tokens == 1
-    assert [loop.spend(BUSY + 0.1) for _ in range(5)] == [2, 3, MAX_TOKENS, MAX_TOKENS, MAX_TOKENS]
+    longer = [loop.spend(BUSY + 0.1) for _ in range(MAX_TOKENS + 1)]
+    assert longer == [*range(2, MAX_TOKENS + 1), MAX_TOKENS, MAX_TOKENS]
 
 
 def test_events_get_shorter_step_by_step_while_it_is_idle() -> None:
@@ -47,7 +64,8 @@ def test_events_get_shorter_step_by_step_while_it_is_idle() -> None:
     while loop.spend(1.0) < MAX_TOKENS:
         pass
     assert loop.spend((BUSY + IDLE) / 2) == MAX_TOKENS
-    assert [loop.spend(IDLE / 2) for _ in range(5)] == [3, 2, 1, 1, 1]
+    shorter = [loop.spend(IDLE / 2) for _ in range(MAX_TOKENS + 1)]
+    assert shorter == [*range(MAX_TOKENS - 1, 0, -1), 1, 1]
 
 
 def test_what_it_does_is_looked_at_now_and_then() -> None:
@@ -57,10 +75,8 @@ def test_what_it_does_is_looked_at_now_and_then() -> None:
     assert loop.spend(IDLE / 2, 10 * OBSERVED_S) == 1
 
 
-@pytest.mark.parametrize(
-    ("streams", "tokens"), [(0, 1), (32, 1), (33, 2), (64, 2), (65, 3), (97, 4)]
-)
-def test_few_streams_get_every_token(streams: int, tokens: int) -> None:
+@pytest.mark.parametrize(("streams", "tokens"), [(0, 1), (1, 1), (3, 1), (4, 2), (7, 3), (16, 8)])
+def test_events_of_few_streams_stay_short(streams: int, tokens: int) -> None:
     loop = Loop(streams)
     for _ in range(2 * MAX_TOKENS):
         loop.spend(1.0)
@@ -71,8 +87,26 @@ def test_what_few_streams_did_not_need_is_not_remembered() -> None:
     loop = Loop(streams=1)
     for _ in range(2 * MAX_TOKENS):
         loop.spend(1.0)
-    loop.pace.streams = CROWD
+    loop.pace.streams = CROWDED
     assert loop.pace.tokens == 2
+
+
+def test_no_event_comes_within_a_frame_of_the_last() -> None:
+    loop = Loop(streams=1)
+    assert not loop.due(100, FRAME_S - INSTANT_S)
+    assert loop.due(1, FRAME_S + INSTANT_S)
+
+
+@pytest.mark.parametrize(("streams", "hold_s"), [(CROWD, HOLD_S), (3 * CROWD, 3 * HOLD_S)])
+def test_an_event_waits_for_its_tokens_and_no_longer_than_it_may(
+    streams: int, hold_s: float
+) -> None:
+    loop = Loop(streams)
+    while loop.spend(1.0) < MAX_TOKENS:
+        pass
+    assert loop.due(MAX_TOKENS, FRAME_S + INSTANT_S)
+    assert not loop.due(MAX_TOKENS - 1, hold_s - INSTANT_S)
+    assert loop.due(1, hold_s + INSTANT_S)
 
 
 @pytest.mark.slow
@@ -83,7 +117,10 @@ class TestStreams:
     @pytest.fixture(autouse=True)
     def unobserved(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(StreamPace, "observe", lambda _: None)
-        monkeypatch.setattr(PACE, "streams", CROWD)
+        monkeypatch.setattr(PACE, "streams", CROWDED)
+        # By tokens alone: at each look more than a frame has passed.
+        clock = itertools.count(step=2 * FRAME_S)
+        monkeypatch.setattr(PACE, "_wall", lambda: next(clock))
 
     @pytest_asyncio.fixture(loop_scope="session")
     async def ask(self, vllm_runtime: VllmRuntime, make_model: MakeModel) -> AsyncIterator[Any]:
@@ -145,6 +182,15 @@ class TestStreams:
         for index in (0, 1):
             singly = await ask(stream_interval=1, **two)
             assert text(both, index) == text(singly, index) != ""
+
+    async def test_tokens_of_one_frame_come_in_one_event(
+        self, ask: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(PACE, "_tokens", 1)
+        monkeypatch.setattr(PACE, "_wall", lambda: 0.0)
+        at_once = await ask()
+        assert token_counts(at_once) == [1, 9]
+        assert whole(at_once) == whole(await ask(stream_interval=1))
 
     async def test_the_pace_may_change_in_the_middle_of_a_stream(
         self, ask: Any, monkeypatch: pytest.MonkeyPatch
