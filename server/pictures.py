@@ -19,6 +19,10 @@ from engine.errors import InvalidRequest
 PictureFormat: TypeAlias = Literal["png", "jpeg", "webp"]
 """What results can be encoded as."""
 
+PNG_LEVEL = 1
+"""Lossless at any. A photograph of 1024x1024 takes 115 ms, 165 with zlib's usual 6, which makes the
+file a tenth smaller: worth it only below 30 Mbit/s."""
+
 _READABLE = ("PNG", "JPEG", "WEBP", "GIF")
 """Pillow reads some fifty formats; the fewer decoders strangers can reach, the better."""
 
@@ -72,7 +76,7 @@ def encode_picture(
     """The image as a file; `quality` (0 to 100, the best and the default) is for lossy formats."""
     buffer = io.BytesIO()
     if picture_format == "png":
-        image.save(buffer, "PNG")
+        image.save(buffer, "PNG", compress_level=PNG_LEVEL)
     else:
         image.save(buffer, picture_format.upper(), quality=100 if quality is None else quality)
     return buffer.getvalue()

@@ -234,6 +234,7 @@ class DiffusersRuntime(TorchRuntime):
     def __init__(self, device: Device, cache_dir: Path) -> None:
         super().__init__(device, cache_dir)
         self._indices: dict[str, Mapping[str, Any]] = {}
+        self._vaes: dict[str, Mapping[str, Any]] = {}
 
     def start(self) -> None:
         """Import torch, transformers and diffusers (some seconds)."""
@@ -406,29 +407,31 @@ class DiffusersRuntime(TorchRuntime):
 
     def _decoder_channels(self, model: ModelConfig) -> int:
         """Channels of the VAE at full size: its second block's come in, its first's go out."""
-        folder = present_folder(model.source, self._cache_dir, revision=model.options.revision)
+        config = self._present(model, "vae/config.json", self._vaes)
         try:
-            config = json.loads((folder / "vae" / "config.json").read_text()) if folder else {}
             channels = config["block_out_channels"]
             return int(channels[min(1, len(channels) - 1)])
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
+        except (ValueError, KeyError, TypeError, IndexError):
             return 256  # as in SDXL and FLUX
 
     def _family(self, model: ModelConfig) -> Family:
         """Of the pipeline class; while its files are not here, the run itself checks again."""
-        return family_of(model.options.pipeline or str(self._index(model).get("_class_name", "")))
+        index = self._present(model, "model_index.json", self._indices)
+        return family_of(model.options.pipeline or str(index.get("_class_name", "")))
 
-    def _index(self, model: ModelConfig) -> Mapping[str, Any]:
-        """`model_index.json` where the files are here already, else nothing."""
-        if model.id not in self._indices:
+    def _present(
+        self, model: ModelConfig, name: str, read: dict[str, Mapping[str, Any]]
+    ) -> Mapping[str, Any]:
+        """A JSON file of the model where it is here already, else nothing; `read` keeps it."""
+        if model.id not in read:
             folder = present_folder(model.source, self._cache_dir, revision=model.options.revision)
             if folder is None:
                 return {}
             try:
-                self._indices[model.id] = json.loads((folder / "model_index.json").read_text())
+                read[model.id] = json.loads((folder / name).read_text())
             except (OSError, ValueError):
                 return {}
-        return self._indices[model.id]
+        return read[model.id]
 
     def _folder(self, model: ModelConfig) -> Path:
         options: DiffusersOptions = model.options

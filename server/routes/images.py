@@ -21,7 +21,7 @@ from server.auth import IMAGE_FILES_PREFIX
 from server.connection import run_while_connected
 from server.forms import read_fields
 from server.headers import answer_headers
-from server.pictures import decode_pictures, encode_picture
+from server.pictures import Picture, decode_pictures, encode_picture
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
 from server.schemas.terms import take_terms
 from server.settings import ServerSettings
@@ -47,9 +47,11 @@ def images_router(engine: Engine, outputs: Outputs, settings: ServerSettings) ->
             fields = await read_fields(request, settings.max_body_bytes)
             terms = take_terms(request.headers, fields)
             body = kind.of(fields)
-            pictures = await asyncio.to_thread(
-                decode_pictures, body.uploads(), settings.max_image_pixels
-            )
+            pictures: list[Picture] = []
+            if uploads := body.uploads():
+                pictures = await asyncio.to_thread(
+                    decode_pictures, uploads, settings.max_image_pixels
+                )
             image_request = body.to_request(
                 pictures, request_id=request.state.request_id, terms=terms
             )
