@@ -79,9 +79,9 @@ class StreamPace:
         share = (busy_s - self._busy_s) / passed_s
         self._since_s, self._busy_s = now_s, busy_s
         if share > BUSY:
-            self._tokens = min(self.tokens + 1, MAX_TOKENS)
+            self._tokens = min(2 * self.tokens, MAX_TOKENS)
         elif share < IDLE:
-            self._tokens = max(self.tokens - 1, 1)
+            self._tokens = max(self.tokens // 2, 1)
 
 
 PACE = StreamPace()
