@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 
 FRAME_S = 1 / 60
 """Events follow each other no closer than the frames of a common display. Measured on two cores: a
@@ -87,3 +88,8 @@ class StreamPace:
 
 PACE = StreamPace()
 """There is one event loop, so there is one pace for the streams of all models."""
+
+READ_BY_PARSER: ContextVar[bool] = ContextVar("read_by_parser", default=False)
+"""Whether a parser of vLLM looks for tool calls or thoughts in the answer of the current task: its
+tokens go one by one. Parsers look at what comes at once, and some lose or misplace what stands
+beside a marker: `xlam` most of a call's arguments, `holo2` the mark before a thought."""

@@ -35,7 +35,7 @@ from engine.process import GATE
 from engine.requests import Document, Event, Frame, Request, TextOperation, TextRequest
 from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
 from engine.runtimes.compute_thread import ComputeThread
-from engine.runtimes.stream_pace import PACE
+from engine.runtimes.stream_pace import PACE, READ_BY_PARSER
 from engine.runtimes.thread_run import reason
 from engine.runtimes.vllm_checkpoint import Checkpoint
 from engine.sources import STARTER_PREFIX, local_folder
@@ -130,6 +130,7 @@ class VllmModel(LoadedModel):
         if parked := self.client.parked:
             raise RuntimeFailed(f"The model's blocks are parked: {', '.join(sorted(parked))}.")
         self.runs += 1
+        READ_BY_PARSER.set(self._is_parsed(prepared))
         try:
             answer = await self._answer(request.operation, prepared.payload)
             if not hasattr(answer, "__aiter__"):
@@ -153,6 +154,13 @@ class VllmModel(LoadedModel):
             raise self._translate(error) from error
         finally:
             self.runs -= 1
+
+    def _is_parsed(self, prepared: Prepared) -> bool:
+        """Whether vLLM may look for thoughts or tool calls in the text."""
+        request, payload = prepared.request, prepared.payload
+        if request.operation is TextOperation.COMPLETION:
+            return False
+        return self._options.reasoning_parser is not None or bool(getattr(payload, "tools", None))
 
     async def _answer(self, operation: TextOperation, payload: Any) -> Any:
         serving = self.serving

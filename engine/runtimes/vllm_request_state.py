@@ -13,7 +13,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import output_processor
 from vllm.v1.engine.output_processor import RequestState
 
-from engine.runtimes.stream_pace import PACE
+from engine.runtimes.stream_pace import PACE, READ_BY_PARSER
 
 ADAPTIVE = 0
 """The `stream_interval` of a request whose client asked for none."""
@@ -22,14 +22,16 @@ ADAPTIVE = 0
 class PacedRequestState(RequestState):  # type: ignore[misc]
     """Holds tokens back as vLLM does, but by the pace. The first and the last never wait.
 
-    A client's own `stream_interval` holds as it is.
+    A client's own `stream_interval` holds as it is, and what a parser reads is not held back.
     """
 
     def __init__(self, *args: Any, stream_interval: int, **kwargs: Any) -> None:
         super().__init__(*args, stream_interval=1, **kwargs)
         self._wanted = stream_interval
         self._sent_s = 0.0
-        self._paced = self.detokenizer is not None and self.output_kind == RequestOutputKind.DELTA
+        parsed = stream_interval == ADAPTIVE and READ_BY_PARSER.get()
+        streamed = self.detokenizer is not None and self.output_kind == RequestOutputKind.DELTA
+        self._paced = streamed and not parsed
 
     def _due(self, held: int) -> bool:
         if self._wanted == ADAPTIVE:

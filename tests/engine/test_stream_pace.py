@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from engine.config import ModelConfig
 from engine.requests import Frame, TextOperation, TextRequest
 from engine.runtimes.stream_pace import (
     BUSY,
@@ -120,12 +121,22 @@ class TestStreams:
         clock = itertools.count(step=2 * FRAME_S)
         monkeypatch.setattr(PACE, "_wall", lambda: next(clock))
 
+    @pytest.fixture
+    def model(self, make_model: MakeModel) -> ModelConfig:
+        return make_model("llama")
+
     @pytest_asyncio.fixture(loop_scope="session")
-    async def ask(self, vllm_runtime: VllmRuntime, make_model: MakeModel) -> AsyncIterator[Any]:
-        """A function that asks a model, which is loaded meanwhile."""
-        model = make_model("llama")
+    async def loaded(
+        self, vllm_runtime: VllmRuntime, model: ModelConfig
+    ) -> AsyncIterator[VllmModel]:
         loaded = await vllm_runtime.load(model, lambda _: None)
         assert isinstance(loaded, VllmModel)
+        yield loaded
+        await vllm_runtime.unload(loaded)
+
+    @pytest.fixture
+    def ask(self, vllm_runtime: VllmRuntime, model: ModelConfig, loaded: VllmModel) -> Any:
+        """A function that asks the model."""
 
         async def ask(turn: Any = None, **body: Any) -> list[dict[str, Any]]:
             """The chunks of an answer of ten tokens; `turn` is called after each."""
@@ -154,8 +165,7 @@ class TestStreams:
                         turn(len(chunks))
             return chunks
 
-        yield ask
-        await vllm_runtime.unload(loaded)
+        return ask
 
     async def test_an_event_has_as_many_tokens_as_it_should(
         self, ask: Any, monkeypatch: pytest.MonkeyPatch
@@ -189,6 +199,20 @@ class TestStreams:
         at_once = await ask()
         assert token_counts(at_once) == [1, 9]
         assert whole(at_once) == whole(await ask(stream_interval=1))
+
+    async def test_what_a_parser_reads_comes_token_by_token(
+        self, loaded: VllmModel, ask: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(PACE, "_tokens", 8)
+        tool = {"type": "function", "function": {"name": "f"}}
+        # Not even where no call may be made: thoughts and calls are looked for in many ways.
+        assert token_counts(await ask(tools=[tool], tool_choice="none")) == [1] * 10
+        assert token_counts(await ask()) == [1, 8, 1]
+
+        thoughtful = loaded._options.model_copy(update={"reasoning_parser": "any"})
+        monkeypatch.setattr(loaded, "_options", thoughtful)
+        assert token_counts(await ask()) == [1] * 10
+        assert token_counts(await ask(stream_interval=5)) == [1, 5, 4]
 
     async def test_the_pace_may_change_in_the_middle_of_a_stream(
         self, ask: Any, monkeypatch: pytest.MonkeyPatch
