@@ -233,8 +233,7 @@ class DiffusersRuntime(TorchRuntime):
 
     def __init__(self, device: Device, cache_dir: Path) -> None:
         super().__init__(device, cache_dir)
-        self._indices: dict[str, Mapping[str, Any]] = {}
-        self._vaes: dict[str, Mapping[str, Any]] = {}
+        self._read: dict[tuple[str, str], Mapping[str, Any]] = {}
 
     def start(self) -> None:
         """Import torch, transformers and diffusers (some seconds)."""
@@ -407,7 +406,7 @@ class DiffusersRuntime(TorchRuntime):
 
     def _decoder_channels(self, model: ModelConfig) -> int:
         """Channels of the VAE at full size: its second block's come in, its first's go out."""
-        config = self._present(model, "vae/config.json", self._vaes)
+        config = self._present(model, "vae/config.json")
         try:
             channels = config["block_out_channels"]
             return int(channels[min(1, len(channels) - 1)])
@@ -416,22 +415,21 @@ class DiffusersRuntime(TorchRuntime):
 
     def _family(self, model: ModelConfig) -> Family:
         """Of the pipeline class; while its files are not here, the run itself checks again."""
-        index = self._present(model, "model_index.json", self._indices)
+        index = self._present(model, "model_index.json")
         return family_of(model.options.pipeline or str(index.get("_class_name", "")))
 
-    def _present(
-        self, model: ModelConfig, name: str, read: dict[str, Mapping[str, Any]]
-    ) -> Mapping[str, Any]:
-        """A JSON file of the model where it is here already, else nothing; `read` keeps it."""
-        if model.id not in read:
+    def _present(self, model: ModelConfig, name: str) -> Mapping[str, Any]:
+        """A JSON file of the model, read once, where it is here already; else nothing."""
+        key = model.id, name
+        if key not in self._read:
             folder = present_folder(model.source, self._cache_dir, revision=model.options.revision)
             if folder is None:
                 return {}
             try:
-                read[model.id] = json.loads((folder / name).read_text())
+                self._read[key] = json.loads((folder / name).read_text())
             except (OSError, ValueError):
                 return {}
-        return read[model.id]
+        return self._read[key]
 
     def _folder(self, model: ModelConfig) -> Path:
         options: DiffusersOptions = model.options

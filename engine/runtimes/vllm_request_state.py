@@ -27,11 +27,11 @@ class PacedRequestState(RequestState):  # type: ignore[misc]
 
     def __init__(self, *args: Any, stream_interval: int, **kwargs: Any) -> None:
         super().__init__(*args, stream_interval=1, **kwargs)
+        if stream_interval == ADAPTIVE and READ_BY_PARSER.get():
+            stream_interval = 1
         self._wanted = stream_interval
         self._sent_s = 0.0
-        parsed = stream_interval == ADAPTIVE and READ_BY_PARSER.get()
-        streamed = self.detokenizer is not None and self.output_kind == RequestOutputKind.DELTA
-        self._paced = streamed and not parsed
+        self._paced = self.detokenizer is not None and self.output_kind == RequestOutputKind.DELTA
 
     def _due(self, held: int) -> bool:
         if self._wanted == ADAPTIVE:

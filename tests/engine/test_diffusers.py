@@ -642,7 +642,7 @@ async def test_what_only_the_loaded_pipeline_knows(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str, fields: dict[str, Any], param: str
 ) -> None:
     monkeypatch.setattr(diffusers_runtime, "present_folder", lambda *_, **__: None)
-    engine._runtimes["diffusers"]._indices.clear()  # type: ignore[attr-defined]
+    engine._runtimes["diffusers"]._read.clear()  # type: ignore[attr-defined]
     with pytest.raises(InvalidRequest) as raised:
         await events(engine, video_request(name, **fields))
     assert raised.value.param == param
