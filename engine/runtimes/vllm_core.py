@@ -55,6 +55,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 from engine.process import GATE
 from engine.runtimes.compute_thread import end_openmp_pools
 from engine.runtimes.stream_pace import PACE
+from engine.runtimes.vllm_output_collector import keep_outputs_apart
 from engine.runtimes.vllm_park import KV_CACHE, note_packed_layers
 from engine.runtimes.vllm_request_state import pace_streams
 from engine.watchdog import WATCHDOG
@@ -182,6 +183,7 @@ def own_process_state() -> None:
     scale_out_factories.init_scale_out_state = _leave_alone
     note_packed_layers()
     pace_streams()
+    keep_outputs_apart()
     GATE.state.register(
         "vllm.current_config",
         lambda: vllm_config_module._current_vllm_config,

@@ -274,6 +274,12 @@ def test_yielding_outside_of_exclusive_work_does_nothing(gate: Gate) -> None:
         assert not gate.held
 
 
+@pytest.fixture(autouse=True)
+def thawed() -> None:
+    """A runtime that other tests' files share in this process may have left the heap frozen."""
+    process.thaw_heap()
+
+
 @pytest.fixture
 def frozen() -> Iterator[None]:
     process.freeze_heap()
@@ -344,15 +350,14 @@ async def test_a_warm_up_collects_nothing_of_what_is_imported(
 
 @pytest.mark.usefixtures("frozen")
 def test_nobody_thaws_or_refreezes_the_heap() -> None:
-    count = gc.get_freeze_count()
-    assert count > 0
     found: list[Any] = []
     Cycle(found)
     gc.freeze()  # as a library does after a load: would make the cycle immortal
-    gc.unfreeze()
-    assert gc.get_freeze_count() == count
     gc.collect()
     assert found
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()
+    assert gc.get_freeze_count() > 0
 
 
 @pytest.mark.usefixtures("frozen")

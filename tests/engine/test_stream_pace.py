@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import time
 from collections.abc import AsyncIterator
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -122,6 +124,12 @@ class TestStreams:
         monkeypatch.setattr(PACE, "_wall", lambda: next(clock))
 
     @pytest.fixture
+    def unmerged(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Events come as they were made, also where other programs keep the loop from its turn."""
+        collector = "engine.runtimes.vllm_output_collector.READ_BY_PARSER"
+        monkeypatch.setattr(collector, ContextVar("read_by_parser", default=True))
+
+    @pytest.fixture
     def model(self, make_model: MakeModel) -> ModelConfig:
         return make_model("llama")
 
@@ -167,6 +175,25 @@ class TestStreams:
 
         return ask
 
+    async def test_unmerged_outputs_come_in_order_and_the_error_last(self) -> None:
+        from vllm.sampling_params import RequestOutputKind
+
+        from engine.runtimes.vllm_output_collector import UnmergedOutputCollector
+
+        collector = UnmergedOutputCollector(RequestOutputKind.DELTA, "unmerged")
+        assert collector.get_nowait() is None
+        waiting = asyncio.create_task(collector.get())
+        await asyncio.sleep(0)
+        for output in ("one", "two", "three", ValueError("end")):
+            collector.put(output)
+        assert await waiting == "one"
+        assert collector.get_nowait() == "two"
+        assert await collector.get() == "three"
+        with pytest.raises(ValueError, match="end"):
+            await collector.get()
+        assert collector.get_nowait() is None
+
+    @pytest.mark.usefixtures("unmerged")
     async def test_an_event_has_as_many_tokens_as_it_should(
         self, ask: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -191,6 +218,7 @@ class TestStreams:
             singly = await ask(stream_interval=1, **two)
             assert text(both, index) == text(singly, index) != ""
 
+    @pytest.mark.usefixtures("unmerged")
     async def test_tokens_of_one_frame_come_in_one_event(
         self, ask: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -200,6 +228,7 @@ class TestStreams:
         assert token_counts(at_once) == [1, 9]
         assert whole(at_once) == whole(await ask(stream_interval=1))
 
+    @pytest.mark.usefixtures("unmerged")
     async def test_what_a_parser_reads_comes_token_by_token(
         self, loaded: VllmModel, ask: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -213,6 +242,18 @@ class TestStreams:
         monkeypatch.setattr(loaded, "_options", thoughtful)
         assert token_counts(await ask()) == [1] * 10
         assert token_counts(await ask(stream_interval=5)) == [1, 5, 4]
+
+    async def test_what_a_parser_reads_is_not_merged_while_the_loop_lags(
+        self, ask: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(PACE, "_tokens", 1)
+
+        def lag(_count: int) -> None:
+            time.sleep(0.1)  # many steps of this model
+
+        tool = {"type": "function", "function": {"name": "f"}}
+        assert token_counts(await ask(lag, tools=[tool], tool_choice="none")) == [1] * 10
+        assert max(token_counts(await ask(lag))) > 1
 
     async def test_the_pace_may_change_in_the_middle_of_a_stream(
         self, ask: Any, monkeypatch: pytest.MonkeyPatch
