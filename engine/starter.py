@@ -8,7 +8,6 @@ tools, and run through the same runtime as any other model. A configuration name
 
 from __future__ import annotations
 
-import json
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
 from engine.errors import ConfigError, LoadFailed
+from engine.starter_json import write_json
 
 FORMAT = "v1"
 """Part of the path. Raise it with any change to what is written, so that no old folder is used."""
@@ -278,7 +278,7 @@ def _write_tiny_llama(folder: Path) -> None:
         chat_template=_LLAMA_TEMPLATE,
     )
     _write_model(folder, config, tensors)
-    _write_json(folder / "generation_config.json", ids)
+    write_json(folder / "generation_config.json", ids)
 
 
 def _write_tiny_qwen(folder: Path) -> None:
@@ -307,7 +307,7 @@ def _write_tiny_qwen(folder: Path) -> None:
         chat_template=_QWEN_TEMPLATE,
     )
     _write_model(folder, config, tensors)
-    _write_json(folder / "generation_config.json", ids)
+    write_json(folder / "generation_config.json", ids)
 
 
 def _write_tiny_embed(folder: Path) -> None:
@@ -483,8 +483,8 @@ def _write_tokenizer(
     chat_template: str | None = None,
 ) -> None:
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    _write_json(folder / "special_tokens_map.json", roles)
-    _write_json(
+    write_json(folder / "special_tokens_map.json", roles)
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -498,14 +498,14 @@ def _write_tokenizer(
 
 
 def _write_model(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _write_sentence_transformer(folder: Path, dimensions: int, positions: int) -> None:
     """The files by which sentence-transformers and vLLM know how token vectors become one."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    _write_json(
+    write_json(
         folder / "modules.json",
         [
             {
@@ -518,11 +518,11 @@ def _write_sentence_transformer(folder: Path, dimensions: int, positions: int) -
         ],
     )
     (folder / "1_Pooling").mkdir()
-    _write_json(
+    write_json(
         folder / "1_Pooling" / "config.json",
         {"word_embedding_dimension": dimensions, "pooling_mode_mean_tokens": True},
     )
-    _write_json(
+    write_json(
         folder / "sentence_bert_config.json", {"max_seq_length": positions, "do_lower_case": False}
     )
 
@@ -536,10 +536,6 @@ def _write_card(folder: Path, name: str, starter: Starter) -> None:
         "download. Built by Roundhouse; delete the folder and it is built again.\n",
         encoding="utf-8",
     )
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 STARTERS: Mapping[str, Starter] = MappingProxyType(

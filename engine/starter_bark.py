@@ -7,7 +7,6 @@ transformers and torch always write the same bytes. Importing this module import
 
 from __future__ import annotations
 
-import json
 import string
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from transformers.models.bark.generation_configuration_bark import (
 )
 
 from engine.process import GATE
+from engine.starter_json import write_json
 
 VOICES = ("v2/en_speaker_0", "v2/de_speaker_0")
 
@@ -69,8 +69,8 @@ def write_bark_starter(folder: Path) -> None:
             if name not in tied
         }
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "config.json", {**config.to_dict(), "architectures": ["BarkModel"]})
-    _write_json(folder / "generation_config.json", _generation().to_dict())
+    write_json(folder / "config.json", {**config.to_dict(), "architectures": ["BarkModel"]})
+    write_json(folder / "generation_config.json", _generation().to_dict())
     _write_tokenizer(folder)
     _write_voices(folder)
 
@@ -134,8 +134,8 @@ def _write_tokenizer(folder: Path) -> None:
     tokenizer.add_special_tokens(specials)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     roles = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    _write_json(folder / "special_tokens_map.json", roles)
-    _write_json(
+    write_json(folder / "special_tokens_map.json", roles)
+    write_json(
         folder / "tokenizer_config.json",
         {"tokenizer_class": "PreTrainedTokenizerFast", **roles, "model_max_length": 512},
     )
@@ -156,8 +156,4 @@ def _write_voices(folder: Path) -> None:
             path = folder / "speaker_embeddings" / f"{voice}_{name}.npy"
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, prompt, allow_pickle=False)
-    _write_json(folder / "speaker_embeddings_path.json", paths)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "speaker_embeddings_path.json", paths)

@@ -7,7 +7,6 @@ coqui-tts and torch always write the same bytes. Importing this module imports b
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from TTS.tts.models.vits import Vits, VitsArgs
 from TTS.tts.models.xtts import Xtts
 
 from engine.process import GATE
+from engine.starter_json import write_json
 
 VITS_SPEAKERS = ("p225", "p226", "p227")
 """Of tiny-vits-multi; the names are VCTK's."""
@@ -100,7 +100,7 @@ def _write_any_vits(folder: Path, speakers: tuple[str, ...]) -> None:
     if speakers:
         ids = {speaker: index for index, speaker in enumerate(speakers)}
         path = folder / "speakers.json"
-        _write_json(path, ids)
+        write_json(path, ids)
         for section in (config, config.model_args):
             section.use_speaker_embedding = True
             section.num_speakers = len(speakers)
@@ -122,7 +122,7 @@ def _write_any_vits(folder: Path, speakers: tuple[str, ...]) -> None:
     # Loud enough to hear. A power of two: the same bytes, however the device rounds.
     model.waveform_decoder.conv_post.weight.mul_(2.0 ** round(math.log2(0.1 / float(audio.std()))))
     _write_checkpoint(folder / "model_file.pth", model, config)
-    _write_json(folder / "config.json", config.to_dict())
+    write_json(folder / "config.json", config.to_dict())
 
 
 def _write_xtts(folder: Path) -> None:
@@ -147,7 +147,7 @@ def _write_xtts(folder: Path) -> None:
     # The end comes mostly after all 30 tokens, each 46 ms, and sometimes before.
     model.gpt.mel_head.bias[config.model_args.gpt_stop_audio_token] = 0.0
     _write_checkpoint(folder / "model.pth", model, config)
-    _write_json(folder / "config.json", config.to_dict())
+    write_json(folder / "config.json", config.to_dict())
     torch.save({name: _speaker() for name in XTTS_SPEAKERS}, folder / "speakers_xtts.pth")
 
 
@@ -183,10 +183,6 @@ def _repeating(tensor: torch.Tensor) -> torch.Tensor:
             if kept.numel() > _MAX_STORED:
                 kept = kept.narrow(dim, 0, 1)
     return kept.clone().expand_as(tensor)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 WRITERS: Mapping[str, Callable[[Path], None]] = MappingProxyType(

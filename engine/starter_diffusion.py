@@ -12,17 +12,14 @@ whose it is. Importing this module imports torch, transformers and diffusers (so
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import sentencepiece
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -49,17 +46,8 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers import __version__ as diffusers_version
-from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
-from tokenizers import Regex, Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.normalizers import Lowercase
-from tokenizers.pre_tokenizers import ByteLevel, Split
-from tokenizers.pre_tokenizers import Sequence as PreTokenizers
-from tokenizers.processors import TemplateProcessing
-from tokenizers.trainers import BpeTrainer
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -71,28 +59,22 @@ from transformers import (
     LlamaModel,
     T5Config,
     T5EncoderModel,
-    T5TokenizerFast,
     UMT5Config,
     UMT5EncoderModel,
 )
 from transformers.utils import logging as transformers_logging
 
 from engine.process import GATE
-
-_CAPTIONS = """
-a photo of a cat sitting on a red chair in the morning sun, highly detailed, sharp focus
-a painting of an old steam locomotive on the turntable of a roundhouse, oil on canvas
-portrait of a young woman with green eyes, soft light, film grain, 85mm
-a small robot that learns to paint a picture of the sea, digital art, trending, 4k
-two dogs running over a field of yellow flowers under a blue sky with white clouds
-the night sky above a city with tall buildings, neon lights, rain, cinematic, wide shot
-a bowl of fresh fruit on a wooden table next to a window, still life, watercolor
-an astronaut riding a horse on the moon, black and white photograph, 35mm
-aerial view of a river through a dark forest in autumn, drone video, slow motion
-waves breaking on the beach at sunset, the camera moves from left to right, loop
-low quality, blurry, bad anatomy, watermark, text, worst quality, deformed, ugly
-"""
-"""What the tokenizers of prompts are learned from."""
+from engine.starter_json import write_json
+from engine.starter_prompt_tokenizers import (
+    CLIP_EOS,
+    T5_VOCABULARY,
+    clip_vocabulary,
+    llama_bpe,
+    write_clip_tokenizer,
+    write_llama_tokenizer,
+    write_t5_tokenizer,
+)
 
 _TEXT_WIDTH = 32
 """Width of every text encoder but SDXL's second."""
@@ -256,7 +238,7 @@ def _write_pipeline(
         else:
             _save(component, folder / name)
             index[name] = [type(component).__module__.partition(".")[0], type(component).__name__]
-    _write_json(folder / "model_index.json", index)
+    write_json(folder / "model_index.json", index)
 
 
 # Stable Diffusion 1.5 and SDXL
@@ -658,7 +640,7 @@ def _write_hunyuanvideo(folder: Path) -> None:
         "vae": weights.build_vae(vae, gain=0.8),
         "text_encoder": weights.build(_llama),
         "text_encoder_2": weights.build(_clip_text),
-        "tokenizer": _Files("PreTrainedTokenizerFast", _write_llama_tokenizer),
+        "tokenizer": _Files("PreTrainedTokenizerFast", write_llama_tokenizer),
         "tokenizer_2": _clip_tokenizer(),
         "transformer": weights.build(transformer),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
@@ -745,7 +727,7 @@ def _write_ip_adapter(folder: Path) -> None:
 
 
 def _clip_text(kind: Callable[..., Any] = CLIPTextModel, **settings: Any) -> Any:
-    vocabulary = len(_clip_vocabulary().ids)
+    vocabulary = len(clip_vocabulary().ids)
     return kind(
         CLIPTextConfig(
             **{
@@ -782,7 +764,7 @@ def _clip_vision() -> Any:
 def _t5(kind: Callable[..., Any] = T5EncoderModel, config: Callable[..., Any] = T5Config) -> Any:
     return kind(
         config(
-            vocab_size=_T5_VOCABULARY,
+            vocab_size=T5_VOCABULARY,
             d_model=_TEXT_WIDTH,
             d_kv=8,
             d_ff=64,
@@ -797,7 +779,7 @@ def _llama() -> Any:
     """Four layers: the pipeline takes the states before the last two."""
     return LlamaModel(
         LlamaConfig(
-            vocab_size=_llama_bpe().get_vocab_size(),
+            vocab_size=llama_bpe().get_vocab_size(),
             hidden_size=_TEXT_WIDTH,
             intermediate_size=2 * _TEXT_WIDTH,
             num_hidden_layers=4,
@@ -812,7 +794,7 @@ def _llama() -> Any:
 
 def _write_image_processor(folder: Path) -> None:
     """CLIP's; the numbers are the means and deviations of its training images."""
-    _write_json(
+    write_json(
         folder / "preprocessor_config.json",
         {
             "crop_size": {"height": 224, "width": 224},
@@ -834,187 +816,12 @@ def _write_image_processor(folder: Path) -> None:
 # Tokenizers
 
 
-@dataclass(frozen=True, slots=True)
-class _ClipVocabulary:
-    ids: Mapping[str, int]
-    merges: tuple[tuple[str, str], ...]
-
-
-_CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-"""How CLIP cuts a prompt before it looks for tokens; from `simple_tokenizer.py` of openai/CLIP."""
-
-_CLIP_BOS, _CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
-_CLIP_POSITIONS = 77
-
-
-@cache
-def _clip_vocabulary() -> _ClipVocabulary:
-    """CLIP's order: the bytes, the bytes that end a word, one token a merge, the two specials.
-
-    The end of a text is the highest id, by which the encoder finds it.
-    """
-    tokenizer = Tokenizer(BPE())
-    tokenizer.normalizer = Lowercase()
-    tokenizer.pre_tokenizer = PreTokenizers(
-        [
-            Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
-            ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    letters = sorted(ByteLevel.alphabet())
-    endings = [letter + "</w>" for letter in letters]
-    trainer = BpeTrainer(
-        vocab_size=4 * len(letters),
-        initial_alphabet=letters,
-        # Named here, or they get their ids, which decide between merges as frequent as each
-        # other, in the random order of a hash table.
-        special_tokens=endings,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([_CAPTIONS], trainer)
-    merges = tuple(
-        (left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]
-    )
-    merged = (left + right for left, right in merges)
-    tokens = [*letters, *endings, *merged, _CLIP_BOS, _CLIP_EOS]
-    return _ClipVocabulary(
-        MappingProxyType({token: index for index, token in enumerate(tokens)}), merges
-    )
-
-
-def _clip_tokenizer(pad: str = _CLIP_EOS) -> _Files:
-    return _Files("CLIPTokenizer", partial(_write_clip_tokenizer, pad=pad))
-
-
-def _write_clip_tokenizer(folder: Path, *, pad: str) -> None:
-    vocabulary = _clip_vocabulary()
-    _write_json(folder / "vocab.json", dict(vocabulary.ids))
-    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in vocabulary.merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    roles = {
-        "bos_token": _CLIP_BOS,
-        "eos_token": _CLIP_EOS,
-        "unk_token": _CLIP_EOS,
-        "pad_token": pad,
-    }
-    _write_json(folder / "special_tokens_map.json", roles)
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            **roles,
-            "add_prefix_space": False,
-            "do_lower_case": True,
-            "errors": "replace",
-            "model_max_length": _CLIP_POSITIONS,
-            "tokenizer_class": "CLIPTokenizer",
-        },
-    )
-
-
-_LLAMA_ROLES: Mapping[str, str] = MappingProxyType(
-    {
-        "bos_token": "<|begin_of_text|>",
-        "eos_token": "<|eot_id|>",
-        "pad_token": "<|finetune_right_pad_id|>",
-    }
-)
-
-_T5_PIECES, _T5_SENTINELS = 212, 100
-_T5_VOCABULARY = _T5_PIECES + _T5_SENTINELS
-
-
-@cache
-def _t5_pieces() -> bytes:
-    """A SentencePiece model as T5 uses it: padding, end and unknown are its first three pieces."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_CAPTIONS.strip().splitlines()),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=_T5_PIECES,
-        character_coverage=1.0,
-        required_chars="".join(map(chr, range(ord("!"), ord("~") + 1))),
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return model.getvalue()
+def _clip_tokenizer(pad: str = CLIP_EOS) -> _Files:
+    return _Files("CLIPTokenizer", partial(write_clip_tokenizer, pad=pad))
 
 
 def _t5_tokenizer(class_name: str, max_length: int, *, fast: bool = False) -> _Files:
-    return _Files(class_name, partial(_write_t5_tokenizer, max_length=max_length, fast=fast))
-
-
-def _write_t5_tokenizer(folder: Path, *, max_length: int, fast: bool) -> None:
-    """The files of a T5 tokenizer, with `tokenizer.json` beside the pieces if it is `fast`."""
-    (folder / "spiece.model").write_bytes(_t5_pieces())
-    roles = {
-        "eos_token": "</s>",
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
-        "additional_special_tokens": [f"<extra_id_{index}>" for index in range(_T5_SENTINELS)],
-    }
-    _write_json(folder / "special_tokens_map.json", roles)
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            **roles,
-            "extra_ids": _T5_SENTINELS,
-            "legacy": True,
-            "model_max_length": max_length,
-            "sp_model_kwargs": {},
-            "tokenizer_class": "T5Tokenizer",
-        },
-    )
-    if fast:
-        converted = T5TokenizerFast.from_pretrained(folder).backend_tokenizer
-        converted.save(str(folder / "tokenizer.json"))
-
-
-@cache
-def _llama_bpe() -> Tokenizer:
-    """Llama 3's kind of tokenizer, as HunyuanVideo's pipeline needs it.
-
-    The pipeline wraps a prompt in an instruction and drops the first 95 tokens, which is what
-    the instruction is in Llama 3's. This one has a token for each word of it and one for
-    each line break, which makes 96: none of the prompt is lost.
-    """
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = ByteLevelDecoder()
-    trainer = BpeTrainer(
-        vocab_size=1024,
-        special_tokens=[*_LLAMA_ROLES.values(), "<|start_header_id|>", "<|end_header_id|>"],
-        initial_alphabet=sorted(ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([DEFAULT_PROMPT_TEMPLATE["template"], _CAPTIONS], trainer)
-    bos = _LLAMA_ROLES["bos_token"]
-    tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-    )
-    return tokenizer
-
-
-def _write_llama_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text(_llama_bpe().to_str(pretty=True), encoding="utf-8")
-    _write_json(folder / "special_tokens_map.json", dict(_LLAMA_ROLES))
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            **_LLAMA_ROLES,
-            "model_max_length": 2048,
-            "tokenizer_class": "PreTrainedTokenizerFast",
-        },
-    )
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return _Files(class_name, partial(write_t5_tokenizer, max_length=max_length, fast=fast))
 
 
 WRITERS: Mapping[str, Callable[[Path], None]] = MappingProxyType(

@@ -22,6 +22,7 @@ from tokenizers.processors import ByteLevel as ByteLevelProcessor
 from tokenizers.trainers import BpeTrainer
 
 from engine.ctranslate2_file import write_variables
+from engine.starter_json import write_json
 
 Tensor = NDArray[np.float32]
 Weights = dict[str, Tensor]
@@ -113,7 +114,7 @@ def write_whisper_starter(folder: Path) -> None:
         },
     }
     for name, document in documents.items():
-        (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / name, document)
 
 
 def _special_tokens() -> list[str]:

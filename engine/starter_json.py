@@ -1,0 +1,16 @@
+"""The JSON files of starter models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a document as the hub's repositories hold theirs: two spaces, letters as they are.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    """
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
