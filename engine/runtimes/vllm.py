@@ -1,26 +1,22 @@
 """vLLM: language and embedding models.
 
-The engine cores live on a thread of this process (`vllm_core`), and vLLM's own
-serving classes parse the requests and render the answers, so that tools,
-reasoning, structured output, logprobs, Responses and Anthropic Messages are
-the library's. Nothing here imports vLLM before `start`.
+The engine cores live on a thread of this process (`vllm_core`). Nothing here imports vLLM
+before `start`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from prometheus_client.registry import CollectorRegistry
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from engine.config import ModelConfig, Section
 from engine.device import CudaDevice, Device
@@ -29,20 +25,19 @@ from engine.errors import (
     InvalidRequest,
     LoadFailed,
     OutOfDeviceMemory,
-    RuntimeFailed,
 )
 from engine.process import GATE
-from engine.requests import Document, Event, Frame, Request, TextOperation, TextRequest
+from engine.requests import Request, TextOperation, TextRequest
 from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
 from engine.runtimes.compute_thread import ComputeThread
-from engine.runtimes.stream_pace import PACE, READ_BY_PARSER
 from engine.runtimes.thread_run import reason
 from engine.runtimes.vllm_checkpoint import Checkpoint
+from engine.runtimes.vllm_model import VllmModel, is_out_of_memory
+from engine.runtimes.vllm_options import VllmOptions
 from engine.sources import STARTER_PREFIX, local_folder
-from engine.units import Size
 
 if TYPE_CHECKING:
-    from engine.runtimes.vllm_core import CoreClient, CoreThread
+    from engine.runtimes.vllm_core import CoreThread
     from engine.runtimes.vllm_park import ModelMemory, Packing
 
 log = logging.getLogger(__name__)
@@ -75,158 +70,6 @@ GENERATE_OPERATIONS = frozenset(TextOperation) - {TextOperation.EMBEDDINGS}
 EMBED_OPERATIONS = frozenset(
     {TextOperation.EMBEDDINGS, TextOperation.TOKENIZE, TextOperation.DETOKENIZE}
 )
-
-
-class VllmOptions(Section):
-    """Options of a vLLM model; the names are vLLM's where it has one."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    max_model_len: int | None = Field(default=None, ge=16)
-    """Tokens of prompt and answer together; None takes the checkpoint's own length."""
-    kv_cache: Size | None = Field(default=None)
-    """Bytes of KV cache; None takes room for four requests of full length."""
-    max_num_seqs: int = Field(default=256, ge=1)
-    max_num_batched_tokens: int | None = Field(default=None, ge=16)
-    enforce_eager: bool | None = None
-    """Skip compilation and CUDA graphs; None: on a CPU only."""
-    quantization: str | None = None
-    tool_call_parser: str | None = None
-    reasoning_parser: str | None = None
-    chat_template: Path | None = None
-    seed: int = 0
-    revision: str | None = None
-
-
-class VllmModel(LoadedModel):
-    """One `AsyncLLM` and the serving objects built on it."""
-
-    def __init__(self, llm: Any, memory: ModelMemory, options: VllmOptions) -> None:
-        self.llm = llm
-        self.client: CoreClient = llm.engine_core
-        self.memory = memory
-        self.serving: Any = None
-        self.runs = 0
-        """Answers under way."""
-        self._options = options
-
-    @property
-    def max_concurrency(self) -> int:
-        """vLLM batches by itself; beyond this many it would only queue."""
-        return self._options.max_num_seqs
-
-    def blocks(self) -> tuple[Block, ...]:
-        """Weights and KV cache as measured at the load; the workspace as estimated."""
-        return self.memory.blocks
-
-    @property
-    def host_bytes(self) -> int:
-        """Host memory of the weights' master copies."""
-        return self.memory.host_bytes
-
-    async def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
-        """Answer through vLLM's serving class for the operation."""
-        request = prepared.request
-        assert isinstance(request, TextRequest)
-        if parked := self.client.parked:
-            raise RuntimeFailed(f"The model's blocks are parked: {', '.join(sorted(parked))}.")
-        self.runs += 1
-        READ_BY_PARSER.set(self._is_parsed(prepared))
-        try:
-            answer = await self._answer(request.operation, prepared.payload)
-            if not hasattr(answer, "__aiter__"):
-                yield Document(self._document(answer))
-                return
-            first = True
-            PACE.streams += 1
-            try:
-                async for piece in answer:
-                    frame = Frame(piece if isinstance(piece, str) else _named_event(piece))
-                    if first:
-                        self._check_first(frame)
-                        first = False
-                    yield frame
-            finally:
-                PACE.streams -= 1
-                await answer.aclose()
-        except EngineError:
-            raise
-        except Exception as error:
-            raise self._translate(error) from error
-        finally:
-            self.runs -= 1
-
-    def _is_parsed(self, prepared: Prepared) -> bool:
-        """Whether vLLM may look for thoughts or tool calls in the text."""
-        request, payload = prepared.request, prepared.payload
-        if request.operation is TextOperation.COMPLETION:
-            return False
-        return self._options.reasoning_parser is not None or bool(getattr(payload, "tools", None))
-
-    async def _answer(self, operation: TextOperation, payload: Any) -> Any:
-        serving = self.serving
-        match operation:
-            case TextOperation.CHAT:
-                return await serving.openai_serving_chat.create_chat_completion(payload)
-            case TextOperation.COMPLETION:
-                return await serving.openai_serving_completion.create_completion(payload)
-            case TextOperation.RESPONSES:
-                return await serving.openai_serving_responses.create_responses(payload)
-            case TextOperation.MESSAGES:
-                return await serving.anthropic_serving_messages.create_messages(payload)
-            case TextOperation.COUNT_TOKENS:
-                return await serving.anthropic_serving_messages.count_tokens(payload)
-            case TextOperation.EMBEDDINGS:
-                return await serving.serving_embedding(payload)
-            case TextOperation.TOKENIZE:
-                return await serving.serving_tokenization.create_tokenize(payload, None)
-            case TextOperation.DETOKENIZE:
-                return await serving.serving_tokenization.create_detokenize(payload, None)
-
-    def _check_first(self, frame: Frame) -> None:
-        """Fail before the first byte: vLLM streams a refusal as if it were an answer."""
-        _, _, data = frame.data.partition("data: ")
-        if '"error"' not in data[:64]:
-            return
-        error = json.loads(data)["error"]
-        raise self._refusal(
-            SimpleNamespace(
-                error=SimpleNamespace(
-                    message=error["message"],
-                    code=error.get("code") if isinstance(error.get("code"), int) else 400,
-                    param=error.get("param"),
-                )
-            )
-        )
-
-    def _document(self, answer: Any) -> bytes:
-        from vllm.entrypoints.anthropic.protocol import (
-            AnthropicCountTokensResponse,
-            AnthropicMessagesResponse,
-        )
-        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-
-        if isinstance(answer, ErrorResponse):
-            raise self._refusal(answer)
-        if hasattr(answer, "body"):  # the pooling classes render a response themselves
-            return bytes(answer.body)
-        anthropic = isinstance(answer, AnthropicMessagesResponse | AnthropicCountTokensResponse)
-        text: str = answer.model_dump_json(by_alias=True, exclude_none=anthropic)
-        return text.encode()
-
-    def _translate(self, error: Exception) -> EngineError:
-        from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-
-        return self._refusal(create_error_response(error))
-
-    def _refusal(self, response: Any) -> EngineError:
-        info = response.error
-        if self.client.error is not None:
-            if _is_out_of_memory(self.client.error):
-                return OutOfDeviceMemory(f"The device ran out of memory: {self.client.error}")
-            return RuntimeFailed(f"The model failed while running: {reason(self.client.error)}")
-        if 400 <= info.code < 500:
-            return InvalidRequest(info.message, param=info.param, status=info.code)
-        return RuntimeFailed(info.message)
 
 
 class VllmRuntime(Runtime):
@@ -545,7 +388,7 @@ class VllmRuntime(Runtime):
         try:
             await loop.run_in_executor(self._loader, loaded.memory.wake, blocks)
         except Exception as error:
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise OutOfDeviceMemory(f"no room to wake: {reason(error)}") from error
             raise _load_failed(error) from error
         await asyncio.wrap_future(loaded.client.take_back(blocks))
@@ -586,11 +429,6 @@ class VllmRuntime(Runtime):
         self._loader.shutdown()
 
 
-def _named_event(event: Any) -> str:
-    """A Responses event as server-sent-event text."""
-    return f"event: {event.type}\ndata: {event.model_dump_json(by_alias=True)}\n\n"
-
-
 def _invalid(error: ValidationError) -> InvalidRequest:
     first = error.errors(include_url=False, include_context=False)[0]
     # Tags of a union's branches are not part of the document; they contain brackets or are classes.
@@ -607,9 +445,3 @@ def _invalid(error: ValidationError) -> InvalidRequest:
 
 def _load_failed(error: Exception) -> EngineError:
     return error if isinstance(error, EngineError) else LoadFailed(reason(error))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.checkpoint import DTYPE_BYTES, tensor_sizes, weight_bytes
 from engine.errors import LoadFailed
-
-if TYPE_CHECKING:
-    from engine.runtimes.vllm import VllmOptions
+from engine.runtimes.vllm_options import VllmOptions
 
 
 class Checkpoint:

@@ -21,7 +21,8 @@ from engine.engine import Engine
 from engine.errors import Conflict, InsufficientCapacity, LoadFailed
 from engine.ledger import Change, LedgerRecord
 from engine.requests import TextOperation, TextRequest
-from engine.runtimes.vllm import VllmModel, VllmRuntime
+from engine.runtimes.vllm import VllmRuntime
+from engine.runtimes.vllm_model import VllmModel
 from engine.starter import ensure_starter
 from engine.status import ModelState
 from tests.engine.conftest import MakeModel

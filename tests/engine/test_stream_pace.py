@@ -26,7 +26,8 @@ from engine.runtimes.stream_pace import (
     PACE,
     StreamPace,
 )
-from engine.runtimes.vllm import VllmModel, VllmRuntime
+from engine.runtimes.vllm import VllmRuntime
+from engine.runtimes.vllm_model import VllmModel
 from tests.engine.conftest import MakeModel
 
 CROWDED = 1000

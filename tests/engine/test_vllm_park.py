@@ -21,7 +21,8 @@ from engine.config import ModelConfig
 from engine.errors import OutOfDeviceMemory, RuntimeFailed
 from engine.host_memory import HostMemory
 from engine.requests import Document, Frame, TextOperation, TextRequest
-from engine.runtimes.vllm import VllmModel, VllmRuntime
+from engine.runtimes.vllm import VllmRuntime
+from engine.runtimes.vllm_model import VllmModel
 from engine.starter import ensure_starter
 from tests.engine.conftest import MakeModel
 from tests.engine.greedy import PROMPTS, answer, completion, text_of

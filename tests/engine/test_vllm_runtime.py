@@ -23,7 +23,8 @@ from engine.errors import InvalidRequest, LoadFailed, RuntimeFailed
 from engine.process import GATE
 from engine.requests import Document, Frame, TextOperation, TextRequest
 from engine.runtimes.base import LoadedModel
-from engine.runtimes.vllm import VllmModel, VllmRuntime
+from engine.runtimes.vllm import VllmRuntime
+from engine.runtimes.vllm_model import VllmModel
 from tests.engine.conftest import MakeModel
 from tests.engine.greedy import PROMPTS, answer, completion
 

@@ -13,7 +13,8 @@ from engine import process
 from engine.config import ModelConfig
 from engine.device import CudaDevice
 from engine.host_memory import HostMemory
-from engine.runtimes.vllm import VllmModel, VllmRuntime
+from engine.runtimes.vllm import VllmRuntime
+from engine.runtimes.vllm_model import VllmModel
 from tests.engine.greedy import PROMPTS, answer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
