@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from engine import process
 from engine.starter import ensure_starter
 
 # The same examples in every run: what is submitted is judged by what it changes, not by chance.
@@ -29,3 +30,13 @@ def starter_dir(tmp_path_factory: pytest.TempPathFactory) -> StarterDir:
     """Gives the folder of a starter model, each built once for all tests."""
     cache_dir = tmp_path_factory.mktemp("starters")
     return lambda name: ensure_starter(name, cache_dir)
+
+
+@pytest.fixture
+def unfrozen_heap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that starts collects and freezes all that this process has imported.
+
+    Where other tests brought the libraries, that takes half a second; fakes need none of it.
+    """
+    monkeypatch.setattr(process, "freeze_heap", lambda: None)
+    monkeypatch.setattr(process, "thaw_heap", lambda: None)

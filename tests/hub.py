@@ -21,6 +21,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from tests.http_thread import running
+
 LARGE = (".safetensors", ".pth", ".pt", ".bin", ".npy")
 WAIT_S = 60
 TOKEN = "hf_let_me_in"
@@ -85,16 +87,11 @@ class _Server(ThreadingHTTPServer):
 def serving(hub: Hub) -> Iterator[Hub]:
     server = _Server(("127.0.0.1", 0), _handler(hub))
     server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        hub.let_go.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with running(server) as hub.url:
+        try:
+            yield hub
+        finally:
+            hub.let_go.set()
 
 
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -21,6 +20,7 @@ from engine.units import parse_duration
 from server.serve import FLUSH_S
 from server.settings import ServerSettings
 from tests.dockerfile import BuildContext, Instruction, stages
+from tests.http_thread import running
 from tests.programs import write_program
 
 ROOT = Path(__file__).parents[1]
@@ -207,14 +207,9 @@ def answering(status: int) -> Iterator[tuple[int, list[str]]]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server.server_port, asked
-        finally:
-            server.shutdown()
-            thread.join()
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    with running(server):
+        yield server.server_port, asked
 
 
 def check_health(**environ: str) -> int:

@@ -65,7 +65,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def fake_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_registered(monkeypatch: pytest.MonkeyPatch, unfrozen_heap: None) -> None:
     monkeypatch.setitem(REGISTRY, NAME, ADDRESS)
 
 

@@ -17,7 +17,7 @@ from tests.server.real import Server
 
 
 @pytest.fixture(autouse=True)
-def fake_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_registered(monkeypatch: pytest.MonkeyPatch, unfrozen_heap: None) -> None:
     monkeypatch.setitem(REGISTRY, "fake", "tests.server.fake:FakeRuntime")
 
 

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -40,6 +39,7 @@ from server.bench.scenarios.scenario import Case, Scenario, Settings
 from server.bench.sides import Launch, Server, Side
 from server.bench.work import COMPLETIONS, Answer, Answers, Streams, Turn, Work
 from server.settings import load_settings
+from tests.http_thread import running
 from tests.server.real import ROOT
 from tests.server.real import Server as RealServer
 
@@ -195,12 +195,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def wrong_server() -> Iterator[str]:
     Handler.asked.clear()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
+        yield url
 
 
 async def ask(url: str, model: str) -> Answer:
@@ -575,7 +571,7 @@ def test_processor_time_of_a_side_is_not_that_of_others() -> None:
     busy = "import time\nwhile time.process_time() < 0.5: pass"
     subprocess.run([sys.executable, "-c", busy], check=True)
     after = ProcessorTime.now()
-    assert after.own_s - before.own_s >= 0.5
+    assert after.own_s - before.own_s >= 0.4  # the kernel counts in ticks
     assert after.machine_s - before.machine_s >= 0.4
     nothing_own = ProcessorTime(after.machine_s, before.own_s)
     assert nothing_own.others_since(before) - after.others_since(before) >= 0.4

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -32,10 +32,15 @@ class Clock:
 
     def __init__(self, step_s: float) -> None:
         self.step_s = step_s
+        self.alarms: list[tuple[float, Callable[[], None]]] = []
+        """What is called at a time, with the seconds to it."""
         self._now_s = 0.0
 
     def __call__(self) -> float:
         self._now_s += self.step_s
+        for at_s, ring in self.alarms:
+            if self._now_s >= at_s:
+                ring()
         return self._now_s
 
 
@@ -106,9 +111,10 @@ class TestRestart:
         assert [start["residents"] for start in stand.starts()] == [[], ["most", "less"], []]
 
     def test_a_steady_time_makes_it_the_first_again(self, stand: Stand) -> None:
-        stand.clock.step_s = 1.0  # each beat, taken by itself, is a second
-        steady = f"beats:{4 * STEADY_S:.0f},exit:1"
-        assert stand.run("beats:1,exit:1", steady, "exit:2") == 2
+        stand.clock.step_s = 1.0
+        # Far more than its own start and the one before take.
+        stand.clock.alarms = [(4 * STEADY_S, stand.record.with_suffix(".steady").touch)]
+        assert stand.run("beats:1,exit:1", "beats-until-steady,exit:1", "exit:2") == 2
         assert stand.starts()[-1]["residents"] == ["most", "less"]
 
     def test_pauses_double_up_to_a_bound(self) -> None:

@@ -36,9 +36,10 @@ def act(word: str, line: Lifeline, listener: socket.socket) -> None:
     match what:
         case "beats":
             for _ in range(int(value)):
-                line.beat(ready=True, residents=["most", "less"])
-                while unread_bytes(line):  # or the supervisor would take several at once
-                    pass
+                beat(line)
+        case "beats-until-steady":
+            while not Path(sys.argv[1]).with_suffix(".steady").exists():
+                beat(line)
         case "starts":
             line.beat(ready=False, residents=[])
         case "exit":
@@ -66,6 +67,13 @@ def act(word: str, line: Lifeline, listener: socket.socket) -> None:
             connection.recv(4096)
             connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
             connection.close()
+
+
+def beat(line: Lifeline) -> None:
+    """Give a sign of life, and wait until it is taken."""
+    line.beat(ready=True, residents=["most", "less"])
+    while unread_bytes(line):
+        pass
 
 
 def unread_bytes(line: Lifeline) -> int:
