@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,25 @@ def make_model() -> MakeModel:
         return ModelConfig(id=model_id, source=f"starter:{starter}", task=task, options=settings)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """With more, equal calls may differ in some bits: memory alignment decides."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def frozen_heap() -> Iterator[None]:
+    """As in a running engine; what is imported later is not frozen, unless it is done again."""
+    process.freeze_heap()
+    yield
+    process.thaw_heap()
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

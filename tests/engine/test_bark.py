@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +29,14 @@ from tests.engine.speaking import (
     spoken,
 )
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread", "frozen_heap"),
+]
 
 BARK = speech_model("bark", "tiny-bark", voices={"alloy": "v2/en_speaker_0"})
 SENTENCES = ("Hello world, how are you?", "This is the second sentence.")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """With more, equal calls differ in some bits: memory alignment decides."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -50,6 +44,7 @@ async def runtime(cache_dir: Path) -> BarkRuntime:
     made = BarkRuntime(CpuDevice(), cache_dir)
     made.start()
     process.share_torch_state()
+    process.freeze_heap()
     ensure_starter("tiny-bark", cache_dir)
     return made
 

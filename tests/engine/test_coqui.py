@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import wave
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +39,15 @@ from tests.engine.speaking import (
     spoken,
 )
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread", "frozen_heap"),
+]
 
 VITS = speech_model("coqui", "tiny-vits")
 MULTI = speech_model("coqui", "tiny-vits-multi", voice="p226", voices={"alloy": "p225"})
 XTTS = speech_model("coqui", "tiny-xtts", voices={"alloy": "Damien Black"}, language="en")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """With more, equal calls differ in some bits: memory alignment decides."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -61,6 +55,7 @@ async def runtime(cache_dir: Path) -> CoquiRuntime:
     made = CoquiRuntime(CpuDevice(), cache_dir)
     made.start()
     process.share_torch_state()
+    process.freeze_heap()
     for model in (VITS, MULTI, XTTS):
         ensure_starter(model.id, cache_dir)
     return made

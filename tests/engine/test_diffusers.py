@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,11 @@ from engine.starter import ensure_starter
 from tests.engine.conftest import MakeModel
 from tests.engine.greedy import completion, text_of
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
+]
 
 SEED = 11
 TURBO = {
@@ -78,15 +82,6 @@ VIDEO_FAMILIES: dict[str, dict[str, Any]] = {
     "tiny-hunyuanvideo": {"frames": 5, "steps": 2, "guidance": 6.0},
 }
 ADAPTERS = ("tiny-lora-sd15", "tiny-lora-sd15-b", "tiny-lora-sdxl")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """With more, equal calls differ by a level in some bytes: memory alignment decides."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,11 @@ from engine.runtimes.torch_run import WHOLE
 from engine.weights import Weights
 from tests.engine.speaking import speech_model, spoken
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
+]
 
 KOKORO = speech_model("kokoro", "tiny-kokoro")
 VITS = speech_model("coqui", "tiny-vits")
@@ -48,15 +52,6 @@ HOST_BYTES = 2**30
 LEFT_BYTES = 24 * 1024
 """What may stay of a parked model beside its masters: the latents of tiny-xtts' two voices are 20
 kB, and in host memory on a GPU machine as well."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """With more, equal calls differ in some bits: memory alignment decides."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass

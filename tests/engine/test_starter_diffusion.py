@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ from engine.process import GATE
 from engine.starter import DIFFUSION_STARTERS, FORMAT, STARTERS, ensure_starter
 from tests.conftest import StarterDir
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
+]
 
 Load = Callable[..., Any]
 Pixels = NDArray[np.float64]
@@ -53,17 +56,6 @@ CONTROLNETS = {
     "tiny-controlnet-sd15": "tiny-sd15",
     "tiny-controlnet-sdxl": "tiny-sdxl-turbo",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """With more, one and the same call does not always give the same bits."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

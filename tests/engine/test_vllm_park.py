@@ -16,7 +16,6 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from engine import process
 from engine.config import ModelConfig
 from engine.errors import OutOfDeviceMemory, RuntimeFailed
 from engine.host_memory import HostMemory
@@ -27,21 +26,17 @@ from engine.starter import ensure_starter
 from tests.engine.conftest import MakeModel
 from tests.engine.greedy import PROMPTS, answer, completion, text_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.usefixtures("frozen_heap"),
+]
 
 WAIT_S = 60.0
 MIB = 2**20
 EVERYTHING = ("weights", "kv_cache", "workspace")
 
 MakeLlama = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def frozen_heap(vllm_runtime: VllmRuntime) -> Iterator[None]:
-    """As in a running engine; another test's engine thaws the heap when it stops."""
-    process.freeze_heap()
-    yield
-    process.thaw_heap()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from engine import process
 from engine.config import ModelConfig
 from engine.errors import InvalidRequest, LoadFailed, RuntimeFailed
 from engine.process import GATE
@@ -28,21 +27,17 @@ from engine.runtimes.vllm_model import VllmModel
 from tests.engine.conftest import MakeModel
 from tests.engine.greedy import PROMPTS, answer, completion
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.usefixtures("frozen_heap"),
+]
 
 WAIT_S = 60.0
 
 
 def ignore(reason: str) -> None:
     """Take the news of a model's death; the tests look at the model itself."""
-
-
-@pytest.fixture(autouse=True)
-def frozen_heap(vllm_runtime: VllmRuntime) -> Iterator[None]:
-    """As in a running engine; another test's engine thaws the heap when it stops."""
-    process.freeze_heap()
-    yield
-    process.thaw_heap()
 
 
 async def load(runtime: VllmRuntime, model: ModelConfig) -> VllmModel:
