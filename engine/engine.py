@@ -28,6 +28,7 @@ from engine.errors import (
 from engine.estimates import EstimateStore
 from engine.event_log import EventLog
 from engine.host_memory import HostMemory
+from engine.lease import Lease
 from engine.ledger import Ledger
 from engine.metrics import EngineMetrics
 from engine.planner import COMPLETE
@@ -44,8 +45,10 @@ from engine.requests import (
 from engine.residency import Residency
 from engine.runtimes import runtime_class
 from engine.runtimes.base import Estimate, Prepared, Runtime, Voice
-from engine.scheduler import EventKind, Lease, Scheduler, SchedulerEvent, Ticket
+from engine.scheduler import Scheduler
+from engine.scheduler_event import EventKind, SchedulerEvent
 from engine.status import EngineState, EngineStatus, Forecast, ModelState, ModelStatus, Restarts
+from engine.ticket import Ticket
 from engine.units import format_size
 from engine.vitals import find_fault
 from engine.waiting import Stage, Waiting, WaitStatus

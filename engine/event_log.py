@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from heapq import merge
 from itertools import takewhile
 
-from engine.scheduler import EventKind, SchedulerEvent
+from engine.scheduler_event import EventKind, SchedulerEvent
 
 KEPT = 2000
 """Events kept of each of the two sorts; some 500 bytes each."""

@@ -9,14 +9,10 @@ through `Effects`, which returns at once, and comes back as another event.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
-from types import TracebackType
-from typing import Protocol, Self
+from collections.abc import Callable, Iterable
 
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig
+from engine.effects import Effects
 from engine.errors import (
     Conflict,
     EngineError,
@@ -27,11 +23,10 @@ from engine.errors import (
     QueueTimeout,
     ShuttingDown,
 )
+from engine.lease import Lease, LeaseTimings
 from engine.ledger import EntryKind, Ledger, LedgerOverflow
 from engine.planner import (
-    ModelView,
     Park,
-    PartView,
     Plan,
     Refusal,
     RefusalCode,
@@ -43,21 +38,21 @@ from engine.planner import (
     plan,
     service_order,
 )
+from engine.queue_line import QueueLine
 from engine.requests import Priority
 from engine.runtimes.base import Block, Estimate
+from engine.scheduled_model import ScheduledModel
+from engine.scheduler_event import EventKind, SchedulerEvent
 from engine.status import BlockStatus, Forecast, ModelState, ModelStatus, TicketStatus
+from engine.ticket import Ticket
 from engine.units import format_size
 
-DEMAND_MEMORY_S = 300.0
-"""Time constant of the demand for a model: what happened this long ago counts 1/e."""
 MEAN_WEIGHT = 0.3
 """Weight of the newest sample in the running means of load and service seconds."""
 FIRST_BACKOFF_S = 1.0
 LAST_BACKOFF_S = 60.0
 SHORTEST_RETRY_S = 1.0
 LONGEST_RETRY_S = 600.0
-FIRST_WAKE_S_PER_BYTE = 1 / 5e9
-"""A copy over half of PCIe 4.0 × 16, until one was measured."""
 LINE_MEMORY_S = 0.5
 """How old the positions may be that waiting requests are told."""
 RESERVATION = "reservation"
@@ -67,291 +62,6 @@ MOVING_WORDS = {
     ModelState.WAKING: "woken",
     ModelState.PARKING: "parked",
 }
-
-
-class Effects(Protocol):
-    """What the scheduler asks of the world. Every call returns at once and never raises."""
-
-    def estimate(self, model_id: str) -> None:
-        """Read what the model takes; comes back as `on_estimate` or `on_estimate_failed`."""
-
-    def prefetch(self, model_id: str) -> None:
-        """Have the model's files read ahead, where there is memory to spare: it comes next."""
-
-    def load(self, model_id: str) -> None:
-        """Bring the model in; comes back as `on_loaded` or `on_load_failed`."""
-
-    def unload(self, model_id: str, reason: str) -> None:
-        """Take the model out; comes back as `on_unloaded`."""
-
-    def park(self, model_id: str, blocks: frozenset[str], reason: str) -> None:
-        """Take blocks off the device; comes back as `on_parked`."""
-
-    def wake(self, model_id: str, blocks: frozenset[str]) -> None:
-        """Bring parked blocks back; comes back as `on_woken` or `on_wake_failed`."""
-
-    def measure_foreign(self) -> int:
-        """Device bytes in use, measured now, that no ledger entry accounts for.
-
-        Asked only while no model is being moved.
-        """
-
-    def host_free_bytes(self) -> int:
-        """Host memory left for host copies."""
-
-    def call_at(self, when: float) -> None:
-        """Ask for `on_timer` at that time of the scheduler's clock; replaces the ask before."""
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseTimings:
-    """What the wait for a lease was made of, in seconds."""
-
-    queued_s: float
-    """From arrival to grant, loading included."""
-    load_s: float
-    """The part of it in which the model was being loaded or woken."""
-    tier: str = "device"
-    """Where the model was when the request came: `device`, `host` or `disk`."""
-
-
-class Lease:
-    """The right to run on a resident model. Give it back with `release`, or as a context."""
-
-    __slots__ = ("_release", "exclusive", "granted_at", "model_id", "name", "timings")
-
-    def __init__(
-        self,
-        model_id: str,
-        name: str,
-        *,
-        exclusive: bool,
-        granted_at: float,
-        timings: LeaseTimings,
-        release: Callable[[Lease], None],
-    ) -> None:
-        self.model_id = model_id
-        self.name = name
-        """Its name in the ledger: the request id and a serial number."""
-        self.exclusive = exclusive
-        self.granted_at = granted_at
-        self.timings = timings
-        self._release = release
-
-    def release(self) -> None:
-        """Give it back; a second call does nothing."""
-        self._release(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Ticket:
-    """A request that waits for a lease.
-
-    Exactly one of `on_granted` and `on_refused` is called, once, unless the
-    ticket is cancelled first. Neither may raise. `working_bytes` is the device
-    memory that the run needs beside the model; an `exclusive` ticket runs alone.
-    """
-
-    request_id: str
-    model_id: str
-    operation: str
-    working_bytes: int = 0
-    priority: Priority = Priority.NORMAL
-    timeout_s: float = math.inf
-    exclusive: bool = False
-    no_evict: bool = False
-    """No other model may leave the device for it."""
-    if_loaded_only: bool = False
-    """Refuse it rather than bring its model in."""
-    keep_alive_s: float | None = None
-    """How long its model may stay idle from its grant on; None leaves that as it is."""
-    on_granted: Callable[[Lease], None]
-    on_refused: Callable[[EngineError], None]
-
-
-class EventKind(StrEnum):
-    """What the scheduler did or learned."""
-
-    GRANT = "grant"
-    REFUSE = "refuse"
-    LOAD = "load"
-    LOADED = "loaded"
-    LOAD_FAILED = "load_failed"
-    WAKE = "wake"
-    WOKEN = "woken"
-    WAKE_FAILED = "wake_failed"
-    PARK = "park"
-    PARKED = "parked"
-    UNLOAD = "unload"
-    UNLOADED = "unloaded"
-    MODEL_FAILED = "model_failed"
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerEvent:
-    """One thing that happened, for the log and the metrics."""
-
-    kind: EventKind
-    model: str
-    reason: str
-    granted_bytes: int
-    capacity_bytes: int
-    request_id: str | None = None
-    """Of a grant or refusal."""
-
-
-@dataclass(slots=True)
-class _Demand:
-    """Requests per second, exponentially decayed."""
-
-    rate: float = 0.0
-    at: float = 0.0
-
-    def read(self, now: float) -> float:
-        return self.rate * math.exp((self.at - now) / DEMAND_MEMORY_S)
-
-    def count(self, now: float) -> None:
-        self.rate = self.read(now) + 1 / DEMAND_MEMORY_S
-        self.at = now
-
-
-@dataclass(slots=True)
-class _Model:
-    """Everything known of one configured model."""
-
-    config: ModelConfig
-    keep_alive_s: float
-    pinned: bool
-    state: ModelState = ModelState.ABSENT
-    blocks: tuple[Block, ...] = ()
-    parked: frozenset[str] = frozenset()
-    """Names of the blocks that are off the device."""
-    leaving: frozenset[str] = frozenset()
-    """Names of the blocks that are being parked."""
-    granted_bytes: int = 0
-    """For its blocks on the device, or its reservation."""
-    host_bytes: int = 0
-    """Of its host copy."""
-    expected_host_bytes: int = 0
-    """Of the host copy that a load makes where there is room for it."""
-    estimating: bool = False
-    needed_bytes: int | None = None
-    """As estimated, then as measured; None until the files have been read."""
-    reload_s: float | None = None
-    load_measured: bool = False
-    wake_s_per_byte: float | None = None
-    """Measured, of blocks that are copied."""
-    overflowed: bool = False
-    """The last load took more than there was; the next one reserves what it took."""
-    max_concurrency: int = 1
-    leases: int = 0
-    leased_working_bytes: int = 0
-    waiting: int = 0
-    grants_since_load: int = 0
-    load_began_at: float = 0.0
-    resident_since: float | None = None
-    idle_since: float | None = None
-    unload_reason: str | None = None
-    park_reason: str | None = None
-    failed_while_loading: str | None = None
-    demand: _Demand = field(default_factory=_Demand)
-    service_s: float | None = None
-    failures: int = 0
-    blocked_until: float = -math.inf
-    last_error: str | None = None
-
-    def wake_seconds(self, blocks: Iterable[Block]) -> float:
-        """What bringing these blocks back takes."""
-        rate = self.wake_s_per_byte
-        copied_bytes = sum(block.nbytes for block in blocks if not block.scratch)
-        return copied_bytes * (FIRST_WAKE_S_PER_BYTE if rate is None else rate)
-
-    @property
-    def tier(self) -> str:
-        """Where it is: on the device only if all of it is."""
-        if self.state is ModelState.RESIDENT:
-            return "device"
-        return "host" if self.blocks else "disk"
-
-    @property
-    def move_s(self) -> float | None:
-        """What bringing it in takes from where it is."""
-        if self.tier == "host":
-            return self.wake_seconds(block for block in self.blocks if block.name in self.parked)
-        return 0.0 if self.tier == "device" else self.reload_s
-
-    def view(self, now: float) -> ModelView:
-        parkable = [block for block in self.blocks if block.parkable]
-        return ModelView(
-            id=self.config.id,
-            state=self.state,
-            resident_bytes=self.granted_bytes,
-            needed_bytes=self.needed_bytes,
-            leases=self.leases,
-            leased_working_bytes=self.leased_working_bytes,
-            max_concurrency=self.max_concurrency,
-            pinned=self.pinned,
-            resident_since=self.resident_since,
-            idle_since=self.idle_since,
-            keep_alive_s=self.keep_alive_s,
-            reload_s=self.reload_s or 0.0,
-            demand=self.demand.read(now),
-            unload_reason=self.unload_reason,
-            park_reason=self.park_reason,
-            parts=tuple(
-                PartView(block.name, block.nbytes, self.wake_seconds([block]))
-                for block in parkable
-                if block.name not in self.parked
-            ),
-            leaving_bytes=sum(block.nbytes for block in self.blocks if block.name in self.leaving),
-            wake_s=self.wake_seconds(parkable),
-            host_bytes=self.host_bytes if self.blocks else self.expected_host_bytes,
-        )
-
-
-class _Line:
-    """Tells the waiting requests, one after the other, when they will be served.
-
-    An estimate: turns of the model's measured service time, after what must be moved first. That
-    models leave, and for how long others stay in use, is not in it.
-    """
-
-    def __init__(self, models: Mapping[str, _Model], now: float) -> None:
-        self._models = models
-        self._now = now
-        self._before: Counter[str] = Counter()
-        self._moves_s = 0.0
-        """Of the models that are brought in for requests further ahead."""
-
-    def next(self, view: TicketView) -> float | None:
-        """Seconds until the next request in line is served; None while nothing tells."""
-        model = self._models[view.model]
-        turns = (model.leases + self._before[view.model]) // model.max_concurrency
-        first = not self._before[view.model]
-        self._before[view.model] += 1
-        move_s = model.move_s
-        if move_s is None or (turns and model.service_s is None):
-            return None
-        if model.state in (ModelState.LOADING, ModelState.WAKING):
-            moved_s = max(0.0, move_s - (self._now - model.load_began_at))
-        elif model.state is ModelState.RESIDENT:
-            moved_s = 0.0
-        else:
-            if first:
-                self._moves_s += move_s
-            moved_s = self._moves_s
-        return moved_s + turns * (model.service_s or 0.0)
 
 
 class Scheduler:
@@ -379,7 +89,7 @@ class Scheduler:
         self._on_event = on_event
         self._created = created
         self._models = {
-            model.id: _Model(
+            model.id: ScheduledModel(
                 config=model,
                 keep_alive_s=config.keep_alive if model.keep_alive is None else model.keep_alive,
                 pinned=model.pin,
@@ -518,7 +228,7 @@ class Scheduler:
         model.park_reason = "asked to"
         self._replan()
 
-    def _check_idle(self, model: _Model) -> None:
+    def _check_idle(self, model: ScheduledModel) -> None:
         moving = MOVING_WORDS.get(model.state)
         for forbidden, why in (
             (moving is not None, f"is being {moving}"),
@@ -620,7 +330,7 @@ class Scheduler:
         self._tell(EventKind.LOADED, model, f"{format_size(measured_bytes)}, {load_seconds:.1f} s")
         self._replan()
 
-    def _settle_in(self, model: _Model) -> None:
+    def _settle_in(self, model: ScheduledModel) -> None:
         model.state = ModelState.RESIDENT
         model.parked = frozenset()
         self._set_granted(model)
@@ -629,7 +339,7 @@ class Scheduler:
         if model.failed_while_loading is not None:
             self._fail_resident(model, model.failed_while_loading)
 
-    def _set_granted(self, model: _Model) -> None:
+    def _set_granted(self, model: ScheduledModel) -> None:
         model.granted_bytes = sum(b.nbytes for b in model.blocks if b.name not in model.parked)
 
     def on_load_failed(self, model_id: str, error: EngineError) -> None:
@@ -771,7 +481,7 @@ class Scheduler:
             deadline=math.inf,
         )
         outlook = forecast(self._snapshot(), ticket)
-        line = _Line(self._models, now)
+        line = QueueLine(self._models, now)
         for view in service_order(
             (*self._views.values(), ticket), now, self._config.max_overtake_s
         ):
@@ -793,7 +503,7 @@ class Scheduler:
     def _line(self) -> dict[int, TicketStatus]:
         """Every waiting request by its serial number, in order."""
         now = self._clock()
-        line = _Line(self._models, now)
+        line = QueueLine(self._models, now)
         order = service_order(tuple(self._views.values()), now, self._config.max_overtake_s)
         return {
             view.id: TicketStatus(
@@ -866,7 +576,7 @@ class Scheduler:
         else:
             self._begin_load(model)
 
-    def _begin_load(self, model: _Model) -> None:
+    def _begin_load(self, model: ScheduledModel) -> None:
         waking = model.state is ModelState.PARKED
         missing_bytes = sum(block.nbytes for block in model.blocks if block.name in model.parked)
         wanted_bytes = missing_bytes if waking else model.needed_bytes or 0
@@ -885,21 +595,21 @@ class Scheduler:
             self._tell(EventKind.LOAD, model, format_size(wanted_bytes))
             self._effects.load(model.config.id)
 
-    def _begin_park(self, model: _Model, park: Park) -> None:
+    def _begin_park(self, model: ScheduledModel, park: Park) -> None:
         model.state = ModelState.PARKING
         model.leaving = park.blocks
         self._transition = f"parking {model.config.id}: {park.reason}"
         self._tell(EventKind.PARK, model, f"{', '.join(sorted(park.blocks))}: {park.reason}")
         self._effects.park(model.config.id, park.blocks, park.reason)
 
-    def _begin_unload(self, model: _Model, reason: str) -> None:
+    def _begin_unload(self, model: ScheduledModel, reason: str) -> None:
         model.state = ModelState.UNLOADING
         model.idle_since = None
         self._transition = f"unloading {model.config.id}: {reason}"
         self._tell(EventKind.UNLOAD, model, reason)
         self._effects.unload(model.config.id, reason)
 
-    def _leave(self, model: _Model) -> None:
+    def _leave(self, model: ScheduledModel) -> None:
         self._ledger.release_all(model.config.id)
         model.state = ModelState.ABSENT
         model.blocks = ()
@@ -909,14 +619,14 @@ class Scheduler:
         model.unload_reason = model.park_reason = model.failed_while_loading = None
         self._transition = None
 
-    def _fail_resident(self, model: _Model, reason: str) -> None:
+    def _fail_resident(self, model: ScheduledModel, reason: str) -> None:
         model.unload_reason = f"failed: {reason}"
         model.last_error = reason
         self._tell(EventKind.MODEL_FAILED, model, reason)
         if model.grants_since_load == 0:
             self._fail_waiting(model, reason)
 
-    def _fail_waiting(self, model: _Model, reason: str) -> None:
+    def _fail_waiting(self, model: ScheduledModel, reason: str) -> None:
         """Fail everyone who waits for the model, and back off."""
         # The files may be mended before the next try, so what was read of them is forgotten.
         model.needed_bytes = model.reload_s = None
@@ -928,7 +638,9 @@ class Scheduler:
         self._tell(EventKind.LOAD_FAILED, model, reason)
         self._refuse_waiting(model, lambda _: LoadFailed(reason))
 
-    def _refuse_waiting(self, model: _Model, error: Callable[[_Model], EngineError]) -> None:
+    def _refuse_waiting(
+        self, model: ScheduledModel, error: Callable[[ScheduledModel], EngineError]
+    ) -> None:
         # One error each: an exception raised in two tasks would mix their tracebacks.
         for serial in [s for s, view in self._views.items() if view.model == model.config.id]:
             if serial in self._tickets:  # a callback may have cancelled it
@@ -986,12 +698,12 @@ class Scheduler:
             return Conflict(f"The model {model.config.id!r} {refusal.reason}.", param="model")
         return InsufficientCapacity(f"The request for {model.config.id!r} {refusal.reason}.")
 
-    def _shutting_down_error(self, model: _Model) -> ShuttingDown:
+    def _shutting_down_error(self, model: ScheduledModel) -> ShuttingDown:
         return ShuttingDown(
             "The engine is shutting down.", retry_after_s=self._retry_after_s(model)
         )
 
-    def _retry_after_s(self, model: _Model) -> float:
+    def _retry_after_s(self, model: ScheduledModel) -> float:
         """When one more request for the model would be served, by measured service times."""
         turns = (model.waiting + model.leases) / model.max_concurrency
         wait_s = turns * (model.service_s or SHORTEST_RETRY_S)
@@ -1018,14 +730,14 @@ class Scheduler:
             host_free_bytes=self._effects.host_free_bytes(),
         )
 
-    def _expect(self, model_id: str, state: ModelState) -> _Model:
+    def _expect(self, model_id: str, state: ModelState) -> ScheduledModel:
         model = self._models[model_id]
         if model.state is not state:
             raise RuntimeError(f"{model_id!r} is {model.state}, not {state}")
         return model
 
     def _tell(
-        self, kind: EventKind, model: _Model, reason: str, request_id: str | None = None
+        self, kind: EventKind, model: ScheduledModel, reason: str, request_id: str | None = None
     ) -> None:
         if self._on_event is not None:
             ledger = self._ledger
@@ -1040,7 +752,7 @@ class Scheduler:
                 )
             )
 
-    def _model_status(self, model: _Model, now: float) -> ModelStatus:
+    def _model_status(self, model: ScheduledModel, now: float) -> ModelStatus:
         config = model.config
         return ModelStatus(
             id=config.id,

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.scheduler import Ticket
+    from engine.ticket import Ticket
 
 
 class Stage(StrEnum):

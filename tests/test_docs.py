@@ -23,7 +23,7 @@ from engine.errors import EngineError, NotLoaded, Overloaded
 from engine.metrics import EngineMetrics
 from engine.runtimes import REGISTRY, runtime_class
 from engine.runtimes.diffusers import IpAdapter, Profile
-from engine.scheduler import EventKind, SchedulerEvent
+from engine.scheduler_event import EventKind, SchedulerEvent
 from engine.status import BlockStatus, EngineStatus, Restarts
 from server.app import create_app
 from server.errors import Failure

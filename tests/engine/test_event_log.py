@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from engine.event_log import EventLog, Lost
-from engine.scheduler import EventKind, SchedulerEvent
+from engine.scheduler_event import EventKind, SchedulerEvent
 from tests.engine.world import Clock
 
 KEPT = 3

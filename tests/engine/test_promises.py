@@ -20,11 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import EngineError, LoadFailed
+from engine.lease import Lease
 from engine.ledger import Change, Ledger
 from engine.requests import Priority
 from engine.runtimes.base import Block, Estimate
-from engine.scheduler import EventKind, Lease, Scheduler, SchedulerEvent, Ticket
+from engine.scheduler import Scheduler
+from engine.scheduler_event import EventKind, SchedulerEvent
 from engine.status import ModelState
+from engine.ticket import Ticket
 from tests.engine.world import Clock, config
 
 CAPACITY_BYTES = 100

@@ -20,11 +20,14 @@ from engine.errors import (
     QueueTimeout,
     ShuttingDown,
 )
+from engine.lease import Lease
 from engine.ledger import Ledger
 from engine.requests import Priority
 from engine.runtimes.base import Block
-from engine.scheduler import EventKind, Lease, Scheduler, SchedulerEvent, Ticket
+from engine.scheduler import Scheduler
+from engine.scheduler_event import EventKind, SchedulerEvent
 from engine.status import ModelState, ModelStatus
+from engine.ticket import Ticket
 from tests.engine.world import Client, Clock, RecordedEffects, ask, client, config, estimate
 
 

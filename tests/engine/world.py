@@ -8,9 +8,11 @@ from typing import Any
 
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import EngineError
+from engine.lease import Lease
 from engine.requests import Priority
 from engine.runtimes.base import Block, Estimate
-from engine.scheduler import Lease, Scheduler, Ticket
+from engine.scheduler import Scheduler
+from engine.ticket import Ticket
 
 
 @dataclass

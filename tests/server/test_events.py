@@ -13,7 +13,7 @@ import pytest
 
 from engine.engine import Engine
 from engine.event_log import KEPT
-from engine.scheduler import EventKind, SchedulerEvent
+from engine.scheduler_event import EventKind, SchedulerEvent
 from server import event_stream
 
 CHAT = "/v1/chat/completions"

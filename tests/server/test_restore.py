@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from engine.engine import Engine
-from engine.scheduler import EventKind
+from engine.scheduler_event import EventKind
 from engine.status import ModelState, Restarts
 from server.app import create_app
 from server.settings import ServerSettings

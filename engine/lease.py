@@ -1,0 +1,59 @@
+"""The right to run on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseTimings:
+    """What the wait for a lease was made of, in seconds."""
+
+    queued_s: float
+    """From arrival to grant, loading included."""
+    load_s: float
+    """The part of it in which the model was being loaded or woken."""
+    tier: str = "device"
+    """Where the model was when the request came: `device`, `host` or `disk`."""
+
+
+class Lease:
+    """The right to run on a resident model. Give it back with `release`, or as a context."""
+
+    __slots__ = ("_release", "exclusive", "granted_at", "model_id", "name", "timings")
+
+    def __init__(
+        self,
+        model_id: str,
+        name: str,
+        *,
+        exclusive: bool,
+        granted_at: float,
+        timings: LeaseTimings,
+        release: Callable[[Lease], None],
+    ) -> None:
+        self.model_id = model_id
+        self.name = name
+        """Its name in the ledger: the request id and a serial number."""
+        self.exclusive = exclusive
+        self.granted_at = granted_at
+        self.timings = timings
+        self._release = release
+
+    def release(self) -> None:
+        """Give it back; a second call does nothing."""
+        self._release(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()

@@ -1,0 +1,37 @@
+"""What happens to requests and models, for the log and the metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class EventKind(StrEnum):
+    """What the scheduler did or learned."""
+
+    GRANT = "grant"
+    REFUSE = "refuse"
+    LOAD = "load"
+    LOADED = "loaded"
+    LOAD_FAILED = "load_failed"
+    WAKE = "wake"
+    WOKEN = "woken"
+    WAKE_FAILED = "wake_failed"
+    PARK = "park"
+    PARKED = "parked"
+    UNLOAD = "unload"
+    UNLOADED = "unloaded"
+    MODEL_FAILED = "model_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerEvent:
+    """One thing that happened, for the log and the metrics."""
+
+    kind: EventKind
+    model: str
+    reason: str
+    granted_bytes: int
+    capacity_bytes: int
+    request_id: str | None = None
+    """Of a grant or refusal."""
