@@ -31,10 +31,10 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from operator import attrgetter
-from typing import TypeAlias
 
+from engine.plan import Load, Outlook, Park, Plan, Refusal, RefusalCode, Transition, Unload
+from engine.snapshot import ModelView, Snapshot, TicketView
 from engine.status import Eviction, ModelState
 from engine.units import format_size
 
@@ -45,168 +45,12 @@ REMEASURE_S = 1.0
 """How soon to look again when only other programs can give the room that a ticket needs."""
 
 
-@dataclass(frozen=True, slots=True)
-class PartView:
-    """A block on the device that can leave it while its model stays loaded."""
-
-    name: str
-    nbytes: int
-    wake_s: float
-    """What bringing it back takes."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelView:
-    """One configured model, as the decision sees it."""
-
-    id: str
-    state: ModelState
-    resident_bytes: int
-    """Granted for its blocks on the device, and for what is being brought in."""
-    needed_bytes: int | None
-    """What a load takes, as estimated or last measured; None while unknown."""
-    leases: int
-    leased_working_bytes: int
-    max_concurrency: int
-    pinned: bool
-    resident_since: float | None
-    idle_since: float | None
-    """When the last lease ended; None while absent or in use."""
-    keep_alive_s: float
-    reload_s: float
-    """From disk."""
-    demand: float
-    """Expected requests per second."""
-    unload_reason: str | None = None
-    """Why the model must leave as soon as it is idle, pinned or not; None while it may stay."""
-    park_reason: str | None = None
-    """Why it was asked to leave the device when it is idle; None while it was not."""
-    parts: tuple[PartView, ...] = ()
-    """Its blocks on the device that can be parked."""
-    leaving_bytes: int = 0
-    """Of the blocks that are being parked."""
-    wake_s: float = 0.0
-    """What bringing back everything that can be parked would take."""
-    host_bytes: int = 0
-    """Of its host copy; what a load would make of it, while absent."""
-
-
-@dataclass(frozen=True, slots=True)
-class TicketView:
-    """One waiting request, as the decision sees it."""
-
-    id: int
-    model: str
-    working_bytes: int
-    priority: int
-    """Lower is served first."""
-    enqueued_at: float
-    deadline: float
-    """When it is refused; `math.inf` for never."""
-    exclusive: bool = False
-    no_evict: bool = False
-    """No other model may leave for it."""
-    if_loaded_only: bool = False
-    """It is refused rather than waiting for its model to be brought in."""
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """Everything the decision depends on. Times are seconds on one monotonic clock."""
-
-    now: float
-    budget_bytes: int
-    capacity_bytes: int
-    free_bytes: int
-    """Capacity less granted; negative when others took what was granted."""
-    max_overtake_s: float
-    models: tuple[ModelView, ...]
-    tickets: tuple[TicketView, ...]
-    """In order of arrival."""
-    busy: bool = False
-    """A model is being moved."""
-    exclusive_running: bool = False
-    draining: frozenset[str] = frozenset()
-    """`Plan.draining` of the plan before."""
-    host_free_bytes: int = 0
-    """For host copies."""
-
-
-class RefusalCode(StrEnum):
-    """Why a ticket is refused."""
-
-    DEADLINE = "deadline"
-    NEVER_FITS = "never_fits"
-    NOT_LOADED = "not_loaded"
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A ticket that is not served."""
-
-    ticket_id: int
-    code: RefusalCode
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Bring a model in: what is parked of it, or all of it from disk."""
-
-    model: str
-
-
-@dataclass(frozen=True, slots=True)
-class Unload:
-    """Take an idle model out."""
-
-    model: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Park:
-    """Take blocks of an idle model off the device."""
-
-    model: str
-    blocks: frozenset[str]
-    reason: str
-
-
-Transition: TypeAlias = Load | Unload | Park
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What to do now: the grants and refusals first, then the transition."""
-
-    grants: tuple[int, ...]
-    refusals: tuple[Refusal, ...]
-    transition: Transition | None
-    draining: frozenset[str]
-    """Models whose younger tickets are held back for the claim."""
-    wake_at: float | None
-    """The earliest time at which time alone could change the decision."""
-    next_model: str | None = None
-    """Whose files will be read as soon as there is room; None while nothing is to come."""
-
-
 def plan(snapshot: Snapshot) -> Plan:
     """Decide what to grant, refuse, load and unload now.
 
     O(tickets · log tickets + models · log models).
     """
     return _Decision(snapshot).plan()
-
-
-@dataclass(frozen=True, slots=True)
-class Outlook:
-    """What bringing in a model for one more request would take."""
-
-    fits: bool
-    wanted_bytes: int | None
-    evictions: tuple[Eviction, ...]
-    reason: str
 
 
 def forecast(snapshot: Snapshot, ticket: TicketView) -> Outlook:

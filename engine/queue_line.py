@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from engine.planner import TicketView
 from engine.scheduled_model import ScheduledModel
+from engine.snapshot import TicketView
 from engine.status import ModelState
 
 

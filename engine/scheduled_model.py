@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engine.config import ModelConfig
-from engine.planner import ModelView, PartView
 from engine.runtimes.base import Block
+from engine.snapshot import ModelView, PartView
 from engine.status import ModelState
 
 DEMAND_MEMORY_S = 300.0

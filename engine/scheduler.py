@@ -25,24 +25,14 @@ from engine.errors import (
 )
 from engine.lease import Lease, LeaseTimings
 from engine.ledger import EntryKind, Ledger, LedgerOverflow
-from engine.planner import (
-    Park,
-    Plan,
-    Refusal,
-    RefusalCode,
-    Snapshot,
-    TicketView,
-    Transition,
-    Unload,
-    forecast,
-    plan,
-    service_order,
-)
+from engine.plan import Park, Plan, Refusal, RefusalCode, Transition, Unload
+from engine.planner import forecast, plan, service_order
 from engine.queue_line import QueueLine
 from engine.requests import Priority
 from engine.runtimes.base import Block, Estimate
 from engine.scheduled_model import ScheduledModel
 from engine.scheduler_event import EventKind, SchedulerEvent
+from engine.snapshot import Snapshot, TicketView
 from engine.status import BlockStatus, Forecast, ModelState, ModelStatus, TicketStatus
 from engine.ticket import Ticket
 from engine.units import format_size

@@ -10,21 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.planner import (
-    REMEASURE_S,
-    Load,
-    ModelView,
-    Park,
-    PartView,
-    Plan,
-    RefusalCode,
-    Snapshot,
-    TicketView,
-    Unload,
-    forecast,
-    plan,
-    service_order,
-)
+from engine.plan import Load, Park, Plan, RefusalCode, Unload
+from engine.planner import REMEASURE_S, forecast, plan, service_order
+from engine.snapshot import ModelView, PartView, Snapshot, TicketView
 from engine.status import ModelState
 
 NOW = 1000.0
