@@ -269,6 +269,7 @@ class Engine:
         self._preloads.append(asyncio.create_task(self._warn_of_too_large()))
 
     def _open(self) -> Device:
+        process.quiet_libraries()
         device = self._device or open_device(self.config.device)
         for name in {model.runtime for model in self.config.models} - self._runtimes.keys():
             self._runtimes[name] = runtime_class(name)(device, self.config.cache_dir)

@@ -23,6 +23,8 @@ The heap is frozen once the libraries are imported (`freeze_heap`).
 from __future__ import annotations
 
 import gc
+import logging
+import os
 import random
 import sys
 import threading
@@ -40,6 +42,13 @@ interval of 0.5 ms, 50 ms at 0.1 ms, no better at 0.02 ms, where the load itself
 CPython's own 5 ms are better where only the event loop runs beside the steps, in short pieces:
 12-15 % more tokens a second with 16 and 64 streams.
 """
+
+QUIET = {
+    "DIFFUSERS_VERBOSITY": "error",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+QUIET_LOGGERS = ("torch._library.triton",)
 
 HOLD_S = 0.02
 """How long exclusive work keeps steps waiting before `Gate.breathe` lets them through."""
@@ -300,6 +309,19 @@ def share_torch_state(gate: Gate = GATE) -> None:
         gate.state.register(
             "torch.cuda.rng", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all
         )
+
+
+def quiet_libraries() -> None:
+    """Have shared libraries tell errors only. Call before any of them is imported.
+
+    What they warn of here is a choice of ours, or nothing that an operator could mend: that there
+    is no Triton, no torchvision, and how the memory of a CPU is bound. Variables that the operator
+    set are left as they are.
+    """
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,9 @@ def write_kokoro_starter(folder: Path) -> None:
         nothing = io.BytesIO()
         torch.save({}, nothing)
         nothing.seek(0)
-        module = KModel(repo_id="hexgrad/Kokoro-82M", config=_CONFIG, model=nothing)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = KModel(repo_id="hexgrad/Kokoro-82M", config=_CONFIG, model=nothing)
         _make_it_speak(module)
         windows = _Windows()
         # `module.` is before every key of the real file too.

@@ -7,7 +7,6 @@ A model is a folder like the repository suno/bark-small. Nothing here imports th
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -40,9 +39,6 @@ from engine.sources import WANTED_FILES, local_folder, present_folder
 
 FILES = (*WANTED_FILES, "*.npy")
 """What is fetched from a hub: the voices are arrays beside the weights."""
-
-ENVIRONMENT = {"TRANSFORMERS_VERBOSITY": "error"}
-"""Set before transformers is imported, unless the operator set it."""
 
 LANGUAGES = ("en", "de", "es", "fr", "hi", "it", "ja", "ko", "pl", "pt", "ru", "tr", "zh")
 """What Bark was trained with (its model card). It takes the language from the text."""
@@ -77,8 +73,6 @@ class BarkRuntime(TorchRuntime):
 
     def start(self) -> None:
         """Import torch and transformers (some seconds)."""
-        for variable, value in ENVIRONMENT.items():
-            os.environ.setdefault(variable, value)
         from engine.runtimes import bark_model  # noqa: F401 - for its imports
 
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:

@@ -6,7 +6,6 @@ The weights of XTTS v2 may be used for non-commercial purposes only (Coqui Publi
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
@@ -40,9 +39,6 @@ from engine.sources import local_folder, present_folder
 
 FILES = ("*.json", "*.pth")
 """What is fetched from a hub. Coqui keeps weights pickled; they are read with `weights_only`."""
-
-ENVIRONMENT = {"TRANSFORMERS_VERBOSITY": "error"}
-"""Set before the library is imported, unless the operator set it."""
 
 ONLY_VOICE = "default"
 """What the voice of a model with one voice is called here; the library has no name for it."""
@@ -81,8 +77,6 @@ class CoquiRuntime(TorchRuntime):
 
     def start(self) -> None:
         """Import torch, transformers and coqui-tts (some seconds)."""
-        for variable, value in ENVIRONMENT.items():
-            os.environ.setdefault(variable, value)
         from engine.runtimes import coqui_models  # noqa: F401 - for its imports
 
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:

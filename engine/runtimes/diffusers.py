@@ -9,7 +9,6 @@ pipelines themselves run in `diffusers_pipeline`.
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,9 +37,6 @@ from engine.sources import local_folder, present_folder
 
 if TYPE_CHECKING:
     from engine.runtimes.diffusers_pipeline import Pipeline  # noqa: F401 - used in a string
-
-ENVIRONMENT = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
-"""Set before diffusers is imported, unless the operator set them."""
 
 DECODER_COPIES = 3
 """Tensors of full size alive at once in a VAE decoder's last block: input, normalised, output."""
@@ -237,8 +233,6 @@ class DiffusersRuntime(TorchRuntime):
 
     def start(self) -> None:
         """Import torch, transformers and diffusers (some seconds)."""
-        for variable, value in ENVIRONMENT.items():
-            os.environ.setdefault(variable, value)
         from engine.runtimes import diffusers_pipeline
 
         diffusers_pipeline.import_everything()

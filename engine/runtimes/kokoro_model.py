@@ -5,6 +5,7 @@ Importing this module imports torch, spaCy and kokoro.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,8 +70,11 @@ class VoiceModel(TorchParts):
 
         """
         stored = stored_parts(weights)
-        # The repository is named only to keep the library quiet; with both paths it asks nobody.
-        module = KModel(repo_id="hexgrad/Kokoro-82M", config=str(config), model=str(weights))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the library's use of torch is not the operator's
+            # The repository is named only to keep the library quiet; with both paths it asks
+            # nobody.
+            module = KModel(repo_id="hexgrad/Kokoro-82M", config=str(config), model=str(weights))
         for part, child in module.named_children():
             missing = sorted(child.state_dict().keys() - stored.get(part, {}).keys())
             if missing:

@@ -15,6 +15,7 @@ memory is where the model is, so there it is only loaded and unloaded.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -161,6 +162,7 @@ class WhisperRuntime(Runtime):
         from engine.runtimes import whisper_run
 
         self._languages = whisper_run.import_everything()
+        logging.getLogger("faster_whisper").setLevel(logging.WARNING)  # it tells of every request
 
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Check what can be checked without decoding; fill in the language."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -303,6 +304,16 @@ def test_metrics_and_operations(server: Server) -> None:
     assert embed["state"] == "absent"
     assert httpx.get(f"{server.url}/health").status_code == 200
     assert httpx.get(f"{server.url}/ping").status_code == 200
+
+
+def test_what_libraries_say_of_themselves_is_not_in_the_log(server: Server) -> None:
+    for model in ("tiny-kokoro", "tiny-sdxl-turbo"):
+        url = f"{server.url}/v1/engine/models/{model}/load"
+        httpx.post(url, timeout=60).raise_for_status()
+    title, *lines = server.log().splitlines()
+    assert title.startswith("Roundhouse")
+    ours = re.compile(r"  |\d{4}-\d\d-\d\d \S+ [A-Z]+ (engine|server)\.")
+    assert [line for line in lines if not ours.match(line)] == []
 
 
 def test_a_signal_lets_running_requests_finish(tmp_path: Path) -> None:
