@@ -22,7 +22,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,6 +68,9 @@ STEP_METHODS = frozenset(
 """Worker methods that belong to a step; every other one may change process-wide state."""
 
 LOAD_FORMAT = "roundhouse"
+
+ALIVE_S = 0.2
+"""How often who waits for the core thread looks whether there still is one."""
 
 
 @register_model_loader(LOAD_FORMAT)
@@ -292,7 +295,11 @@ class CoreThread:
         self.post(lambda: self._clients.append(client))
 
     def detach(self, client: CoreClient) -> None:
-        """Stop stepping a core; returns once no step of it is under way."""
+        """Stop stepping a core; returns once no step of it is under way.
+
+        That may be after the thread has ended: an `AsyncLLM` that nobody has shut down does it as
+        it is collected.
+        """
         done: Future[None] = Future()
 
         def job() -> None:
@@ -302,7 +309,8 @@ class CoreThread:
 
         self.post(job)
         with GATE.yielded():  # a constructor that fails detaches in the middle of exclusive work
-            done.result()
+            while self._thread.is_alive() and not done.done():
+                wait([done], timeout=ALIVE_S)
 
     def stop(self) -> None:
         """End the thread after the jobs posted so far."""

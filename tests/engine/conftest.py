@@ -44,17 +44,6 @@ def make_model() -> MakeModel:
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """With more, equal calls may differ in some bits: memory alignment decides."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
 def frozen_heap() -> Iterator[None]:
     """As in a running engine; what is imported later is not frozen, unless it is done again."""
     process.freeze_heap()

@@ -32,7 +32,7 @@ from tests.engine.speaking import (
 pytestmark = [
     pytest.mark.asyncio(loop_scope="session"),
     pytest.mark.slow,
-    pytest.mark.usefixtures("one_thread", "frozen_heap"),
+    pytest.mark.usefixtures("frozen_heap"),
 ]
 
 BARK = speech_model("bark", "tiny-bark", voices={"alloy": "v2/en_speaker_0"})

@@ -42,7 +42,7 @@ from tests.engine.speaking import (
 pytestmark = [
     pytest.mark.asyncio(loop_scope="session"),
     pytest.mark.slow,
-    pytest.mark.usefixtures("one_thread", "frozen_heap"),
+    pytest.mark.usefixtures("frozen_heap"),
 ]
 
 VITS = speech_model("coqui", "tiny-vits")

@@ -46,11 +46,7 @@ from engine.starter import ensure_starter
 from tests.engine.conftest import MakeModel
 from tests.engine.greedy import completion, text_of
 
-pytestmark = [
-    pytest.mark.asyncio(loop_scope="session"),
-    pytest.mark.slow,
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
 SEED = 11
 TURBO = {

@@ -38,11 +38,7 @@ from engine.runtimes.kokoro_tagger import tag_english
 from engine.sentences import split_sentences
 from engine.starter import ensure_starter
 
-pytestmark = [
-    pytest.mark.asyncio(loop_scope="session"),
-    pytest.mark.slow,
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
 TEXT = "It costs $3.50. Dr. Smith left!"
 RATE = 24_000

@@ -30,11 +30,7 @@ from engine.runtimes.torch_run import WHOLE
 from engine.weights import Weights
 from tests.engine.speaking import speech_model, spoken
 
-pytestmark = [
-    pytest.mark.asyncio(loop_scope="session"),
-    pytest.mark.slow,
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
 KOKORO = speech_model("kokoro", "tiny-kokoro")
 VITS = speech_model("coqui", "tiny-vits")

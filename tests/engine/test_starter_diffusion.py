@@ -21,10 +21,7 @@ from engine.process import GATE
 from engine.starter import DIFFUSION_STARTERS, FORMAT, STARTERS, ensure_starter
 from tests.conftest import StarterDir
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.slow
 
 Load = Callable[..., Any]
 Pixels = NDArray[np.float64]

@@ -324,6 +324,20 @@ async def test_a_failing_step_kills_one_model_only(
     assert await answer(vllm_runtime, other_model, other, "hello")
 
 
+async def test_a_model_that_nobody_unloaded_is_collected_after_the_core_thread_has_ended(
+    vllm_runtime: VllmRuntime,
+) -> None:
+    from engine.runtimes.vllm_core import CoreThread
+
+    cores = CoreThread()
+    cores.stop()
+    client: Any = object()
+    detaching = threading.Thread(target=cores.detach, args=(client,), daemon=True)
+    detaching.start()
+    await asyncio.to_thread(detaching.join, WAIT_S)
+    assert not detaching.is_alive()
+
+
 async def test_a_lost_core_refuses_nobody_before_its_loss_is_told(
     vllm_runtime: VllmRuntime, make_model: MakeModel
 ) -> None:
