@@ -48,6 +48,7 @@ QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+"""Variables that the libraries read as they are imported."""
 QUIET_LOGGERS = ("torch._library.triton",)
 
 HOLD_S = 0.02

@@ -8,9 +8,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import httpx
+import yaml
 
 from server.settings import STARTER_CONFIG
 
@@ -24,6 +26,16 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
     return port
+
+
+def starter_config(folder: Path, ids: Collection[str]) -> Path:
+    """Write the starter configuration with these models alone: its server starts the sooner."""
+    document = yaml.safe_load(STARTER_CONFIG.read_text(encoding="utf-8"))
+    document["models"] = [model for model in document["models"] if model["id"] in ids]
+    assert len(document["models"]) == len(ids)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return path
 
 
 class Server:

@@ -18,7 +18,7 @@ import pytest
 
 from engine.requests import TextOperation
 from server.routes.text import _PATHS
-from tests.server.real import START_S, STOP_S, Server
+from tests.server.real import START_S, STOP_S, Server, starter_config
 
 pytestmark = pytest.mark.slow
 
@@ -318,9 +318,13 @@ def test_what_libraries_say_of_themselves_is_not_in_the_log(server: Server) -> N
 
 def test_a_signal_lets_running_requests_finish(tmp_path: Path) -> None:
     """In room for one model, with keys; the stream under way ends whole and the exit is 0."""
+    config = starter_config(tmp_path, {"tiny-llama", "tiny-qwen"})
     server = Server(
         tmp_path,
+        "--config",
+        str(config),
         ROUNDHOUSE_MEMORY="140MiB",
+        ROUNDHOUSE_MAX_OVERTAKE_S="1",
         ROUNDHOUSE_API_KEYS="user-key",
         ROUNDHOUSE_ADMIN_KEYS="admin-key",
     )

@@ -15,14 +15,12 @@ import numpy as np
 import openai
 import pytest
 import torch
-import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from server.settings import STARTER_CONFIG
 from tests.contract.openai import conforms
 from tests.engine.test_diffusers import IMAGE_FAMILIES, bare
-from tests.server.real import Server
+from tests.server.real import Server, starter_config
 
 pytestmark = [
     pytest.mark.slow,
@@ -227,11 +225,7 @@ def test_bad_input_is_told_at_once(sdk: openai.OpenAI, server: Server) -> None:
 
 
 def test_a_job_survives_a_kill(tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    models = yaml.safe_load(STARTER_CONFIG.read_text(encoding="utf-8"))["models"]
-    alone = {"models": [model for model in models if model["id"] == "tiny-wan"]}
-    config.write_text(yaml.safe_dump(alone), encoding="utf-8")
-    arguments = ("--config", str(config))
+    arguments = ("--config", str(starter_config(tmp_path, {"tiny-wan"})))
     server = Server(tmp_path, *arguments)
     try:
         server.wait_ready()

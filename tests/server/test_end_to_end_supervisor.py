@@ -18,11 +18,9 @@ import httpx
 import openai
 import psutil
 import pytest
-import yaml
 
 from server.serve import BEAT_S
-from server.settings import STARTER_CONFIG
-from tests.server.real import ROOT, Server
+from tests.server.real import ROOT, Server, starter_config
 
 pytestmark = [
     pytest.mark.slow,
@@ -91,11 +89,7 @@ MODELS = {"tiny-llama", "tiny-embed", "tiny-sd15", "tiny-wan", "tiny-vits"}
 
 
 async def test_killed_under_load(tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    models = yaml.safe_load(STARTER_CONFIG.read_text(encoding="utf-8"))["models"]
-    some = {"models": [model for model in models if model["id"] in MODELS]}
-    config.write_text(yaml.safe_dump(some), encoding="utf-8")
-    server = Server(tmp_path, "--config", str(config))
+    server = Server(tmp_path, "--config", str(starter_config(tmp_path, MODELS)))
     try:
         await asyncio.to_thread(server.wait_ready)
         async with (
