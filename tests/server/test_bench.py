@@ -568,10 +568,11 @@ class TestMemory:
 
 def test_processor_time_of_a_side_is_not_that_of_others() -> None:
     before = ProcessorTime.now()
-    busy = "import time\nwhile time.process_time() < 0.5: pass"
+    # A little more than is looked for: the kernel counts in ticks.
+    busy = "import time\nwhile time.process_time() < 0.6: pass"
     subprocess.run([sys.executable, "-c", busy], check=True)
     after = ProcessorTime.now()
-    assert after.own_s - before.own_s >= 0.4  # the kernel counts in ticks
+    assert after.own_s - before.own_s >= 0.5
     assert after.machine_s - before.machine_s >= 0.4
     nothing_own = ProcessorTime(after.machine_s, before.own_s)
     assert nothing_own.others_since(before) - after.others_since(before) >= 0.4

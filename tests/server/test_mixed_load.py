@@ -15,8 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from server.settings import STARTER_CONFIG
-from tests.server.real import Server
+from tests.server.real import Server, starter_config
 
 pytestmark = pytest.mark.slow
 
@@ -38,14 +37,14 @@ MEMORY = "128MiB"
 """They take some 390 MiB together; the largest, `tiny-xtts` with a request, 125."""
 
 
-def write_config(path: Path) -> None:
-    document = yaml.safe_load(STARTER_CONFIG.read_text(encoding="utf-8"))
-    models = [model for model in document["models"] if model["id"] in MODELS]
-    llama = next(model for model in models if model["id"] == "tiny-llama")
-    models.append({**llama, "id": "tiny-llama-2", "aliases": []})
-    assert len(models) == len(MODELS)
-    config = {"engine": {"memory": MEMORY, "max_overtake_s": 2}, "models": models}
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+def write_config(folder: Path) -> Path:
+    path = starter_config(folder, MODELS - {"tiny-llama-2"})
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    llama = next(model for model in document["models"] if model["id"] == "tiny-llama")
+    document["models"].append({**llama, "id": "tiny-llama-2", "aliases": []})
+    document["engine"] = {"memory": MEMORY, "max_overtake_s": 2}
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return path
 
 
 def tone() -> bytes:
@@ -62,9 +61,7 @@ def tone() -> bytes:
 
 
 def test_requests_of_every_kind_share_what_holds_a_third_of_their_models(tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    write_config(config)
-    server = Server(tmp_path, "--config", str(config))
+    server = Server(tmp_path, "--config", str(write_config(tmp_path)))
     sdk = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
     audio = ("tone.wav", tone())
 
