@@ -35,7 +35,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from engine.errors import ConfigError, ModelNotFound
-from engine.runtimes import REGISTRY, runtime_class
+from engine.runtimes.registry import REGISTRY, runtime_class
 from engine.units import Budget, Duration, MemoryBudget, Size
 
 ENV_PREFIX = "ROUNDHOUSE_"

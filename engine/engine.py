@@ -12,9 +12,7 @@ from dataclasses import dataclass
 
 from prometheus_client.registry import CollectorRegistry
 
-from engine import process
 from engine.config import EngineConfig, ModelConfig
-from engine.device import CudaDevice, Device, host_memory_bytes, open_device
 from engine.errors import (
     ConfigError,
     Conflict,
@@ -25,13 +23,13 @@ from engine.errors import (
     RuntimeFailed,
     ShuttingDown,
 )
-from engine.estimates import EstimateStore
-from engine.event_log import EventLog
-from engine.host_memory import HostMemory
-from engine.lease import Lease
-from engine.ledger import Ledger
+from engine.memory.device import CudaDevice, Device, host_memory_bytes, open_device
+from engine.memory.host_memory import HostMemory
 from engine.metrics import EngineMetrics
-from engine.planner import COMPLETE
+from engine.process.health import find_fault
+from engine.process.heap import freeze_heap, thaw_heap, uncollected
+from engine.process.library_logs import quiet_libraries
+from engine.process.torch_state import share_torch_state
 from engine.requests import (
     Document,
     Event,
@@ -43,15 +41,19 @@ from engine.requests import (
     WorkingMemory,
 )
 from engine.residency import Residency
-from engine.runtimes import runtime_class
 from engine.runtimes.base import Estimate, Prepared, Runtime, Voice
-from engine.scheduler import Scheduler
-from engine.scheduler_event import EventKind, SchedulerEvent
+from engine.runtimes.registry import runtime_class
+from engine.scheduling.estimates import EstimateStore
+from engine.scheduling.event_log import EventLog
+from engine.scheduling.lease import Lease
+from engine.scheduling.ledger import Ledger
+from engine.scheduling.planner import COMPLETE
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
+from engine.scheduling.ticket import Ticket
+from engine.scheduling.waiting import Stage, Waiting, WaitStatus
 from engine.status import EngineState, EngineStatus, Forecast, ModelState, ModelStatus, Restarts
-from engine.ticket import Ticket
 from engine.units import format_size
-from engine.vitals import find_fault
-from engine.waiting import Stage, Waiting, WaitStatus
 
 log = logging.getLogger(__name__)
 
@@ -234,18 +236,18 @@ class Engine:
 
         """
         try:
-            with process.uncollected():
+            with uncollected():
                 device = await asyncio.to_thread(self._open)
-                process.freeze_heap()  # or a warm-up's collections look at all that is imported
+                freeze_heap()  # or a warm-up's collections look at all that is imported
                 for runtime in self._runtimes.values():
                     await runtime.warm_up()
         except Exception as error:
-            process.thaw_heap()
+            thaw_heap()
             self._start_error = str(error) or type(error).__name__
             self.state = EngineState.STOPPED
             self._started.set()
             raise
-        process.freeze_heap()
+        freeze_heap()
         device.settle()
         self._device = device
         self._estimates = EstimateStore(self.config.state_dir, device.name)
@@ -269,7 +271,7 @@ class Engine:
         self._preloads.append(asyncio.create_task(self._warn_of_too_large()))
 
     def _open(self) -> Device:
-        process.quiet_libraries()
+        quiet_libraries()
         device = self._device or open_device(self.config.device)
         for name in {model.runtime for model in self.config.models} - self._runtimes.keys():
             self._runtimes[name] = runtime_class(name)(device, self.config.cache_dir)
@@ -279,7 +281,7 @@ class Engine:
             except ImportError as error:
                 raise ConfigError(f"models: the runtime {name!r} cannot start: {error}") from error
         if "torch" in sys.modules:
-            process.share_torch_state()
+            share_torch_state()
         return device
 
     async def drain(self, limit_s: float) -> None:
@@ -304,13 +306,13 @@ class Engine:
         await self._residency.stop()
         for runtime in self._runtimes.values():
             await runtime.stop()
-        process.thaw_heap()
+        thaw_heap()
         self.state = EngineState.STOPPED
 
     async def find_fault(self, hang_s: float, stall_s: float) -> str:
         """Return why this process must be replaced, in words; as long as all is well, wait.
 
-        See `engine.vitals.find_fault`. Call it once the engine has started.
+        See `engine.process.health.find_fault`. Call it once the engine has started.
         """
         assert self._device is not None
         return await find_fault(self._device, self._doubt, hang_s, stall_s)
@@ -785,6 +787,8 @@ class Engine:
 
 def _has_all_files(model: ModelConfig, config: EngineConfig) -> bool:
     """Whether all that a model reads is on this disk. Asks no hub."""
-    from engine.model_files import files_of  # it brings NumPy, which commands need not wait for
+    from engine.catalog.model_files import (
+        files_of,  # it brings NumPy, which commands need not wait for
+    )
 
     return all(files.present for files in files_of(model, config))

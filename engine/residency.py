@@ -12,13 +12,13 @@ from typing import Any
 import psutil
 
 from engine.config import ModelConfig
-from engine.device import CpuDevice, Device
 from engine.errors import EngineError, LoadFailed
-from engine.estimates import EstimateStore
-from engine.host_memory import HostMemory
-from engine.process import quick_switches
+from engine.memory.device import CpuDevice, Device
+from engine.memory.host_memory import HostMemory
+from engine.process.switches import quick_switches
 from engine.runtimes.base import Estimate, LoadedModel, Runtime
-from engine.scheduler import Scheduler
+from engine.scheduling.estimates import EstimateStore
+from engine.scheduling.scheduler import Scheduler
 from engine.status import HostStatus
 from engine.units import format_size
 

@@ -12,9 +12,9 @@ from starlette.exceptions import HTTPException
 
 from engine.errors import EngineError, Overloaded
 from server.auth import Guard
-from server.context import RequestContext
 from server.errors import Failure
 from server.metrics import HttpMetrics
+from server.request_context import RequestContext
 from server.routes.engine import engine_router
 from server.routes.images import images_router
 from server.routes.models import models_router
@@ -37,9 +37,9 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     `start` lets the caller learn of a failed start.
     """
     # Here, as it brings numpy and PyAV: a sixth of a second that `roundhouse ps` need not wait for.
-    from engine.jobs import Jobs
-    from engine.outputs import Outputs
-    from engine.voices import VoiceStore
+    from engine.jobs.queue import Jobs
+    from engine.media.outputs import Outputs
+    from engine.media.voices import VoiceStore
     from server.routes.files import files_router
     from server.routes.speech import speech_router
     from server.routes.transcriptions import transcriptions_router

@@ -7,10 +7,10 @@ import asyncio
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from engine.event_log import EventLog, LoggedEvent
+from engine.scheduling.event_log import EventLog, LoggedEvent
 from server.connection import run_while_connected
+from server.documents import event_document, lost_document
 from server.sse import EventStream, event_frame
-from server.wire import event_document, lost_document
 
 HEARTBEAT_S = 15.0
 """Proxies close what is silent for longer (60 s is common)."""

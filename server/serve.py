@@ -18,10 +18,10 @@ import uvicorn
 
 from engine.errors import ShuttingDown
 from server.app import create_app
-from server.lifeline import Lifeline
 from server.open_requests import OpenRequests
 from server.settings import ServerSettings
 from server.start import Start
+from server.supervision.heartbeat import Lifeline
 
 if TYPE_CHECKING:
     from engine.engine import Engine

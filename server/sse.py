@@ -14,7 +14,7 @@ from starlette.types import Send
 
 from engine.errors import EngineError
 from engine.requests import Document, Frame, Request
-from engine.waiting import Stage, Waiting, WaitStatus
+from engine.scheduling.waiting import Stage, Waiting, WaitStatus
 from server.errors import Failure
 from server.headers import HEADER_PREFIX, answer_headers
 

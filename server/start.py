@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.jobs import Jobs
+    from engine.jobs.queue import Jobs
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from engine import process
-from engine.starter import ensure_starter
+from engine import engine
+from engine.starters.registry import ensure_starter
 
 # Before torch is imported. With more threads equal calls may differ in the last bit, as memory
 # alignment decides what each gets; and they spin at barriers while other tests have the cores.
@@ -43,5 +43,5 @@ def unfrozen_heap(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Where other tests brought the libraries, that takes half a second; fakes need none of it.
     """
-    monkeypatch.setattr(process, "freeze_heap", lambda: None)
-    monkeypatch.setattr(process, "thaw_heap", lambda: None)
+    monkeypatch.setattr(engine, "freeze_heap", lambda: None)
+    monkeypatch.setattr(engine, "thaw_heap", lambda: None)

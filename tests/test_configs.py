@@ -11,21 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint import DTYPE_BYTES, tensor_sizes
 from engine.config import EngineConfig, ModelConfig, engine_config, engine_fields, read_sections
-from engine.device import CpuDevice
+from engine.files.safetensors_header import DTYPE_BYTES, tensor_sizes
+from engine.memory.device import CpuDevice
+from engine.model_folder import STARTER_PREFIX
 from engine.requests import ImageOperation, ImageRequest, Quality, SpeechRequest, VideoRequest
-from engine.runtimes import runtime_class
-from engine.runtimes.diffusers import (
+from engine.runtimes.diffusers.runtime import (
     DiffusersOptions,
     DiffusersRuntime,
     check_size,
     family_of,
     lora_files,
 )
-from engine.runtimes.kokoro import OPENAI_VOICES
-from engine.sources import STARTER_PREFIX
-from engine.starter import DIFFUSION_STARTERS, SPEECH_STARTERS, STARTERS
+from engine.runtimes.kokoro.runtime import OPENAI_VOICES
+from engine.runtimes.registry import runtime_class
+from engine.starters.registry import DIFFUSION_STARTERS, SPEECH_STARTERS, STARTERS
 from engine.units import parse_size
 from tests.conftest import StarterDir
 

@@ -21,9 +21,9 @@ from engine.config import EngineConfig, ModelConfig, engine_fields
 from engine.engine import Engine
 from engine.errors import EngineError, NotLoaded, Overloaded
 from engine.metrics import EngineMetrics
-from engine.runtimes import REGISTRY, runtime_class
-from engine.runtimes.diffusers import IpAdapter, Profile
-from engine.scheduler_event import EventKind, SchedulerEvent
+from engine.runtimes.diffusers.runtime import IpAdapter, Profile
+from engine.runtimes.registry import REGISTRY, runtime_class
+from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
 from engine.status import BlockStatus, EngineStatus, Restarts
 from server.app import create_app
 from server.errors import Failure
@@ -39,7 +39,7 @@ from server.schemas.audio import (
 from server.schemas.engine import EventsQuery, PlanBody
 from server.schemas.fields import Body
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
-from server.schemas.terms import TermsBody, TermsHeaders
+from server.schemas.scheduling_options import TermsBody, TermsHeaders
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
 from server.settings import ServerSettings
 

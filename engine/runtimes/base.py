@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 from prometheus_client.registry import CollectorRegistry
 
 from engine.config import ModelConfig, Section
-from engine.device import Device
-from engine.host_memory import HostMemory
+from engine.memory.device import Device
+from engine.memory.host_memory import HostMemory
 from engine.requests import Event, Request
 
 

@@ -18,13 +18,13 @@ from enum import StrEnum
 
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import EngineError, Overloaded
-from engine.lease import Lease
-from engine.ledger import Ledger
 from engine.requests import Priority
 from engine.runtimes.base import Block, Estimate
-from engine.scheduler import Scheduler
+from engine.scheduling.lease import Lease
+from engine.scheduling.ledger import Ledger
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.ticket import Ticket
 from engine.simulation.traces import Trace, TracedModel, TracedRequest
-from engine.ticket import Ticket
 
 ROUNDING_S = 1e-9
 """Runs that end this close together end at once."""

@@ -28,8 +28,8 @@ from server.bench.runner import Result, run, turn_count
 from server.bench.scenarios import SCENARIOS
 from server.bench.scenarios.scenario import Peer, Scenario, Settings
 from server.bench.sides import Address, BareLibrary, Server, Side
+from server.commands.terminal import leave
 from server.settings import load_settings
-from server.terminal import leave
 
 BAD_SET_UP = 2
 FAILED = 1

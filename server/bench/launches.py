@@ -29,7 +29,7 @@ CPU_MEMORY_SHARE = "0.3"
 _FETCH = """
 import sys
 from pathlib import Path
-from engine.sources import local_folder
+from engine.model_folder import local_folder
 for source in sys.argv[2:]:
     print(local_folder(source, Path(sys.argv[1])))
 """
@@ -120,7 +120,7 @@ def ours(set_up: SetUp) -> Launch:
     serve = ("serve", "--config", str(set_up.config_path), "--port", "{port}")
     return Launch(
         "roundhouse",
-        (sys.executable, "-m", "server.cli", *serve, "--log-level", "warning"),
+        (sys.executable, "-m", "server.commands.cli", *serve, "--log-level", "warning"),
         {**OFFLINE, **set_up.environment, "PYTHONPATH": str(ROOT)},
         ready_path="/ready",
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from engine.nvidia_smi import MIB, read_gpus
+from engine.memory.nvidia_smi import MIB, read_gpus
 
 PACKAGES = (
     "roundhouse",

@@ -11,11 +11,11 @@ from engine.errors import InvalidRequest
 from engine.requests import Priority
 from server.auth import PLAN_PATH
 from server.body import read_object
+from server.documents import engine_document, events_document, model_document
 from server.event_stream import EventsResponse
 from server.forms import Fields
 from server.schemas.engine import EventsQuery, PlanBody
 from server.settings import ServerSettings
-from server.wire import engine_document, events_document, model_document
 
 if TYPE_CHECKING:
     from engine.engine import Engine

@@ -21,15 +21,15 @@ from server.auth import IMAGE_FILES_PREFIX
 from server.connection import run_while_connected
 from server.forms import read_fields
 from server.headers import answer_headers
-from server.pictures import Picture, decode_pictures, encode_picture
+from server.image_io import Picture, decode_pictures, encode_picture
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
-from server.schemas.terms import take_terms
+from server.schemas.scheduling_options import take_terms
 from server.settings import ServerSettings
 from server.sse import event_frame, stream_answer
 
 if TYPE_CHECKING:
     from engine.engine import Engine, Session
-    from engine.outputs import Outputs
+    from engine.media.outputs import Outputs
 
 _PATHS: dict[str, type[ImageBody]] = {
     "/v1/images/generations": GenerationBody,

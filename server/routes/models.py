@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
 
-from server.wire import model_document
+from server.documents import model_document
 
 if TYPE_CHECKING:
     from engine.engine import Engine

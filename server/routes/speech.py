@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
-from engine.audio_output import ENCODINGS, AudioEncoder
 from engine.errors import EngineError, NotFound, RuntimeFailed
+from engine.media.audio_output import ENCODINGS, AudioEncoder
 from engine.requests import Frame, Priority, Speech, SpeechRequest, Word
 from server.body import read_object
 from server.connection import run_while_connected
 from server.forms import Fields
 from server.headers import answer_headers
 from server.schemas.audio import NO_USAGE, SpeechBody, words_document
-from server.schemas.terms import take_terms
+from server.schemas.scheduling_options import take_terms
 from server.settings import ServerSettings
 from server.sse import event_frame, stream_answer
 
 if TYPE_CHECKING:
     from engine.engine import Engine, Session
-    from engine.voices import VoiceStore
+    from engine.media.voices import VoiceStore
 
 logger = logging.getLogger(__name__)
 

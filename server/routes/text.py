@@ -14,7 +14,7 @@ from server.body import read_object
 from server.connection import run_while_connected
 from server.forms import Fields
 from server.media import refuse_foreign_media
-from server.schemas.terms import take_terms
+from server.schemas.scheduling_options import take_terms
 from server.settings import ServerSettings
 from server.sse import stream_answer
 

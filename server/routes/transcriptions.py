@@ -22,7 +22,7 @@ from server.schemas.audio import (
     TranslationBody,
     transcript_text,
 )
-from server.schemas.terms import take_terms
+from server.schemas.scheduling_options import take_terms
 from server.settings import ServerSettings
 from server.sse import event_frame, stream_answer
 from server.subtitles import srt, vtt

@@ -10,14 +10,14 @@ from fastapi.responses import FileResponse
 
 from engine.requests import Priority
 from server.forms import Fields, read_fields
-from server.pictures import decode_pictures
-from server.schemas.terms import take_terms
+from server.image_io import decode_pictures
+from server.schemas.scheduling_options import take_terms
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery, video_document
 from server.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from engine.job_store import Job
-    from engine.jobs import Jobs
+    from engine.jobs.queue import Jobs
+    from engine.jobs.store import Job
 
 
 def videos_router(jobs: Jobs, settings: ServerSettings) -> APIRouter:

@@ -16,7 +16,7 @@ from server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.voices import VoiceStore
+    from engine.media.voices import VoiceStore
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, field_validator
 
-from engine.audio_output import AudioFormat
+from engine.media.audio_output import AudioFormat
+from engine.media.voices import ClonedVoice
 from engine.requests import (
     Heard,
     Segment,
@@ -19,7 +20,6 @@ from engine.requests import (
     Word,
 )
 from engine.runtimes.base import Voice
-from engine.voices import ClonedVoice
 from server.languages import LANGUAGES
 from server.schemas.fields import Body, Prompt, RequiredPrompt, Seed
 

@@ -8,7 +8,7 @@ from pydantic import Field, PlainValidator
 
 from engine.units import parse_size
 from server.schemas.fields import Body
-from server.schemas.terms import PriorityField
+from server.schemas.scheduling_options import PriorityField
 
 MAX_EVENTS = 1000
 

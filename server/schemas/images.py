@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from engine.errors import InvalidRequest
 from engine.requests import ImageOperation, ImageRequest, Quality, Terms
-from server.pictures import Picture, PictureFormat, Upload
+from server.image_io import Picture, PictureFormat, Upload
 from server.schemas.fields import (
     Body,
     Guidance,

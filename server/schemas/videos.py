@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from engine.errors import InvalidRequest
-from engine.job_store import Job, JobState
+from engine.jobs.store import Job, JobState
 from engine.requests import Quality, Terms, VideoRequest
-from server.pictures import Picture, Upload
+from server.image_io import Picture, Upload
 from server.schemas.fields import (
     Body,
     Guidance,
@@ -22,7 +22,7 @@ from server.schemas.fields import (
 )
 
 if TYPE_CHECKING:
-    from engine.jobs import QueuePlace
+    from engine.jobs.queue import QueuePlace
 
 MAX_SECONDS = 600.0
 """Far beyond what video models can do; a model refuses what is too long for it."""

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from engine import process
 from engine.config import ModelConfig
-from engine.device import CpuDevice
-from engine.runtimes.vllm import VllmRuntime
+from engine.memory.device import CpuDevice
+from engine.process.heap import freeze_heap, thaw_heap
+from engine.process.torch_state import share_torch_state
+from engine.runtimes.vllm.runtime import VllmRuntime
 
 MakeModel = Callable[..., ModelConfig]
 
@@ -46,9 +47,9 @@ def make_model() -> MakeModel:
 @pytest.fixture(scope="module")
 def frozen_heap() -> Iterator[None]:
     """As in a running engine; what is imported later is not frozen, unless it is done again."""
-    process.freeze_heap()
+    freeze_heap()
     yield
-    process.thaw_heap()
+    thaw_heap()
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -57,10 +58,10 @@ async def vllm_runtime(cache_dir: Path) -> AsyncIterator[VllmRuntime]:
     device = CpuDevice()
     runtime = VllmRuntime(device, cache_dir)
     runtime.start()
-    process.share_torch_state()
+    share_torch_state()
     await runtime.warm_up()
-    process.freeze_heap()
+    freeze_heap()
     device.settle()
     yield runtime
     await runtime.stop()
-    process.thaw_heap()
+    thaw_heap()

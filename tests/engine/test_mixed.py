@@ -12,14 +12,19 @@ import pytest_asyncio
 
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import WORKING_MARGIN, Engine
-from engine.estimates import EstimateStore
 from engine.requests import ImageOperation, ImageRequest, ImageResult
-from engine.runtimes.diffusers import DiffusersRuntime
-from engine.runtimes.vllm import VllmRuntime
+from engine.runtimes.diffusers.runtime import DiffusersRuntime
+from engine.runtimes.vllm.runtime import VllmRuntime
+from engine.scheduling.estimates import EstimateStore
 from tests.engine.conftest import MakeModel
-from tests.engine.greedy import PROMPTS, completion
-from tests.engine.test_diffusers import Shared, runtime
-from tests.engine.test_engine_vllm import RunningRuntime, assert_adds_up, overgrants, text
+from tests.engine.runtimes.diffusers.test_diffusers import Shared, runtime
+from tests.engine.runtimes.vllm.greedy import PROMPTS, completion
+from tests.engine.runtimes.vllm.test_engine_vllm import (
+    RunningRuntime,
+    assert_adds_up,
+    overgrants,
+    text,
+)
 
 __all__ = ["runtime"]  # the fixture
 

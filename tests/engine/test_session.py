@@ -14,7 +14,7 @@ from PIL import Image
 
 from engine.engine import OUT_OF_MEMORY_FACTOR, WORKING_MARGIN, Engine
 from engine.errors import LoadFailed, ModelNotFound, NotLoaded, OutOfDeviceMemory
-from engine.process import QUICK_SWITCH_S
+from engine.process.switches import QUICK_SWITCH_S
 from engine.requests import (
     Event,
     ImageOperation,
@@ -25,10 +25,10 @@ from engine.requests import (
     Request,
     WorkingMemory,
 )
-from engine.runtimes import REGISTRY
 from engine.runtimes.base import Block, Estimate, Prepared
+from engine.runtimes.registry import REGISTRY
+from engine.scheduling.waiting import Stage, Waiting, WaitStatus
 from engine.status import ModelState
-from engine.waiting import Stage, Waiting, WaitStatus
 from tests.server.fake import MODEL_BYTES, FakeRuntime, fake_engine
 
 PICTURE = Image.new("RGB", (2, 2))

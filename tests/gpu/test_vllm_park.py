@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from engine import process
 from engine.config import ModelConfig
-from engine.device import CudaDevice
-from engine.host_memory import HostMemory
-from engine.runtimes.vllm import VllmRuntime
-from engine.runtimes.vllm_model import VllmModel
-from tests.engine.greedy import PROMPTS, answer
+from engine.memory.device import CudaDevice
+from engine.memory.host_memory import HostMemory
+from engine.process.torch_state import share_torch_state
+from engine.runtimes.vllm.model import VllmModel
+from engine.runtimes.vllm.runtime import VllmRuntime
+from tests.engine.runtimes.vllm.greedy import PROMPTS, answer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
@@ -31,7 +31,7 @@ async def runtime(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Vll
         pytest.skip("no CUDA device answers")
     runtime = VllmRuntime(CudaDevice(), Path(tmp_path_factory.mktemp("cache")))
     runtime.start()
-    process.share_torch_state()
+    share_torch_state()
     runtime.host = HostMemory(HOST_BYTES, pinned=True)
     await runtime.warm_up()
     yield runtime

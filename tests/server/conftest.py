@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from engine.engine import Engine
-from engine.runtimes import REGISTRY
+from engine.runtimes.registry import REGISTRY
 from server.app import create_app
 from server.settings import ServerSettings
 from tests.server.fake import FakeRuntime, fake_engine, listening

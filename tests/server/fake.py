@@ -15,9 +15,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from engine.config import EngineConfig, ModelConfig, Section
-from engine.device import Device
 from engine.engine import Engine
 from engine.errors import LoadFailed
+from engine.memory.device import Device
 from engine.requests import Document, Event, Frame, Request, TextRequest
 from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
 

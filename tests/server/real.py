@@ -43,7 +43,7 @@ class Server:
 
     def __init__(self, home: Path, *arguments: str, **environ: str) -> None:
         port = free_port()
-        code = "from server.cli import main; main()"
+        code = "from server.commands.cli import main; main()"
         own = {
             "HF_HUB_OFFLINE": "1",
             "ROUNDHOUSE_CONFIG": str(STARTER_CONFIG),

@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from engine.requests import Event, Frame, TextRequest
-from engine.runtimes import REGISTRY
-from server.cli import main
+from engine.runtimes.registry import REGISTRY
+from server.commands.cli import main
 from tests.server.fake import FakeRuntime
 
 

@@ -17,14 +17,14 @@ import openai
 import pytest
 from openai.types.audio.speech_create_params import VoiceID
 
-from engine.audio_output import ENCODINGS, AudioFormat
 from engine.config import ModelConfig
 from engine.engine import Engine
 from engine.errors import InvalidRequest, LoadFailed, RuntimeFailed
+from engine.media.audio_output import ENCODINGS, AudioFormat
 from engine.requests import Event, Priority, Request, Speech, SpeechRequest, Word
 from engine.runtimes.base import Prepared, Voice
 from tests.contract.openai import conforms
-from tests.engine.test_audio_output import correlation, decoded, quantised, voice_like
+from tests.engine.media.test_audio_output import correlation, decoded, quantised, voice_like
 from tests.server.fake import FakeRuntime, fake_engine
 from tests.server.test_connection import PATIENCE_S, Stuck, wait_for
 

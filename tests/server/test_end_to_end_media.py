@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.contract.openai import conforms
-from tests.engine.test_diffusers import IMAGE_FAMILIES, bare
+from tests.engine.runtimes.diffusers.test_diffusers import IMAGE_FAMILIES, bare
 from tests.server.real import Server, starter_config
 
 pytestmark = [

@@ -199,6 +199,6 @@ async def test_a_bug_is_logged_and_not_told(
         "param": None,
         "code": "internal_error",
     }
-    (record,) = [each for each in caplog.records if each.name == "server.context"]
+    (record,) = [each for each in caplog.records if each.name == "server.request_context"]
     assert "mine.1" in record.getMessage()
     assert record.exc_info is not None

@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from engine.engine import Engine
-from engine.event_log import KEPT
-from engine.scheduler_event import EventKind, SchedulerEvent
+from engine.scheduling.event_log import KEPT
+from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
 from server import event_stream
 
 CHAT = "/v1/chat/completions"

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from safetensors.numpy import save
 
 from engine.engine import Engine
-from engine.hub import PARTIAL
+from engine.files.hub import PARTIAL
 from server.settings import ServerSettings
 from tests.hub import Hub, point_client_at, serving
 from tests.server.fake import FakeRuntime, fake_engine
@@ -236,7 +236,7 @@ class TestLoras:
     async def test_a_header_that_would_fill_the_memory(
         self, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("engine.loras.MAX_HEADER_BYTES", 16)
+        monkeypatch.setattr("engine.catalog.loras.MAX_HEADER_BYTES", 16)
         assert (await self.upload(client)).status_code == 400
 
     @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from server.settings import ServerSettings
 from tests.contract.openai import conforms
 from tests.server.fake import FakeRuntime
 from tests.server.test_connection import PATIENCE_S, Stuck, wait_for
-from tests.server.test_pictures import blank_png, file_of
+from tests.server.test_image_io import blank_png, file_of
 
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"

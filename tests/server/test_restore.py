@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from engine.engine import Engine
-from engine.scheduler_event import EventKind
+from engine.scheduling.scheduler_event import EventKind
 from engine.status import ModelState, Restarts
 from server.app import create_app
 from server.settings import ServerSettings

@@ -39,8 +39,8 @@ from server.start import Start
 from tests.contract.openai import conforms
 from tests.server.fake import FakeRuntime
 from tests.server.test_connection import PATIENCE_S, Stuck, wait_for
+from tests.server.test_image_io import blank_png, file_of
 from tests.server.test_images import RED, data_url
-from tests.server.test_pictures import blank_png, file_of
 
 # Every method of `client.videos` says that OpenAI's own service will end.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

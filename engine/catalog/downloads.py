@@ -1,0 +1,186 @@
+"""Fetching the files of configured models from the hub, ahead of their first request."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engine.config import ModelConfig
+from engine.errors import ShuttingDown
+from engine.files.hub import (
+    Fetch,
+    FetchCancelledError,
+    FetchProgress,
+    HubSource,
+    OnProgress,
+    check_room,
+    is_repo,
+)
+from engine.model_folder import WANTED_FILES
+from engine.runtimes.bark.runtime import FILES as BARK_FILES
+from engine.runtimes.coqui.runtime import FILES as COQUI_FILES
+from engine.runtimes.diffusers.runtime import (
+    CONFIG_FILES,
+    LORA_FILE,
+    DiffusersOptions,
+    ip_adapter_files,
+)
+from engine.runtimes.kokoro.runtime import FILES as KOKORO_FILES
+from engine.runtimes.whisper.runtime import FILES as WHISPER_FILES
+
+FILES: Mapping[str, tuple[str, ...]] = {
+    "vllm": WANTED_FILES,
+    "whisper": WHISPER_FILES,
+    "kokoro": KOKORO_FILES,
+    "coqui": COQUI_FILES,
+    "bark": BARK_FILES,
+}
+"""What each runtime reads of a repository; diffusers' depends on the options."""
+
+NO_PROGRESS = FetchProgress("", 0, 0, 0, 0)
+
+
+def sources_of(model: ModelConfig, *, allow_pickle: bool = False) -> tuple[HubSource, ...]:
+    """The repositories that a model is made of, its own first; none for a local one.
+
+    Kokoro's and Coqui's weights are always pickled and are read as tensors only, so they need no
+    `allow_pickle`.
+    """
+    if isinstance(model.options, DiffusersOptions):
+        sources = _diffusers_sources(model.source, model.options)
+    else:
+        files = FILES.get(model.runtime, WANTED_FILES)
+        revision = getattr(model.options, "revision", None)
+        sources = [HubSource(model.source, files, revision)]
+    return tuple(
+        replace(source, allow_pickle=allow_pickle) for source in sources if is_repo(source.repo)
+    )
+
+
+def _diffusers_sources(repo: str, options: DiffusersOptions) -> list[HubSource]:
+    weights = f"*/*.{options.variant}*.safetensors" if options.variant else "*/*.safetensors"
+    sources = [HubSource(repo, (weights, *CONFIG_FILES), options.revision)]
+    sources += [HubSource(part, WANTED_FILES) for part in options.components.values()]
+    if options.controlnet is not None:
+        sources.append(HubSource(options.controlnet, WANTED_FILES))
+    if (adapter := options.ip_adapter) is not None:
+        sources.append(HubSource(adapter.source, ip_adapter_files(adapter)))
+    sources += [HubSource(lora, (LORA_FILE,)) for lora in options.lora_sources.values()]
+    return sources
+
+
+def pull(
+    sources: Sequence[HubSource], on_progress: OnProgress, cancelled: threading.Event
+) -> tuple[Path, ...]:
+    """Fetch repositories one after the other; progress is told over all of them.
+
+    Returns the folders of their snapshots.
+
+    Raises:
+        NotFound: there is no such repository or revision.
+        LoadFailed: see `engine.files.hub.Fetch`; also if all together do not fit the disk.
+        FetchCancelledError: `cancelled` was set.
+
+    """
+    fetches = [Fetch(source) for source in sources]
+    check_room(
+        sum(fetch.missing_bytes for fetch in fetches),
+        " and ".join(source.repo for source in sources),
+    )
+    total = FetchProgress(
+        "", 0, sum(fetch.total_bytes for fetch in fetches), 0, sum(each.files for each in fetches)
+    )
+    folders = []
+    for fetch in fetches:
+        before = total
+
+        def tell(now: FetchProgress, before: FetchProgress = before) -> None:
+            on_progress(_after(before, now))
+
+        folders.append(fetch.run(tell, cancelled))
+        total = replace(
+            total,
+            done_bytes=total.done_bytes + fetch.total_bytes,
+            files_done=total.files_done + fetch.files,
+        )
+    return tuple(folders)
+
+
+def _after(before: FetchProgress, now: FetchProgress) -> FetchProgress:
+    return replace(
+        before,
+        repo=now.repo,
+        done_bytes=before.done_bytes + now.done_bytes,
+        files_done=before.files_done + now.files_done,
+    )
+
+
+@dataclass(slots=True)
+class _Pull:
+    """One pull under way on a thread, and what was last told of it."""
+
+    task: asyncio.Task[tuple[Path, ...]]
+    cancelled: threading.Event
+    progress: list[FetchProgress]
+    """One: the thread replaces it."""
+    followers: int = 0
+
+
+class Pulls:
+    """The pulls under way in a server; all who ask for the same model share one."""
+
+    def __init__(self) -> None:
+        self._pulls: dict[str, _Pull] = {}
+
+    def is_pulling(self, model_id: str) -> bool:
+        """Whether the files of that model are being fetched."""
+        return model_id in self._pulls
+
+    async def follow(
+        self, model: ModelConfig, every_s: float
+    ) -> AsyncGenerator[FetchProgress, None]:
+        """Pull a model, or follow the pull of it; the last progress is that of the end.
+
+        When the last follower leaves, the pull is stopped; the next one goes on from there.
+
+        Raises:
+            NotFound: there is no such repository or revision.
+            LoadFailed: see `pull`.
+
+        """
+        one = self._pulls.get(model.id) or self._begin(model.id, sources_of(model))
+        one.followers += 1
+        try:
+            while not one.task.done():
+                yield one.progress[0]
+                await asyncio.wait([one.task], timeout=every_s)
+            try:
+                one.task.result()
+            except FetchCancelledError:  # by the last of the followers before
+                raise ShuttingDown("The pull was stopped.", retry_after_s=1.0) from None
+            yield one.progress[0]
+        finally:
+            one.followers -= 1
+            if not one.followers:
+                one.cancelled.set()
+                await asyncio.wait([one.task])
+
+    def _begin(self, model_id: str, sources: Sequence[HubSource]) -> _Pull:
+        cancelled = threading.Event()
+        progress = [NO_PROGRESS]
+
+        def tell(now: FetchProgress) -> None:
+            progress[0] = now
+
+        task = asyncio.create_task(asyncio.to_thread(pull, sources, tell, cancelled))
+        one = self._pulls[model_id] = _Pull(task, cancelled, progress)
+
+        def done(task: asyncio.Task[tuple[Path, ...]]) -> None:
+            del self._pulls[model_id]
+            task.cancelled() or task.exception()  # looked at, whether anyone follows or not
+
+        task.add_done_callback(done)
+        return one

@@ -1,0 +1,261 @@
+"""Cloned voices: recordings of a speaker, checked once and kept for every model that can clone.
+
+Each is a folder of its own, `voice_HEX/` with `sample.wav` and `voice.json`, which appears and
+disappears by one rename: a crash leaves no half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import secrets
+import shutil
+import time
+import wave
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import av
+import numpy as np
+
+from engine.config import EngineConfig
+from engine.errors import Conflict, InvalidRequest, NotFound
+from engine.media.outputs import sync
+
+if TYPE_CHECKING:
+    from engine.requests import Samples
+
+log = logging.getLogger(__name__)
+
+FOLDER = "voices"
+"""Under `data_dir`."""
+
+SAMPLE_RATE = 24_000
+"""Hertz, of what is kept."""
+
+MIN_SAMPLE_S = 3.0
+"""XTTS asks for more than three seconds of reference audio (its `synthesize`)."""
+MAX_SAMPLE_S = 60.0
+
+MAX_SAMPLE_BYTES = 10 * 2**20
+"""Of the file as it comes; OpenAI's limit for `audio_sample`."""
+
+MAX_VOICES = 500
+"""At most 1.4 GB, at sixty seconds each."""
+
+MIN_LOUDNESS_DBFS = -50.0
+"""Root mean square. Speech is recorded at -30 to -15; a quiet room is below -60."""
+
+FULL_SCALE = 0.999
+MAX_CLIPPED = 0.05
+"""Part of the samples that may be at full scale. Loud speech has under a hundredth there."""
+
+CONTAINERS = "aac,flac,matroska,mov,mp3,ogg,wav"
+"""FFmpeg's names of the demuxers that may run. Not those of playlists: they open further files."""
+
+MAX_NAME = 64
+"""Characters."""
+
+_ID = re.compile(r"voice_[0-9a-f]{24}")
+_UNFINISHED = ".part"
+_SAMPLE, _CARD = "sample.wav", "voice.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ClonedVoice:
+    """A voice that was added."""
+
+    id: str
+    """`voice_` and 24 hexadecimal digits."""
+    name: str
+    created_at: int
+    """Unix seconds."""
+    duration_s: float
+    """Of the recording."""
+
+
+class VoiceStore:
+    """The folder of cloned voices. Threads may share it; every method blocks on the disk."""
+
+    def __init__(self, config: EngineConfig, *, clock: Callable[[], float] = time.time) -> None:
+        """Delete what a crash left unfinished. `clock` gives unix seconds."""
+        self._folder = config.data_dir / FOLDER
+        self._clock = clock
+        for path in self._folder.glob(f"*{_UNFINISHED}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def add(self, name: str, sample: bytes) -> ClonedVoice:
+        """Check a recording and keep it as mono of 24 kHz under a new id.
+
+        `sample` is a file of WAV, FLAC, MP3, AAC, Ogg, WebM or MP4. May take a second.
+
+        Raises:
+            InvalidRequest: naming `name`, or `audio_sample` where the recording is too large,
+                cannot be decoded, is shorter than 3 s or longer than 60 s, silent or clipped.
+            Conflict: there are `MAX_VOICES` already.
+            OSError: the disk is full or cannot be written.
+
+        """
+        name = name.strip()
+        if not 1 <= len(name) <= MAX_NAME or not name.isprintable():
+            raise InvalidRequest(
+                f"name must be 1 to {MAX_NAME} printable characters.", param="name"
+            )
+        samples = _decode(sample)
+        _check(samples)
+        if len(self.list()) >= MAX_VOICES:
+            raise Conflict(f"There are {MAX_VOICES} voices; delete one first.")
+        voice = ClonedVoice(
+            id=f"voice_{secrets.token_hex(12)}",
+            name=name,
+            created_at=int(self._clock()),
+            duration_s=round(len(samples) / SAMPLE_RATE, 3),
+        )
+        unfinished = self._folder / (voice.id + _UNFINISHED)
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            unfinished.mkdir(mode=0o700)
+            _write_wav(unfinished / _SAMPLE, samples)
+            (unfinished / _CARD).write_text(json.dumps(asdict(voice)) + "\n", encoding="utf-8")
+            for path in (unfinished / _SAMPLE, unfinished / _CARD, unfinished):
+                sync(path)
+            unfinished.rename(self._folder / voice.id)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        sync(self._folder)
+        return voice
+
+    def list(self) -> tuple[ClonedVoice, ...]:
+        """Every voice, the oldest first. One whose card cannot be read is logged and left out."""
+        found = []
+        for path in self._folder.glob("voice_*"):
+            if _ID.fullmatch(path.name):
+                voice = self._read(path)
+                if voice is not None:
+                    found.append(voice)
+        return tuple(sorted(found, key=lambda voice: (voice.created_at, voice.id)))
+
+    def get(self, voice_id: str) -> ClonedVoice:
+        """The voice with this id.
+
+        Raises:
+            NotFound: there is none.
+
+        """
+        voice = self._read(self._path(voice_id))
+        if voice is None:
+            raise _not_found(voice_id)
+        return voice
+
+    def sample(self, voice_id: str) -> Path:
+        """The recording as a WAV file, mono, 24 kHz, 16 bit: `SpeechRequest.voice_sample`.
+
+        Raises:
+            NotFound: there is no such voice.
+
+        """
+        path = self._path(voice_id) / _SAMPLE
+        if not path.is_file():
+            raise _not_found(voice_id)
+        return path
+
+    def delete(self, voice_id: str) -> None:
+        """Delete the voice. A run that has read its recording goes on with it.
+
+        Raises:
+            NotFound: there is no such voice.
+            OSError: the disk cannot be written.
+
+        """
+        path = self._path(voice_id)
+        gone = path.with_name(path.name + _UNFINISHED)
+        try:
+            path.rename(gone)
+        except FileNotFoundError as error:
+            raise _not_found(voice_id) from error
+        sync(self._folder)
+        shutil.rmtree(gone)
+
+    def _path(self, voice_id: str) -> Path:
+        if not _ID.fullmatch(voice_id):
+            raise _not_found(voice_id)
+        return self._folder / voice_id
+
+    def _read(self, path: Path) -> ClonedVoice | None:
+        try:
+            return ClonedVoice(**json.loads((path / _CARD).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            log.warning("cannot read the voice %s: %s", path.name, error)
+            return None
+
+
+def _not_found(voice_id: str) -> NotFound:
+    return NotFound(f"There is no voice {voice_id!r}.", param="voice")
+
+
+def _decode(file: bytes) -> Samples:
+    """Mono samples at `SAMPLE_RATE`; stops as soon as they are too many.
+
+    Raises:
+        InvalidRequest: too large, no audio, damaged, or longer than `MAX_SAMPLE_S`.
+
+    """
+    if len(file) > MAX_SAMPLE_BYTES:
+        raise InvalidRequest(
+            f"The recording must be at most {MAX_SAMPLE_BYTES // 2**20} MiB.", param="audio_sample"
+        )
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+    pieces: list[Samples] = []
+    seconds = 0.0
+    try:
+        with av.open(BytesIO(file), options={"format_whitelist": CONTAINERS}) as container:
+            if not container.streams.audio:
+                raise InvalidRequest("There is no audio in the recording.", param="audio_sample")
+            for frame in container.decode(audio=0):
+                # Counted before it is resampled: a file may claim to have one sample a second.
+                seconds += frame.samples / frame.sample_rate
+                if seconds > MAX_SAMPLE_S + 0.1:  # codecs pad the end
+                    raise InvalidRequest(
+                        f"The recording must be at most {MAX_SAMPLE_S:g} seconds long.",
+                        param="audio_sample",
+                    )
+                pieces += (each.to_ndarray()[0] for each in resampler.resample(frame))
+            pieces += (each.to_ndarray()[0] for each in resampler.resample(None))
+    except (av.error.FFmpegError, ValueError) as error:
+        raise InvalidRequest(
+            f"The recording cannot be decoded: {error}", param="audio_sample"
+        ) from error
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+
+
+def _check(samples: Samples) -> None:
+    duration_s = len(samples) / SAMPLE_RATE
+    if duration_s < MIN_SAMPLE_S:
+        raise InvalidRequest(
+            f"The recording must be at least {MIN_SAMPLE_S:g} seconds long, not {duration_s:.1f}.",
+            param="audio_sample",
+        )
+    if not np.isfinite(samples).all():
+        raise InvalidRequest("The recording is not audio.", param="audio_sample")
+    rms = float(np.sqrt(np.mean(np.square(samples, dtype=np.float64))))
+    if rms < 10 ** (MIN_LOUDNESS_DBFS / 20):
+        raise InvalidRequest("The recording is silent or too quiet.", param="audio_sample")
+    if float(np.mean(np.abs(samples) >= FULL_SCALE)) > MAX_CLIPPED:
+        raise InvalidRequest(
+            "The recording is clipped: record it at a lower level.", param="audio_sample"
+        )
+
+
+def _write_wav(path: Path, samples: Samples) -> None:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes((np.clip(samples, -1, 1) * 32767).round().astype("<i2").tobytes())

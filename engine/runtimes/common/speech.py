@@ -1,0 +1,179 @@
+"""What the runtimes of speech models have in common: options, checks, the model on its thread.
+
+Nothing here imports a library; the run itself is in `speech_run`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from engine.config import ModelConfig, Section
+from engine.errors import InvalidRequest
+from engine.requests import Request, SpeechRequest
+from engine.runtimes.base import Prepared
+from engine.runtimes.common.thread_run import Emit, ThreadRun
+from engine.runtimes.common.torch_model import TorchModel
+
+if TYPE_CHECKING:
+    from engine.runtimes.common.speech_run import Speaker
+
+MIN_SPEED, MAX_SPEED = 0.25, 4.0
+"""OpenAI's range."""
+
+MAX_SEED = 2**32 - 1
+
+CHARACTERS_PER_S = 12
+"""How fast text is spoken: some 150 words a minute of five letters and a space, rounded down."""
+
+VOCODER_BYTES = 384
+"""Of working memory a sample: three tensors of 32 channels, the width of HiFi-GAN's last stage
+(https://arxiv.org/abs/2010.05646, V1), in float32."""
+
+
+class SpeechOptions(Section):
+    """Options of a speech model."""
+
+    voice: str | None = None
+    """Of requests that name none; without it the model's first."""
+    voices: dict[str, str] = Field(default_factory=dict)
+    """Further names for the model's voices, such as OpenAI's `alloy`."""
+    language: str | None = None
+    """Of requests that name none, ISO 639-1; without it the model's first."""
+    max_chars: int = Field(default=4096, ge=1, le=10_000_000)
+    """Of one request; 4096 is OpenAI's bound."""
+    sentence_chars: int = Field(default=200, ge=20, le=1000)
+    """A sentence longer than this is spoken in pieces."""
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """What is to be spoken, as the model knows it."""
+
+    sentences: tuple[str, ...]
+    voice: str | None
+    """By the model's own name; None for a model of one voice, and where a sample is cloned."""
+    language: str | None
+    """By the model's own name."""
+    seed: int
+
+
+def check_speech(model: ModelConfig, request: Request) -> SpeechRequest:
+    """Refuse what no speech model can do; fill in the seed.
+
+    Raises:
+        InvalidRequest: naming `model`, `input`, `speed` or `seed`.
+
+    """
+    options: SpeechOptions = model.options
+    if not isinstance(request, SpeechRequest):
+        raise InvalidRequest(
+            f"The model {model.id!r} does not support {request.operation.value}.", param="model"
+        )
+    if not any(character.isalnum() for character in request.text):
+        raise InvalidRequest("There is nothing to speak in the text.", param="input")
+    if len(request.text) > options.max_chars:
+        raise InvalidRequest(
+            f"The text must be at most {options.max_chars} characters long,"
+            f" not {len(request.text)}.",
+            param="input",
+        )
+    if not MIN_SPEED <= request.speed <= MAX_SPEED:
+        raise InvalidRequest(f"speed must be from {MIN_SPEED} to {MAX_SPEED:g}.", param="speed")
+    seed = random.randrange(MAX_SEED) if request.seed is None else request.seed
+    if not 0 <= seed <= MAX_SEED:
+        raise InvalidRequest(f"seed must be from 0 to {MAX_SEED}.", param="seed")
+    return replace(request, seed=seed)
+
+
+def choose_voice(model: ModelConfig, request: SpeechRequest, known: Sequence[str]) -> str:
+    """The model's own name of the voice that is asked for. `known` must not be empty.
+
+    Raises:
+        InvalidRequest: the model has no such voice.
+
+    """
+    options: SpeechOptions = model.options
+    asked = request.voice or options.voice or known[0]
+    voice = options.voices.get(asked, asked)
+    if voice not in known:
+        there = ", ".join([*known[:20], *(["…"] if len(known) > 20 else [])])
+        raise InvalidRequest(
+            f"The model {model.id!r} has no voice {asked!r}; there is {there}.", param="voice"
+        )
+    return voice
+
+
+def choose_language(model: ModelConfig, request: SpeechRequest, known: Sequence[str]) -> str | None:
+    """The model's own name of the language, which may have a region that the request left out.
+
+    None where the model does not tell its languages and nobody asks for one.
+
+    Raises:
+        InvalidRequest: the model does not speak it.
+
+    """
+    options: SpeechOptions = model.options
+    asked = request.language or options.language
+    if asked is None:
+        return known[0] if known else None
+    by_primary: Mapping[str, str] = {primary_language(each): each for each in reversed(known)}
+    exact = {each.lower(): each for each in known}
+    found = exact.get(asked.lower()) or by_primary.get(primary_language(asked))
+    if found is not None:
+        return found
+    if not known and options.language and primary_language(asked) == options.language:
+        return options.language
+    there = ", ".join(known) or options.language or "only its own"
+    raise InvalidRequest(
+        f"The model {model.id!r} does not speak {asked!r}; there is {there}.", param="language"
+    )
+
+
+def primary_language(tag: str) -> str:
+    """`en` of `en`, `en-GB` and `en_gb`."""
+    return tag.replace("_", "-").partition("-")[0].lower()
+
+
+def prepared_speech(
+    request: SpeechRequest, utterance: Utterance | None, sample_rate: int
+) -> Prepared:
+    """With an estimate from the vocoder, whose last stage is the peak.
+
+    Without an utterance, as the model's files are not here, it is made when they are.
+    """
+    if utterance is None:
+        return Prepared(request, None)
+    longest = -(-max(map(len, utterance.sentences)) // 50) * 50
+    seconds = longest / CHARACTERS_PER_S / min(1.0, request.speed)
+    return Prepared(
+        replace(request, voice=utterance.voice or request.voice, language=utterance.language),
+        utterance,
+        working_bytes=int(seconds * sample_rate * VOCODER_BYTES),
+        shape=f"speech-{longest}-{request.speed:g}",
+    )
+
+
+class SpeechModel(TorchModel["Speaker"]):
+    """One speech model on a thread of its own."""
+
+    def __init__(
+        self, speaker: Speaker, model_id: str, understand: Callable[[SpeechRequest], Utterance]
+    ) -> None:
+        """`understand` checks a request that was prepared before the model's files were here."""
+        super().__init__(speaker, model_id)
+        self._understand = understand
+
+    def make_run(self, prepared: Prepared, emit: Emit) -> ThreadRun:
+        """Speak."""
+        from engine.runtimes.common.speech_run import SpeechRun
+
+        request = prepared.request
+        assert self.model is not None and isinstance(request, SpeechRequest)
+        utterance: Utterance = prepared.payload or self._understand(request)
+        return SpeechRun(self.model, request, utterance, prepared.shape, emit)

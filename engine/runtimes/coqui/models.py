@@ -1,0 +1,249 @@
+"""Coqui's VITS and XTTS v2: built, filled, spoken with.
+
+Importing this module imports torch and the library (some seconds), and puts right what the
+library does to the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import wave
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torchaudio
+from torch.serialization import add_safe_globals
+from TTS.config.shared_configs import BaseDatasetConfig
+from TTS.tts.configs.vits_config import VitsConfig
+from TTS.tts.configs.xtts_config import XttsArgs, XttsAudioConfig, XttsConfig
+from TTS.tts.layers.glow_tts.transformer import RelativePositionMultiHeadAttention
+from TTS.tts.models import xtts as xtts_module
+from TTS.tts.models.vits import Vits
+from TTS.tts.models.xtts import Xtts
+
+from engine.errors import InvalidRequest
+from engine.files.pickled import load_pickled
+from engine.media.sentences import split_sentences
+from engine.process.gate import GATE
+from engine.process.randomness import draw_by_thread
+from engine.requests import Samples, Speech, SpeechRequest
+from engine.runtimes.common.speech import Utterance
+from engine.runtimes.common.speech_run import Speaker
+from engine.runtimes.coqui.files import CoquiFiles
+
+if TYPE_CHECKING:
+    from engine.runtimes.coqui.runtime import CoquiOptions
+
+log = logging.getLogger(__name__)
+
+PAUSE_SAMPLES = 10_000
+"""Silence after every sentence of VITS: `PAD_SILENCE_SAMPLES` of Coqui's `Synthesizer`."""
+
+MAX_CLONES = 64
+"""Voices whose latents stay in host memory (130 KB each in XTTS v2); beyond, the one longest unused
+goes."""
+
+draw_by_thread(
+    "TTS.tts.models.vits",
+    "TTS.tts.layers.vits.stochastic_duration_predictor",
+    "TTS.tts.layers.xtts.stream_generator",
+)
+
+
+def own_logging() -> None:
+    """Take the library's loggers under the process's own rules.
+
+    The trainer, which comes with the library, prints by a handler of its own; and the tokenizers
+    warn with the text that they were given.
+    """
+    trainer = logging.getLogger("trainer")
+    trainer.handlers.clear()
+    trainer.propagate = True
+    for name in ("trainer", "TTS"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def build(files: CoquiFiles, options: CoquiOptions, device: str) -> Speaker:
+    """The model, filled, in host memory. Call inside `GATE.exclusive()`.
+
+    Raises:
+        LoadFailed: the checkpoint is damaged, or would have to be executed to be read.
+        Exception: what the library raised: the weights are not those of the configuration.
+
+    """
+    made = XttsSpeaker if files.kind == "xtts" else VitsSpeaker
+    return made(files, options, device)
+
+
+class VitsSpeaker(Speaker):
+    """VITS with one voice or several; every sentence is one piece of audio."""
+
+    def __init__(self, files: CoquiFiles, options: CoquiOptions, device: str) -> None:  # noqa: ARG002
+        config = VitsConfig()
+        config.from_dict(dict(files.config))
+        model = Vits(config)
+        with GATE.yielded():
+            tensors = load_pickled(files.checkpoint)["model"]
+            # As the library's `load_checkpoint`: what an encoder baked into it was trained with.
+            kept = {name: each for name, each in tensors.items() if "speaker_encoder" not in name}
+            model.load_state_dict(kept)
+        model.eval()
+        # Training and the conversion of voices need these, speaking does not.
+        model.disc = None
+        model.posterior_encoder = None
+        self._many_languages = len(files.languages) > 1
+        super().__init__(model, device)
+
+    def speak(self, request: SpeechRequest, utterance: Utterance) -> Iterator[Speech]:
+        """Each sentence, with the library's pause behind it."""
+        model = self.module
+        model.length_scale = model.args.length_scale / request.speed
+        for sentence in utterance.sentences:
+            wave_form = np.asarray(
+                model.synthesize(
+                    sentence,
+                    speaker=utterance.voice,
+                    language=utterance.language if self._many_languages else None,
+                )["wav"],
+                dtype=np.float32,
+            ).reshape(-1)
+            if model.config.audio.get("do_trim_silence"):
+                wave_form = wave_form[: model.ap.find_endpoint(wave_form)]
+            pause = np.zeros(PAUSE_SAMPLES, np.float32)
+            yield Speech(np.concatenate([wave_form, pause]), model.config.audio.sample_rate)
+
+    def forget_run(self) -> None:
+        """Every attention layer keeps its last scores: heads × positions²."""
+        for each in self.module.modules():
+            if isinstance(each, RelativePositionMultiHeadAttention):
+                each.attn = None
+
+
+class _XttsFromFile(Xtts):  # type: ignore[misc]
+    """XTTS that reads its checkpoint in the one way we allow.
+
+    The library's way writes the file anew where it holds the old classes.
+    """
+
+    def _load_checkpoint(self, model_path: Path) -> Any:
+        with GATE.yielded():
+            return load_pickled(Path(model_path))["model"]
+
+
+class XttsSpeaker(Speaker):
+    """XTTS v2: the voices it comes with and clones; audio comes before a sentence is finished."""
+
+    def __init__(self, files: CoquiFiles, options: CoquiOptions, device: str) -> None:
+        log.warning(
+            "%s: the weights of XTTS v2 are under the Coqui Public Model License, which allows"
+            " non-commercial use only",
+            files.folder.name,
+        )
+        config = XttsConfig()
+        config.from_dict(dict(files.config))
+        model = _XttsFromFile(config)
+        model.load_checkpoint(config, checkpoint_dir=files.folder, eval=True)
+        self._config = config
+        self._chunk_tokens = options.stream_chunk_tokens
+        self._sampling = {
+            name: config[name] if given is None else given
+            for name, given in (
+                ("temperature", options.temperature),
+                ("length_penalty", None),
+                ("repetition_penalty", options.repetition_penalty),
+                ("top_k", options.top_k),
+                ("top_p", options.top_p),
+            )
+        }
+        self._clones: OrderedDict[tuple[str, int, int], tuple[Any, Any]] = OrderedDict()
+        super().__init__(model, device)
+
+    def speak(self, request: SpeechRequest, utterance: Utterance) -> Iterator[Speech]:
+        """Pieces of `stream_chunk_tokens` tokens of 46 ms, the last of a sentence shorter."""
+        assert utterance.language is not None
+        latents, embedding = self._voice(request, utterance)
+        for sentence in utterance.sentences:
+            for text in self._fitting(sentence, utterance.language):
+                for chunk in self.module.inference_stream(
+                    text,
+                    utterance.language,
+                    latents,
+                    embedding,
+                    stream_chunk_size=self._chunk_tokens,
+                    speed=request.speed,
+                    **self._sampling,
+                ):
+                    # A copy: the library goes on writing to the end of what it gave.
+                    samples: Samples = chunk.cpu().numpy().astype(np.float32, copy=True)
+                    if len(samples):
+                        yield Speech(samples, self._config.audio.output_sample_rate)
+
+    def forget_run(self) -> None:
+        """The language model keeps the embeddings of its last prompt."""
+        self.module.gpt.gpt_inference.cached_prefix_emb = None
+
+    def _fitting(self, sentence: str, language: str) -> Iterator[str]:
+        """The sentence, or pieces of it where it has too many tokens, as numbers in words do."""
+        tokens = self.module.tokenizer.encode(sentence.strip().lower(), lang=language)
+        if len(tokens) < self.module.args.gpt_max_text_tokens or len(sentence) < 2:
+            yield sentence
+            return
+        for piece in split_sentences(sentence, language, max_chars=-(-len(sentence) // 2)):
+            yield from self._fitting(piece, language)
+
+    def _voice(self, request: SpeechRequest, utterance: Utterance) -> tuple[Any, Any]:
+        """The latents for the language model and the embedding for the vocoder."""
+        if request.voice_sample is None:
+            speaker = self.module.speaker_manager.speakers[utterance.voice]
+            return speaker["gpt_cond_latent"], speaker["speaker_embedding"]
+        try:
+            stat = request.voice_sample.stat()
+            key = (str(request.voice_sample), stat.st_mtime_ns, stat.st_size)
+            if key not in self._clones:
+                latents, embedding = self.module.get_conditioning_latents(
+                    audio_path=str(request.voice_sample),
+                    max_ref_length=self._config.max_ref_len,
+                    gpt_cond_len=self._config.gpt_cond_len,
+                    gpt_cond_chunk_len=self._config.gpt_cond_chunk_len,
+                    sound_norm_refs=self._config.sound_norm_refs,
+                )
+                self._clones[key] = latents.cpu(), embedding.cpu()
+        except (OSError, wave.Error, EOFError) as error:
+            raise InvalidRequest(
+                "The recording of this voice cannot be read.", param="voice"
+            ) from error
+        self._clones.move_to_end(key)
+        while len(self._clones) > MAX_CLONES:
+            self._clones.popitem(last=False)
+        return self._clones[key]
+
+
+def _read_wav(path: str, sample_rate: int) -> torch.Tensor:
+    """(1, samples) of a mono WAV file of 16 bit, at the rate.
+
+    In the place of the library's `load_audio`: torchaudio needs torchcodec and FFmpeg's shared
+    libraries to open any file.
+    """
+    with wave.open(path, "rb") as file:
+        if file.getnchannels() != 1 or file.getsampwidth() != 2:
+            raise wave.Error("not a mono file of 16 bit")
+        rate = file.getframerate()
+        pcm = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+    audio = torch.from_numpy(pcm.astype(np.float32) / 32768)[None]
+    if rate != sample_rate:
+        audio = torchaudio.functional.resample(audio, rate, sample_rate)
+    return audio.clip_(-1, 1)
+
+
+xtts_module.load_audio = _read_wav
+# The checkpoint of XTTS v2 as it is released holds its configuration as objects: plain fields, of
+# classes that have moved since.
+add_safe_globals([XttsArgs, XttsAudioConfig, XttsConfig, BaseDatasetConfig])
+add_safe_globals(
+    [(each, f"{xtts_module.__name__}.{each.__name__}") for each in (XttsArgs, XttsAudioConfig)]
+)
+own_logging()

@@ -1,0 +1,108 @@
+"""Sentences as the phonemes that Kokoro speaks.
+
+English goes through misaki's lexicon, with espeak for the words it lacks; its parts of speech
+come from spaCy's `en_core_web_sm` where that is installed, else from `kokoro_tagger`. Other
+languages go through espeak alone. Nothing here asks the network.
+
+Importing this module imports torch, spaCy and kokoro.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import spacy
+from misaki import en, espeak
+
+from engine.runtimes.kokoro.tagger import tag_english
+from kokoro import KPipeline
+
+MAX_PHONEMES = 510
+"""Of one chunk: Kokoro's context is 512, less the marks of beginning and end."""
+
+TAGGER_PACKAGE = "en_core_web_sm"
+
+ESPEAK_LANGUAGES = ("es", "fr-fr", "hi", "it", "pt-br")
+
+_LONG_NUMBER = re.compile(r"\d{19,}")
+"""Nobody says quintillions, and `num2words` fails beyond 306 digits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What is spoken in one go."""
+
+    phonemes: str
+    """At most `MAX_PHONEMES`."""
+    tokens: tuple[Any, ...] = ()
+    """misaki's, of which `KPipeline.join_timestamps` finds the times; none but of English."""
+
+
+class Phonemizer:
+    """Turns sentences of any of Kokoro's languages into chunks. Any thread may call it."""
+
+    def __init__(self) -> None:
+        """Read the lexicons (about a second)."""
+        # espeak is no library for several threads, nor are spaCy's pipelines.
+        self._lock = threading.Lock()
+        self._english = {"en-us": _English(british=False), "en-gb": _English(british=True)}
+        self._others = {name: espeak.EspeakG2P(language=name) for name in ESPEAK_LANGUAGES}
+
+    def chunks(self, sentence: str, language: str) -> Iterator[Chunk]:
+        """The phonemes of a sentence; none if there is nothing in it to say.
+
+        Raises:
+            KeyError: not one of Kokoro's languages.
+
+        """
+        sentence = _LONG_NUMBER.sub(lambda match: " ".join(match.group()), sentence)
+        with self._lock:
+            if language in self._english:
+                _, tokens = self._english[language](sentence)
+                found = KPipeline.en_tokenize(None, tokens)
+                chunks = [Chunk(phonemes, tuple(parts)) for _, phonemes, parts in found]
+            else:
+                chunks = [Chunk(self._others[language](sentence)[0])]
+        if all(len(chunk.phonemes) <= MAX_PHONEMES for chunk in chunks):
+            yield from (chunk for chunk in chunks if chunk.phonemes)
+            return
+        # The library would cut off the rest without a word.
+        for half in _halves(sentence):
+            yield from self.chunks(half, language)
+
+
+class _English(en.G2P):  # type: ignore[misc]
+    """misaki's English without its constructor, which downloads a tagger."""
+
+    def __init__(self, *, british: bool) -> None:
+        self.version = None
+        self.british = british
+        self.unk = ""  # as KPipeline has it: what cannot be pronounced is left out
+        self.lexicon = en.Lexicon(british)
+        self.fallback = espeak.EspeakFallback(british=british)
+        if spacy.util.is_package(TAGGER_PACKAGE):
+            self.nlp = spacy.load(TAGGER_PACKAGE, enable=["tok2vec", "tagger"])
+        else:
+            self._blank = spacy.blank("en")
+            self.nlp = self._tagged
+
+    def _tagged(self, text: str) -> Any:
+        document = self._blank(text)
+        words = [token.text for token in document]
+        spaces = [bool(token.whitespace_) for token in document]
+        for token, tag in zip(document, tag_english(words, spaces), strict=True):
+            token.tag_ = tag
+        return document
+
+
+def _halves(sentence: str) -> tuple[str, str]:
+    """The sentence in two, at the space nearest to its middle if there is one."""
+    middle = len(sentence) // 2
+    left, right = sentence.rfind(" ", 1, middle + 1), sentence.find(" ", middle)
+    near = min((at for at in (left, right) if at > 0), key=lambda at: abs(at - middle), default=0)
+    cut = near or middle
+    return sentence[:cut].strip(), sentence[cut:].strip()

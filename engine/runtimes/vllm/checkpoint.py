@@ -1,0 +1,91 @@
+"""What the files of a language model's folder say, read without loading a weight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from engine.errors import LoadFailed
+from engine.files.safetensors_header import DTYPE_BYTES, tensor_sizes, weight_bytes
+from engine.runtimes.vllm.options import VllmOptions
+
+
+class Checkpoint:
+    """What the files of a model folder say, read without loading a weight."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+            self.tensors = tensor_sizes(sorted(folder.glob("*.safetensors")))
+        except (OSError, ValueError) as error:
+            raise LoadFailed(f"{folder.name}: cannot read the checkpoint: {error}") from error
+        if not self.tensors:
+            raise LoadFailed(f"{folder.name}: no .safetensors file in the folder")
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The language model's part of a multimodal configuration, else the whole."""
+        nested: dict[str, Any] = self.config.get("text_config") or self.config
+        return nested
+
+    def item_bytes(self, dtype: str) -> int:
+        """Bytes per floating-point element at run time.
+
+        vLLM's "auto" keeps the checkpoint's dtype, but runs float32 ones in 16 bits.
+        """
+        return DTYPE_BYTES.get(dtype, 2)
+
+    def weight_bytes(self, dtype: str) -> int:
+        """Bytes of all weights at their run-time dtype; quantised ones stay as they are."""
+        return weight_bytes(
+            self.tensors, self.item_bytes(dtype), as_stored="quantization_config" in self.config
+        )
+
+    def embedding_bytes(self, dtype: str) -> int:
+        """Vocabulary × hidden size × bytes per element: one input or output embedding."""
+        config = self.text_config
+        shape = int(config.get("vocab_size", 0)) * int(config.get("hidden_size", 0))
+        return shape * self.item_bytes(dtype)
+
+    def rotary_bytes(self, dtype: str) -> int:
+        """Positions × head size × bytes per element: the table of cosines and sines, if any."""
+        config = self.text_config
+        if "rope_theta" not in config and "rope_parameters" not in config:
+            return 0
+        positions = int(config.get("max_position_embeddings", 0))
+        return positions * self.head_dim * self.item_bytes(dtype)
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of one attention head."""
+        config = self.text_config
+        heads = int(config.get("num_attention_heads", 1))
+        return int(config.get("head_dim") or int(config.get("hidden_size", 0)) // heads)
+
+    def has_kv_cache(self, task: str) -> bool:
+        """Whether vLLM gives it a KV cache: all but encoders, which have no notion of KV heads."""
+        return task == "generate" or "num_key_value_heads" in self.text_config
+
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """2 (keys, values) × layers × KV heads × head size × bytes per element."""
+        config = self.text_config
+        heads = int(config.get("num_attention_heads", 1))
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        layers = int(config.get("num_hidden_layers", 1))
+        return 2 * layers * kv_heads * self.head_dim * self.item_bytes(dtype)
+
+    def max_model_len(self, options: VllmOptions) -> int:
+        """The configured context length, else the checkpoint's."""
+        return options.max_model_len or int(self.text_config.get("max_position_embeddings", 2048))
+
+    def workspace_bytes(self, options: VllmOptions) -> int:
+        """Activations of the largest step: a full batch's hidden and MLP states, float32 logits."""
+        config = self.text_config
+        tokens = options.max_num_batched_tokens or max(2048, self.max_model_len(options))
+        hidden = int(config.get("hidden_size", 0))
+        intermediate = int(config.get("intermediate_size") or 4 * hidden)
+        vocabulary = int(config.get("vocab_size", 0))
+        activations = tokens * (4 * hidden + 2 * intermediate) * self.item_bytes(options.dtype)
+        return activations + options.max_num_seqs * vocabulary * 4

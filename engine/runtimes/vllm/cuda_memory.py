@@ -1,0 +1,308 @@
+"""A vLLM model's device memory on CUDA: parked without its addresses changing.
+
+Captured graphs hold addresses, so weights and KV cache are allocated as reserved addresses with
+memory mapped under them (CUDA's virtual memory management, through the C extension that vLLM's own
+sleep mode uses). Parking unmaps; waking maps and copies the master back. vLLM's allocator serves
+one engine a process, copies weights to the host at every sleep, and gives back the pools of all
+engines when one shuts down; so the bookkeeping here is ours: a pool for each block of each engine.
+
+Written from vLLM's and torch's sources; it has not been run on a card.
+
+Importing this module imports vLLM.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import weakref
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.memory.host_memory import SLAB_BYTES, HostMemory, HostMemoryFull
+from engine.runtimes.base import Block
+from engine.runtimes.vllm.park import KV_CACHE, WEIGHTS, WORKSPACE
+from vllm.device_allocator import alloc_conf, cumem
+from vllm.v1.worker.gpu_worker import Worker
+
+log = logging.getLogger(__name__)
+
+Handle = tuple[int, int, int, int]
+"""Device, bytes, address, and the extension's pointer to what is mapped there."""
+
+Owner = tuple[int, str]
+"""An engine and one of its blocks."""
+
+
+@dataclass(slots=True, eq=False)
+class Allocation:
+    """A range of reserved addresses, and whether there is memory under it."""
+
+    owner: Owner
+    handle: Handle
+    mapped: bool = True
+    spare: bool = False
+    """It held nothing when the load was over."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the range."""
+        return self.handle[1]
+
+    def view(self) -> torch.Tensor:
+        """Its bytes as a tensor that owns nothing; only while it is mapped."""
+        device, nbytes, address, _ = self.handle
+        return torch.as_tensor(_DeviceRange(address, nbytes), device=f"cuda:{device}")
+
+
+class _DeviceRange:
+    """Device memory as NumPy's protocol for it describes it (version 3)."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+class MappedMemory:
+    """Every allocation of every pool. One a process: the extension knows one pair of callbacks."""
+
+    def __init__(self) -> None:
+        self._allocations: dict[int, Allocation] = {}
+        self._pools: dict[Owner, Any] = {}
+        self._allocator: Any = None
+        self._owner: Owner | None = None
+        # The extension borrows its references to these.
+        self._malloc_callback = self._on_malloc
+        self._free_callback = self._on_free
+
+    @contextmanager
+    def pool(self, owner: Owner) -> Iterator[None]:
+        """What this thread allocates meanwhile can be parked. One at a time, once an owner."""
+        if self._allocator is None:
+            self._allocator = cumem.get_pluggable_allocator(
+                self._malloc_callback, self._free_callback
+            )
+        pool = torch.cuda.memory.MemPool(self._allocator._allocator)
+        self._pools[owner] = pool
+        self._owner = owner
+        try:
+            with torch.cuda.memory.use_mem_pool(pool):
+                yield
+        finally:
+            self._owner = None
+        torch.cuda.synchronize()
+        for segment in pool.snapshot():  # a pool is never allocated from again
+            if segment["allocated_size"] == 0:
+                spare = self._allocations[segment["address"]]
+                self._unmap(spare)
+                spare.spare = True
+
+    def unmapped_bytes(self) -> int:
+        """Bytes of addresses without memory, which torch still takes for reserved memory."""
+        return sum(each.nbytes for each in self._allocations.values() if not each.mapped)
+
+    def of(self, owner: Owner) -> list[Allocation]:
+        """The allocations that hold something."""
+        return [a for a in self._allocations.values() if a.owner == owner and not a.spare]
+
+    def unmap(self, owner: Owner) -> None:
+        """Give back the memory of a block; its addresses stay reserved. Its contents are gone."""
+        torch.cuda.synchronize()
+        for allocation in self.of(owner):
+            self._unmap(allocation)
+
+    def map(self, owner: Owner) -> None:
+        """Put memory of any contents under a block's addresses again, all of them or none.
+
+        Raises:
+            torch.OutOfMemoryError: the device lacks the room.
+
+        """
+        done = []
+        try:
+            for allocation in self.of(owner):
+                if not allocation.mapped:
+                    self._map(allocation)
+                    done.append(allocation)
+        except RuntimeError as error:
+            for allocation in done:
+                self._unmap(allocation)
+            raise torch.OutOfMemoryError(str(error)) from error
+
+    def release(self, owner: Owner) -> None:
+        """Let go of a pool: its addresses are given back as its tensors die."""
+        pool = self._pools.pop(owner, None)
+        unmapped = [
+            a.nbytes for a in self._allocations.values() if a.owner == owner if not a.mapped
+        ]
+        if unmapped and max(unmapped) > torch.cuda.mem_get_info()[0]:
+            # See `_on_free`. Reserved addresses cost nothing, and there are 2**47 of them.
+            log.warning("no room to free a parked engine's addresses; they stay reserved")
+            self._pools[owner] = pool
+
+    def _on_malloc(self, handle: Handle) -> None:
+        assert self._owner is not None  # only the pools above allocate here
+        self._allocations[handle[2]] = Allocation(self._owner, handle)
+
+    def _on_free(self, address: int) -> Handle:
+        allocation = self._allocations.pop(address)
+        torch.cuda.synchronize(allocation.handle[0])  # the extension does not wait for kernels
+        if not allocation.mapped:
+            # The extension unmaps what is freed, and once that fails every later allocation does.
+            self._map(allocation)
+        return allocation.handle
+
+    def _map(self, allocation: Allocation) -> None:
+        cumem.create_and_map(allocation.handle)
+        allocation.mapped = True
+
+    def _unmap(self, allocation: Allocation) -> None:
+        if allocation.mapped:
+            allocation.mapped = False
+            cumem.unmap_and_release(allocation.handle)
+
+
+MAPPED = MappedMemory()
+
+_engines = itertools.count()
+
+
+class ParkingWorker(Worker):  # type: ignore[misc]
+    """vLLM's worker with weights and KV cache in memory of ours. For vLLM's `--worker-cls`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.number = next(_engines)
+        for block in (WEIGHTS, KV_CACHE):
+            weakref.finalize(self, MAPPED.release, (self.number, block))
+
+    def load_model(self, **kwargs: Any) -> None:
+        """Load the weights into a pool of their own."""
+        # cuBLAS allocates its workspace, which all engines share, at the first multiplication:
+        # that must not be in the pool of one.
+        one = torch.ones(1, 1, device=self.device)
+        torch.mm(one, one)
+        super().load_model(**kwargs)
+
+    def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[None]:
+        # torch's expandable segments do not go with pools (pytorch/pytorch#147851).
+        expandable = alloc_conf.conf_flag_enabled(
+            alloc_conf.current_alloc_conf(), alloc_conf.EXPANDABLE_SEGMENTS
+        )
+        if tag not in (WEIGHTS, KV_CACHE) or expandable or not cumem.cumem_available:
+            return nullcontext()
+        return MAPPED.pool((self.number, tag))
+
+
+class CudaMemory:
+    """The blocks of a model whose worker is a `ParkingWorker`."""
+
+    def __init__(
+        self, worker: ParkingWorker, host: HostMemory | None, expected: Mapping[str, int]
+    ) -> None:
+        """Measure a model that was just loaded, and make its master copy if there is room.
+
+        `expected` are the bytes of the blocks as the model's files tell them; what is in no pool
+        is taken from there. Nothing may run on the model meanwhile.
+        """
+        self._number = worker.number
+        self._host = host
+        self._stream = torch.cuda.Stream()
+        self._slabs: list[torch.Tensor] = []
+        self._masters: list[tuple[Allocation, torch.Tensor]] = []
+        self._make_masters()
+        blocks = []
+        for name, parkable in ((WEIGHTS, bool(self._masters)), (KV_CACHE, True)):
+            nbytes = sum(allocation.nbytes for allocation in MAPPED.of((self._number, name)))
+            if nbytes or expected[name]:
+                blocks.append(
+                    Block(
+                        name,
+                        nbytes or expected[name],
+                        parkable and nbytes > 0,
+                        scratch=name == KV_CACHE,
+                    )
+                )
+        blocks.append(Block(WORKSPACE, expected[WORKSPACE], parkable=True, scratch=True))
+        self._blocks = tuple(blocks)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Weights and KV cache by what their pools hold; the workspace as estimated."""
+        return self._blocks
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the master copy of the weights."""
+        return sum(int(slab.nbytes) for slab in self._slabs)
+
+    def park(self, names: Collection[str]) -> None:
+        """Unmap weights and KV cache. What changes weights in place is not among our options."""
+        for block in self._blocks:
+            if block.name in names and block.parkable:
+                MAPPED.unmap((self._number, block.name))
+
+    def wake(self, names: Collection[str]) -> None:
+        """Map these blocks; copy the weights' master, and zero the KV cache.
+
+        Raises:
+            torch.OutOfMemoryError: the device lacks the room; they are parked as before.
+
+        """
+        woken = [block.name for block in self._blocks if block.name in names and block.parkable]
+        try:
+            for name in woken:
+                MAPPED.map((self._number, name))
+            with torch.cuda.stream(self._stream):
+                if WEIGHTS in woken:
+                    for allocation, master in self._masters:
+                        allocation.view().copy_(master, non_blocking=True)
+                if KV_CACHE in woken:
+                    for allocation in MAPPED.of((self._number, KV_CACHE)):
+                        allocation.view().zero_()
+            self._stream.synchronize()
+        except BaseException:
+            self.park(woken)
+            raise
+
+    def close(self) -> None:
+        """Give the master copy back. The pools go with the worker."""
+        self._masters.clear()
+        while self._slabs and self._host is not None:
+            self._host.free(self._slabs.pop())
+
+    def _make_masters(self) -> None:
+        if self._host is None:
+            return
+        groups: list[list[Allocation]] = []
+        room_bytes = 0
+        for allocation in MAPPED.of((self._number, WEIGHTS)):
+            if allocation.nbytes > room_bytes:
+                groups.append([])
+                room_bytes = SLAB_BYTES
+            groups[-1].append(allocation)
+            room_bytes -= allocation.nbytes
+        try:
+            for group in groups:
+                slab = self._host.allocate(sum(allocation.nbytes for allocation in group))
+                self._slabs.append(slab)
+                start = 0
+                for allocation in group:
+                    master = slab[start : start + allocation.nbytes]
+                    master.copy_(allocation.view())
+                    self._masters.append((allocation, master))
+                    start += allocation.nbytes
+        except HostMemoryFull as error:
+            log.info("the model's weights will not be parked: %s", error)
+            self.close()
+        except BaseException:
+            self.close()
+            raise

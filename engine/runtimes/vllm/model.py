@@ -1,0 +1,168 @@
+"""A language or embedding model that vLLM has loaded, and how it answers.
+
+vLLM's own serving classes render the answers, so that tools, reasoning, structured output,
+logprobs, Responses and Anthropic Messages are the library's. Nothing here imports vLLM before
+there is a model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import EngineError, InvalidRequest, OutOfDeviceMemory, RuntimeFailed
+from engine.requests import Document, Event, Frame, TextOperation, TextRequest
+from engine.runtimes.base import Block, LoadedModel, Prepared
+from engine.runtimes.common.thread_run import reason
+from engine.runtimes.vllm.options import VllmOptions
+from engine.runtimes.vllm.stream_pace import PACE, READ_BY_PARSER
+
+if TYPE_CHECKING:
+    from engine.runtimes.vllm.core import CoreClient
+    from engine.runtimes.vllm.park import ModelMemory
+
+
+class VllmModel(LoadedModel):
+    """One `AsyncLLM` and the serving objects built on it."""
+
+    def __init__(self, llm: Any, memory: ModelMemory, options: VllmOptions) -> None:
+        self.llm = llm
+        self.client: CoreClient = llm.engine_core
+        self.memory = memory
+        self.serving: Any = None
+        self.runs = 0
+        """Answers under way."""
+        self._options = options
+
+    @property
+    def max_concurrency(self) -> int:
+        """vLLM batches by itself; beyond this many it would only queue."""
+        return self._options.max_num_seqs
+
+    def blocks(self) -> tuple[Block, ...]:
+        """Weights and KV cache as measured at the load; the workspace as estimated."""
+        return self.memory.blocks
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of the weights' master copies."""
+        return self.memory.host_bytes
+
+    async def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
+        """Answer through vLLM's serving class for the operation."""
+        request = prepared.request
+        assert isinstance(request, TextRequest)
+        if parked := self.client.parked:
+            raise RuntimeFailed(f"The model's blocks are parked: {', '.join(sorted(parked))}.")
+        self.runs += 1
+        READ_BY_PARSER.set(self._is_parsed(prepared))
+        try:
+            answer = await self._answer(request.operation, prepared.payload)
+            if not hasattr(answer, "__aiter__"):
+                yield Document(self._document(answer))
+                return
+            first = True
+            PACE.streams += 1
+            try:
+                async for piece in answer:
+                    frame = Frame(piece if isinstance(piece, str) else _named_event(piece))
+                    if first:
+                        self._check_first(frame)
+                        first = False
+                    yield frame
+            finally:
+                PACE.streams -= 1
+                await answer.aclose()
+        except EngineError:
+            raise
+        except Exception as error:
+            raise self._translate(error) from error
+        finally:
+            self.runs -= 1
+
+    def _is_parsed(self, prepared: Prepared) -> bool:
+        """Whether vLLM may look for thoughts or tool calls in the text."""
+        request, payload = prepared.request, prepared.payload
+        if request.operation is TextOperation.COMPLETION:
+            return False
+        return self._options.reasoning_parser is not None or bool(getattr(payload, "tools", None))
+
+    async def _answer(self, operation: TextOperation, payload: Any) -> Any:
+        serving = self.serving
+        match operation:
+            case TextOperation.CHAT:
+                return await serving.openai_serving_chat.create_chat_completion(payload)
+            case TextOperation.COMPLETION:
+                return await serving.openai_serving_completion.create_completion(payload)
+            case TextOperation.RESPONSES:
+                return await serving.openai_serving_responses.create_responses(payload)
+            case TextOperation.MESSAGES:
+                return await serving.anthropic_serving_messages.create_messages(payload)
+            case TextOperation.COUNT_TOKENS:
+                return await serving.anthropic_serving_messages.count_tokens(payload)
+            case TextOperation.EMBEDDINGS:
+                return await serving.serving_embedding(payload)
+            case TextOperation.TOKENIZE:
+                return await serving.serving_tokenization.create_tokenize(payload, None)
+            case TextOperation.DETOKENIZE:
+                return await serving.serving_tokenization.create_detokenize(payload, None)
+
+    def _check_first(self, frame: Frame) -> None:
+        """Fail before the first byte: vLLM streams a refusal as if it were an answer."""
+        _, _, data = frame.data.partition("data: ")
+        if '"error"' not in data[:64]:
+            return
+        error = json.loads(data)["error"]
+        raise self._refusal(
+            SimpleNamespace(
+                error=SimpleNamespace(
+                    message=error["message"],
+                    code=error.get("code") if isinstance(error.get("code"), int) else 400,
+                    param=error.get("param"),
+                )
+            )
+        )
+
+    def _document(self, answer: Any) -> bytes:
+        from vllm.entrypoints.anthropic.protocol import (
+            AnthropicCountTokensResponse,
+            AnthropicMessagesResponse,
+        )
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+        if isinstance(answer, ErrorResponse):
+            raise self._refusal(answer)
+        if hasattr(answer, "body"):  # the pooling classes render a response themselves
+            return bytes(answer.body)
+        anthropic = isinstance(answer, AnthropicMessagesResponse | AnthropicCountTokensResponse)
+        text: str = answer.model_dump_json(by_alias=True, exclude_none=anthropic)
+        return text.encode()
+
+    def _translate(self, error: Exception) -> EngineError:
+        from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+        return self._refusal(create_error_response(error))
+
+    def _refusal(self, response: Any) -> EngineError:
+        info = response.error
+        if self.client.error is not None:
+            if is_out_of_memory(self.client.error):
+                return OutOfDeviceMemory(f"The device ran out of memory: {self.client.error}")
+            return RuntimeFailed(f"The model failed while running: {reason(self.client.error)}")
+        if 400 <= info.code < 500:
+            return InvalidRequest(info.message, param=info.param, status=info.code)
+        return RuntimeFailed(info.message)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was no memory left, on the device or the host."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def _named_event(event: Any) -> str:
+    """A Responses event as server-sent-event text."""
+    return f"event: {event.type}\ndata: {event.model_dump_json(by_alias=True)}\n\n"

@@ -1,0 +1,64 @@
+"""vLLM's state of a request, giving its tokens out by the pace of the streams.
+
+vLLM has a fixed number of tokens for each event, `stream_interval`.
+
+Importing this module imports vLLM.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.runtimes.vllm.stream_pace import PACE, READ_BY_PARSER
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import output_processor
+from vllm.v1.engine.output_processor import RequestState
+
+ADAPTIVE = 0
+"""The `stream_interval` of a request whose client asked for none."""
+
+
+class PacedRequestState(RequestState):  # type: ignore[misc]
+    """Holds tokens back as vLLM does, but by the pace. The first and the last never wait.
+
+    A client's own `stream_interval` holds as it is, and what a parser reads is not held back.
+    """
+
+    def __init__(self, *args: Any, stream_interval: int, **kwargs: Any) -> None:
+        super().__init__(*args, stream_interval=1, **kwargs)
+        if stream_interval == ADAPTIVE and READ_BY_PARSER.get():
+            stream_interval = 1
+        self._wanted = stream_interval
+        self._sent_s = 0.0
+        self._paced = self.detokenizer is not None and self.output_kind == RequestOutputKind.DELTA
+
+    def _due(self, held: int) -> bool:
+        if self._wanted == ADAPTIVE:
+            return PACE.due(held, self._sent_s)
+        return held >= self._wanted
+
+    def make_request_output(
+        self,
+        new_token_ids: list[int],
+        pooling_output: Any,
+        finish_reason: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The output to send, or None while its tokens are held back."""
+        if self._paced:
+            sent = self.sent_tokens_offset
+            held = self.detokenizer.num_output_tokens() - sent
+            if finish_reason is None and sent and not self._due(held):
+                return None
+            self._sent_s = PACE.now_s()
+            new_token_ids = self.detokenizer.output_token_ids[sent:]
+            self.sent_tokens_offset: int = sent + held
+        return super().make_request_output(
+            new_token_ids, pooling_output, finish_reason, *args, **kwargs
+        )
+
+
+def pace_streams() -> None:
+    """Have vLLM keep its requests in the class above. Call once, before the first engine."""
+    output_processor.RequestState = PacedRequestState

@@ -1,0 +1,445 @@
+"""vLLM: language and embedding models.
+
+The engine cores live on a thread of this process (`core`). Nothing here imports vLLM
+before `start`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+from collections.abc import Callable, Collection, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from prometheus_client.registry import CollectorRegistry
+from pydantic import ValidationError
+
+from engine.config import ModelConfig, Section
+from engine.errors import (
+    EngineError,
+    InvalidRequest,
+    LoadFailed,
+    OutOfDeviceMemory,
+)
+from engine.memory.device import CudaDevice, Device
+from engine.model_folder import STARTER_PREFIX, local_folder
+from engine.process.gate import GATE
+from engine.requests import Request, TextOperation, TextRequest
+from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
+from engine.runtimes.common.compute_thread import ComputeThread
+from engine.runtimes.common.thread_run import reason
+from engine.runtimes.vllm.checkpoint import Checkpoint
+from engine.runtimes.vllm.model import VllmModel, is_out_of_memory
+from engine.runtimes.vllm.options import VllmOptions
+
+if TYPE_CHECKING:
+    from engine.runtimes.vllm.core import CoreThread
+    from engine.runtimes.vllm.park import ModelMemory, Packing
+
+log = logging.getLogger(__name__)
+
+ENVIRONMENT = {
+    # The CPU platform else forces a worker process.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Else vLLM pins the whole process to the cores of its first engine.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+"""Set before vLLM is imported, unless the operator set them."""
+
+ALIVE_LOOK_S = 0.2
+"""How often a thread that does not answer is looked at."""
+
+LAZY_MODULES = (
+    "compressed_tensors.quantization",
+    "vllm.engine.arg_utils",
+    "vllm.entrypoints.generate.api_router",
+    "vllm.entrypoints.launchers.cli_args",
+    "vllm.entrypoints.pooling.factories",
+    "vllm.entrypoints.scale_out.factories",
+    "vllm.model_executor.warmup.kernel_warmup",
+)
+"""What vLLM imports only at the first load: 50 MB and seconds that belong to the start."""
+
+GENERATE_OPERATIONS = frozenset(TextOperation) - {TextOperation.EMBEDDINGS}
+EMBED_OPERATIONS = frozenset(
+    {TextOperation.EMBEDDINGS, TextOperation.TOKENIZE, TextOperation.DETOKENIZE}
+)
+
+
+class VllmRuntime(Runtime):
+    """Loads language and embedding models into vLLM engines of this process."""
+
+    name: ClassVar[str] = "vllm"
+    Options: ClassVar[type[Section]] = VllmOptions
+
+    def __init__(self, device: Device, cache_dir: Path) -> None:
+        self._device = device
+        self._cache_dir = cache_dir
+        self._cores: CoreThread | None = None
+        self._loader = ComputeThread("vllm-load")
+        self._schemas: dict[TextOperation, Any] = {}
+        self._stat_logger: Any = None
+        self._warm = False
+        self._series = CollectorRegistry()
+        self.metrics = self._series
+
+    def start(self) -> None:
+        """Import vLLM (some ten seconds) and take over what it would share."""
+        for variable, value in ENVIRONMENT.items():
+            os.environ.setdefault(variable, value)
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+        from pydantic import TypeAdapter
+
+        from engine.runtimes.vllm.imports import sparing_imports
+
+        with sparing_imports():
+            from engine.runtimes.vllm import core, metrics
+            from vllm.entrypoints.anthropic.protocol import (
+                AnthropicCountTokensRequest,
+                AnthropicMessagesRequest,
+            )
+            from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+            from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+            from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+            from vllm.entrypoints.pooling.embed.protocol import EmbeddingRequest
+            from vllm.entrypoints.serve.tokenize.protocol import (
+                DetokenizeRequest,
+                TokenizeRequest,
+            )
+            from vllm.v1.engine.core_client import EngineCoreClient
+
+            for module in LAZY_MODULES:
+                import_module(module)
+        self._stat_logger = metrics.stat_logger(self._series)
+        core.own_process_state()
+        self._cores = cores = core.CoreThread(self._omp_threads())
+
+        def make_client(vllm_config: Any, executor_class: Any, log_stats: bool, **_: Any) -> Any:
+            return core.CoreClient(cores, vllm_config, executor_class, log_stats=log_stats)
+
+        EngineCoreClient.make_async_mp_client = staticmethod(make_client)
+        self._schemas = {
+            TextOperation.CHAT: TypeAdapter(ChatCompletionRequest),
+            TextOperation.COMPLETION: TypeAdapter(CompletionRequest),
+            TextOperation.RESPONSES: TypeAdapter(ResponsesRequest),
+            TextOperation.MESSAGES: TypeAdapter(AnthropicMessagesRequest),
+            TextOperation.COUNT_TOKENS: TypeAdapter(AnthropicCountTokensRequest),
+            TextOperation.EMBEDDINGS: TypeAdapter(EmbeddingRequest),
+            TextOperation.TOKENIZE: TypeAdapter(TokenizeRequest),
+            TextOperation.DETOKENIZE: TypeAdapter(DetokenizeRequest),
+        }
+
+    def _omp_threads(self) -> int | None:
+        """One fewer than there are, as vLLM has it, unless the operator says how many.
+
+        The event loop wants a core as well, and threads that wait for each other at barriers
+        get nothing done without theirs: on two cores one stream was half as fast with two.
+        """
+        if self._device.kind != "cpu" or "OMP_NUM_THREADS" in os.environ:
+            return None
+        import torch
+
+        threads: int = torch.get_num_threads()
+        return max(1, threads - 1)
+
+    async def warm_up(self) -> None:
+        """Load, run and unload a tiny model of random weights.
+
+        The first engine of a process joins parallel groups, starts thread pools,
+        fills kernel caches and imports the rest of vLLM: a second and some 50 MB
+        that would else be taken for the first model's.
+        """
+        model = ModelConfig(
+            id="warm-up",
+            source=f"{STARTER_PREFIX}tiny-llama",
+            options={"dtype": "float32", "max_model_len": 512, "kv_cache": "16MiB"},
+        )
+        loaded = await self.load(model, lambda reason: log.error("warm-up failed: %s", reason))
+        body = {"prompt": "hello " * 60, "max_tokens": 32, "stream": True}
+        request = TextRequest(model.id, TextOperation.COMPLETION, body, request_id="warm-up")
+
+        async def answer() -> None:
+            async for _ in loaded.run(self.prepare(model, request)):
+                pass
+
+        await asyncio.gather(*(answer() for _ in range(8)))
+        await self.unload(loaded)
+        self._warm = True
+
+    def prepare(self, model: ModelConfig, request: Request) -> Prepared:
+        """Parse the body with vLLM's own schema for the operation."""
+        allowed = EMBED_OPERATIONS if model.task == "embed" else GENERATE_OPERATIONS
+        if not isinstance(request, TextRequest) or request.operation not in allowed:
+            raise InvalidRequest(
+                f"The model {model.id!r} does not support {request.operation.value}.",
+                param="model",
+            )
+        try:
+            payload = self._schemas[request.operation].validate_python(
+                {**request.body, "model": model.id}
+            )
+        except ValidationError as error:
+            raise _invalid(error) from error
+        except EngineError:
+            raise
+        except Exception as error:  # vLLM's validators also raise errors of their own
+            parameter = getattr(error, "parameter", None)
+            raise InvalidRequest(str(error), param=parameter) from error
+        return Prepared(request=request, payload=payload)
+
+    def weight_files(self, model: ModelConfig) -> Sequence[Path]:
+        """All safetensors of the folder."""
+        return sorted(self._folder(model).glob("*.safetensors"))
+
+    def estimate(self, model: ModelConfig) -> Estimate:
+        """Sum the safetensors headers; fetch the files first if they are on a hub."""
+        checkpoint = Checkpoint(self._folder(model))
+        expected = self._expected(model, checkpoint)
+        expected["weights"] += checkpoint.rotary_bytes(model.options.dtype)
+        if self._device.kind == "cpu" and model.task == "generate":
+            # A CPU kernel may keep its own form of the matrix that gives the logits beside it.
+            expected["weights"] += checkpoint.embedding_bytes(model.options.dtype)
+        nbytes = sum(expected.values())
+        parkable = self.host is not None
+        blocks = tuple(
+            Block(name, size, parkable, scratch=name != "weights")
+            for name, size in expected.items()
+            if size
+        )
+        # Disk at 1 GB/s and a second of building; the first measured load replaces it.
+        return Estimate(blocks=blocks, load_seconds=1.0 + nbytes / 1e9)
+
+    def _expected(self, model: ModelConfig, checkpoint: Checkpoint) -> dict[str, int]:
+        """Bytes of each block as the files and the options tell them."""
+        options = model.options
+        kv_bytes = options.kv_cache or 0
+        if not kv_bytes and checkpoint.has_kv_cache(model.task):
+            tokens = 4 * checkpoint.max_model_len(options)
+            kv_bytes = tokens * checkpoint.kv_bytes_per_token(options.dtype)
+        return {
+            "weights": checkpoint.weight_bytes(options.dtype),
+            "kv_cache": kv_bytes,
+            "workspace": checkpoint.workspace_bytes(options),
+        }
+
+    def _folder(self, model: ModelConfig) -> Path:
+        return local_folder(model.source, self._cache_dir, revision=model.options.revision)
+
+    async def load(self, model: ModelConfig, on_failure: Callable[[str], None]) -> LoadedModel:
+        """Build the engine on the loading thread and its serving objects on the loop."""
+        loop = asyncio.get_running_loop()
+        try:
+            loaded, arguments = await loop.run_in_executor(self._loader, self._build, model)
+        except Exception as error:
+            await loop.run_in_executor(self._loader, self._collect)
+            raise _load_failed(error) from error
+        try:
+            await self._serve(loaded, arguments)
+        except Exception as error:
+            await self.unload(loaded)
+            raise _load_failed(error) from error
+
+        def failed(error: BaseException) -> None:
+            on_failure(reason(error))
+
+        loaded.client.on_failure = failed
+        return loaded
+
+    def _build(self, model: ModelConfig) -> tuple[VllmModel, Any]:
+        from engine.runtimes.vllm.core import GatedExecutor
+        from engine.runtimes.vllm.imports import prepare_to_compile
+        from engine.runtimes.vllm.park import packing
+        from engine.runtimes.vllm.request_state import ADAPTIVE
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        expected = self._expected(model, Checkpoint(self._folder(model)))
+        with GATE.exclusive():  # for its speed: Python beside a step slows both fivefold
+            arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(
+                self._command_line(model, expected["kv_cache"])
+            )
+            config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+            if not config.model_config.enforce_eager:
+                prepare_to_compile()
+        keep_plain = self.host is not None and self.host.free_bytes >= expected["weights"]
+        with packing(keep_plain=keep_plain) as packed:
+            llm = AsyncLLM(
+                config,
+                GatedExecutor,
+                log_stats=self._warm,
+                log_requests=False,
+                stat_loggers=[self._stat_logger] if self._warm else None,
+            )
+        llm.output_processor.stream_interval = ADAPTIVE
+        try:
+            worker = llm.engine_core.core.model_executor.driver_worker.worker
+            memory = self._take_over(worker, packed, expected)
+        except BaseException:
+            llm.shutdown()
+            raise
+        return VllmModel(llm, memory, model.options), arguments
+
+    def _take_over(self, worker: Any, packed: Packing, expected: dict[str, int]) -> ModelMemory:
+        if self._device.kind == "cpu":
+            from engine.runtimes.vllm.park import CpuMemory
+
+            return CpuMemory(worker, packed, self.host, expected)
+        from engine.runtimes.vllm.cuda_memory import MAPPED, CudaMemory
+
+        assert isinstance(self._device, CudaDevice)
+        self._device.unmapped_bytes = MAPPED.unmapped_bytes
+        return CudaMemory(worker, self.host, expected)
+
+    def _command_line(self, model: ModelConfig, kv_bytes: int) -> list[str]:
+        options = model.options
+        on_cpu = self._device.kind == "cpu"
+        eager = on_cpu if options.enforce_eager is None else options.enforce_eager
+        line = [
+            "--model", str(self._folder(model)),
+            "--served-model-name", model.id,
+            "--dtype", "bfloat16" if on_cpu and options.dtype == "auto" else options.dtype,
+            "--seed", str(options.seed),
+            "--max-num-seqs", str(options.max_num_seqs),
+            "--load-format", "roundhouse",
+            "--runner", "pooling" if model.task == "embed" else "generate",
+            # vLLM only checks that this share of the card is free; the ledger has done that.
+            "--gpu-memory-utilization", "0.01",
+            "--no-enable-log-requests",
+            "--no-use-tqdm-on-load",
+        ]  # fmt: skip
+        if kv_bytes:
+            line += ["--kv-cache-memory-bytes", str(kv_bytes)]
+        if eager:
+            line.append("--enforce-eager")
+        if not on_cpu:
+            line += ["--worker-cls", "engine.runtimes.vllm.cuda_memory.ParkingWorker"]
+        if options.tool_call_parser:
+            line += ["--enable-auto-tool-choice", "--tool-call-parser", options.tool_call_parser]
+        for flag, value in (
+            ("--max-model-len", options.max_model_len),
+            ("--max-num-batched-tokens", options.max_num_batched_tokens),
+            ("--quantization", options.quantization),
+            ("--reasoning-parser", options.reasoning_parser),
+            ("--chat-template", options.chat_template),
+        ):
+            if value is not None:
+                line += [flag, str(value)]
+        return line
+
+    async def _serve(self, loaded: VllmModel, arguments: Any) -> None:
+        from engine.runtimes.vllm.core import serving_objects
+
+        loop = asyncio.get_running_loop()
+        loaded.client.connect(loop)
+        loaded.llm._run_output_handler()
+        tasks = await loaded.llm.get_supported_tasks()
+        loaded.serving = await loop.run_in_executor(
+            self._loader, serving_objects, loaded.llm, arguments, tasks
+        )
+
+    async def unload(self, loaded: LoadedModel) -> None:
+        """Shut the engine down without touching what the other engines share."""
+        assert isinstance(loaded, VllmModel)
+        llm, loaded.llm, loaded.serving = loaded.llm, None, None
+        handler = llm.output_handler
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._loader, llm.shutdown)
+        if handler is not None:
+            handler.cancel()
+            await asyncio.wait([handler])
+        del llm, handler
+        loaded.memory.close()
+        await loop.run_in_executor(self._loader, self._collect)
+
+    async def park(self, loaded: LoadedModel, blocks: Collection[str]) -> None:
+        """Take blocks off the device; the engine, its tokenizer and its graphs stay.
+
+        Raises:
+            RuntimeError: requests are running on the model. Nothing was changed.
+
+        """
+        assert isinstance(loaded, VllmModel)
+        if loaded.runs:
+            raise RuntimeError("a model was to be parked while requests run on it")
+        # vLLM aborts what a closed stream asked for some turns of the event loop later.
+        await loaded.llm.abort(list(loaded.llm.output_processor.request_states), internal=True)
+        await asyncio.wrap_future(loaded.client.set_aside(blocks))
+
+        def leave() -> None:
+            loaded.memory.park(blocks)
+            self._device.release_cached()
+
+        await asyncio.get_running_loop().run_in_executor(self._loader, leave)
+
+    async def wake(self, loaded: LoadedModel, blocks: Collection[str]) -> None:
+        """Bring parked blocks back on the loading thread, beside the steps of other models."""
+        assert isinstance(loaded, VllmModel)
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._loader, loaded.memory.wake, blocks)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise OutOfDeviceMemory(f"no room to wake: {reason(error)}") from error
+            raise _load_failed(error) from error
+        await asyncio.wrap_future(loaded.client.take_back(blocks))
+
+    def _collect(self) -> None:
+        from engine.runtimes.vllm.core import forget_tokenizers
+
+        forget_tokenizers()
+        gc.collect()
+        self._device.release_cached()
+
+    async def check_alive(self) -> None:
+        """Wait until the core thread has come round to a job of ours.
+
+        Or is found to wait at the gate: a load may hold that for longer than probes are patient,
+        and who holds it for too long is found by `engine.process.health`.
+        """
+        if self._cores is None:
+            return
+        loop = asyncio.get_running_loop()
+        answered: asyncio.Future[None] = loop.create_future()
+
+        def answer() -> None:
+            if not answered.done():
+                answered.set_result(None)
+
+        def come_round() -> None:
+            loop.call_soon_threadsafe(answer)
+
+        self._cores.post(come_round)
+        while not answered.done() and not self._cores.waits_at_gate:
+            await asyncio.wait([answered], timeout=ALIVE_LOOK_S)
+
+    async def stop(self) -> None:
+        """End the core thread and the loading thread."""
+        if self._cores is not None:
+            await asyncio.to_thread(self._cores.stop)
+        self._loader.shutdown()
+
+
+def _invalid(error: ValidationError) -> InvalidRequest:
+    first = error.errors(include_url=False, include_context=False)[0]
+    # Tags of a union's branches are not part of the document; they contain brackets or are classes.
+    parts = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
+    while parts and isinstance(parts[0], str) and parts[0][:1].isupper():
+        parts.pop(0)
+    param = ""
+    for part in parts:
+        param += f"[{part}]" if isinstance(part, int) else f".{part}"
+    param = param.lstrip(".")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return InvalidRequest(f"{param}: {message}" if param else message, param=param or None)
+
+
+def _load_failed(error: Exception) -> EngineError:
+    return error if isinstance(error, EngineError) else LoadFailed(reason(error))

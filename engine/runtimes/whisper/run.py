@@ -1,0 +1,195 @@
+"""One transcription, on the thread of its model. Importing this module imports faster-whisper."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from faster_whisper import BatchedInferencePipeline, WhisperModel
+from faster_whisper.tokenizer import _LANGUAGE_CODES
+from faster_whisper.transcribe import Segment as LibrarySegment
+from faster_whisper.transcribe import TranscriptionInfo
+from faster_whisper.vad import get_vad_model
+
+from engine.errors import InvalidRequest, RuntimeFailed
+from engine.media.audio_input import decode_audio
+from engine.requests import (
+    Event,
+    Heard,
+    Progress,
+    Samples,
+    Segment,
+    TranscriptionOperation,
+    TranscriptionRequest,
+    Word,
+)
+from engine.runtimes.whisper.runtime import WhisperOptions
+
+BUSY_S = 2.0
+"""How long the library's worker may take to count a run that has ended as ended."""
+
+
+class Cancelled(Exception):
+    """The caller went away."""
+
+
+class CancellableWhisper(WhisperModel):  # type: ignore[misc]
+    """A model that asks before every window whether to go on.
+
+    The library's generator gives nothing for a window without speech: hours of silence are one
+    call of `next`, which only what it calls itself can stop.
+    """
+
+    check: Callable[[], None] = staticmethod(lambda: None)
+
+    def encode(self, features: Any) -> Any:
+        """As the library's, which every window begins with."""
+        self.check()
+        return super().encode(features)
+
+    def leave_device(self, *, to_host: bool) -> None:
+        """Take the weights off the device, into host memory or for good.
+
+        The library passes over what it is told while it counts a run as under way, for a moment
+        longer than the run takes, and says nothing; nor is there anything to wait for.
+
+        Raises:
+            RuntimeFailed: the weights are still there.
+
+        """
+        deadline_s = time.monotonic() + BUSY_S
+        self.model.unload_model(to_cpu=to_host)
+        while self.model.model_is_loaded:
+            if time.monotonic() >= deadline_s:
+                raise RuntimeFailed("CTranslate2 kept the model on the device.")
+            time.sleep(0.001)
+            self.model.unload_model(to_cpu=to_host)
+
+
+def import_everything() -> frozenset[str]:
+    """Bring in what the first run would else, and tell the languages there are."""
+    get_vad_model()
+    return frozenset(_LANGUAGE_CODES)
+
+
+class Run:
+    """One request on one model."""
+
+    def __init__(
+        self,
+        model: CancellableWhisper,
+        options: WhisperOptions,
+        request: TranscriptionRequest,
+        emit: Callable[[Event], None],
+    ) -> None:
+        self._model = model
+        self._options = options
+        self._request = request
+        self._emit = emit
+        self._cancelled = False
+        self.progress = 0
+        """Packets and windows begun so far."""
+
+    def cancel(self) -> None:
+        """Make `execute` return at the next packet or window."""
+        self._cancelled = True
+
+    def execute(self) -> None:
+        """Decode, tell what was heard, then every segment as it is known.
+
+        Raises:
+            InvalidRequest: the file is no audio, or the model cannot do what is asked.
+
+        """
+        self._model.check = self._check
+        try:
+            self._check_model()
+            samples = decode_audio(
+                self._request.audio,
+                rate=self._model.feature_extractor.sampling_rate,
+                max_seconds=self._options.max_seconds,
+                check=self._check,
+            )
+            segments, info = self._transcribe(samples)
+            self._emit(Heard(info.language, info.duration))
+            for segment in segments:
+                self._emit(Progress(min(1.0, float(segment.end) / info.duration)))
+                self._emit(_segment(segment))
+        except Cancelled:
+            return
+        finally:
+            del self._model.check
+
+    def _check(self) -> None:
+        self.progress += 1
+        if self._cancelled:
+            raise Cancelled
+
+    def _check_model(self) -> None:
+        """Only the loaded model knows its languages."""
+        language = self._request.language
+        multilingual = self._model.model.is_multilingual
+        if self._request.operation is TranscriptionOperation.TRANSLATION and not multilingual:
+            raise InvalidRequest(
+                f"The model {self._request.model!r} knows only English, so it cannot translate.",
+                param="model",
+            )
+        if language is None or (language == "en" and not multilingual):
+            return
+        known = self._model.hf_tokenizer.token_to_id(f"<|{language}|>") is not None
+        if not multilingual or not known:
+            raise InvalidRequest(
+                f"The model {self._request.model!r} does not know the language {language!r}.",
+                param="language",
+            )
+
+    def _transcribe(self, samples: Samples) -> tuple[Iterable[LibrarySegment], TranscriptionInfo]:
+        request, options = self._request, self._options
+        arguments: dict[str, Any] = {
+            "language": request.language,
+            "task": "translate"
+            if request.operation is TranscriptionOperation.TRANSLATION
+            else "transcribe",
+            "beam_size": options.beam_size,
+            "initial_prompt": request.prompt or None,
+            "hotwords": request.hotwords or None,
+            "word_timestamps": request.word_times,
+        }
+        if request.temperature > 0:
+            # Else the library's own list, which it goes up where a window came out badly.
+            arguments["temperature"] = request.temperature
+        seconds = len(samples) / self._model.feature_extractor.sampling_rate
+        if options.batch_after is None or seconds <= options.batch_after:
+            found = self._model.transcribe(samples, vad_filter=request.vad, **arguments)
+        else:
+            # A pipeline of its own: it remembers where the last run's speech ended.
+            found = BatchedInferencePipeline(self._model).transcribe(
+                samples,
+                batch_size=options.batch_size,
+                # Its default is one segment for each window, of up to half a minute.
+                without_timestamps=False,
+                **arguments,
+            )
+        segments, info = found
+        return segments, info
+
+
+def _segment(segment: LibrarySegment) -> Segment:
+    """In the types of Python: the library leaves some of NumPy's, which are no JSON."""
+    return Segment(
+        id=segment.id - 1,
+        start_s=float(segment.start),
+        end_s=float(segment.end),
+        text=segment.text,
+        seek=int(segment.seek),
+        tokens=tuple(segment.tokens),
+        temperature=float(segment.temperature or 0.0),
+        avg_logprob=float(segment.avg_logprob),
+        compression_ratio=float(segment.compression_ratio),
+        no_speech_prob=float(segment.no_speech_prob),
+        words=tuple(
+            Word(word.word, float(word.start), float(word.end), float(word.probability))
+            for word in segment.words or ()
+        ),
+    )

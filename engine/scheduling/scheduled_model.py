@@ -1,0 +1,129 @@
+"""What the scheduler knows of a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from engine.config import ModelConfig
+from engine.runtimes.base import Block
+from engine.scheduling.snapshot import ModelView, PartView
+from engine.status import ModelState
+
+DEMAND_MEMORY_S = 300.0
+"""Time constant of the demand for a model: what happened this long ago counts 1/e."""
+FIRST_WAKE_S_PER_BYTE = 1 / 5e9
+"""A copy over half of PCIe 4.0 × 16, until one was measured."""
+
+
+@dataclass(slots=True)
+class Demand:
+    """Requests per second, exponentially decayed."""
+
+    rate: float = 0.0
+    at: float = 0.0
+
+    def read(self, now: float) -> float:
+        """Requests per second at a time of the scheduler's clock."""
+        return self.rate * math.exp((self.at - now) / DEMAND_MEMORY_S)
+
+    def count(self, now: float) -> None:
+        """Note a request."""
+        self.rate = self.read(now) + 1 / DEMAND_MEMORY_S
+        self.at = now
+
+
+@dataclass(slots=True)
+class ScheduledModel:
+    """Everything known of one configured model."""
+
+    config: ModelConfig
+    keep_alive_s: float
+    pinned: bool
+    state: ModelState = ModelState.ABSENT
+    blocks: tuple[Block, ...] = ()
+    parked: frozenset[str] = frozenset()
+    """Names of the blocks that are off the device."""
+    leaving: frozenset[str] = frozenset()
+    """Names of the blocks that are being parked."""
+    granted_bytes: int = 0
+    """For its blocks on the device, or its reservation."""
+    host_bytes: int = 0
+    """Of its host copy."""
+    expected_host_bytes: int = 0
+    """Of the host copy that a load makes where there is room for it."""
+    estimating: bool = False
+    needed_bytes: int | None = None
+    """As estimated, then as measured; None until the files have been read."""
+    reload_s: float | None = None
+    load_measured: bool = False
+    wake_s_per_byte: float | None = None
+    """Measured, of blocks that are copied."""
+    overflowed: bool = False
+    """The last load took more than there was; the next one reserves what it took."""
+    max_concurrency: int = 1
+    leases: int = 0
+    leased_working_bytes: int = 0
+    waiting: int = 0
+    grants_since_load: int = 0
+    load_began_at: float = 0.0
+    resident_since: float | None = None
+    idle_since: float | None = None
+    unload_reason: str | None = None
+    park_reason: str | None = None
+    failed_while_loading: str | None = None
+    demand: Demand = field(default_factory=Demand)
+    service_s: float | None = None
+    failures: int = 0
+    blocked_until: float = -math.inf
+    last_error: str | None = None
+
+    def wake_seconds(self, blocks: Iterable[Block]) -> float:
+        """What bringing these blocks back takes."""
+        rate = self.wake_s_per_byte
+        copied_bytes = sum(block.nbytes for block in blocks if not block.scratch)
+        return copied_bytes * (FIRST_WAKE_S_PER_BYTE if rate is None else rate)
+
+    @property
+    def tier(self) -> str:
+        """Where it is: on the device only if all of it is."""
+        if self.state is ModelState.RESIDENT:
+            return "device"
+        return "host" if self.blocks else "disk"
+
+    @property
+    def move_s(self) -> float | None:
+        """What bringing it in takes from where it is."""
+        if self.tier == "host":
+            return self.wake_seconds(block for block in self.blocks if block.name in self.parked)
+        return 0.0 if self.tier == "device" else self.reload_s
+
+    def view(self, now: float) -> ModelView:
+        """What the planner looks at."""
+        parkable = [block for block in self.blocks if block.parkable]
+        return ModelView(
+            id=self.config.id,
+            state=self.state,
+            resident_bytes=self.granted_bytes,
+            needed_bytes=self.needed_bytes,
+            leases=self.leases,
+            leased_working_bytes=self.leased_working_bytes,
+            max_concurrency=self.max_concurrency,
+            pinned=self.pinned,
+            resident_since=self.resident_since,
+            idle_since=self.idle_since,
+            keep_alive_s=self.keep_alive_s,
+            reload_s=self.reload_s or 0.0,
+            demand=self.demand.read(now),
+            unload_reason=self.unload_reason,
+            park_reason=self.park_reason,
+            parts=tuple(
+                PartView(block.name, block.nbytes, self.wake_seconds([block]))
+                for block in parkable
+                if block.name not in self.parked
+            ),
+            leaving_bytes=sum(block.nbytes for block in self.blocks if block.name in self.leaving),
+            wake_s=self.wake_seconds(parkable),
+            host_bytes=self.host_bytes if self.blocks else self.expected_host_bytes,
+        )

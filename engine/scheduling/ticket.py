@@ -1,0 +1,37 @@
+"""A request that waits for its lease."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.errors import EngineError
+from engine.requests import Priority
+from engine.scheduling.lease import Lease
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ticket:
+    """A request that waits for a lease.
+
+    Exactly one of `on_granted` and `on_refused` is called, once, unless the
+    ticket is cancelled first. Neither may raise. `working_bytes` is the device
+    memory that the run needs beside the model; an `exclusive` ticket runs alone.
+    """
+
+    request_id: str
+    model_id: str
+    operation: str
+    working_bytes: int = 0
+    priority: Priority = Priority.NORMAL
+    timeout_s: float = math.inf
+    exclusive: bool = False
+    no_evict: bool = False
+    """No other model may leave the device for it."""
+    if_loaded_only: bool = False
+    """Refuse it rather than bring its model in."""
+    keep_alive_s: float | None = None
+    """How long its model may stay idle from its grant on; None leaves that as it is."""
+    on_granted: Callable[[Lease], None]
+    on_refused: Callable[[EngineError], None]

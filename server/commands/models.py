@@ -1,0 +1,341 @@
+"""The commands that fetch, list, remove and add models: `pull`, `ls`, `rm`, `prune`, `add`.
+
+They work on this machine's files and ask no running server.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+import yaml
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from engine.config import (
+    ENV_CONFIG,
+    EngineConfig,
+    ModelConfig,
+    engine_config,
+    parse_section,
+)
+from engine.errors import ConfigError, EngineError, LoadFailed, ModelNotFound
+from engine.units import format_size
+from server.commands.default_config import read_engine_config
+from server.commands.terminal import complain, err, leave, out, say
+from server.settings import STARTER_CONFIG, config_path
+from server.supervision.supervisor import BAD_CONFIG
+
+if TYPE_CHECKING:
+    # They bring numpy, which the other commands need not wait for.
+    from engine.catalog.model_files import Files
+    from engine.files.hub import FetchProgress, HubSource, Listing
+
+INTERRUPTED = 130
+DAY_S = 86_400.0
+
+Config = Annotated[Path | None, typer.Option(envvar=ENV_CONFIG, help="The configuration file.")]
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Take pickled weights where there are no others."),
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for command in (pull, ls, rm, prune, add):
+        app.command()(command)
+
+
+def pull(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Ids of the configuration, or owner/name of a hub.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every configured model.")] = False,
+    config: Config = None,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Fetch models from the hub ahead of their first request; what broke off goes on."""
+    from engine.catalog.downloads import sources_of
+
+    configured = _read(config)
+    if bool(models) is every:
+        raise leave("name the models to pull, or --all", BAD_CONFIG)
+    names = models or [model.id for model in configured.models]
+    failed = False
+    for name in names:
+        try:
+            model, sources = _find(name, configured, allow_pickle)
+            if not sources:
+                assert model is not None
+                say(f"{name}: nothing to fetch, its files are {_locally(model)}")
+                continue
+            _fetch(name, sources)
+        except EngineError as error:
+            failed = True
+            complain(f"{name}: {error.message}")
+        except KeyboardInterrupt:
+            raise leave("stopped; the next pull goes on from here", INTERRUPTED) from None
+    if every and not any(sources_of(model) for model in configured.models):
+        say("no configured model comes from a hub")
+    if failed:
+        raise typer.Exit(1)
+
+
+def ls(
+    config: Config = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Also what else is in the hub's cache.")
+    ] = False,
+) -> None:
+    """Show where the files of the configured models are, and what they take."""
+    from engine.catalog.model_files import files_of, other_repos
+
+    configured = _read(config)
+    table = Table("model", "source", "here", "size", "last used", "where")
+    counted: dict[Path, int] = {}
+    for model in configured.models:
+        for number, each in enumerate(files_of(model, configured)):
+            _row(table, "" if number else model.id, each, counted)
+    for each in other_repos(configured) if every else ():
+        _row(table, "(none)", each, counted)
+    out.print(table)
+    out.print(f"{format_size(sum(counted.values()))} together", highlight=False)
+
+
+def rm(
+    model: Annotated[str, typer.Argument(help="Id of the configuration, or owner/name.")],
+    config: Config = None,
+    yes: Yes = False,
+) -> None:
+    """Delete the files of a model that were fetched from a hub."""
+    from engine.catalog.model_files import other_repos, removable
+
+    configured = _read(config)
+    try:
+        try:
+            found = removable(configured.find(model), configured)
+        except ModelNotFound:
+            found = tuple(each for each in _every_repo(configured) if each.source == model)
+            found += tuple(each for each in other_repos(configured) if each.source == model)
+            found = found[:1]
+    except EngineError as error:
+        raise leave(error.message, 1) from error
+    if not found:
+        raise leave(f"nothing of {model} is on this disk", 1)
+    _remove(found, yes=yes)
+
+
+def prune(
+    keep_days: Annotated[
+        float, typer.Option(min=0, help="Keep what was used in the last so many days.")
+    ] = 30.0,
+    config: Config = None,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="Also models of the hub's cache that are not configured."),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+    yes: Yes = False,
+) -> None:
+    """Delete what was fetched and has not been used for long; shows it first, and asks."""
+    from engine.catalog.model_files import unused_repos
+
+    configured = _read(config)
+    found = unused_repos(configured, time.time() - keep_days * DAY_S, unconfigured=every)
+    if not found:
+        say(f"everything was used in the last {keep_days:g} days")
+        return
+    if dry_run:
+        _list(found)
+        return
+    _remove(found, yes=yes)
+
+
+def add(
+    repo: Annotated[str, typer.Argument(help="owner/name of a hub.")],
+    config: Config = None,
+    model_id: Annotated[
+        str | None, typer.Option("--id", help="The name in requests; by itself the repository's.")
+    ] = None,
+    fetch: Annotated[bool, typer.Option("--pull", help="Fetch it too.")] = False,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Write an entry for a model of the hub into the configuration file."""
+    from engine.catalog.config_file import replace_text, with_model
+    from engine.catalog.downloads import sources_of
+    from engine.catalog.recognition import free_id, recognise, weight_bytes
+    from engine.files import hub
+
+    path = config_path(config, os.environ)
+    if path == STARTER_CONFIG:
+        raise leave("name the file to write to with --config or ROUNDHOUSE_CONFIG", BAD_CONFIG)
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        taken = frozenset(_names(text))
+        listing = hub.list_repo(repo)
+        entry = recognise(listing).entry(model_id or free_id(repo, taken), repo)
+        model = parse_section(ModelConfig, entry, f"models[{entry['id']}]")
+        nbytes = weight_bytes(listing, model) if not allow_pickle else 0
+        changed = with_model(text, entry)
+        _check(changed)
+        if fetch:
+            # First: a configuration must not name what turned out not to be had.
+            _fetch(model.id, sources_of(model, allow_pickle=allow_pickle))
+        replace_text(path, changed)
+    except (ConfigError, OSError) as error:
+        raise leave(f"{path}: {error}", BAD_CONFIG) from error
+    except EngineError as error:
+        raise leave(error.message, 1) from error
+    except KeyboardInterrupt:
+        raise leave("stopped; nothing was added", INTERRUPTED) from None
+    size = f", {format_size(nbytes)}" if nbytes else ""
+    say(f"added {model.id} to {path}: {model.runtime}, {model.task}{size}")
+    out.print(yaml.safe_dump([entry], sort_keys=False), markup=False, highlight=False, end="")
+
+
+def _read(config: Path | None) -> EngineConfig:
+    try:
+        return read_engine_config(config_path(config, os.environ), os.environ)
+    except ConfigError as error:
+        raise leave(error.message, BAD_CONFIG) from error
+
+
+def _find(
+    name: str, config: EngineConfig, allow_pickle: bool
+) -> tuple[ModelConfig | None, Sequence[HubSource]]:
+    """The repositories of a configured model, or the one that is named itself."""
+    from engine.catalog.downloads import sources_of
+
+    try:
+        model = config.find(name)
+        return model, sources_of(model, allow_pickle=allow_pickle)
+    except ModelNotFound:
+        if "/" not in name:
+            raise
+    return None, _unconfigured(name, allow_pickle)
+
+
+def _unconfigured(repo: str, allow_pickle: bool) -> Sequence[HubSource]:
+    from engine.catalog.downloads import sources_of
+    from engine.catalog.recognition import recognise
+    from engine.files import hub
+    from engine.files.hub import HubSource
+    from engine.model_folder import WANTED_FILES
+
+    listing: Listing = hub.list_repo(repo)
+    try:
+        entry = recognise(listing).entry("pulled", repo)
+    except LoadFailed as error:
+        # A part of a pipeline, or a LoRA: no model by itself.
+        complain(f"{repo}: {error.message}; fetching its safetensors files")
+        return (HubSource(repo, WANTED_FILES, allow_pickle=allow_pickle),)
+    return sources_of(parse_section(ModelConfig, entry, "models"), allow_pickle=allow_pickle)
+
+
+def _locally(model: ModelConfig) -> str:
+    starter = model.source.startswith("starter:")
+    return "built at the first request" if starter else f"in {model.source}"
+
+
+def _fetch(name: str, sources: Sequence[HubSource]) -> None:
+    from engine.catalog.downloads import pull as pull_sources
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err) as progress:
+        task = progress.add_task(escape(name), total=None)
+
+        def tell(now: FetchProgress) -> None:
+            progress.update(task, total=now.total_bytes, completed=now.done_bytes)
+
+        folders = pull_sources(sources, tell, threading.Event())
+    for source, folder in zip(sources, folders, strict=True):
+        say(f"{name}: {source.repo} is in {folder}")
+
+
+def _every_repo(config: EngineConfig) -> tuple[Files, ...]:
+    from engine.catalog.model_files import files_of
+
+    found = {each.source: each for model in config.models for each in files_of(model, config)}
+    return tuple(each for each in found.values() if each.is_repo and each.path is not None)
+
+
+def _row(table: Table, model_id: str, files: Files, counted: dict[Path, int]) -> None:
+    here = "yes" if files.present else "no" if files.path is None else "in part"
+    if files.path is not None:
+        counted[files.path] = files.nbytes  # once, though several models read it
+    table.add_row(
+        escape(model_id),
+        escape(files.source),
+        here,
+        format_size(files.nbytes) if files.path else "",
+        _day(files.last_used),
+        escape(str(files.path or "")),
+    )
+
+
+def _day(seconds: float | None) -> str:
+    return "" if seconds is None else time.strftime("%Y-%m-%d", time.localtime(seconds))
+
+
+def _list(found: Sequence[Files]) -> None:
+    table = Table("repository", "size", "last used", "models")
+    for each in found:
+        used, models = _day(each.last_used), ", ".join(each.models) or "(none)"
+        table.add_row(escape(each.source), format_size(each.nbytes), used, escape(models))
+    out.print(table)
+    out.print(f"{format_size(sum(each.nbytes for each in found))} together", highlight=False)
+
+
+def _remove(found: Sequence[Files], *, yes: bool) -> None:
+    from engine.catalog.model_files import remove
+
+    _list(found)
+    if not yes and not typer.confirm("Delete these?"):
+        raise typer.Exit(1)
+    freed = 0
+    for each in found:
+        try:
+            freed += remove(each.source)
+        except (EngineError, OSError) as error:
+            raise leave(f"cannot delete {each.source}: {error}", 1) from error
+    say(f"{format_size(freed)} deleted")
+
+
+def _names(text: str) -> list[str]:
+    """Ids and aliases that a configuration has already; none of one that is not there yet."""
+    if not text.strip():
+        return []
+    return [name for model in _check(text).models for name in model.names]
+
+
+def _check(text: str) -> EngineConfig:
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError("expected a mapping at the top")
+    return engine_config(
+        {"engine": document.get("engine") or {}, "models": document.get("models") or []}
+    )

@@ -1,0 +1,65 @@
+"""The engine's status and events as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from engine.scheduling.event_log import LoggedEvent, Lost, Page
+from engine.status import EngineStatus, ModelStatus
+
+OWNER = "roundhouse"
+
+
+def engine_document(status: EngineStatus) -> dict[str, Any]:
+    """The whole status, field by field; on the wire an endless duration is null."""
+    return asdict(status)
+
+
+def model_document(status: ModelStatus, name: str) -> dict[str, Any]:
+    """OpenAI's model object under the id `name`, plus the state of the model behind it."""
+    own = asdict(status)
+    created = own.pop("created")
+    return {
+        **own,
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": OWNER,
+        "alias_of": None if name == status.id else status.id,
+    }
+
+
+def event_document(logged: LoggedEvent) -> dict[str, Any]:
+    """One thing that the engine did; `type` is its kind, `at` Unix seconds."""
+    event = logged.event
+    return {
+        "id": logged.id,
+        "at": logged.at,
+        "type": event.kind.value,
+        "model": event.model,
+        "reason": event.reason,
+        "request_id": event.request_id,
+        "granted_bytes": event.granted_bytes,
+        "capacity_bytes": event.capacity_bytes,
+    }
+
+
+def lost_document(lost: Lost) -> dict[str, Any]:
+    """What is missing; `count` is null where nobody knows how much."""
+    return {"type": "lost", "count": lost.count}
+
+
+def events_document(page: Page, limit: int, *, newest: bool) -> dict[str, Any]:
+    """The first `limit` events of a page, or the newest ones; oldest first.
+
+    `last_id` is where a next call goes on.
+    """
+    events = page.events[-limit:] if newest else page.events[:limit]
+    return {
+        "object": "list",
+        "data": [event_document(event) for event in events],
+        "has_more": not newest and len(events) < len(page.events),
+        "last_id": events[-1].id if events else page.last_id,
+        "lost": None if page.lost is None or newest else lost_document(page.lost),
+    }

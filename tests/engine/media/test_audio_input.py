@@ -1,0 +1,116 @@
+"""Audio files decoded from memory: like the library does, and no more than is allowed."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.errors import InvalidRequest
+from engine.media.audio_input import decode_audio
+from tests.engine.recordings import FILES, RATE, encode, silence, voice
+
+pytestmark = pytest.mark.slow  # faster-whisper brings native libraries
+
+
+@pytest.mark.parametrize("layout", ["mono", "stereo"])
+@pytest.mark.parametrize("kind", FILES)
+def test_the_samples_are_those_of_the_library(kind: str, layout: str) -> None:
+    import faster_whisper
+
+    data = encode(voice(3), kind, layout=layout)
+    found = decode_audio(data, rate=RATE, max_seconds=10)
+    assert found.dtype == np.float32 and found.shape[0] == pytest.approx(3 * RATE, rel=0.06)
+    assert found.std() > 0.01
+    np.testing.assert_array_equal(found, faster_whisper.decode_audio(io.BytesIO(data)))
+
+
+def test_another_rate_is_resampled() -> None:
+    found = decode_audio(encode(voice(2)), rate=8000, max_seconds=10)
+    assert found.shape == (16_000,)
+
+
+def test_what_is_damaged_in_the_middle_is_left_out() -> None:
+    whole = encode(voice(6), "mp3")
+    third = len(whole) // 3
+    damaged = whole[:third] + bytes(third // 4) + whole[third + third // 4 :]
+    found = decode_audio(damaged, rate=RATE, max_seconds=10)
+    # The library stops where the damage begins.
+    assert 4.5 * RATE < len(found) < 6.2 * RATE
+    cut = decode_audio(whole[:third], rate=RATE, max_seconds=10)
+    assert RATE < len(cut) < 3 * RATE
+
+
+BAD = {
+    "empty": b"",
+    "text": b"this is no audio\n" * 100,
+    "zeros": bytes(10_000),
+    "noise": np.random.default_rng(0).bytes(50_000),
+    "header": encode(silence(1))[:44],
+    "half a header": encode(silence(1))[:30],
+    "cut before the index": encode(voice(3), "m4a")[:2000],
+    "picture": b"\x89PNG\r\n\x1a\n" + bytes(100),
+    "rate 0": encode(silence(1))[:24] + bytes(8) + encode(silence(1))[32:],
+    "gigahertz": encode(silence(1))[:27] + b"\x63" + encode(silence(1))[28:],
+    # Three samples at 589 kHz are over before the first of the result.
+    "no time": encode(silence(1))[:26] + b"\x09" + encode(silence(1))[27:84],
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_no_audio_is_refused(name: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        decode_audio(BAD[name], rate=RATE, max_seconds=10)
+    assert raised.value.param == "file"
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_longer_recording_is_refused(kind: str) -> None:
+    data = encode(silence(4), kind)
+    assert len(decode_audio(data, rate=RATE, max_seconds=5))
+    with pytest.raises(InvalidRequest, match="longer than 3 seconds") as raised:
+        decode_audio(data, rate=RATE, max_seconds=3)
+    assert raised.value.param == "file"
+
+
+def test_a_bomb_is_not_expanded() -> None:
+    """An hour in half a megabyte, in a container that knows no duration."""
+    packets = 0
+
+    def count() -> None:
+        nonlocal packets
+        packets += 1
+
+    quiet = np.zeros(600 * RATE, np.float32)
+    with pytest.raises(InvalidRequest):
+        decode_audio(encode(quiet, "mp3"), rate=RATE, max_seconds=20, check=count)
+    # 36 ms a packet, and half a million samples are gathered before they are counted.
+    assert 0 < packets < 1200
+    packets = 0
+    with pytest.raises(InvalidRequest):
+        decode_audio(encode(quiet, "flac"), rate=RATE, max_seconds=20, check=count)
+    assert packets == 0  # the container said so
+
+
+def test_a_rate_that_no_converter_has_is_not_resampled() -> None:
+    with pytest.raises(InvalidRequest, match="samples a second"):
+        decode_audio(BAD["gigahertz"], rate=RATE, max_seconds=10)
+
+
+def test_a_check_stops_it() -> None:
+    def stop() -> None:
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        decode_audio(encode(voice(1)), rate=RATE, max_seconds=10, check=stop)
+
+
+def test_a_file_that_names_others_does_not_open_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.wav").write_bytes(encode(voice(1)))
+    with pytest.raises(InvalidRequest):
+        decode_audio(b"ffconcat version 1.0\nfile secret.wav\n", rate=RATE, max_seconds=10)

@@ -1,0 +1,741 @@
+"""Real diffusers pipelines in this process, each beside a bare call of the library."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import threading
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from engine.config import EngineConfig, ModelConfig
+from engine.engine import Engine
+from engine.errors import EngineError, InvalidRequest, LoadFailed, RuntimeFailed
+from engine.memory.device import CpuDevice
+from engine.memory.host_memory import HostMemory
+from engine.process.gate import GATE
+from engine.process.heap import freeze_heap, thaw_heap
+from engine.process.torch_state import share_torch_state
+from engine.requests import (
+    Event,
+    ImageOperation,
+    ImageRequest,
+    ImageResult,
+    LoraChoice,
+    PartialImage,
+    Progress,
+    Quality,
+    TextRequest,
+    VideoRequest,
+    VideoResult,
+)
+from engine.runtimes.diffusers import runtime as diffusers_runtime
+from engine.runtimes.diffusers.runtime import DiffusersModel, DiffusersRuntime
+from engine.runtimes.vllm.runtime import VllmRuntime
+from engine.starters.registry import ensure_starter
+from tests.engine.conftest import MakeModel
+from tests.engine.runtimes.vllm.greedy import completion, text_of
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
+
+SEED = 11
+TURBO = {
+    "class": "EulerAncestralDiscreteScheduler",
+    "timestep_spacing": "trailing",
+}
+LINEAR = {
+    "class": "DDIMScheduler",
+    "beta_schedule": "linear",
+    "clip_sample": False,
+    "timestep_spacing": "linspace",
+    "steps_offset": 1,
+}
+
+IMAGE_FAMILIES: dict[str, dict[str, Any]] = {
+    "tiny-sdxl-turbo": {"steps": 2, "guidance": 0.0, "scheduler": TURBO},
+    "tiny-sdxl": {"steps": 3, "guidance": 5.0},
+    "tiny-sd15": {"steps": 3, "guidance": 7.5},
+    "tiny-flux-schnell": {"steps": 2, "guidance": 0.0},
+    "tiny-flux-dev": {"steps": 3, "guidance": 3.5},
+}
+VIDEO_FAMILIES: dict[str, dict[str, Any]] = {
+    "tiny-svd": {"frames": 5, "steps": 2, "guidance": 3.0},
+    "tiny-animatediff": {"frames": 4, "steps": 2, "guidance": 7.5, "scheduler": LINEAR},
+    "tiny-animatediff-sdxl": {"frames": 4, "steps": 2, "guidance": 7.5, "scheduler": LINEAR},
+    "tiny-wan": {"frames": 5, "steps": 2, "guidance": 5.0},
+    "tiny-ltx": {"frames": 9, "steps": 2, "guidance": 3.0},
+    "tiny-cogvideox": {"frames": 9, "steps": 2, "guidance": 6.0},
+    "tiny-hunyuanvideo": {"frames": 5, "steps": 2, "guidance": 6.0},
+}
+ADAPTERS = ("tiny-lora-sd15", "tiny-lora-sd15-b", "tiny-lora-sdxl")
+
+
+@pytest.fixture(scope="module")
+def loras(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of adapters: in a folder, as a file, and one that is for nothing."""
+    folder = tmp_path_factory.mktemp("loras")
+    first = ensure_starter(ADAPTERS[0], cache_dir)
+    (folder / ADAPTERS[0]).symlink_to(first, target_is_directory=True)
+    source = ensure_starter(ADAPTERS[2], cache_dir) / "pytorch_lora_weights.safetensors"
+    (folder / f"{ADAPTERS[2]}.safetensors").symlink_to(source)
+    (folder / "broken.safetensors").write_bytes(b"\xff" * 100)
+    # One more pair of tensors, for a layer that the model has not: diffusers only warns.
+    tensors = load_file(first / "pytorch_lora_weights.safetensors")
+    for key in [key for key in tensors if key.startswith("unet.")][:2]:
+        tensors[key.replace("unet.", "unet.nowhere.", 1)] = tensors[key].clone()
+    save_file(tensors, folder / "misplaced.safetensors")
+    return folder
+
+
+def model_of(name: str, task: str, spec: dict[str, Any], **options: Any) -> ModelConfig:
+    return ModelConfig(
+        id=name,
+        runtime="diffusers",
+        task=task,
+        source=f"starter:{name}",
+        options={
+            "dtype": "float32",
+            "width": 64,
+            "height": 64,
+            "fps": 8,
+            "num_frames": spec.get("frames", 1),
+            "scheduler": spec.get("scheduler", {}),
+            "default": {"steps": spec["steps"], "guidance": spec["guidance"]},
+            **options,
+        },
+    )
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def runtime(cache_dir: Path, vllm_runtime: VllmRuntime) -> DiffusersRuntime:
+    """The runtime, started after vLLM's as in a server that has both."""
+    made = DiffusersRuntime(CpuDevice(), cache_dir)
+    thaw_heap()
+    made.start()
+    share_torch_state()
+    freeze_heap()
+    assert vllm_runtime.metrics is not None
+    return made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def engine(
+    runtime: DiffusersRuntime,
+    loras: Path,
+    cache_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Engine]:
+    """An engine with every family, and some variations of the small ones."""
+    images = IMAGE_FAMILIES
+    sd15 = images["tiny-sd15"]
+    second = f"starter:{ADAPTERS[1]}"
+    adapters = {"loras": loras, "lora_sources": {ADAPTERS[1]: second}}
+    models = [
+        *(
+            model_of(name, "image", spec, **(adapters if name == "tiny-sd15" else {}))
+            for name, spec in images.items()
+        ),
+        *(model_of(name, "video", spec) for name, spec in VIDEO_FAMILIES.items()),
+        model_of("tiny-sd15", "image", sd15, controlnet="starter:tiny-controlnet-sd15").model_copy(
+            update={"id": "controlled"}
+        ),
+        model_of(
+            "tiny-sd15",
+            "image",
+            sd15,
+            ip_adapter={"source": "starter:tiny-ip-adapter-sd15", "scale": 0.8},
+            low={"steps": 1, "guidance": 1.0},
+            high={"steps": 5, "guidance": 2.0},
+        ).model_copy(update={"id": "adapted"}),
+    ]
+    config = EngineConfig(
+        device="cpu",
+        memory="256MiB",
+        cache_dir=cache_dir,
+        state_dir=tmp_path_factory.mktemp("state"),
+        models=tuple(models),
+    )
+    engine = Engine(config, device=CpuDevice(), runtimes={"diffusers": Shared(runtime)})
+    await engine.start()
+    yield engine
+    await engine.stop()
+
+
+class Shared(DiffusersRuntime):
+    """The session's runtime: the libraries are imported already and stay after the engine."""
+
+    def __init__(self, runtime: DiffusersRuntime) -> None:
+        super().__init__(runtime._device, runtime._cache_dir)
+
+    def start(self) -> None:
+        pass
+
+
+async def events(engine: Engine, request: ImageRequest | VideoRequest) -> list[Event]:
+    session = await engine.open(request)
+    return [event async for event in session.events()]
+
+
+async def picture(engine: Engine, model: str, **fields: Any) -> NDArray[np.uint8]:
+    found = (await events(engine, image_request(model, **fields)))[-1]
+    assert isinstance(found, ImageResult)
+    return np.asarray(found.images[0])
+
+
+async def park(engine: Engine, name: str) -> None:
+    await engine.park(name)
+    status = engine.model_status(name)
+    assert (status.state, status.tier, status.device_bytes) == ("parked", "host", 0)
+
+
+def image_request(model: str, **fields: Any) -> ImageRequest:
+    defaults = {
+        "model": model,
+        "operation": ImageOperation.GENERATION,
+        "request_id": "test",
+        "prompt": "a red train",
+        "seed": SEED,
+    }
+    return ImageRequest(**{**defaults, **fields})
+
+
+def video_request(model: str, **fields: Any) -> VideoRequest:
+    defaults = {"model": model, "request_id": "test", "prompt": "a red train", "seed": SEED}
+    return VideoRequest(**{**defaults, **fields})
+
+
+def bare(name: str, cache_dir: Path, spec: dict[str, Any]) -> Any:
+    """The library alone, as its documentation says to use it."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        ensure_starter(name, cache_dir), dtype=torch.float32
+    )
+    pipe.set_progress_bar_config(disable=True)
+    if settings := dict(spec.get("scheduler", {})):
+        kind = getattr(diffusers, settings.pop("class"))
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, **settings)
+    return pipe
+
+
+def seeded(seed: int = SEED) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def scene(size: tuple[int, int] = (64, 64)) -> Image.Image:
+    """A picture with edges and gradients, so that scaling it wrongly shows."""
+    x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+    pixels = np.stack([x, y, 255 * ((x + y) % 64 > 32)], axis=-1).astype(np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("name", IMAGE_FAMILIES)
+async def test_an_image_equals_that_of_the_library_alone(
+    engine: Engine, cache_dir: Path, name: str
+) -> None:
+    spec = IMAGE_FAMILIES[name]
+    with GATE.exclusive():
+        pipe = bare(name, cache_dir, spec)
+    expected = np.asarray(
+        pipe(
+            "a red train",
+            width=64,
+            height=64,
+            num_inference_steps=spec["steps"],
+            guidance_scale=spec["guidance"],
+            generator=seeded(),
+        ).images[0]
+    )
+    assert expected.std() > 5
+    first = await picture(engine, name)
+    np.testing.assert_array_equal(first, expected)
+    np.testing.assert_array_equal(await picture(engine, name), expected)
+    await engine.unload(name)
+    np.testing.assert_array_equal(await picture(engine, name), expected)
+    await park(engine, name)
+    np.testing.assert_array_equal(await picture(engine, name), expected)
+    assert (await picture(engine, name, seed=SEED + 1) != expected).any()
+
+
+async def test_one_part_leaves_and_comes_back_while_the_others_stay(
+    runtime: DiffusersRuntime, cache_dir: Path
+) -> None:
+    """A text encoder can make room alone; the model does not run without it."""
+    runtime.host = HostMemory(64 * 1024**2, pinned=False)
+    model = model_of("tiny-flux-schnell", "image", IMAGE_FAMILIES["tiny-flux-schnell"])
+    loaded = await runtime.load(model, lambda _: None)
+    assert isinstance(loaded, DiffusersModel)
+    prepared = runtime.prepare(model, image_request(model.id))
+
+    async def image() -> NDArray[np.uint8]:
+        found = [event async for event in loaded.run(prepared)]
+        assert isinstance(found[-1], ImageResult)
+        return np.asarray(found[-1].images[0])
+
+    try:
+        expected = await image()
+        pipeline = loaded.model
+        assert pipeline is not None
+        before = {
+            name: sum(t.nbytes for t in m.parameters()) for name, m in pipeline.modules().items()
+        }
+        await runtime.park(loaded, {"text_encoder_2"})
+        after = {
+            name: sum(t.nbytes for t in m.parameters()) for name, m in pipeline.modules().items()
+        }
+        assert after == {**before, "text_encoder_2": 0}
+        with pytest.raises(RuntimeFailed):
+            await image()
+        await runtime.wake(loaded, {"text_encoder_2"})
+        np.testing.assert_array_equal(await image(), expected)
+    finally:
+        await runtime.unload(loaded)
+        host, runtime.host = runtime.host, None
+    assert host.used_bytes == 0
+
+
+async def test_a_model_parked_with_its_loras_attached_comes_back_whole(engine: Engine) -> None:
+    lora = (LoraChoice(ADAPTERS[0], 0.9),)
+    plain = await picture(engine, "tiny-sd15")
+    adapted = await picture(engine, "tiny-sd15", loras=lora)
+    await park(engine, "tiny-sd15")
+    np.testing.assert_array_equal(await picture(engine, "tiny-sd15", loras=lora), adapted)
+    await park(engine, "tiny-sd15")
+    np.testing.assert_array_equal(await picture(engine, "tiny-sd15"), plain)
+
+
+@pytest.mark.parametrize("name", VIDEO_FAMILIES)
+async def test_a_video_equals_that_of_the_library_alone(
+    engine: Engine, cache_dir: Path, name: str
+) -> None:
+    spec = VIDEO_FAMILIES[name]
+    with GATE.exclusive():
+        pipe = bare(name, cache_dir, spec)
+    arguments: dict[str, Any] = {
+        "width": 64,
+        "height": 64,
+        "num_frames": spec["frames"],
+        "num_inference_steps": spec["steps"],
+        "generator": seeded(),
+        "output_type": "pil",
+    }
+    fields: dict[str, Any] = {}
+    if name == "tiny-svd":
+        fields = {"image": scene(), "motion": 60}
+        arguments |= {"image": scene(), "motion_bucket_id": 60, "fps": 8}
+        arguments["max_guidance_scale"] = spec["guidance"]
+    else:
+        arguments |= {"prompt": "a red train", "guidance_scale": spec["guidance"]}
+    if name == "tiny-ltx":
+        arguments["frame_rate"] = 8
+    expected = np.stack([np.asarray(frame) for frame in pipe(**arguments).frames[0]])
+
+    async def frames() -> NDArray[np.uint8]:
+        found = (await events(engine, video_request(name, **fields)))[-1]
+        assert isinstance(found, VideoResult)
+        assert found.fps == 8
+        return found.frames
+
+    np.testing.assert_array_equal(await frames(), expected)
+    await engine.unload(name)
+    np.testing.assert_array_equal(await frames(), expected)
+    await park(engine, name)
+    np.testing.assert_array_equal(await frames(), expected)
+
+
+async def test_images_stay_equal_beside_a_language_model(
+    engine: Engine, vllm_runtime: VllmRuntime, make_model: MakeModel
+) -> None:
+    """Neither changes the other's answers, also while the other is loaded and unloaded."""
+    alone = {name: await picture(engine, name) for name in ("tiny-sd15", "tiny-flux-schnell")}
+    model = make_model("beside")
+    request = completion("beside", "hello", max_tokens=64)
+    enough = threading.Event()
+
+    async def told(loaded: Any, request: TextRequest) -> str:
+        frames = loaded.run(vllm_runtime.prepare(model, request))
+        return "".join([text_of(frame) async for frame in frames])
+
+    loaded = await vllm_runtime.load(model, pytest.fail)
+    expected = await told(loaded, request)
+
+    async def chatter() -> list[str]:
+        texts = []
+        while not enough.is_set():
+            texts.append(await told(loaded, request))
+        return texts
+
+    chattering = [asyncio.create_task(chatter()) for _ in range(2)]
+    for name, image in alone.items():
+        np.testing.assert_array_equal(await picture(engine, name), image)
+        await engine.unload(name)
+        np.testing.assert_array_equal(await picture(engine, name), image)
+    enough.set()
+    texts = [text for task in chattering for text in await task]
+    assert texts and set(texts) == {expected}
+    # And the other way round: images while the language model goes and comes.
+    pictures = asyncio.gather(*(picture(engine, "tiny-flux-schnell", n=2) for _ in range(3)))
+    await vllm_runtime.unload(loaded)
+    await vllm_runtime.unload(await vllm_runtime.load(model, pytest.fail))
+    for image in await pictures:
+        np.testing.assert_array_equal(image, alone["tiny-flux-schnell"])
+
+
+async def test_several_images_are_those_of_their_seeds(engine: Engine) -> None:
+    found = (await events(engine, image_request("tiny-sd15", n=3)))[-1]
+    assert isinstance(found, ImageResult) and len(found.images) == 3
+    for index, image in enumerate(found.images):
+        alone = await picture(engine, "tiny-sd15", seed=SEED + index)
+        np.testing.assert_array_equal(np.asarray(image), alone)
+
+
+@pytest.mark.parametrize("name", ["tiny-sd15", "tiny-sdxl", "tiny-flux-dev"])
+async def test_partial_images_are_the_latents_of_their_steps(
+    engine: Engine, cache_dir: Path, name: str
+) -> None:
+    run = await events(engine, image_request(name, steps=4, partial_images=3))
+    previews = [event for event in run if isinstance(event, PartialImage)]
+    result = run[-1]
+    assert isinstance(result, ImageResult)
+    assert [preview.index for preview in previews] == [0, 1, 2]
+    final = np.asarray(result.images[0]).astype(float)
+    distances = [np.abs(np.asarray(each.image).astype(float) - final).mean() for each in previews]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] > 0
+    np.testing.assert_array_equal(final, await picture(engine, name, steps=4))
+    # One of them against the library's own decoding of the same latents.
+    with GATE.exclusive():
+        pipe = bare(name, cache_dir, IMAGE_FAMILIES[name])
+    kept: list[torch.Tensor] = []
+
+    def keep(_pipe: Any, step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            kept.append(tensors["latents"].clone())
+        return {}
+
+    profile = IMAGE_FAMILIES[name]
+    common = {"width": 64, "height": 64, "guidance_scale": profile["guidance"]}
+    pipe(
+        "a red train",
+        num_inference_steps=4,
+        generator=seeded(),
+        callback_on_step_end=keep,
+        output_type="latent",
+        **common,
+    )
+    pipe.scheduler = Still.from_config(pipe.scheduler.config)
+    decoded = pipe("a red train", num_inference_steps=1, latents=kept[0], **common).images[0]
+    np.testing.assert_array_equal(np.asarray(previews[1].image), np.asarray(decoded))
+
+
+class Still(diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+    """A scheduler whose step changes nothing: the pipeline decodes the latents it was given."""
+
+    init_noise_sigma = 1.0
+    order = 1
+
+    def scale_model_input(self, sample: Any, *_: Any) -> Any:
+        return sample
+
+    def set_timesteps(self, *_: Any, sigmas: Any = None, **__: Any) -> None:
+        self.timesteps = torch.tensor([1.0])
+        self.sigmas = torch.tensor([1.0, 0.0])
+
+    def step(self, _output: Any, _time: Any, sample: Any, **_: Any) -> tuple[Any]:
+        return (sample,)
+
+
+async def test_progress_rises_to_one(engine: Engine) -> None:
+    run = await events(engine, image_request("tiny-sd15", n=2))
+    done = [event.done for event in run if isinstance(event, Progress)]
+    assert done[0] == 0 and done[-1] == 1 and done == sorted(done) and len(done) >= 7
+
+
+async def test_edits_and_variations(engine: Engine, cache_dir: Path) -> None:
+    """Image to image and inpainting equal the library's own; an image of another size is scaled."""
+    name = "tiny-sd15"
+    with GATE.exclusive():
+        pipe = bare(name, cache_dir, IMAGE_FAMILIES[name])
+        to_image = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
+        inpaint = diffusers.AutoPipelineForInpainting.from_pipe(pipe)
+    common = {"prompt": "a red train", "num_inference_steps": 4, "guidance_scale": 7.5}
+    expected = to_image(image=scene(), strength=0.5, generator=seeded(), **common).images[0]
+    edit = {"operation": ImageOperation.EDIT, "steps": 4, "strength": 0.5}
+    found = await picture(engine, name, images=(scene(),), **edit)
+    np.testing.assert_array_equal(found, np.asarray(expected))
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    expected = inpaint(
+        image=scene(), mask_image=mask, strength=0.5, width=64, height=64, generator=seeded(),
+        **common,
+    ).images[0]  # fmt: skip
+    found = await picture(engine, name, images=(scene(),), mask=mask, **edit)
+    np.testing.assert_array_equal(found, np.asarray(expected))
+    variation = {"operation": ImageOperation.VARIATION, "prompt": ""}
+    found = await picture(engine, name, images=(scene((100, 75)),), **variation)
+    assert found.shape == (72, 96, 3)
+    found = await picture(engine, name, images=(scene((100, 75)),), width=64, height=64, **edit)
+    assert found.shape == (64, 64, 3)
+
+
+async def test_control_image_and_reference_image_act(engine: Engine) -> None:
+    plain = await picture(engine, "tiny-sd15")
+    # Without their images the adapted models are the plain one.
+    np.testing.assert_array_equal(await picture(engine, "controlled"), plain)
+    np.testing.assert_array_equal(await picture(engine, "adapted"), plain)
+    controlled = await picture(engine, "controlled", control_image=scene())
+    other = await picture(engine, "controlled", control_image=Image.new("RGB", (64, 64)))
+    assert (controlled != plain).any() and (controlled != other).any()
+    adapted = await picture(engine, "adapted", reference_image=scene())
+    assert (adapted != plain).any()
+    np.testing.assert_array_equal(await picture(engine, "adapted"), plain)
+
+
+async def test_quality_chooses_the_profile(engine: Engine) -> None:
+    for quality, steps in ((Quality.LOW, 1), (Quality.MEDIUM, 3), (Quality.HIGH, 5)):
+        request = image_request("adapted", quality=quality)
+        prepared = engine.prepare(request).request
+        assert isinstance(prepared, ImageRequest) and prepared.steps == steps
+
+
+def with_loras(name: str, cache_dir: Path, choices: dict[str, float]) -> NDArray[np.uint8]:
+    """A fresh pipeline with these adapters and no other."""
+    spec = IMAGE_FAMILIES[name]
+    with GATE.exclusive():
+        pipe = bare(name, cache_dir, spec)
+        for adapter in choices:
+            pipe.load_lora_weights(
+                str(ensure_starter(adapter, cache_dir)),
+                weight_name="pytorch_lora_weights.safetensors",
+                adapter_name=adapter,
+            )
+        if choices:
+            pipe.set_adapters(list(choices), list(choices.values()))
+    image = pipe(
+        "a red train",
+        width=64,
+        height=64,
+        num_inference_steps=spec["steps"],
+        guidance_scale=spec["guidance"],
+        generator=seeded(),
+    ).images[0]
+    return np.asarray(image)
+
+
+async def test_loras_alternate_and_leave_no_trace(engine: Engine, cache_dir: Path) -> None:
+    first, second = ADAPTERS[:2]
+    choices = [{first: 1.0}, {second: 0.7}, {first: 0.4, second: 1.0}, {}]
+    expected = [with_loras("tiny-sd15", cache_dir, choice) for choice in choices]
+    for one in range(len(expected)):
+        for other in range(one):
+            assert (expected[one] != expected[other]).any()
+
+    async def with_choice(choice: dict[str, float]) -> NDArray[np.uint8]:
+        adapters = tuple(LoraChoice(name, weight) for name, weight in choice.items())
+        return await picture(engine, "tiny-sd15", loras=adapters)
+
+    for turn in range(20):
+        index = turn % 2
+        np.testing.assert_array_equal(await with_choice(choices[index]), expected[index])
+    for choice, image in zip(choices, expected, strict=True):
+        np.testing.assert_array_equal(await with_choice(choice), image)
+    together = await asyncio.gather(*(with_choice(choice) for choice in choices))
+    for found, image in zip(together, expected, strict=True):
+        np.testing.assert_array_equal(found, image)
+
+
+@pytest.mark.parametrize("name", [ADAPTERS[2], "broken", "misplaced"])
+async def test_a_lora_that_does_not_fit_is_told_and_leaves_no_trace(
+    engine: Engine, name: str
+) -> None:
+    plain = await picture(engine, "tiny-sd15")
+    fits = LoraChoice(ADAPTERS[0])
+    for loras in ((LoraChoice(name),), (fits, LoraChoice(name))):
+        with pytest.raises(InvalidRequest) as raised:
+            await picture(engine, "tiny-sd15", loras=loras)
+        assert raised.value.param == f"loras[{len(loras) - 1}].name"
+        np.testing.assert_array_equal(await picture(engine, "tiny-sd15"), plain)
+
+
+BAD_IMAGES: list[tuple[dict[str, Any], str]] = [
+    ({"width": 100}, "size"),
+    ({"width": 0}, "size"),
+    ({"width": 4096, "height": 4096}, "size"),
+    ({"n": 0}, "n"),
+    ({"n": 1000}, "n"),
+    ({"steps": 0}, "steps"),
+    ({"steps": 10**6}, "steps"),
+    ({"guidance": -1.0}, "guidance"),
+    ({"guidance": float("nan")}, "guidance"),
+    ({"seed": -1}, "seed"),
+    ({"loras": (LoraChoice("nothing"),)}, "loras[0].name"),
+    ({"loras": (LoraChoice("../x"),)}, "loras[0].name"),
+    ({"loras": (LoraChoice(ADAPTERS[0], float("nan")),)}, "loras[0].weight"),
+    ({"loras": (LoraChoice(ADAPTERS[0]),) * 2}, "loras"),
+    ({"operation": ImageOperation.EDIT}, "image"),
+    ({"operation": ImageOperation.EDIT, "images": (scene(), scene())}, "image"),
+    ({"images": (scene(),), "mask": Image.new("L", (32, 64))}, "mask"),
+    ({"mask": Image.new("L", (64, 64))}, "mask"),
+    ({"images": (scene(),), "strength": 0.0}, "strength"),
+    ({"images": (scene(),), "strength": 0.1, "steps": 5}, "steps"),
+    ({"control_image": scene()}, "control_image"),
+    ({"reference_image": scene()}, "reference_image"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), BAD_IMAGES)
+async def test_what_an_image_model_cannot_do_is_told_before_anything_is_loaded(
+    engine: Engine, fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        engine.prepare(image_request("tiny-sd15", **fields))
+    assert raised.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "param"),
+    [
+        ("tiny-ltx", {"width": 80}, "size"),
+        ("tiny-svd", {"width": 72, "image": scene()}, "size"),
+        ("tiny-wan", {"num_frames": 0}, "num_frames"),
+        ("tiny-wan", {"seconds": 1e9}, "seconds"),
+        ("tiny-wan", {"fps": 0}, "fps"),
+        ("tiny-svd", {"motion": 300, "image": scene()}, "motion"),
+    ],
+)
+async def test_what_a_video_model_cannot_do_is_told_before_anything_is_loaded(
+    engine: Engine, cache_dir: Path, name: str, fields: dict[str, Any], param: str
+) -> None:
+    ensure_starter(name, cache_dir)  # what its files say is known once they are here
+    with pytest.raises(InvalidRequest) as raised:
+        engine.prepare(video_request(name, **fields))
+    assert raised.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "param"),
+    [
+        ("tiny-ltx", {"width": 80}, "size"),
+        ("tiny-svd", {}, "input_reference"),
+        ("tiny-wan", {"motion": 10}, "motion"),
+        ("tiny-wan", {"image": scene()}, "image"),
+    ],
+)
+async def test_what_only_the_loaded_pipeline_knows(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str, fields: dict[str, Any], param: str
+) -> None:
+    monkeypatch.setattr(diffusers_runtime, "present_folder", lambda *_, **__: None)
+    engine._runtimes["diffusers"]._read.clear()  # type: ignore[attr-defined]
+    with pytest.raises(InvalidRequest) as raised:
+        await events(engine, video_request(name, **fields))
+    assert raised.value.param == param
+
+
+async def test_an_image_moves_in_a_model_with_a_pipeline_for_it(engine: Engine) -> None:
+    still = (await events(engine, video_request("tiny-ltx", image=scene())))[-1]
+    moved = (await events(engine, video_request("tiny-ltx")))[-1]
+    assert isinstance(still, VideoResult) and isinstance(moved, VideoResult)
+    assert still.frames.shape == moved.frames.shape and (still.frames != moved.frames).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"), [("tiny-ltx", 7), ("tiny-wan", 2), ("tiny-cogvideox", 4)]
+)
+async def test_a_video_has_the_frames_that_were_asked_for(
+    engine: Engine, name: str, asked: int
+) -> None:
+    found = (await events(engine, video_request(name, num_frames=asked, fps=5)))[-1]
+    assert isinstance(found, VideoResult)
+    assert found.frames.shape == (asked, 64, 64, 3) and found.frames.dtype == np.uint8
+    assert found.fps == 5
+    prepared = engine.prepare(video_request(name, seconds=0.5, fps=10)).request
+    assert isinstance(prepared, VideoRequest) and prepared.num_frames == 5
+
+
+async def test_a_run_stops_within_a_step_and_gives_back_what_it_took(engine: Engine) -> None:
+    expected = await picture(engine, "tiny-sd15")
+    session = await engine.open(image_request("tiny-sd15", steps=500))
+    async with aclosing(session.events()) as run:
+        while not isinstance(event := await anext(run), Progress) or not event.done:
+            pass
+        assert engine.model_status("tiny-sd15").leases == 1
+    # The thread has ended its run before the lease ends, and far from all steps.
+    pipeline = engine._residency.loaded["tiny-sd15"].model  # type: ignore[attr-defined]
+    assert pipeline.running is None
+    assert pipeline.base.scheduler.counter < 400
+    assert engine.model_status("tiny-sd15").leases == 0
+    assert not [entry for entry in engine.status().ledger.entries if entry.kind == "lease"]
+    np.testing.assert_array_equal(await picture(engine, "tiny-sd15"), expected)
+
+
+async def test_a_grant_is_the_measured_peak_from_the_second_run_of_a_shape_on(
+    engine: Engine,
+) -> None:
+    request = image_request("tiny-sdxl-turbo", width=192, height=128)
+    prepared = engine.prepare(request)
+    await events(engine, request)
+    model = engine.config.find("tiny-sdxl-turbo")
+    assert engine._estimates is not None
+    measured = engine._estimates.working_bytes(model, prepared.shape)
+    assert measured is not None and measured != prepared.working_bytes
+    granted = engine._working_bytes(model, prepared)
+    assert measured <= granted <= measured * 1.1
+    loaded = engine._residency.loaded["tiny-sdxl-turbo"]
+    loaded.model.measured.clear()  # type: ignore[attr-defined]
+    await events(engine, request)
+    again = engine._estimates.working_bytes(model, prepared.shape)
+    assert again is not None and abs(again - granted) <= 0.1 * granted
+
+
+async def test_every_part_is_a_block(engine: Engine, cache_dir: Path) -> None:
+    await picture(engine, "tiny-sdxl")
+    blocks = {block.name: block.nbytes for block in engine._residency.loaded["tiny-sdxl"].blocks()}
+    assert set(blocks) == {"text_encoder", "text_encoder_2", "unet", "vae"}
+    unet = ensure_starter("tiny-sdxl", cache_dir) / "unet" / "diffusion_pytorch_model.safetensors"
+    assert blocks["unet"] == pytest.approx(unet.stat().st_size, rel=0.05)
+    await engine.unload("tiny-sdxl")
+    assert not [entry for entry in engine.status().ledger.entries if entry.owner == "tiny-sdxl"]
+
+
+@pytest.mark.parametrize("harm", ["missing", "lacking", "truncated"])
+async def test_a_damaged_folder_fails_with_the_reason(
+    runtime: DiffusersRuntime, cache_dir: Path, tmp_path: Path, harm: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(ensure_starter("tiny-sd15", cache_dir), folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    if harm == "missing":
+        weights.unlink()
+    elif harm == "lacking":
+        tensors = load_file(weights)
+        tensors.pop("conv_in.weight")
+        save_file(tensors, weights, metadata={"format": "pt"})
+    else:
+        weights.write_bytes(weights.read_bytes()[:5000])
+    model = ModelConfig(
+        id="harmed", runtime="diffusers", task="image", source=str(folder),
+        options={"dtype": "float32"},
+    )  # fmt: skip
+    before = threading.active_count()
+    with pytest.raises(LoadFailed):
+        runtime.estimate(model)
+        await runtime.load(model, pytest.fail)
+    assert threading.active_count() <= before + 1  # the loading thread
+
+
+async def test_text_is_not_for_an_image_model(engine: Engine) -> None:
+    with pytest.raises(EngineError):
+        engine.prepare(completion("tiny-sd15", "hello"))
+    with pytest.raises(InvalidRequest):
+        engine.prepare(video_request("tiny-sd15"))
+    with pytest.raises(InvalidRequest):
+        engine.prepare(image_request("tiny-wan"))
