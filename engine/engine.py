@@ -23,23 +23,15 @@ from engine.errors import (
     RuntimeFailed,
     ShuttingDown,
 )
+from engine.events import Document, Event, Frame, Progress, WorkingMemory
 from engine.memory.device import CudaDevice, Device, host_memory_bytes, open_device
 from engine.memory.host_memory import HostMemory
 from engine.metrics import EngineMetrics
-from engine.process.health import find_fault
+from engine.process.health import wait_for_fault
 from engine.process.heap import freeze_heap, thaw_heap, uncollected
 from engine.process.library_logs import quiet_libraries
 from engine.process.torch_state import share_torch_state
-from engine.requests import (
-    Document,
-    Event,
-    Frame,
-    Priority,
-    Progress,
-    Request,
-    Terms,
-    WorkingMemory,
-)
+from engine.requests import Priority, Request, SchedulingOptions
 from engine.residency import Residency
 from engine.runtimes.base import Estimate, Prepared, Runtime, Voice
 from engine.runtimes.registry import runtime_class
@@ -59,13 +51,13 @@ log = logging.getLogger(__name__)
 
 _STAGES = {ModelState.LOADING: Stage.LOADING, ModelState.WAKING: Stage.WAKING}
 
-SIZE_PATIENCE_S = 1.0
+SIZE_TIMEOUT_S = 1.0
 """How long a request that is to be refused may wait for what is told with the refusal."""
 
 FAILURES = frozenset({EventKind.LOAD_FAILED, EventKind.WAKE_FAILED, EventKind.MODEL_FAILED})
 """What a device that lost its state would look like."""
 
-FOREIGN_CHECK_S = 5.0
+EXTERNAL_CHECK_S = 5.0
 """How often the use of the device by others is looked at while nothing else happens."""
 
 
@@ -212,7 +204,7 @@ class Engine:
         self._started = asyncio.Event()
         self._emptied = asyncio.Event()
         self._start_error: str | None = None
-        self._doubt = asyncio.Event()
+        self._recheck = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
         self._preloads: list[asyncio.Task[None]] = []
         self._fetches: dict[str, asyncio.Task[Estimate]] = {}
@@ -248,7 +240,7 @@ class Engine:
             self._started.set()
             raise
         freeze_heap()
-        device.settle()
+        device.set_baseline()
         self._device = device
         self._estimates = EstimateStore(self.config.state_dir, device.name)
         host_budget = self.config.host_memory_budget(device.kind)
@@ -309,13 +301,13 @@ class Engine:
         thaw_heap()
         self.state = EngineState.STOPPED
 
-    async def find_fault(self, hang_s: float, stall_s: float) -> str:
+    async def wait_for_fault(self, hang_s: float, stall_s: float) -> str:
         """Return why this process must be replaced, in words; as long as all is well, wait.
 
-        See `engine.process.health.find_fault`. Call it once the engine has started.
+        See `engine.process.health.wait_for_fault`. Call it once the engine has started.
         """
         assert self._device is not None
-        return await find_fault(self._device, self._doubt, hang_s, stall_s)
+        return await wait_for_fault(self._device, self._recheck, hang_s, stall_s)
 
     def wanted(self) -> tuple[str, ...]:
         """The models that are there or being brought in, the most asked for first."""
@@ -359,13 +351,13 @@ class Engine:
         """
         model = self.config.find(request.model)
         waiting = waiting or Waiting()
-        timeout_s = request.terms.timeout_s
+        timeout_s = request.scheduling.timeout_s
         if timeout_s is None:
             timeout_s = self.config.queue_timeout_s
         await self._wait_started(timeout_s)
         prepared = self._runtimes[model.runtime].prepare(model, request)
         waiting.stage = Stage.FETCHING
-        if request.terms.if_loaded_only:
+        if request.scheduling.if_loaded_only:
             await self.check_loaded(model.id)
         if prepared.working_bytes and not await self._has_files(model, timeout_s):
             # Only now its files tell what a run takes, and what it cannot do.
@@ -397,7 +389,7 @@ class Engine:
     async def _not_loaded(self, model: ModelConfig) -> NotLoaded:
         # Reading the sizes takes moments where the files are here; else nobody knows yet.
         with contextlib.suppress(EngineError):
-            await self._know_size(model, SIZE_PATIENCE_S)
+            await self._know_size(model, SIZE_TIMEOUT_S)
         forecast = self._scheduler.forecast(model.id)
         return NotLoaded(
             f"The model {model.id!r} is not loaded, and the request is for a loaded one only.",
@@ -492,7 +484,7 @@ class Engine:
             request_id=request.request_id,
             operation=request.operation.value,
             working_bytes=self._working_bytes(model, prepared),
-            terms=request.terms,
+            scheduling=request.scheduling,
             timeout_s=timeout_s,
             exclusive=exclusive,
             waiting=waiting,
@@ -578,7 +570,7 @@ class Engine:
         request_id: str,
         operation: str,
         working_bytes: int = 0,
-        terms: Terms,
+        scheduling: SchedulingOptions,
         timeout_s: float,
         waiting: Waiting,
         exclusive: bool = False,
@@ -601,12 +593,12 @@ class Engine:
             model_id=model.id,
             operation=operation,
             working_bytes=working_bytes,
-            priority=terms.priority,
+            priority=scheduling.priority,
             timeout_s=timeout_s,
             exclusive=exclusive,
-            keep_alive_s=terms.keep_alive_s,
-            if_loaded_only=terms.if_loaded_only,
-            no_evict=terms.no_evict,
+            keep_alive_s=scheduling.keep_alive_s,
+            if_loaded_only=scheduling.if_loaded_only,
+            no_evict=scheduling.no_evict,
             on_granted=on_granted,
             on_refused=on_refused,
         )
@@ -659,7 +651,7 @@ class Engine:
         """
         return self._scheduler.model(self.config.find(name).id)
 
-    async def load(self, name: str, terms: Terms | None = None) -> None:
+    async def load(self, name: str, scheduling: SchedulingOptions | None = None) -> None:
         """Bring a model in as if a request had asked for it, and return once it is ready.
 
         Raises:
@@ -672,7 +664,7 @@ class Engine:
             model,
             request_id=f"load-{model.id}",
             operation="load",
-            terms=terms or Terms(),
+            scheduling=scheduling or SchedulingOptions(),
             timeout_s=self.config.queue_timeout_s,
             waiting=Waiting(),
             ignore_backoff=True,
@@ -736,10 +728,10 @@ class Engine:
 
     async def _restore(self) -> None:
         """Requests go first, and nothing leaves for it."""
-        terms = Terms(priority=Priority.BATCH, no_evict=True)
+        scheduling = SchedulingOptions(priority=Priority.BATCH, no_evict=True)
         for model_id in self._to_restore:
             try:
-                await self.load(model_id, terms)
+                await self.load(model_id, scheduling)
             except EngineError as error:  # or it is configured no more
                 log.warning("%s is not restored: %s", model_id, error)
 
@@ -763,14 +755,14 @@ class Engine:
 
     async def _watch_device(self) -> None:
         while True:
-            await asyncio.sleep(FOREIGN_CHECK_S)
+            await asyncio.sleep(EXTERNAL_CHECK_S)
             self._scheduler.on_timer()
 
     def _on_event(self, event: SchedulerEvent) -> None:
         self._metrics.count(event, self._clock())
         self.events.append(event)
         if event.kind in FAILURES:
-            self._doubt.set()
+            self._recheck.set()
         if event.kind is EventKind.UNLOADED and self._scheduler.empty:
             self._emptied.set()
         level = logging.DEBUG if event.kind is EventKind.GRANT else logging.INFO

@@ -37,9 +37,9 @@ class StatusCollector(Collector):
             "roundhouse_granted_bytes", "Device bytes granted.", value=ledger.granted_bytes
         )
         yield GaugeMetricFamily(
-            "roundhouse_foreign_bytes",
+            "roundhouse_external_bytes",
             "Device bytes in use that no model accounts for.",
-            value=ledger.foreign_bytes,
+            value=ledger.external_bytes,
         )
         yield GaugeMetricFamily(
             "roundhouse_host_budget_bytes",

@@ -118,11 +118,11 @@ class Residency:
         """Bring parked blocks back."""
         self._start(self._wake(self._models[model_id], blocks))
 
-    def measure_foreign(self) -> int:
+    def measure_external(self) -> int:
         """Bytes of the device that others use, measured now."""
         if self._device is None or self._host is None:
             return 0
-        return self._device.foreign_bytes() + _copies_bytes(self._device, self._host)
+        return self._device.external_bytes() + _copies_bytes(self._device, self._host)
 
     def host_status(self) -> HostStatus:
         """The budget of host copies and what is used of it."""

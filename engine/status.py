@@ -136,7 +136,7 @@ class LedgerStatus:
 
     total_bytes: int
     budget_bytes: int
-    foreign_bytes: int
+    external_bytes: int
     """Measured use that no entry accounts for: other programs and this process's own overhead."""
     capacity_bytes: int
     granted_bytes: int

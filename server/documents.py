@@ -12,8 +12,13 @@ OWNER = "roundhouse"
 
 
 def engine_document(status: EngineStatus) -> dict[str, Any]:
-    """The whole status, field by field; on the wire an endless duration is null."""
-    return asdict(status)
+    """The whole status, field by field; on the wire an endless duration is null.
+
+    `ledger.foreign_bytes` is the former name of `ledger.external_bytes`, to be dropped in 0.2.
+    """
+    document = asdict(status)
+    document["ledger"]["foreign_bytes"] = status.ledger.external_bytes
+    return document
 
 
 def model_document(status: ModelStatus, name: str) -> dict[str, Any]:

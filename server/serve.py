@@ -21,7 +21,7 @@ from server.app import create_app
 from server.open_requests import OpenRequests
 from server.settings import ServerSettings
 from server.start import Start
-from server.supervision.heartbeat import Lifeline
+from server.supervision.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -59,7 +59,7 @@ def run(
     engine: Engine,
     settings: ServerSettings,
     listener: socket.socket,
-    line: Lifeline | None = None,
+    line: Heartbeat | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain and return; a second Ctrl-C exits with 130.
 
@@ -96,7 +96,7 @@ async def _serve(
     requests: OpenRequests,
     listener: socket.socket,
     settings: ServerSettings,
-    line: Lifeline | None,
+    line: Heartbeat | None,
 ) -> None:
     stop = asyncio.Event()
     with _stop_on_signals(stop):
@@ -122,7 +122,7 @@ async def _serve(
                 task.cancel()
 
 
-async def _beat(engine: Engine, start: Start, line: Lifeline) -> None:
+async def _beat(engine: Engine, start: Start, line: Heartbeat) -> None:
     """Tell the supervisor again and again that the event loop, and with it the scheduler, works."""
     while True:
         ready = start.done.is_set()
@@ -141,11 +141,11 @@ async def _replace_if_lost(
     start: Start,
     requests: OpenRequests,
     settings: ServerSettings,
-    line: Lifeline | None,
+    line: Heartbeat | None,
 ) -> None:
     """End the process once no request can be served with it any more; jobs go on in the next."""
     await start.done.wait()
-    fault = await engine.find_fault(settings.hang_s, settings.stall_s)
+    fault = await engine.wait_for_fault(settings.hang_s, settings.stall_s)
     logger.critical("this process must be replaced: %s", fault)
     faulthandler.dump_traceback(all_threads=True)
     if line is not None:

@@ -13,7 +13,8 @@ from starlette.responses import Response
 from starlette.types import Send
 
 from engine.errors import EngineError
-from engine.requests import Document, Frame, Request
+from engine.events import Document, Frame
+from engine.requests import Request
 from engine.scheduling.waiting import Stage, Waiting, WaitStatus
 from server.errors import Failure
 from server.headers import HEADER_PREFIX, answer_headers
@@ -27,7 +28,7 @@ GRACE_S = 1.0
 """How long a request may wait before its response begins with status 200. What fails earlier still
 has an HTTP status of its own."""
 
-TELL_EVERY_S = 1.0
+PROGRESS_INTERVAL_S = 1.0
 
 Frames: TypeAlias = Callable[["Session"], AsyncGenerator[Frame, None]]
 """The answer as complete events. A frame without text begins the response and sends nothing."""
@@ -147,7 +148,7 @@ async def _tell(
             continue  # granted in time: its first event decides what the response is
         await stream.begin({})
         await stream.send(_wait_comment(status, model))
-        pause_s = TELL_EVERY_S
+        pause_s = PROGRESS_INTERVAL_S
 
 
 def _wait_comment(status: WaitStatus, model: str) -> str:

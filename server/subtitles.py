@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from engine.requests import Segment
+from engine.events import Segment
 
 
 def srt(segments: Sequence[Segment]) -> str:

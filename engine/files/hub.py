@@ -45,7 +45,7 @@ ATTEMPTS = 5
 
 RETRY_S = 1.0
 
-LOCK_LOOK_S = 1.0
+LOCK_POLL_S = 1.0
 """How often to look whether the fetch was cancelled while another program has the file."""
 
 CHUNK_BYTES = 2**20
@@ -439,7 +439,7 @@ class Fetch:
         """Hold the client's own lock of a blob: another process then fetches it only once too."""
         from filelock import FileLock, Timeout
 
-        lock = FileLock(self._locks / f"{etag}.lock", timeout=LOCK_LOOK_S, mode=0o664)
+        lock = FileLock(self._locks / f"{etag}.lock", timeout=LOCK_POLL_S, mode=0o664)
         while True:
             self._check_cancelled()
             try:

@@ -40,19 +40,17 @@ from engine.errors import (
     RuntimeFailed,
     ShuttingDown,
 )
+from engine.events import ImageResult, Progress, VideoResult
 from engine.jobs.store import Job, JobError, JobState, JobStore
 from engine.media.mp4 import write_mp4, write_thumbnail
 from engine.media.outputs import Outputs, sync
 from engine.requests import (
     ImageOperation,
     ImageRequest,
-    ImageResult,
     LoraChoice,
-    Progress,
     Quality,
-    Terms,
+    SchedulingOptions,
     VideoRequest,
-    VideoResult,
 )
 from engine.status import EngineState
 
@@ -83,7 +81,10 @@ RETRIED = (OutOfDeviceMemory, RuntimeFailed, LoadFailed)
 _ID = re.compile(r"video_[0-9a-f]{32}")
 _INPUT_IMAGE = "input.png"
 _SUFFIXES = {"video": ".mp4", "thumbnail": ".webp"}
-_HANDLED_APART = frozenset({"model", "request_id", "operation", "image", "loras", "terms"})
+_HANDLED_APART = frozenset(
+    {"model", "request_id", "operation", "image", "loras", "scheduling", "terms"}
+)
+"""Of a request's fields and of the keys of a record."""
 
 Sleep = Callable[[float], Awaitable[None]]
 T = TypeVar("T")
@@ -239,7 +240,7 @@ class Jobs:
         Raises:
             ModelNotFound: there is no such model.
             InvalidRequest: naming the field at fault.
-            NotLoaded: its terms ask for a loaded model, and it is not.
+            NotLoaded: its scheduling options ask for a loaded model, and it is not.
             Overloaded: too many jobs wait, or the engine starts or shuts down.
 
         """
@@ -254,7 +255,7 @@ class Jobs:
         model = self._engine.config.find(request.model)
         request = replace(request, model=model.id, request_id=job_id)
         prepared = self._engine.prepare(request).request
-        if request.terms.if_loaded_only:
+        if request.scheduling.if_loaded_only:
             await self._engine.check_loaded(model.id)
         if not isinstance(prepared, VideoRequest):
             raise InvalidRequest(f"{model.id!r} makes no videos.", param="model")
@@ -267,7 +268,7 @@ class Jobs:
             id=job_id,
             model=model.id,
             request=_to_json(prepared),
-            priority=prepared.terms.priority,
+            priority=prepared.scheduling.priority,
             state=JobState.QUEUED,
             progress=0.0,
             created_at=int(self._clock()),
@@ -496,7 +497,7 @@ class Jobs:
             height=request.height,
             seed=request.seed,
             # Whether it is loaded, and how long it stays, was said of the video's model.
-            terms=replace(request.terms, if_loaded_only=False, keep_alive_s=None),
+            scheduling=replace(request.scheduling, if_loaded_only=False, keep_alive_s=None),
         )
 
     async def _collect(
@@ -666,9 +667,9 @@ def _to_json(request: VideoRequest) -> dict[str, Any]:
     if values["seconds"] is None and request.num_frames and request.fps:
         values["seconds"] = request.num_frames / request.fps
     loras = [dataclasses.asdict(lora) for lora in request.loras]
-    terms = dataclasses.asdict(request.terms)
-    del terms["priority"]  # has a column of its own
-    return {**values, "loras": loras, "terms": terms, "image": request.image is not None}
+    scheduling = dataclasses.asdict(request.scheduling)
+    del scheduling["priority"]  # has a column of its own
+    return {**values, "loras": loras, "terms": scheduling, "image": request.image is not None}
 
 
 def _from_json(job: Job, image: Image.Image | None, now: float) -> VideoRequest:
@@ -682,18 +683,20 @@ def _from_json(job: Job, image: Image.Image | None, now: float) -> VideoRequest:
         request_id=job.id,
         image=image,
         loras=tuple(LoraChoice(**lora) for lora in job.request["loras"]),
-        terms=Terms(**{**_terms(job), "priority": job.priority, "timeout_s": _left_s(job, now)}),
+        scheduling=SchedulingOptions(
+            **{**_scheduling(job), "priority": job.priority, "timeout_s": _left_s(job, now)}
+        ),
     )
 
 
-def _terms(job: Job) -> dict[str, Any]:
-    terms: dict[str, Any] = job.request.get("terms", {})  # early records have none
-    return terms
+def _scheduling(job: Job) -> dict[str, Any]:
+    scheduling: dict[str, Any] = job.request.get("terms", {})  # early records have none
+    return scheduling
 
 
 def _left_s(job: Job, now: float) -> float:
     """Seconds until the job has waited too long, 0 at least; `now` in Unix seconds."""
-    timeout_s = _terms(job).get("timeout_s")
+    timeout_s = _scheduling(job).get("timeout_s")
     return math.inf if timeout_s is None else max(0.0, job.created_at + timeout_s - now)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import InvalidRequest
-from engine.requests import Samples
+from engine.events import Samples
 
 NO_PROTOCOL = {"protocol_whitelist": "none"}
 """A playlist or session description must not make FFmpeg open files and addresses it names."""

@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream
 
-    from engine.requests import Samples
+    from engine.events import Samples
 
 AudioFormat: TypeAlias = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
 """OpenAI's names."""

@@ -11,7 +11,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.requests import Frames
+from engine.events import Frames
 
 CRF = 18
 """x264's constant rate factor; 17–18 is "visually lossless" (FFmpeg's H.264 encoding guide)."""

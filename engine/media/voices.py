@@ -27,7 +27,7 @@ from engine.errors import Conflict, InvalidRequest, NotFound
 from engine.media.outputs import sync
 
 if TYPE_CHECKING:
-    from engine.requests import Samples
+    from engine.events import Samples
 
 log = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ class Device(ABC):
     total_bytes: int
 
     @abstractmethod
-    def foreign_bytes(self) -> int:
+    def external_bytes(self) -> int:
         """Bytes in use now that no model of ours accounts for. Cheap; measured at every call."""
 
     @abstractmethod
@@ -50,7 +50,7 @@ class Device(ABC):
 
         """
 
-    def settle(self) -> None:  # noqa: B027 - only host memory mixes libraries with models
+    def set_baseline(self) -> None:  # noqa: B027 - only host memory mixes libraries with models
         """Take what the process uses now, after the imports and before any model, for its own."""
 
     def release_weights(self) -> None:  # noqa: B027 - the C library gives large blocks back at once
@@ -71,17 +71,17 @@ class CpuDevice(Device):
         self._process = psutil.Process()
         self._limit_bytes = _cgroup_number("memory.max")
         self.total_bytes = host_memory_bytes()
-        self.settle()
+        self.set_baseline()
         libc = ctypes.util.find_library("c") if platform.libc_ver()[0] == "glibc" else None
         self._libc = ctypes.CDLL(libc) if libc else None
         if self._libc is not None:
             self._libc.mallopt(M_ARENA_MAX, ARENAS)
 
-    def settle(self) -> None:
+    def set_baseline(self) -> None:
         """Take the process as it is now for the part that is no model."""
         self._baseline_bytes = self._process.memory_info().rss
 
-    def foreign_bytes(self) -> int:
+    def external_bytes(self) -> int:
         """What other processes use, and this process before its first model."""
         memory = psutil.virtual_memory()
         used_bytes = memory.total - memory.available
@@ -93,7 +93,7 @@ class CpuDevice(Device):
         return others_bytes + self._baseline_bytes
 
     def own_bytes(self) -> int:
-        """The process's memory less what it was at `settle`."""
+        """The process's memory less what it was at `set_baseline`."""
         return int(self._process.memory_info().rss - self._baseline_bytes)
 
     def release_cached(self) -> None:
@@ -129,7 +129,7 @@ class CudaDevice(Device):
             self._checked.add_(1)
         self._checks.synchronize()
 
-    def foreign_bytes(self) -> int:
+    def external_bytes(self) -> int:
         """What the card reports as used beyond what our allocator reserved.
 
         The CUDA context, loaded kernels and graphs are in here with other programs.

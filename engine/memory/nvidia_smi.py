@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-PATIENCE_S = 20.0
+TIMEOUT_S = 20.0
 """A driver that was not used for a while takes seconds to wake up; a broken one never does."""
 
 MIB = 2**20
@@ -71,11 +71,11 @@ def _query(question: str) -> list[list[str]]:
             [program, question, "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
-            timeout=PATIENCE_S,
+            timeout=TIMEOUT_S,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise OSError(f"nvidia-smi does not answer in {PATIENCE_S:.0f} s") from error
+        raise OSError(f"nvidia-smi does not answer in {TIMEOUT_S:.0f} s") from error
     if answer.returncode != 0:
         said = (answer.stdout + answer.stderr).strip().splitlines()
         raise OSError(said[0] if said else f"nvidia-smi ended with status {answer.returncode}")

@@ -12,23 +12,25 @@ from engine.process.watchdog import WATCHDOG
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 1.0
+POLL_INTERVAL_S = 1.0
 """Seconds between two looks at the calls under way."""
 CHECK_S = 5.0
 """Seconds between two checks of the device while nothing fails."""
 
 
-async def find_fault(device: Device, doubt: asyncio.Event, hang_s: float, stall_s: float) -> str:
+async def wait_for_fault(
+    device: Device, recheck: asyncio.Event, hang_s: float, stall_s: float
+) -> str:
     """Return, in words, what no request can be served with any more; as long as all is well, wait.
 
     The calls under way are looked at as `Watchdog.look` says. The device is asked for something
-    trivial again and again, and at once when `doubt` is set: after an illegal access or a failed
+    trivial again and again, and at once when `recheck` is set: after an illegal access or a failed
     assertion on a GPU each later call fails, whatever the first error's text was.
     """
-    checks = asyncio.create_task(_check(device, doubt))
+    checks = asyncio.create_task(_check(device, recheck))
     try:
         while True:
-            await asyncio.wait([checks], timeout=LOOK_S)
+            await asyncio.wait([checks], timeout=POLL_INTERVAL_S)
             if checks.done():
                 return checks.result()
             if (fault := WATCHDOG.look(hang_s, stall_s)) is not None:
@@ -37,9 +39,9 @@ async def find_fault(device: Device, doubt: asyncio.Event, hang_s: float, stall_
         checks.cancel()
 
 
-async def _check(device: Device, doubt: asyncio.Event) -> str:
+async def _check(device: Device, recheck: asyncio.Event) -> str:
     while True:
-        doubt.clear()
+        recheck.clear()
         try:
             await asyncio.to_thread(_touch, device)
         except Exception as error:
@@ -48,7 +50,7 @@ async def _check(device: Device, doubt: asyncio.Event) -> str:
             return f"the device does not work any more: {first_line}"
         with suppress(TimeoutError):
             async with asyncio.timeout(CHECK_S):
-                await doubt.wait()
+                await recheck.wait()
 
 
 def _touch(device: Device) -> None:

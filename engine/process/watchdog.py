@@ -28,7 +28,7 @@ from engine.process.gate import GATE, Gate
 COMPUTES_SHARE = 0.05
 """Of one core: a call whose thread uses less of the time between two looks is idle."""
 
-LONGEST_LOOK_S = 3.0
+MAX_INTERVAL_S = 3.0
 """What counts at most of the time between two looks. More has passed if the whole process stood
 still (a suspended machine, a frozen container), and its calls with it."""
 
@@ -158,7 +158,7 @@ class Watchdog:
         further at all; so does exclusive work that held the gate for `stall_s`.
         """
         now = self._clock()
-        elapsed_s = 0.0 if self._looked_at is None else min(now - self._looked_at, LONGEST_LOOK_S)
+        elapsed_s = 0.0 if self._looked_at is None else min(now - self._looked_at, MAX_INTERVAL_S)
         self._looked_at = now
         for call in tuple(self._calls):
             progress = 0 if call.work is None else call.work.progress

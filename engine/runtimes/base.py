@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 from prometheus_client.registry import CollectorRegistry
 
 from engine.config import ModelConfig, Section
+from engine.events import Event
 from engine.memory.device import Device
 from engine.memory.host_memory import HostMemory
-from engine.requests import Event, Request
+from engine.requests import Request
 
 
 @dataclass(frozen=True, slots=True)

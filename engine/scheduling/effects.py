@@ -26,7 +26,7 @@ class Effects(Protocol):
     def wake(self, model_id: str, blocks: frozenset[str]) -> None:
         """Bring parked blocks back; comes back as `on_woken` or `on_wake_failed`."""
 
-    def measure_foreign(self) -> int:
+    def measure_external(self) -> int:
         """Device bytes in use, measured now, that no ledger entry accounts for.
 
         Asked only while no model is being moved.

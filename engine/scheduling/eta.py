@@ -10,7 +10,7 @@ from engine.scheduling.snapshot import TicketView
 from engine.status import ModelState
 
 
-class QueueLine:
+class EtaEstimator:
     """Tells the waiting requests, one after the other, when they will be served.
 
     An estimate: turns of the model's measured service time, after what must be moved first. That

@@ -66,7 +66,7 @@ class Ledger:
             raise ValueError("a ledger cannot count from a negative size")
         self._budget_bytes = budget_bytes
         self._total_bytes = total_bytes
-        self._foreign_bytes = 0
+        self._external_bytes = 0
         self._granted_bytes = 0
         self._peak_granted_bytes = 0
         self._entries: dict[str, dict[str, LedgerEntry]] = {}
@@ -80,7 +80,7 @@ class Ledger:
     @property
     def capacity_bytes(self) -> int:
         """What may be granted now, by the last measurement of what others use."""
-        return max(0, min(self._budget_bytes, self._total_bytes - self._foreign_bytes))
+        return max(0, min(self._budget_bytes, self._total_bytes - self._external_bytes))
 
     @property
     def granted_bytes(self) -> int:
@@ -114,16 +114,16 @@ class Ledger:
         self._budget_bytes = budget_bytes
         self._total_bytes = total_bytes
 
-    def observe(self, foreign_bytes: int) -> None:
+    def observe(self, external_bytes: int) -> None:
         """Take a measurement of the bytes in use that no entry accounts for.
 
         Raises:
             ValueError: a negative size.
 
         """
-        if foreign_bytes < 0:
-            raise ValueError("foreign bytes cannot be negative")
-        self._foreign_bytes = foreign_bytes
+        if external_bytes < 0:
+            raise ValueError("external bytes cannot be negative")
+        self._external_bytes = external_bytes
         self._record(Change.OBSERVE)
 
     def grant(self, owner: str, kind: EntryKind, name: str, nbytes: int) -> None:
@@ -191,7 +191,7 @@ class Ledger:
         return LedgerStatus(
             total_bytes=self._total_bytes,
             budget_bytes=self._budget_bytes,
-            foreign_bytes=self._foreign_bytes,
+            external_bytes=self._external_bytes,
             capacity_bytes=self.capacity_bytes,
             granted_bytes=self._granted_bytes,
             free_bytes=self.free_bytes,

@@ -25,7 +25,7 @@ from engine.errors import (
 from engine.requests import Priority
 from engine.runtimes.base import Block, Estimate
 from engine.scheduling.effects import Effects
-from engine.scheduling.eta import QueueLine
+from engine.scheduling.eta import EtaEstimator
 from engine.scheduling.lease import Lease, LeaseTimings
 from engine.scheduling.ledger import EntryKind, Ledger, LedgerOverflow
 from engine.scheduling.plan import Park, Plan, Refusal, RefusalCode, Transition, Unload
@@ -471,11 +471,11 @@ class Scheduler:
             deadline=math.inf,
         )
         outlook = forecast(self._snapshot(), ticket)
-        line = QueueLine(self._models, now)
+        eta = EtaEstimator(self._models, now)
         for view in service_order(
             (*self._views.values(), ticket), now, self._config.max_overtake_s
         ):
-            eta_s = line.next(view)
+            eta_s = eta.next(view)
             if view is ticket:
                 break
         return Forecast(
@@ -493,7 +493,7 @@ class Scheduler:
     def _line(self) -> dict[int, TicketStatus]:
         """Every waiting request by its serial number, in order."""
         now = self._clock()
-        line = QueueLine(self._models, now)
+        eta = EtaEstimator(self._models, now)
         order = service_order(tuple(self._views.values()), now, self._config.max_overtake_s)
         return {
             view.id: TicketStatus(
@@ -503,7 +503,7 @@ class Scheduler:
                 priority=self._tickets[view.id].priority.name.lower(),
                 position=position,
                 waited_s=now - view.enqueued_at,
-                eta_s=line.next(view),
+                eta_s=eta.next(view),
             )
             for position, view in enumerate(order, start=1)
         }
@@ -702,7 +702,7 @@ class Scheduler:
         return min(LONGEST_RETRY_S, max(SHORTEST_RETRY_S, wait_s))
 
     def _measure(self) -> None:
-        self._ledger.observe(self._effects.measure_foreign())
+        self._ledger.observe(self._effects.measure_external())
 
     def _snapshot(self) -> Snapshot:
         now = self._clock()

@@ -523,7 +523,7 @@ class _Turntable:
     def wake(self, model_id: str, blocks: frozenset[str]) -> None:  # noqa: ARG002 - all of them
         self._machine.wake(model_id, lambda s: self._scheduler.on_woken(model_id, s))
 
-    def measure_foreign(self) -> int:
+    def measure_external(self) -> int:
         return 0
 
     def host_free_bytes(self) -> int:

@@ -27,9 +27,9 @@ from server.commands import doctor, models
 from server.commands.default_config import choose, look
 from server.commands.terminal import err, leave, out
 from server.settings import ServerSettings, load_settings
-from server.supervision.heartbeat import Lifeline
+from server.supervision.heartbeat import Heartbeat
 from server.supervision.listener import listen
-from server.supervision.supervisor import BAD_CONFIG, Orders, become
+from server.supervision.supervisor import BAD_CONFIG, SupervisorConfig, become
 
 STARTER = "starter:"
 
@@ -78,7 +78,7 @@ def serve(
     line = None
     if supervised is not None:
         listener_descriptor, line_descriptor = map(int, supervised.split(","))
-        line = Lifeline.adopt(line_descriptor)
+        line = Heartbeat.adopt(line_descriptor)
         listener = socket.socket(fileno=listener_descriptor)
         listener.set_inheritable(False)
     else:
@@ -92,7 +92,7 @@ def serve(
             command = (sys.executable, *sys.orig_argv[1:])
             limits = (settings.hang_s, settings.stall_s, settings.drain_s)
             level = settings.log_level.upper()
-            become(Orders(command, listener.fileno(), *limits, log_level=level), listener)
+            become(SupervisorConfig(command, listener.fileno(), *limits, log_level=level), listener)
     # Here, not above: half of the seconds that every command would take to begin, and who becomes
     # the supervisor needs none of it.
     from engine.engine import Engine

@@ -18,7 +18,7 @@ from server.settings import STARTER_CONFIG, ServerSettings
 
 GIB = 2**30
 
-HUB_PATIENCE_S = 2.0
+HUB_TIMEOUT_S = 2.0
 """How long the hub may take to answer: a start must not wait for a network that is not there."""
 
 DEFAULT_HUB = "https://huggingface.co"
@@ -153,12 +153,12 @@ class _Probe:
 
     def wait(self) -> bool:
         if self._thread is not None:
-            self._thread.join(HUB_PATIENCE_S)
+            self._thread.join(HUB_TIMEOUT_S)
         return self._answered
 
     def _ask(self) -> None:
         try:
-            answer = httpx.head(self._url, timeout=HUB_PATIENCE_S)
+            answer = httpx.head(self._url, timeout=HUB_TIMEOUT_S)
         except (httpx.HTTPError, httpx.InvalidURL):
             return
         self._answered = answer.status_code < 500

@@ -59,7 +59,7 @@ import json, torch
 free, total = torch.cuda.mem_get_info()
 print(json.dumps([torch.__version__, torch.cuda.get_device_name(), free, total]))
 """
-TORCH_PATIENCE_S = 120
+TORCH_TIMEOUT_S = 120
 
 
 class State(StrEnum):
@@ -268,12 +268,12 @@ def _ask_torch() -> Finding:
             [sys.executable, "-c", ASK_TORCH],
             capture_output=True,
             text=True,
-            timeout=TORCH_PATIENCE_S,
+            timeout=TORCH_TIMEOUT_S,
             check=False,
         )
         version, name, free_bytes, total_bytes = json.loads(answer.stdout)
     except subprocess.TimeoutExpired:
-        found = f"does not reach the card in {TORCH_PATIENCE_S} s"
+        found = f"does not reach the card in {TORCH_TIMEOUT_S} s"
     except ValueError:
         said = answer.stderr.strip().splitlines()
         found = said[-1] if said else f"ended with status {answer.returncode}"

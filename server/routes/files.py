@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TELL_EVERY_S = 0.5
+PROGRESS_INTERVAL_S = 0.5
 
 MAX_IGNORED_BYTES = 2**16
 
@@ -99,7 +99,7 @@ class PullResponse(Response):
         await stream.begin({})
         last = NO_PROGRESS
         try:
-            async with aclosing(self._pulls.follow(self._model, TELL_EVERY_S)) as progress:
+            async with aclosing(self._pulls.follow(self._model, PROGRESS_INTERVAL_S)) as progress:
                 async for last in progress:
                     await stream.send(self._frame("pull.progress", last))
             await stream.send(self._frame("pull.completed", last))

@@ -16,14 +16,15 @@ from PIL.Image import Image
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import RuntimeFailed
-from engine.requests import Frame, ImageRequest, ImageResult, PartialImage
+from engine.events import Frame, ImageResult, PartialImage
+from engine.requests import ImageRequest
 from server.auth import IMAGE_FILES_PREFIX
 from server.connection import run_while_connected
 from server.forms import read_fields
 from server.headers import answer_headers
 from server.image_io import Picture, decode_pictures, encode_picture
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
-from server.schemas.scheduling_options import take_terms
+from server.schemas.scheduling_options import take_scheduling_options
 from server.settings import ServerSettings
 from server.sse import event_frame, stream_answer
 
@@ -45,7 +46,7 @@ def images_router(engine: Engine, outputs: Outputs, settings: ServerSettings) ->
     def add(path: str, kind: type[ImageBody]) -> None:
         async def endpoint(request: Request) -> Response:
             fields = await read_fields(request, settings.max_body_bytes)
-            terms = take_terms(request.headers, fields)
+            scheduling = take_scheduling_options(request.headers, fields)
             body = kind.of(fields)
             pictures: list[Picture] = []
             if uploads := body.uploads():
@@ -53,7 +54,7 @@ def images_router(engine: Engine, outputs: Outputs, settings: ServerSettings) ->
                     decode_pictures, uploads, settings.max_image_pixels
                 )
             image_request = body.to_request(
-                pictures, request_id=request.state.request_id, terms=terms
+                pictures, request_id=request.state.request_id, scheduling=scheduling
             )
             files_url = f"{str(request.base_url).rstrip('/')}{IMAGE_FILES_PREFIX}"
             return ImageResponse(engine, outputs, image_request, body, files_url)

@@ -14,14 +14,15 @@ from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import EngineError, NotFound, RuntimeFailed
+from engine.events import Frame, Speech, Word
 from engine.media.audio_output import ENCODINGS, AudioEncoder
-from engine.requests import Frame, Priority, Speech, SpeechRequest, Word
+from engine.requests import Priority, SpeechRequest
 from server.body import read_object
 from server.connection import run_while_connected
 from server.forms import Fields
 from server.headers import answer_headers
 from server.schemas.audio import NO_USAGE, SpeechBody, words_document
-from server.schemas.scheduling_options import take_terms
+from server.schemas.scheduling_options import take_scheduling_options
 from server.settings import ServerSettings
 from server.sse import event_frame, stream_answer
 
@@ -45,10 +46,12 @@ def speech_router(engine: Engine, voices: VoiceStore, settings: ServerSettings) 
     @router.post("/v1/audio/speech", response_model=None)
     async def speech(request: Request) -> Response:
         fields = Fields(await read_object(request, settings.max_body_bytes), typed=True)
-        terms = take_terms(request.headers, fields, default=Priority.INTERACTIVE)
+        scheduling = take_scheduling_options(request.headers, fields, default=Priority.INTERACTIVE)
         body = SpeechBody.of(fields)
         sample = None if body.voice is None else await asyncio.to_thread(cloned, body.voice)
-        speech_request = body.to_request(sample, request_id=request.state.request_id, terms=terms)
+        speech_request = body.to_request(
+            sample, request_id=request.state.request_id, scheduling=scheduling
+        )
         return SpeechResponse(engine, speech_request, body)
 
     return router

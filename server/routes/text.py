@@ -9,12 +9,13 @@ from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import InvalidRequest
-from engine.requests import Frame, TextOperation, TextRequest
+from engine.events import Frame
+from engine.requests import TextOperation, TextRequest
 from server.body import read_object
 from server.connection import run_while_connected
 from server.forms import Fields
 from server.media import refuse_foreign_media
-from server.schemas.scheduling_options import take_terms
+from server.schemas.scheduling_options import take_scheduling_options
 from server.settings import ServerSettings
 from server.sse import stream_answer
 
@@ -75,13 +76,13 @@ async def read_text_request(
     if not isinstance(model, str) or not model:
         raise InvalidRequest("You must name a model, as a string.", param="model")
     refuse_foreign_media(body, settings.allowed_media_hosts)
-    terms = take_terms(request.headers, Fields(body, typed=True))
+    scheduling = take_scheduling_options(request.headers, Fields(body, typed=True))
     return TextRequest(
         model=model,
         operation=operation,
         body=body,
         request_id=request.state.request_id,
-        terms=terms,
+        scheduling=scheduling,
     )
 
 

@@ -12,7 +12,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import RuntimeFailed
-from engine.requests import Frame, Heard, Priority, Segment, TranscriptionRequest
+from engine.events import Frame, Heard, Segment
+from engine.requests import Priority, TranscriptionRequest
 from server.connection import run_while_connected
 from server.forms import read_fields
 from server.headers import answer_headers
@@ -22,7 +23,7 @@ from server.schemas.audio import (
     TranslationBody,
     transcript_text,
 )
-from server.schemas.scheduling_options import take_terms
+from server.schemas.scheduling_options import take_scheduling_options
 from server.settings import ServerSettings
 from server.sse import event_frame, stream_answer
 from server.subtitles import srt, vtt
@@ -43,10 +44,12 @@ def transcriptions_router(engine: Engine, settings: ServerSettings) -> APIRouter
     def add(path: str, kind: type[RecordingBody]) -> None:
         async def endpoint(request: Request) -> Response:
             fields = await read_fields(request, settings.max_body_bytes)
-            terms = take_terms(request.headers, fields, default=Priority.INTERACTIVE)
+            scheduling = take_scheduling_options(
+                request.headers, fields, default=Priority.INTERACTIVE
+            )
             body = kind.of(fields)
             transcription_request = body.to_request(
-                request_id=request.state.request_id, terms=terms
+                request_id=request.state.request_id, scheduling=scheduling
             )
             return TranscriptionResponse(engine, transcription_request, body)
 

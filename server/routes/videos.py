@@ -11,7 +11,7 @@ from fastapi.responses import FileResponse
 from engine.requests import Priority
 from server.forms import Fields, read_fields
 from server.image_io import decode_pictures
-from server.schemas.scheduling_options import take_terms
+from server.schemas.scheduling_options import take_scheduling_options
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery, video_document
 from server.settings import ServerSettings
 
@@ -30,12 +30,14 @@ def videos_router(jobs: Jobs, settings: ServerSettings) -> APIRouter:
     @router.post("/v1/videos")
     async def create(request: Request) -> dict[str, Any]:
         fields = await read_fields(request, settings.max_body_bytes)
-        terms = take_terms(request.headers, fields, default=Priority.BATCH)
+        scheduling = take_scheduling_options(request.headers, fields, default=Priority.BATCH)
         body = VideoBody.of(fields)
         pictures = await asyncio.to_thread(
             decode_pictures, body.uploads(), settings.max_image_pixels
         )
-        video_request = body.to_request(pictures, request_id=request.state.request_id, terms=terms)
+        video_request = body.to_request(
+            pictures, request_id=request.state.request_id, scheduling=scheduling
+        )
         return document(await jobs.submit(video_request))
 
     @router.get("/v1/videos")

@@ -8,16 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, field_validator
 
+from engine.events import Heard, Segment, Word
 from engine.media.audio_output import AudioFormat
 from engine.media.voices import ClonedVoice
 from engine.requests import (
-    Heard,
-    Segment,
+    SchedulingOptions,
     SpeechRequest,
-    Terms,
     TranscriptionOperation,
     TranscriptionRequest,
-    Word,
 )
 from engine.runtimes.base import Voice
 from server.languages import LANGUAGES
@@ -99,7 +97,7 @@ class SpeechBody(Body):
         return value
 
     def to_request(
-        self, voice_sample: Path | None, *, request_id: str, terms: Terms
+        self, voice_sample: Path | None, *, request_id: str, scheduling: SchedulingOptions
     ) -> SpeechRequest:
         """As the engine takes it; with `voice_sample`, `voice` named a cloned voice."""
         return SpeechRequest(
@@ -112,7 +110,7 @@ class SpeechBody(Body):
             speed=self.speed,
             word_times=self.word_times,
             seed=self.seed,
-            terms=terms,
+            scheduling=scheduling,
         )
 
 
@@ -176,7 +174,7 @@ class RecordingBody(Body):
         """Whether the answer is a stream of events."""
         return False
 
-    def to_request(self, *, request_id: str, terms: Terms) -> TranscriptionRequest:
+    def to_request(self, *, request_id: str, scheduling: SchedulingOptions) -> TranscriptionRequest:
         """As the engine takes it."""
         return TranscriptionRequest(
             model=self.model,
@@ -187,7 +185,7 @@ class RecordingBody(Body):
             temperature=self.temperature,
             vad=self.vad,
             hotwords=self.hotwords,
-            terms=terms,
+            scheduling=scheduling,
         )
 
     def document(self, heard: Heard, segments: Sequence[Segment]) -> dict[str, Any]:  # noqa: ARG002
@@ -264,7 +262,7 @@ class TranscriptionBody(RecordingBody):
         """Whether the answer is a stream of events."""
         return self.stream
 
-    def to_request(self, *, request_id: str, terms: Terms) -> TranscriptionRequest:
+    def to_request(self, *, request_id: str, scheduling: SchedulingOptions) -> TranscriptionRequest:
         """As the engine takes it."""
         return TranscriptionRequest(
             model=self.model,
@@ -277,7 +275,7 @@ class TranscriptionBody(RecordingBody):
             word_times="word" in self.timestamp_granularities,
             vad=self.vad or self.chunking_strategy,
             hotwords=", ".join(self.keywords) or self.hotwords,
-            terms=terms,
+            scheduling=scheduling,
         )
 
     def document(self, heard: Heard, segments: Sequence[Segment]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from PIL.Image import Image
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from engine.errors import InvalidRequest
-from engine.requests import ImageOperation, ImageRequest, Quality, Terms
+from engine.requests import ImageOperation, ImageRequest, Quality, SchedulingOptions
 from server.image_io import Picture, PictureFormat, Upload
 from server.schemas.fields import (
     Body,
@@ -125,7 +125,7 @@ class ImageBody(Body):
         return None
 
     def to_request(
-        self, pictures: Sequence[Picture], *, request_id: str, terms: Terms
+        self, pictures: Sequence[Picture], *, request_id: str, scheduling: SchedulingOptions
     ) -> ImageRequest:
         """As the engine takes it; `pictures` are the `uploads()`, decoded.
 
@@ -162,7 +162,7 @@ class ImageBody(Body):
             reference_image=None if reference is None else reference.rgb,
             loras=tuple(lora.choice() for lora in self.loras),
             partial_images=self.partial_images if self.stream else 0,
-            terms=terms,
+            scheduling=scheduling,
         )
 
     def document(

@@ -1,4 +1,4 @@
-"""On what terms a request is served: fields of this server's own, in any body or as headers."""
+"""How a request is scheduled: fields of this server's own, in any body or as headers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import ConfigDict, PlainValidator
 
-from engine.requests import Priority, Terms
+from engine.requests import Priority, SchedulingOptions
 from engine.units import parse_duration
 from server.forms import Fields
 from server.headers import HEADER_PREFIX
@@ -49,7 +49,7 @@ def _header(name: str) -> str:
 
 
 class TermsBody(Body):
-    """The fields of `Terms` as a body has them; null stands for the default."""
+    """The fields of `SchedulingOptions` as a body has them; null stands for the default."""
 
     priority: PriorityField = None
     timeout: Annotated[float | None, PlainValidator(_read_timeout_s)] = None
@@ -70,10 +70,10 @@ _FIELDS = tuple(TermsBody.model_fields)
 _HEADERS = tuple(_header(name) for name in _FIELDS)
 
 
-def take_terms(
+def take_scheduling_options(
     headers: Mapping[str, str], fields: Fields, default: Priority = Priority.NORMAL
-) -> Terms:
-    """The terms that a request names; what its body says goes before its headers.
+) -> SchedulingOptions:
+    """The scheduling options that a request names; what its body says goes before its headers.
 
     Takes them out of `fields`, which go on to schemas that do not know them.
 
@@ -88,7 +88,7 @@ def take_terms(
     in_body = {name: fields.values.pop(name) for name in _FIELDS if name in fields.values}
     if in_body:
         named |= _named(TermsBody.of(Fields(in_body, typed=fields.typed)))
-    return Terms(
+    return SchedulingOptions(
         priority=named.get("priority", default),
         timeout_s=named.get("timeout"),
         keep_alive_s=named.get("keep_alive"),
@@ -97,5 +97,5 @@ def take_terms(
     )
 
 
-def _named(terms: TermsBody) -> dict[str, Any]:
-    return {name: getattr(terms, name) for name in terms.model_fields_set}
+def _named(scheduling: TermsBody) -> dict[str, Any]:
+    return {name: getattr(scheduling, name) for name in scheduling.model_fields_set}

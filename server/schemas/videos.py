@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from engine.errors import InvalidRequest
 from engine.jobs.store import Job, JobState
-from engine.requests import Quality, Terms, VideoRequest
+from engine.requests import Quality, SchedulingOptions, VideoRequest
 from server.image_io import Picture, Upload
 from server.schemas.fields import (
     Body,
@@ -90,7 +90,9 @@ class VideoBody(Body):
             return []
         return [Upload("input_reference", self.input_reference)]
 
-    def to_request(self, pictures: list[Picture], *, request_id: str, terms: Terms) -> VideoRequest:
+    def to_request(
+        self, pictures: list[Picture], *, request_id: str, scheduling: SchedulingOptions
+    ) -> VideoRequest:
         """As the engine takes it; `pictures` are the `uploads()`, decoded.
 
         Raises:
@@ -117,7 +119,7 @@ class VideoBody(Body):
             seed=self.seed,
             motion=self.motion,
             loras=tuple(lora.choice() for lora in self.loras),
-            terms=terms,
+            scheduling=scheduling,
         )
 
 

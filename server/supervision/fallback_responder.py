@@ -13,7 +13,7 @@ from dataclasses import dataclass
 MAX_HEAD_BYTES = 2**16
 MAX_CONNECTIONS = 256
 """Beyond, the oldest connection is closed."""
-PATIENCE_S = 10.0
+TIMEOUT_S = 10.0
 """How long a connection may take to send its head, and then to take its answer."""
 
 _READ_BYTES = 2**16
@@ -27,7 +27,7 @@ class _Connection:
     open_s: float = 0.0
 
 
-class Refuser:
+class FallbackResponder:
     """Takes connections off a listener, while it is on, and answers each once.
 
     It shares the listener with the process that serves: turn it off once that takes connections.
@@ -59,7 +59,7 @@ class Refuser:
         """Close the connections whose patience is at its end."""
         for connection in tuple(self._connections):
             connection.open_s += elapsed_s
-            if connection.open_s > PATIENCE_S:
+            if connection.open_s > TIMEOUT_S:
                 self._close(connection)
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ PR_SET_PDEATHSIG = 1
 """prctl(2): which signal this process gets when its parent ends."""
 
 
-class Lifeline:
+class Heartbeat:
     """A socket on which the supervisor hears that this process is well, or why it is not.
 
     Each message is one JSON object in one datagram. The supervisor's first and only one tells
@@ -33,7 +33,7 @@ class Lifeline:
         self.restarts = restarts
 
     @classmethod
-    def adopt(cls, descriptor: int) -> Lifeline:
+    def adopt(cls, descriptor: int) -> Heartbeat:
         """Take the line over from the supervisor; from now on this process ends with it.
 
         Its signal USR1 makes this process write the stacks of all threads to standard error, even

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
-from server.supervision.fallback_responder import Refuser
+from server.supervision.fallback_responder import FallbackResponder
 
 logger = logging.getLogger("server.supervision.supervisor")  # also as a program
 
@@ -47,7 +47,7 @@ MAX_MESSAGE_BYTES = 2**17
 
 
 @dataclass(frozen=True, slots=True)
-class Orders:
+class SupervisorConfig:
     """What the supervisor is told, as one JSON argument."""
 
     command: tuple[str, ...]
@@ -62,7 +62,7 @@ class Orders:
     log_level: str = "INFO"
 
 
-def become(orders: Orders, listener: socket.socket) -> NoReturn:
+def become(config: SupervisorConfig, listener: socket.socket) -> NoReturn:
     """Turn this process into the supervisor. Returns only by an exception.
 
     Raises:
@@ -72,14 +72,14 @@ def become(orders: Orders, listener: socket.socket) -> NoReturn:
     listener.set_inheritable(True)
     sys.stdout.flush()
     sys.stderr.flush()
-    arguments = [sys.executable, "-m", "server.supervision.supervisor", json.dumps(asdict(orders))]
+    arguments = [sys.executable, "-m", "server.supervision.supervisor", json.dumps(asdict(config))]
     os.execv(sys.executable, arguments)
 
 
 class Child:
     """One process that serves, and what it told."""
 
-    def __init__(self, orders: Orders, hello: dict[str, Any]) -> None:
+    def __init__(self, config: SupervisorConfig, hello: dict[str, Any]) -> None:
         """Start it.
 
         Raises:
@@ -92,9 +92,9 @@ class Child:
         self.line.send(json.dumps(hello).encode())
         try:
             self.process = subprocess.Popen(
-                [*orders.command, "--supervised", f"{orders.listener},{theirs.fileno()}"],
+                [*config.command, "--supervised", f"{config.listener},{theirs.fileno()}"],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(orders.listener, theirs.fileno()),
+                pass_fds=(config.listener, theirs.fileno()),
                 # Or a Ctrl-C would reach it twice, and the second one ends it at once.
                 process_group=0,
             )
@@ -161,15 +161,15 @@ class Supervisor:
 
     def __init__(
         self,
-        orders: Orders,
+        config: SupervisorConfig,
         listener: socket.socket,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`listener` is what `orders` names."""
-        self._orders = orders
+        """`listener` is what `config` names."""
+        self._config = config
         self._clock = clock
         self._selector = selectors.DefaultSelector()
-        self._refuser = Refuser(self._selector, listener)
+        self._fallback = FallbackResponder(self._selector, listener)
         self._child: Child | None = None
         self._ever_ready = False
         self._failures = 0
@@ -198,12 +198,12 @@ class Supervisor:
                     if status is not None:
                         return status
             finally:
-                self._refuser.close()
+                self._fallback.close()
                 if self._child is not None:
                     self._child.kill()
 
     def _turn(self, elapsed_s: float) -> int | None:
-        self._refuser.on_time(elapsed_s)
+        self._fallback.on_time(elapsed_s)
         while self._signals:
             self._on_signal(self._signals.pop(0))
         child = self._child
@@ -218,19 +218,19 @@ class Supervisor:
         if code is not None:
             return self._on_exit(child, code)
         child.on_time(elapsed_s)
-        limit_s = self._orders.hang_s if child.ready else self._orders.stall_s
+        limit_s = self._config.hang_s if child.ready else self._config.stall_s
         if self._stopping_s is not None:
             # The interpreter's own end is silent, and giving much memory back takes long.
             self._stopping_s += elapsed_s
-            if self._stopping_s > self._orders.drain_s + STOP_S:
+            if self._stopping_s > self._config.drain_s + STOP_S:
                 self._replace(child, "it does not end")
         elif child.silent_s > limit_s:
             self._replace(child, f"it has given no sign of life for {child.silent_s:.0f} s")
         # Nobody waits longer in the queue than it takes to find a hang.
-        if child.silent_s > self._orders.hang_s:
-            self._refuse(self._orders.hang_s)
+        if child.silent_s > self._config.hang_s:
+            self._refuse(self._config.hang_s)
         else:
-            self._refuser.turn_off()
+            self._fallback.turn_off()
         return None
 
     def _replace(self, child: Child, why: str) -> None:
@@ -239,15 +239,15 @@ class Supervisor:
             child.replace(why)
 
     def _refuse(self, retry_after_s: float) -> None:
-        self._refuser.retry_after_s = max(1, round(retry_after_s))
-        self._refuser.turn_on()
+        self._fallback.retry_after_s = max(1, round(retry_after_s))
+        self._fallback.turn_on()
 
     def _start(self) -> None:
         hello = {"pid": os.getpid(), "restarts": self._restarts, "residents": self._residents}
-        child = Child(self._orders, hello)
+        child = Child(self._config, hello)
         self._selector.register(child.line, selectors.EVENT_READ, lambda: self._hear(child))
         self._child = child
-        self._refuser.turn_off()
+        self._fallback.turn_off()
 
     def _hear(self, child: Child) -> None:
         # Once it has ended the line stays readable, and would wake the selector for ever.
@@ -353,15 +353,15 @@ def _words(code: int) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Supervise as the orders say that are the only argument."""
+    """Supervise as the config say that are the only argument."""
     raw = json.loads(arguments[0])
-    orders = Orders(**{**raw, "command": tuple(raw["command"])})
+    config = SupervisorConfig(**{**raw, "command": tuple(raw["command"])})
     logging.basicConfig(
-        level=orders.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    listener = socket.socket(fileno=orders.listener)
+    listener = socket.socket(fileno=config.listener)
     listener.set_inheritable(False)
-    return Supervisor(orders, listener).run()
+    return Supervisor(config, listener).run()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ export function showMemory(engine) {
     setText(title, `${what}, enlarged ${times.toFixed(times < 10 ? 1 : 0)} times:`);
     drawBar(bar, parts, oursBytes);
   }
-  const { granted_bytes: granted, free_bytes: free, foreign_bytes: foreign } = engine.ledger;
+  const { granted_bytes: granted, free_bytes: free, external_bytes: foreign } = engine.ledger;
   setText(
     byId("device-summary"),
     `${formatBytes(granted)} granted, ${formatBytes(Math.max(0, free))} free, ` +
@@ -68,9 +68,9 @@ function deviceParts({ ledger, models }) {
       });
     }
   }
-  const beyondBytes = ledger.total_bytes - ledger.foreign_bytes - ledger.capacity_bytes;
+  const beyondBytes = ledger.total_bytes - ledger.external_bytes - ledger.capacity_bytes;
   parts.push(
-    { key: "foreign", name: "used by others", kind: "foreign", nbytes: ledger.foreign_bytes },
+    { key: "foreign", name: "used by others", kind: "foreign", nbytes: ledger.external_bytes },
     { key: "beyond", name: "beyond the budget", kind: "beyond", nbytes: beyondBytes },
     { key: "free", name: "free", kind: "free", nbytes: ledger.free_bytes },
   );

@@ -61,7 +61,7 @@ async def vllm_runtime(cache_dir: Path) -> AsyncIterator[VllmRuntime]:
     share_torch_state()
     await runtime.warm_up()
     freeze_heap()
-    device.settle()
+    device.set_baseline()
     yield runtime
     await runtime.stop()
     thaw_heap()

@@ -12,7 +12,8 @@ import pytest_asyncio
 
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import WORKING_MARGIN, Engine
-from engine.requests import ImageOperation, ImageRequest, ImageResult
+from engine.events import ImageResult
+from engine.requests import ImageOperation, ImageRequest
 from engine.runtimes.diffusers.runtime import DiffusersRuntime
 from engine.runtimes.vllm.runtime import VllmRuntime
 from engine.scheduling.estimates import EstimateStore

@@ -17,8 +17,9 @@ from fastapi import FastAPI
 from engine.config import EngineConfig, ModelConfig, Section
 from engine.engine import Engine
 from engine.errors import LoadFailed
+from engine.events import Document, Event, Frame
 from engine.memory.device import Device
-from engine.requests import Document, Event, Frame, Request, TextRequest
+from engine.requests import Request, TextRequest
 from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
 
 MODEL_BYTES = 1000
@@ -32,7 +33,7 @@ class FakeDevice(Device):
         self.name = "fake device"
         self.total_bytes = DEVICE_BYTES
 
-    def foreign_bytes(self) -> int:
+    def external_bytes(self) -> int:
         return 0
 
     def own_bytes(self) -> int:

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
-from engine.requests import Event, Frame, TextRequest
+from engine.events import Event, Frame
+from engine.requests import TextRequest
 from engine.runtimes.registry import REGISTRY
 from server.commands.cli import main
 from tests.server.fake import FakeRuntime

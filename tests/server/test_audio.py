@@ -20,13 +20,14 @@ from openai.types.audio.speech_create_params import VoiceID
 from engine.config import ModelConfig
 from engine.engine import Engine
 from engine.errors import InvalidRequest, LoadFailed, RuntimeFailed
+from engine.events import Event, Speech, Word
 from engine.media.audio_output import ENCODINGS, AudioFormat
-from engine.requests import Event, Priority, Request, Speech, SpeechRequest, Word
+from engine.requests import Priority, Request, SpeechRequest
 from engine.runtimes.base import Prepared, Voice
 from tests.contract.openai import conforms
 from tests.engine.media.test_audio_output import correlation, decoded, quantised, voice_like
 from tests.server.fake import FakeRuntime, fake_engine
-from tests.server.test_connection import PATIENCE_S, Stuck, wait_for
+from tests.server.test_connection import TIMEOUT_S, Stuck, wait_for
 
 SPEECH = "/v1/audio/speech"
 VOICES = "/v1/audio/voices"
@@ -104,7 +105,7 @@ def engine(runtime: FakeRuntime, tmp_path: Path) -> Engine:
 @pytest.fixture
 async def sdk(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(
-        base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S
+        base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S
     ) as client:
         yield client
 
@@ -112,7 +113,7 @@ async def sdk(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
 @pytest.fixture
 async def plain(url: str) -> AsyncIterator[httpx.AsyncClient]:
     """Sends what the official client would not."""
-    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S) as client:
         yield client
 
 
@@ -171,7 +172,7 @@ async def test_what_is_not_said_is_the_models_choice(
     assert request == SpeechRequest(
         model="tts-1", text="A.", request_id=answer.headers["x-request-id"]
     )
-    assert request.terms.priority is Priority.INTERACTIVE
+    assert request.scheduling.priority is Priority.INTERACTIVE
 
 
 async def test_everything_is_passed_on(sdk: openai.AsyncOpenAI, runtime: FakeRuntime) -> None:
@@ -188,8 +189,8 @@ async def test_everything_is_passed_on(sdk: openai.AsyncOpenAI, runtime: FakeRun
     (request,) = runtime.requests
     assert (request.text, request.voice, request.voice_sample) == (" Two. ", "bert", None)
     assert (request.speed, request.language, request.seed) == (4.0, "en-gb", 7)
-    assert (request.word_times, request.terms.priority) == (True, Priority.BATCH)
-    assert request.terms.timeout_s == 9
+    assert (request.word_times, request.scheduling.priority) == (True, Priority.BATCH)
+    assert request.scheduling.timeout_s == 9
 
 
 @pytest.mark.parametrize("audio_format", FORMATS)
@@ -368,7 +369,7 @@ async def test_client_that_leaves_ends_the_run(
         await asyncio.wait([call])
     await wait_for(stuck.ended)
     runtime.answer = speak
-    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S) as client:
         assert (await client.post(SPEECH, json=body)).status_code == 200
 
 

@@ -11,7 +11,8 @@ import pytest
 from pydantic import SecretStr
 
 from engine.errors import RuntimeFailed
-from engine.requests import Document, Event, Frame, TextRequest
+from engine.events import Document, Event, Frame
+from engine.requests import TextRequest
 from server.settings import ServerSettings
 from tests.server.fake import FakeRuntime
 

@@ -11,12 +11,13 @@ from fastapi import FastAPI
 from starlette.types import Message
 
 from engine.engine import Engine
-from engine.requests import Document, Event, Frame, TextRequest
+from engine.events import Document, Event, Frame
+from engine.requests import TextRequest
 from server.connection import run_while_connected
 from tests.server.fake import FakeRuntime
 
 CHAT = "/v1/chat/completions"
-PATIENCE_S = 60
+TIMEOUT_S = 60
 
 
 class Stuck:
@@ -38,7 +39,7 @@ class Stuck:
 
 
 async def wait_for(event: asyncio.Event) -> None:
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(TIMEOUT_S):
         await event.wait()
 
 
@@ -49,7 +50,7 @@ async def answers_again(url: str, runtime: FakeRuntime) -> bool:
         yield Document(b"{}")
 
     runtime.answer = at_once
-    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S) as client:
         return (await client.post(CHAT, json={"model": "small"})).status_code == 200
 
 
@@ -74,7 +75,7 @@ async def test_client_leaves_while_it_waits_for_a_place(
         with pytest.raises(httpx.ReadTimeout):
             await client.post(CHAT, json={"model": "small"}, timeout=0.2)
         # Listed and answered by the same loop, after the disconnect was read.
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             while (await client.get("/v1/engine")).json()["queue"]:
                 pass
         assert not stuck.ended.is_set()
@@ -133,7 +134,7 @@ async def test_frames_are_sent_one_by_one(url: str, runtime: FakeRuntime) -> Non
     runtime.answer = waits_for_the_reader
     got = []
     async with (
-        asyncio.timeout(PATIENCE_S),
+        asyncio.timeout(TIMEOUT_S),
         httpx.AsyncClient(base_url=url, timeout=60) as client,
         client.stream("POST", CHAT, json={"model": "small"}) as answer,
     ):
@@ -167,7 +168,7 @@ async def test_client_leaves_before_the_head_is_sent(
         "headers": [],
         "query_string": b"",
     }
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(TIMEOUT_S):
         await app(scope, receive, send)
     assert sending.is_set()
     assert engine.model_status("small").leases == 0

@@ -13,12 +13,12 @@ from tests.server.real import Server
 
 MODEL = "tiny-llama"
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
-PATIENCE_S = 120
+TIMEOUT_S = 120
 
 
 @pytest.fixture
 def http(server: Server) -> httpx.Client:
-    return httpx.Client(base_url=server.url, timeout=PATIENCE_S)
+    return httpx.Client(base_url=server.url, timeout=TIMEOUT_S)
 
 
 def test_a_cold_load_from_the_question_to_the_log(http: httpx.Client, sdk: openai.OpenAI) -> None:

@@ -12,7 +12,8 @@ import pytest
 from engine import errors
 from engine.engine import Engine
 from engine.errors import EngineError, InvalidRequest
-from engine.requests import Event, Frame, TextOperation, TextRequest
+from engine.events import Event, Frame
+from engine.requests import TextOperation, TextRequest
 from server.errors import Failure
 from tests.server.fake import FakeRuntime
 

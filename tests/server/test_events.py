@@ -18,12 +18,12 @@ from server import event_stream
 
 CHAT = "/v1/chat/completions"
 EVENTS = "/v1/engine/events"
-PATIENCE_S = 60
+TIMEOUT_S = 60
 
 
 @pytest.fixture
 async def http(url: str) -> AsyncIterator[httpx.AsyncClient]:
-    async with asyncio.timeout(PATIENCE_S), httpx.AsyncClient(base_url=url) as client:
+    async with asyncio.timeout(TIMEOUT_S), httpx.AsyncClient(base_url=url) as client:
         while (await client.get("/ready")).status_code != 200:
             pass
         yield client

@@ -28,7 +28,7 @@ LORAS = "/v1/engine/loras"
 PULL = "/v1/engine/models/tiny/pull"
 DELETE = "/v1/engine/models/tiny/files"
 LORA = save({"unet.down.lora_A.weight": np.zeros((2, 2), np.float32)})
-PATIENCE_S = 60
+TIMEOUT_S = 60
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def cache(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("server.routes.files.TELL_EVERY_S", 0.01)
+    monkeypatch.setattr("server.routes.files.PROGRESS_INTERVAL_S", 0.01)
     return point_client_at(hub, tmp_path, monkeypatch)
 
 
@@ -102,7 +102,7 @@ class TestPull:
         half = len(WEIGHTS) // 2
         hub.stall["model.safetensors"] = half
         (blobs := cache / "models--me--tiny" / "blobs").mkdir(parents=True)
-        async with asyncio.timeout(PATIENCE_S), httpx.AsyncClient(base_url=url) as leaving:
+        async with asyncio.timeout(TIMEOUT_S), httpx.AsyncClient(base_url=url) as leaving:
             async with leaving.stream("POST", PULL) as answer:
                 async for line in answer.aiter_lines():
                     if line.startswith("data: ") and json.loads(line[6:])["done_bytes"] >= half:

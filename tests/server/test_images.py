@@ -21,21 +21,12 @@ from pydantic import SecretStr
 
 from engine.engine import Engine
 from engine.errors import RuntimeFailed
-from engine.requests import (
-    Event,
-    ImageOperation,
-    ImageRequest,
-    ImageResult,
-    LoraChoice,
-    PartialImage,
-    Priority,
-    Progress,
-    Quality,
-)
+from engine.events import Event, ImageResult, PartialImage, Progress
+from engine.requests import ImageOperation, ImageRequest, LoraChoice, Priority, Quality
 from server.settings import ServerSettings
 from tests.contract.openai import conforms
 from tests.server.fake import FakeRuntime
-from tests.server.test_connection import PATIENCE_S, Stuck, wait_for
+from tests.server.test_connection import TIMEOUT_S, Stuck, wait_for
 from tests.server.test_image_io import blank_png, file_of
 
 GENERATIONS = "/v1/images/generations"
@@ -79,7 +70,7 @@ async def sdk(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
 @pytest.fixture
 async def plain(url: str) -> AsyncIterator[httpx.AsyncClient]:
     """Sends what the official client would not."""
-    async with httpx.AsyncClient(base_url=url, headers=KEY, timeout=PATIENCE_S * 4) as client:
+    async with httpx.AsyncClient(base_url=url, headers=KEY, timeout=TIMEOUT_S * 4) as client:
         yield client
 
 
@@ -136,7 +127,7 @@ async def test_what_is_not_said_is_the_models_choice(
     for field in ("width", "height", "steps", "guidance", "seed", "negative_prompt", "strength"):
         assert getattr(request, field) is None
     assert request.quality is Quality.AUTO
-    assert (request.terms.priority, request.terms.timeout_s) == (Priority.NORMAL, None)
+    assert (request.scheduling.priority, request.scheduling.timeout_s) == (Priority.NORMAL, None)
 
 
 async def test_size_that_the_contract_does_not_know_is_not_named(sdk: openai.AsyncOpenAI) -> None:
@@ -197,7 +188,7 @@ async def test_our_own_fields(sdk: openai.AsyncOpenAI, runtime: FakeRuntime) -> 
     assert (colour(request.control_image), colour(request.reference_image)) == (RED, GREEN)
     assert [image.size for image in request.images] == [(5, 5)]
     assert request.operation is ImageOperation.EDIT, "it starts from an image"
-    assert (request.terms.priority, request.terms.timeout_s) == (Priority.INTERACTIVE, 7)
+    assert (request.scheduling.priority, request.scheduling.timeout_s) == (Priority.INTERACTIVE, 7)
 
 
 async def test_headers_tell_where_the_time_went(plain: httpx.AsyncClient) -> None:
@@ -354,7 +345,7 @@ class TestStream:
 
         runtime.answer = waits_for_the_client
         count = 0
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             stream = await sdk.images.generate(
                 model="small", prompt="a", stream=True, partial_images=1
             )
@@ -658,5 +649,5 @@ async def test_client_that_leaves_ends_the_run(
         await asyncio.wait([call])
     await wait_for(stuck.ended)
     runtime.answer = paint
-    async with httpx.AsyncClient(base_url=url, headers=KEY, timeout=PATIENCE_S) as client:
+    async with httpx.AsyncClient(base_url=url, headers=KEY, timeout=TIMEOUT_S) as client:
         assert (await client.post(GENERATIONS, json=body)).status_code == 200

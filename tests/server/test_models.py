@@ -8,7 +8,8 @@ from collections.abc import AsyncGenerator
 import httpx
 import pytest
 
-from engine.requests import Document, Event, TextRequest
+from engine.events import Document, Event
+from engine.requests import TextRequest
 from tests.server.fake import MODEL_BYTES, FakeRuntime
 
 CHAT = "/v1/chat/completions"

@@ -12,7 +12,8 @@ import pytest
 from fastapi import FastAPI
 
 from engine.errors import ShuttingDown
-from engine.requests import Event, Frame, TextRequest
+from engine.events import Event, Frame
+from engine.requests import TextRequest
 from server.open_requests import OpenRequests
 from tests.server.fake import FakeRuntime, listening
 from tests.server.serve_fake import wait_for_pipe

@@ -21,7 +21,8 @@ from engine import engine as engine_module
 from engine.config import ModelConfig
 from engine.engine import Engine
 from engine.errors import RuntimeFailed
-from engine.requests import Event, ImageResult, Priority, Request, Terms, WorkingMemory
+from engine.events import Event, ImageResult, WorkingMemory
+from engine.requests import Priority, Request, SchedulingOptions
 from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared
 from engine.status import ModelState
 from server.app import create_app
@@ -31,7 +32,7 @@ from tests.server.fake import DEVICE_BYTES, FakeLoaded, FakeRuntime, fake_engine
 
 CHAT = "/v1/chat/completions"
 PLAN = "/v1/engine/plan"
-PATIENCE_S = 60
+TIMEOUT_S = 60
 HALF_BYTES = DEVICE_BYTES // 2 + 1
 """Two of them do not fit."""
 MODELS: list[dict[str, Any]] = [
@@ -97,7 +98,7 @@ def app(engine: Engine, settings: ServerSettings, start: Start) -> FastAPI:
 @pytest.fixture
 async def started(client: httpx.AsyncClient, start: Start) -> None:
     """The jobs are served as well."""
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(TIMEOUT_S):
         await start.done.wait()
 
 
@@ -176,9 +177,9 @@ class TestTerms:
             },
             {},
         )
-        assert [request.terms for request in opened] == [
-            Terms(priority=default),
-            Terms(
+        assert [request.scheduling for request in opened] == [
+            SchedulingOptions(priority=default),
+            SchedulingOptions(
                 keep_alive_s=600,
                 if_loaded_only=True,
                 no_evict=True,
@@ -202,15 +203,15 @@ class TestTerms:
         }
         await send(client, {}, headers)
         await send(client, {"keep_alive": 5, "no_evict": False, "priority": "interactive"}, headers)
-        assert [request.terms for request in opened] == [
-            Terms(
+        assert [request.scheduling for request in opened] == [
+            SchedulingOptions(
                 keep_alive_s=float("inf"),
                 if_loaded_only=True,
                 no_evict=True,
                 priority=Priority.BATCH,
                 timeout_s=90,
             ),
-            Terms(
+            SchedulingOptions(
                 keep_alive_s=5,
                 if_loaded_only=True,
                 no_evict=False,
@@ -237,7 +238,7 @@ class TestTerms:
         self, client: httpx.AsyncClient, opened: list[Any], value: object, seconds: float
     ) -> None:
         await client.post(CHAT, json={"model": "small", "keep_alive": value})
-        assert opened[0].terms.keep_alive_s == seconds
+        assert opened[0].scheduling.keep_alive_s == seconds
 
     @every_endpoint
     @pytest.mark.parametrize(
@@ -336,10 +337,10 @@ class TestIfLoadedOnly:
         fetched = threading.Event()
 
         def estimate(model: ModelConfig) -> Estimate:
-            fetched.wait(PATIENCE_S)
+            fetched.wait(TIMEOUT_S)
             return Estimate((Block("weights", HALF_BYTES),), 0.1)
 
-        monkeypatch.setattr(engine_module, "SIZE_PATIENCE_S", 0.01)
+        monkeypatch.setattr(engine_module, "SIZE_TIMEOUT_S", 0.01)
         monkeypatch.setattr(runtime, "estimate", estimate)
         runtime.working_bytes = 1
         body = {"model": "small", "if_loaded_only": True, "timeout": 5}
@@ -360,7 +361,7 @@ class TestKeepAlive:
         self, client: httpx.AsyncClient, engine: Engine
     ) -> None:
         await client.post(CHAT, json={"model": "small", "keep_alive": 0})
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             while engine.model_status("small").tier == "device":
                 await engine.events.wait(engine.events.last_id)
 
@@ -376,7 +377,7 @@ class TestNoEvict:
     ) -> None:
         body = {"model": "small", "no_evict": True}
         async with (
-            asyncio.timeout(PATIENCE_S),
+            asyncio.timeout(TIMEOUT_S),
             httpx.AsyncClient(base_url=url, timeout=60) as client,
         ):
             await client.post(CHAT, json={"model": "other"})

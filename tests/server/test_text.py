@@ -10,7 +10,8 @@ import pytest
 
 from engine.engine import Engine
 from engine.errors import OutOfDeviceMemory, RuntimeFailed
-from engine.requests import Event, Frame, Priority, Terms, TextOperation, TextRequest
+from engine.events import Event, Frame
+from engine.requests import Priority, SchedulingOptions, TextOperation, TextRequest
 from server.settings import ServerSettings
 from tests.server.fake import FakeRuntime
 
@@ -41,7 +42,7 @@ async def test_body_and_operation_reach_the_runtime(
     (request,) = runtime.requests
     assert request.operation is operation
     assert request.request_id == answer.headers["x-request-id"]
-    assert request.terms == Terms()
+    assert request.scheduling == SchedulingOptions()
 
 
 async def test_every_answer_tells_where_its_time_went(client: httpx.AsyncClient) -> None:
@@ -57,7 +58,9 @@ async def test_headers_set_priority_and_timeout(
 ) -> None:
     headers = {"x-roundhouse-priority": "Batch", "x-roundhouse-timeout": "2.5"}
     await client.post(CHAT, json={"model": "small"}, headers=headers)
-    assert runtime.requests[0].terms == Terms(priority=Priority.BATCH, timeout_s=2.5)
+    assert runtime.requests[0].scheduling == SchedulingOptions(
+        priority=Priority.BATCH, timeout_s=2.5
+    )
 
 
 @pytest.mark.parametrize(

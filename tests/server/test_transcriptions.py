@@ -18,22 +18,14 @@ import webvtt
 from engine.config import ModelConfig
 from engine.engine import Engine
 from engine.errors import InvalidRequest, RuntimeFailed
-from engine.requests import (
-    Event,
-    Heard,
-    Priority,
-    Request,
-    Segment,
-    TranscriptionOperation,
-    TranscriptionRequest,
-    Word,
-)
+from engine.events import Event, Heard, Segment, Word
+from engine.requests import Priority, Request, TranscriptionOperation, TranscriptionRequest
 from engine.runtimes.base import Prepared
 from server.languages import LANGUAGES
 from tests.contract.openai import conforms
 from tests.server.fake import FakeRuntime, fake_engine
 from tests.server.test_audio import events_of, files_in
-from tests.server.test_connection import PATIENCE_S, Stuck, wait_for
+from tests.server.test_connection import TIMEOUT_S, Stuck, wait_for
 
 TRANSCRIPTIONS = "/v1/audio/transcriptions"
 TRANSLATIONS = "/v1/audio/translations"
@@ -107,7 +99,7 @@ def engine(runtime: FakeRuntime, tmp_path: Path) -> Engine:
 @pytest.fixture
 async def sdk(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(
-        base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S
+        base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S
     ) as client:
         yield client
 
@@ -115,7 +107,7 @@ async def sdk(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
 @pytest.fixture
 async def plain(url: str) -> AsyncIterator[httpx.AsyncClient]:
     """Sends what the official client would not."""
-    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S) as client:
         yield client
 
 
@@ -151,7 +143,7 @@ class TestTranscription:
         assert request.operation is TranscriptionOperation.TRANSCRIPTION
         assert (request.language, request.prompt, request.temperature) == ("de", "Earlier", 0.5)
         assert (request.word_times, request.vad, request.hotwords) == (True, True, "Roundhouse")
-        assert (request.terms.priority, request.terms.timeout_s) == (Priority.BATCH, 9)
+        assert (request.scheduling.priority, request.scheduling.timeout_s) == (Priority.BATCH, 9)
 
     @pytest.mark.parametrize("strategy", ["auto", {"type": "server_vad"}])
     async def test_openai_names_of_our_extensions(
@@ -354,7 +346,7 @@ class TestTranslation:
         (request,) = runtime.requests
         assert request.operation is TranscriptionOperation.TRANSLATION
         assert (request.prompt, request.temperature, request.vad) == ("Earlier", 1, True)
-        assert request.terms.priority is Priority.INTERACTIVE
+        assert request.scheduling.priority is Priority.INTERACTIVE
 
     async def test_verbose_json(self, sdk: openai.AsyncOpenAI) -> None:
         raw = await sdk.audio.translations.with_raw_response.create(
@@ -512,5 +504,5 @@ async def test_client_that_leaves_ends_the_run(
         await asyncio.wait([call])
     await wait_for(stuck.ended)
     runtime.answer = write_down
-    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S) as client:
         assert (await client.post(TRANSCRIPTIONS, **sent)).status_code == 200

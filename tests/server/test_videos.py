@@ -22,23 +22,15 @@ from pydantic import SecretStr
 from engine.config import ModelConfig
 from engine.engine import Engine
 from engine.errors import InvalidRequest
-from engine.requests import (
-    Event,
-    LoraChoice,
-    Priority,
-    Progress,
-    Quality,
-    Request,
-    VideoRequest,
-    VideoResult,
-)
+from engine.events import Event, Progress, VideoResult
+from engine.requests import LoraChoice, Priority, Quality, Request, VideoRequest
 from engine.runtimes.base import Prepared
 from server.app import create_app
 from server.settings import ServerSettings
 from server.start import Start
 from tests.contract.openai import conforms
 from tests.server.fake import FakeRuntime
-from tests.server.test_connection import PATIENCE_S, Stuck, wait_for
+from tests.server.test_connection import TIMEOUT_S, Stuck, wait_for
 from tests.server.test_image_io import blank_png, file_of
 from tests.server.test_images import RED, data_url
 
@@ -103,19 +95,19 @@ async def sdk(url: str, start: Start) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(
         base_url=f"{url}/v1", api_key="user-key", max_retries=0
     ) as client:
-        await asyncio.wait_for(start.done.wait(), PATIENCE_S)
+        await asyncio.wait_for(start.done.wait(), TIMEOUT_S)
         yield client
 
 
 @pytest.fixture
 async def plain(url: str, sdk: openai.AsyncOpenAI) -> AsyncIterator[httpx.AsyncClient]:
     """Sends what the official client would not."""
-    async with httpx.AsyncClient(base_url=url, headers=KEY, timeout=PATIENCE_S * 4) as client:
+    async with httpx.AsyncClient(base_url=url, headers=KEY, timeout=TIMEOUT_S * 4) as client:
         yield client
 
 
 async def ended(sdk: openai.AsyncOpenAI, video_id: str) -> openai.types.Video:
-    async with asyncio.timeout(PATIENCE_S * 4):
+    async with asyncio.timeout(TIMEOUT_S * 4):
         return await sdk.videos.poll(video_id, poll_interval_ms=10)
 
 
@@ -183,7 +175,7 @@ async def test_everything_reaches_the_runtime(
     assert (request.seed, request.motion, request.negative_prompt) == (9, 180, "dogs")
     assert (request.quality, request.steps, request.guidance) == (Quality.HIGH, 4, 1.5)
     assert request.loras == (LoraChoice("ink", 0.5),)
-    assert request.terms.priority is Priority.NORMAL
+    assert request.scheduling.priority is Priority.NORMAL
     assert (request.image.size, request.image.getpixel((0, 0))) == ((8, 6), RED)
 
 
@@ -221,7 +213,9 @@ async def test_json(
     await ended(sdk, answer.json()["id"])
     (request,) = runtime.requests
     assert request.image.size == (8, 6)
-    assert request.terms.priority is (Priority.BATCH if header is None else Priority.INTERACTIVE)
+    assert request.scheduling.priority is (
+        Priority.BATCH if header is None else Priority.INTERACTIVE
+    )
 
 
 async def test_reference_object_in_a_form(sdk: openai.AsyncOpenAI, runtime: FakeRuntime) -> None:
@@ -309,7 +303,7 @@ class TestQueue:
     ) -> None:
         await sdk.videos.create(model="small", prompt="a", size=SIZE)
         await wait_for(stuck.began)
-        await asyncio.wait_for(start.drain(limit_s=3600), PATIENCE_S)
+        await asyncio.wait_for(start.drain(limit_s=3600), TIMEOUT_S)
         assert stuck.ended.is_set()
         with pytest.raises(openai.InternalServerError) as caught:
             await sdk.videos.create(model="small", prompt="a", size=SIZE)
@@ -405,7 +399,7 @@ class TestRefusal:
     async def test_wrong_field_is_named(
         self, client: httpx.AsyncClient, start: Start, body: dict[str, Any], param: str
     ) -> None:
-        await asyncio.wait_for(start.done.wait(), PATIENCE_S)
+        await asyncio.wait_for(start.done.wait(), TIMEOUT_S)
         document = {"model": "small", "prompt": "a", **body}
         answer = await client.post(VIDEOS, json=document, headers=KEY)
         assert answer.status_code == 400
@@ -430,7 +424,7 @@ class TestRefusal:
         assert answer.json()["error"]["param"] == next(iter(query))
 
     async def test_unknown_job(self, client: httpx.AsyncClient, start: Start) -> None:
-        await asyncio.wait_for(start.done.wait(), PATIENCE_S)
+        await asyncio.wait_for(start.done.wait(), TIMEOUT_S)
         url = f"{VIDEOS}/video_{'0' * 32}"
         for method, path in (
             ("GET", url),

@@ -21,18 +21,8 @@ from starlette.types import Message
 from engine.config import ModelConfig
 from engine.engine import Engine
 from engine.errors import InvalidRequest, LoadFailed
-from engine.requests import (
-    Event,
-    Frame,
-    Heard,
-    ImageRequest,
-    ImageResult,
-    Segment,
-    Speech,
-    SpeechRequest,
-    TextOperation,
-    TranscriptionRequest,
-)
+from engine.events import Event, Frame, Heard, ImageResult, Segment, Speech
+from engine.requests import ImageRequest, SpeechRequest, TextOperation, TranscriptionRequest
 from engine.runtimes.base import LoadedModel
 from server import sse
 from server.app import create_app
@@ -40,7 +30,7 @@ from server.settings import ServerSettings
 from tests.server.fake import FakeRuntime, fake_engine, listening
 
 CHAT = "/v1/chat/completions"
-PATIENCE_S = 60
+TIMEOUT_S = 60
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 RECORDING = ("a.wav", b"RIFF", "audio/wav")
 CHUNK = {
@@ -99,12 +89,12 @@ def engine(runtime: Loading, tmp_path: Path) -> Engine:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever waits tells so almost at once, and then only once."""
     monkeypatch.setattr(sse, "GRACE_S", 0.01)
-    monkeypatch.setattr(sse, "TELL_EVERY_S", 3600.0)
+    monkeypatch.setattr(sse, "PROGRESS_INTERVAL_S", 3600.0)
 
 
 @pytest.fixture
 async def http(url: str, runtime: Loading) -> AsyncIterator[httpx.AsyncClient]:
-    async with asyncio.timeout(PATIENCE_S), httpx.AsyncClient(base_url=url, timeout=60) as client:
+    async with asyncio.timeout(TIMEOUT_S), httpx.AsyncClient(base_url=url, timeout=60) as client:
         while (await client.get("/ready")).status_code != 200:
             pass
         yield client
@@ -134,7 +124,7 @@ def chat(model: str = "small", **extra: object) -> dict[str, object]:
 async def test_a_load_is_told_until_it_ends(
     http: httpx.AsyncClient, runtime: Loading, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sse, "TELL_EVERY_S", 0.01)
+    monkeypatch.setattr(sse, "PROGRESS_INTERVAL_S", 0.01)
     async with http.stream("POST", CHAT, json=chat()) as response:
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -380,7 +370,7 @@ async def test_the_start_is_told(tmp_path: Path) -> None:
     runtime.may_start.clear()
     app = create_app(fake_engine(runtime, tmp_path), ServerSettings())
     async with (
-        asyncio.timeout(PATIENCE_S),
+        asyncio.timeout(TIMEOUT_S),
         listening(app) as url,
         httpx.AsyncClient(base_url=url, timeout=60) as client,
         client.stream("POST", CHAT, json=chat()) as response,

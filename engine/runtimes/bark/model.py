@@ -15,8 +15,9 @@ import transformers
 from transformers import BarkModel, BarkProcessor
 
 from engine.errors import LoadFailed
+from engine.events import Speech
 from engine.process.randomness import draw_by_thread
-from engine.requests import Speech, SpeechRequest
+from engine.requests import SpeechRequest
 from engine.runtimes.common.speech import Utterance
 from engine.runtimes.common.speech_run import Speaker
 

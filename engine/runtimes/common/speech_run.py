@@ -9,9 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from engine.events import Event, Speech
 from engine.process.gate import GATE
 from engine.process.randomness import seeded
-from engine.requests import Event, Speech, SpeechRequest
+from engine.requests import SpeechRequest
 from engine.runtimes.common.speech import Utterance
 from engine.runtimes.common.torch_run import TorchParts, TorchRun, children_of
 

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from engine.errors import EngineError, OutOfDeviceMemory, RuntimeFailed
+from engine.events import Event
 from engine.process.switches import quick_switches
 from engine.process.watchdog import WATCHDOG, Work
-from engine.requests import Event
 
 Emit = Callable[[Event], None]
 """Gives an event to whoever waits for it; callable from any thread."""

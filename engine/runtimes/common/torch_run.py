@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from engine.events import Event, WorkingMemory
 from engine.memory.host_memory import HostMemory
 from engine.memory.peak import TensorPeak
 from engine.memory.weights import SharedMemory, Weights
 from engine.process.gate import GATE
-from engine.requests import Event, WorkingMemory
 
 WHOLE = "weights"
 """The one block of a model whose parts use each other's tensors."""

@@ -26,11 +26,12 @@ from TTS.tts.models.vits import Vits
 from TTS.tts.models.xtts import Xtts
 
 from engine.errors import InvalidRequest
+from engine.events import Samples, Speech
 from engine.files.pickled import load_pickled
 from engine.media.sentences import split_sentences
 from engine.process.gate import GATE
 from engine.process.randomness import draw_by_thread
-from engine.requests import Samples, Speech, SpeechRequest
+from engine.requests import SpeechRequest
 from engine.runtimes.common.speech import Utterance
 from engine.runtimes.common.speech_run import Speaker
 from engine.runtimes.coqui.files import CoquiFiles

@@ -27,19 +27,11 @@ from diffusers.pipelines.auto_pipeline import (
     AutoPipelineForText2Image,
 )
 from engine.errors import ConfigError, InvalidRequest, LoadFailed
+from engine.events import Event, ImageResult, PartialImage, Progress, VideoResult
 from engine.files.safetensors_header import tensor_sizes
 from engine.memory.host_memory import HostMemory
 from engine.process.gate import GATE
-from engine.requests import (
-    Event,
-    ImageRequest,
-    ImageResult,
-    LoraChoice,
-    PartialImage,
-    Progress,
-    VideoRequest,
-    VideoResult,
-)
+from engine.requests import ImageRequest, LoraChoice, VideoRequest
 from engine.runtimes.common.torch_run import TorchParts, TorchRun
 from engine.runtimes.diffusers.runtime import (
     LORA_FILE,

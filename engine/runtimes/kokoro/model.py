@@ -15,9 +15,9 @@ from torch.nn.utils import remove_weight_norm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from engine.errors import InvalidRequest, LoadFailed
+from engine.events import Event, Speech, Word
 from engine.process.gate import GATE
 from engine.process.randomness import draw_by_thread, seeded
-from engine.requests import Event, Speech, Word
 from engine.runtimes.common.torch_run import TorchParts, TorchRun, children_of
 from engine.runtimes.kokoro.phonemes import MAX_PHONEMES, Chunk, Phonemizer
 from kokoro import KModel, KPipeline

@@ -157,7 +157,7 @@ class GatedExecutor(UniProcExecutor):  # type: ignore[misc]
             super().shutdown()
 
 
-def own_process_state() -> None:
+def patch_vllm() -> None:
     """Make vLLM safe for several engines in one process. Call once, before the first engine.
 
     Each line answers a hazard that was met by running into it:

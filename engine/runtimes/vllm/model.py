@@ -13,7 +13,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError, InvalidRequest, OutOfDeviceMemory, RuntimeFailed
-from engine.requests import Document, Event, Frame, TextOperation, TextRequest
+from engine.events import Document, Event, Frame
+from engine.requests import TextOperation, TextRequest
 from engine.runtimes.base import Block, LoadedModel, Prepared
 from engine.runtimes.common.thread_run import reason
 from engine.runtimes.vllm.options import VllmOptions

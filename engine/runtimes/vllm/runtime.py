@@ -52,7 +52,7 @@ ENVIRONMENT = {
 }
 """Set before vLLM is imported, unless the operator set them."""
 
-ALIVE_LOOK_S = 0.2
+ALIVE_POLL_S = 0.2
 """How often a thread that does not answer is looked at."""
 
 LAZY_MODULES = (
@@ -117,7 +117,7 @@ class VllmRuntime(Runtime):
             for module in LAZY_MODULES:
                 import_module(module)
         self._stat_logger = metrics.stat_logger(self._series)
-        core.own_process_state()
+        core.patch_vllm()
         self._cores = cores = core.CoreThread(self._omp_threads())
 
         def make_client(vllm_config: Any, executor_class: Any, log_stats: bool, **_: Any) -> Any:
@@ -418,7 +418,7 @@ class VllmRuntime(Runtime):
 
         self._cores.post(come_round)
         while not answered.done() and not self._cores.waits_at_gate:
-            await asyncio.wait([answered], timeout=ALIVE_LOOK_S)
+            await asyncio.wait([answered], timeout=ALIVE_POLL_S)
 
     async def stop(self) -> None:
         """End the core thread and the loading thread."""

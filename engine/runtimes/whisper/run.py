@@ -13,17 +13,9 @@ from faster_whisper.transcribe import TranscriptionInfo
 from faster_whisper.vad import get_vad_model
 
 from engine.errors import InvalidRequest, RuntimeFailed
+from engine.events import Event, Heard, Progress, Samples, Segment, Word
 from engine.media.audio_input import decode_audio
-from engine.requests import (
-    Event,
-    Heard,
-    Progress,
-    Samples,
-    Segment,
-    TranscriptionOperation,
-    TranscriptionRequest,
-    Word,
-)
+from engine.requests import TranscriptionOperation, TranscriptionRequest
 from engine.runtimes.whisper.runtime import WhisperOptions
 
 BUSY_S = 2.0

@@ -44,7 +44,7 @@ SMALL = {"config.json": b'{"architectures": ["LlamaForCausalLM"]}', "tokenizer.j
 FILES = {**SMALL, "model.safetensors": WEIGHTS, "README.md": b"hello"}
 VITS = b'{"model": "vits", "audio": {"sample_rate": 22050}}'
 SOURCE = HubSource(REPO, WANTED_FILES)
-PATIENCE_S = 60
+TIMEOUT_S = 60
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ class TestFetch:
             for line in process.stdout:
                 if int(line) == half:
                     process.kill()
-            assert process.wait(PATIENCE_S) == -signal.SIGKILL
+            assert process.wait(TIMEOUT_S) == -signal.SIGKILL
         hub.let_go.set()
         assert nothing_is_registered(cache)
         folder = fetch(SOURCE)
@@ -168,7 +168,7 @@ class TestFetch:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(PATIENCE_S)
+            thread.join(TIMEOUT_S)
         assert hub.sent["model.safetensors"] == len(WEIGHTS)
         assert (fetch(SOURCE) / "model.safetensors").read_bytes() == WEIGHTS
 
@@ -394,7 +394,7 @@ class TestPulls:
         async def follow() -> list[FetchProgress]:
             return [now async for now in pulls.follow(model, 0.01)]
 
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             told = await asyncio.gather(follow(), follow())
         assert hub.sent["model.safetensors"] == len(WEIGHTS)
         # By one pull: to know what there is, and by the library as it registers the snapshot.
@@ -407,7 +407,7 @@ class TestPulls:
         half = len(WEIGHTS) // 2
         hub.stall["model.safetensors"] = half
         pulls, model = Pulls(), ModelConfig(id="a", source=REPO)
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             follow = pulls.follow(model, 0.01)
             async for now in follow:
                 if now.done_bytes >= half:

@@ -14,18 +14,10 @@ from PIL import Image
 from engine.config import EngineConfig, ModelConfig, Section
 from engine.engine import Engine
 from engine.errors import InvalidRequest
+from engine.events import Event, Frames, ImageResult, Progress, VideoResult
 from engine.jobs.queue import Jobs
 from engine.media.outputs import Outputs
-from engine.requests import (
-    Event,
-    Frames,
-    ImageRequest,
-    ImageResult,
-    Progress,
-    Request,
-    VideoRequest,
-    VideoResult,
-)
+from engine.requests import ImageRequest, Request, VideoRequest
 from engine.runtimes.base import Prepared
 from tests.server.fake import DEVICE_BYTES, FakeDevice, FakeOptions, FakeRuntime
 

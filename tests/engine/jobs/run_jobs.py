@@ -19,8 +19,9 @@ from typing import Any
 
 from PIL import Image
 
+from engine.events import Event, Progress
 from engine.media.outputs import Outputs
-from engine.requests import Event, Progress, VideoRequest
+from engine.requests import VideoRequest
 from engine.runtimes.registry import REGISTRY
 from tests.engine.jobs.fake_video import (
     ADDRESS,

@@ -36,17 +36,16 @@ from engine.errors import (
     RuntimeFailed,
     ShuttingDown,
 )
+from engine.events import Event, Progress
 from engine.jobs.queue import Job, Jobs, JobState, QueuePlace
 from engine.jobs.store import FILE_NAME, JobStore
 from engine.media.outputs import Outputs
 from engine.requests import (
-    Event,
     ImageRequest,
     LoraChoice,
     Priority,
-    Progress,
     Quality,
-    Terms,
+    SchedulingOptions,
     VideoRequest,
 )
 from engine.runtimes.registry import REGISTRY
@@ -255,7 +254,9 @@ async def test_at_most_two_run_by_priority_and_then_age(
         ("d", Priority.BATCH),
         ("e", Priority.INTERACTIVE),
     ):
-        ids[prompt] = (await jobs.submit(ask(prompt=prompt, terms=Terms(priority=priority)))).id
+        ids[prompt] = (
+            await jobs.submit(ask(prompt=prompt, scheduling=SchedulingOptions(priority=priority)))
+        ).id
     places = {prompt: jobs.place(job_id) for prompt, job_id in ids.items()}
     assert {prompt: place and place.position for prompt, place in places.items()} == {
         "a": None,
@@ -273,7 +274,7 @@ async def test_at_most_two_run_by_priority_and_then_age(
         if done != "d":
             order.append(await stage.begun())
     assert order == ["e", "c", "d"]
-    assert [request.terms.priority for request in runtime.requests[2:]] == [
+    assert [request.scheduling.priority for request in runtime.requests[2:]] == [
         Priority.INTERACTIVE,
         Priority.BATCH,
         Priority.BATCH,
@@ -635,7 +636,9 @@ async def test_unfinished_jobs_go_on_after_a_restart(
         image = Image.fromarray(pixels)
         running = await jobs.submit(ask(prompt="running", image=image, seconds=2.0, fps=4))
         await stage.begun()
-        queued = await jobs.submit(ask(prompt="queued", terms=Terms(priority=Priority.NORMAL)))
+        queued = await jobs.submit(
+            ask(prompt="queued", scheduling=SchedulingOptions(priority=Priority.NORMAL))
+        )
         deleted = await jobs.submit(ask(prompt="deleted"))
         await jobs.delete(deleted.id)
     assert stage.closed == ["running"]
@@ -652,7 +655,7 @@ async def test_unfinished_jobs_go_on_after_a_restart(
     assert first.request_id == running.id and second.request_id == queued.id
     assert (np.asarray(first.image) == pixels).all()
     assert (first.num_frames, first.fps, first.seed) == (8, 4, running.request["seed"])
-    assert second.terms.priority is Priority.NORMAL
+    assert second.scheduling.priority is Priority.NORMAL
 
 
 async def test_who_waits_for_a_job_is_told_when_jobs_stop(
@@ -865,18 +868,22 @@ def test_a_job_that_kills_the_process_is_given_up_and_the_one_beside_it_is_not(
     assert (harmless["state"], harmless["attempts"]) == ("completed", 2)
 
 
-async def test_terms_of_a_job_outlive_a_restart(runtime: FakeVideoRuntime, tmp_path: Path) -> None:
+async def test_scheduling_options_of_a_job_outlive_a_restart(
+    runtime: FakeVideoRuntime, tmp_path: Path
+) -> None:
     stage = Stage(runtime)
-    terms = Terms(priority=Priority.NORMAL, keep_alive_s=float("inf"), no_evict=True)
+    scheduling = SchedulingOptions(
+        priority=Priority.NORMAL, keep_alive_s=float("inf"), no_evict=True
+    )
     async with serving(video_engine(runtime, tmp_path)) as jobs:
-        job = await jobs.submit(ask(prompt="a", terms=terms))
+        job = await jobs.submit(ask(prompt="a", scheduling=scheduling))
         await stage.begun()
     runtime.answer = make
     runtime.requests.clear()
     async with serving(video_engine(runtime, tmp_path)) as jobs:
         assert (await jobs.ended(job.id)).state is JobState.COMPLETED
     (request,) = runtime.requests
-    assert request.terms == replace(terms, timeout_s=float("inf"))
+    assert request.scheduling == replace(scheduling, timeout_s=float("inf"))
 
 
 async def test_a_job_that_waits_too_long_fails(
@@ -886,7 +893,7 @@ async def test_a_job_that_waits_too_long_fails(
     await jobs.submit(ask(prompt="runs"))
     await stage.begun()
     # It is handed to the engine, but the model serves one at a time.
-    late = await jobs.submit(ask(prompt="late", terms=Terms(timeout_s=0.01)))
+    late = await jobs.submit(ask(prompt="late", scheduling=SchedulingOptions(timeout_s=0.01)))
     clock.now += 1
     async with asyncio.timeout(30):
         ended = await jobs.ended(late.id)
@@ -896,10 +903,10 @@ async def test_a_job_that_waits_too_long_fails(
 
 
 async def test_a_job_for_a_loaded_model_only(jobs: Jobs, engine: Engine) -> None:
-    terms = Terms(if_loaded_only=True)
+    scheduling = SchedulingOptions(if_loaded_only=True)
     with pytest.raises(NotLoaded):
-        await jobs.submit(ask(terms=terms))
+        await jobs.submit(ask(scheduling=scheduling))
     assert jobs.list() == ([], False)
     await engine.load("film")
-    job = await jobs.submit(ask(terms=terms))
+    job = await jobs.submit(ask(scheduling=scheduling))
     assert (await jobs.ended(job.id)).state is JobState.COMPLETED

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from engine.media.audio_output import ENCODINGS, AudioEncoder, AudioFormat
 
 if TYPE_CHECKING:
-    from engine.requests import Samples
+    from engine.events import Samples
 
 FORMATS: tuple[AudioFormat, ...] = get_args(AudioFormat)
 EXACT: tuple[AudioFormat, ...] = ("opus", "flac", "wav", "pcm")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engine.events import Frames
 from engine.media.mp4 import THUMBNAIL_PX, write_mp4, write_thumbnail
-from engine.requests import Frames
 
 
 def moving(count: int, height: int, width: int) -> Frames:

@@ -18,7 +18,7 @@ from engine.runtimes.common.thread_run import run_on_thread
 from tests.server.fake import FakeDevice
 
 HANG_S, STALL_S = 0.2, 60.0
-PATIENCE_S = 20.0
+TIMEOUT_S = 20.0
 
 
 class SickDevice(FakeDevice):
@@ -42,10 +42,10 @@ class SickDevice(FakeDevice):
 
 @asynccontextmanager
 async def watched(device: SickDevice) -> AsyncIterator[tuple[asyncio.Task[str], asyncio.Event]]:
-    doubt = asyncio.Event()
-    task = asyncio.create_task(health.find_fault(device, doubt, HANG_S, STALL_S))
+    recheck = asyncio.Event()
+    task = asyncio.create_task(health.wait_for_fault(device, recheck, HANG_S, STALL_S))
     try:
-        yield task, doubt
+        yield task, recheck
     finally:
         device.answers.set()
         task.cancel()
@@ -53,7 +53,7 @@ async def watched(device: SickDevice) -> AsyncIterator[tuple[asyncio.Task[str], 
 
 @pytest.fixture(autouse=True)
 def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "LOOK_S", 0.02)
+    monkeypatch.setattr(health, "POLL_INTERVAL_S", 0.02)
 
 
 POISONED = "CUDA error: an illegal memory access was encountered"
@@ -61,10 +61,10 @@ POISONED = "CUDA error: an illegal memory access was encountered"
 
 async def test_a_poisoned_context_is_found_at_once_where_there_is_doubt() -> None:
     device = SickDevice()
-    async with watched(device) as (fault, doubt):
+    async with watched(device) as (fault, recheck):
         await asyncio.to_thread(device.checked.acquire)
         device.error = RuntimeError(f"{POISONED}\nCompile with TORCH_USE_CUDA_DSA")
-        doubt.set()  # the next check by itself is seconds away
+        recheck.set()  # the next check by itself is seconds away
         async with asyncio.timeout(health.CHECK_S / 2):
             assert await fault == f"the device does not work any more: {POISONED}"
 
@@ -77,7 +77,7 @@ async def test_and_without_any(monkeypatch: pytest.MonkeyPatch) -> None:
             await asyncio.to_thread(device.checked.acquire)
         assert not fault.done()
         device.error = RuntimeError(POISONED)
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             assert POISONED in await fault
 
 
@@ -85,7 +85,7 @@ async def test_a_device_that_does_not_answer() -> None:
     device = SickDevice()
     device.answers.clear()
     async with watched(device) as (fault, _):
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             assert (await fault).startswith("a trivial call of the device hangs")
 
 
@@ -109,7 +109,7 @@ class HangingRun:
     def execute(self) -> None:
         with GATE.step():
             self._called.set()
-            self._end.wait(PATIENCE_S)
+            self._end.wait(TIMEOUT_S)
 
     def cancel(self) -> None:
         pass
@@ -122,7 +122,7 @@ async def test_a_run_that_hangs() -> None:
             thread, lambda _: HangingRun(called, end), lambda error: RuntimeFailed(str(error))
         )
         run = asyncio.ensure_future(anext(events))
-        async with watched(SickDevice()) as (fault, _), asyncio.timeout(PATIENCE_S):
+        async with watched(SickDevice()) as (fault, _), asyncio.timeout(TIMEOUT_S):
             assert (await fault).startswith("a run on small_0 hangs")
         end.set()
         with pytest.raises(StopAsyncIteration):
@@ -139,7 +139,7 @@ class HangingClient:
         return not self.end.is_set()
 
     def step(self) -> None:
-        self.end.wait(PATIENCE_S)
+        self.end.wait(TIMEOUT_S)
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ async def test_a_step_of_vllm_that_hangs() -> None:
     client: Any = HangingClient()
     cores = CoreThread()
     cores.attach(client)
-    async with watched(SickDevice()) as (fault, _), asyncio.timeout(PATIENCE_S):
+    async with watched(SickDevice()) as (fault, _), asyncio.timeout(TIMEOUT_S):
         assert (await fault).startswith("a step of vLLM hangs")
     client.end.set()
     cores.stop()

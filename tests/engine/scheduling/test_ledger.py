@@ -199,10 +199,10 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.release_all(owner)
         self.model = {key: nbytes for key, nbytes in self.model.items() if key[0] != owner}
 
-    @rule(foreign_bytes=st.integers(0, 130))
-    def observe(self, foreign_bytes: int) -> None:
-        self.ledger.observe(foreign_bytes)
-        assert self.ledger.capacity_bytes == max(0, min(100, 120 - foreign_bytes))
+    @rule(external_bytes=st.integers(0, 130))
+    def observe(self, external_bytes: int) -> None:
+        self.ledger.observe(external_bytes)
+        assert self.ledger.capacity_bytes == max(0, min(100, 120 - external_bytes))
 
     @invariant()
     def adds_up(self) -> None:

@@ -100,7 +100,7 @@ class World:
         self.models = {model.id: model for model in models}
         self.failing_loads = failing_loads
         self.ledger = Ledger(budget_bytes=CAPACITY_BYTES, total_bytes=CAPACITY_BYTES)
-        self.foreign_bytes = 0
+        self.external_bytes = 0
         self.loads = 0
         self.unloads = 0
         self.parks = 0
@@ -214,9 +214,9 @@ class World:
     def host_free_bytes(self) -> int:
         return self.host_bytes - sum(self.host_copies.values())
 
-    def measure_foreign(self) -> int:
+    def measure_external(self) -> int:
         assert self.moving is None, "measured while bytes were moving"
-        return self.foreign_bytes
+        return self.external_bytes
 
     def call_at(self, when: float) -> None:
         assert when > self.clock.now, "an alarm in the past would ring for ever"
@@ -289,8 +289,8 @@ class World:
     def after(self, delay_s: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._events, (self.clock.now + delay_s, next(self._order), act))
 
-    def set_foreign(self, nbytes: int) -> None:
-        self.foreign_bytes = nbytes
+    def set_external(self, nbytes: int) -> None:
+        self.external_bytes = nbytes
 
     def run(self) -> None:
         """Go on until nothing is left to happen."""
@@ -392,8 +392,8 @@ def test_every_promise_holds_in_any_world(data: st.DataObject) -> None:
     add_arrivals(world, arrivals)
     foreign = data.draw(st.lists(st.tuples(st.floats(0, 100), st.integers(0, 110)), max_size=4))
     for at, nbytes in foreign:
-        world.after(at, lambda nbytes=nbytes: world.set_foreign(nbytes))  # type: ignore[misc]
-    world.after(200.0, lambda: world.set_foreign(0))
+        world.after(at, lambda nbytes=nbytes: world.set_external(nbytes))  # type: ignore[misc]
+    world.after(200.0, lambda: world.set_external(0))
     world.run_and_empty()
     # Each load served someone, failed, took more than estimated, or lost those it was for;
     # only the coming and going of other programs can undo one more.
@@ -533,9 +533,9 @@ def test_a_request_that_needs_room_is_not_starved_by_those_of_its_model_that_nee
 
 def test_room_that_others_take_for_a_while_only_delays() -> None:
     world = World([SimulatedModel(each, 60, 60, 1.0, 1.0, 4) for each in "ab"])
-    world.set_foreign(50)
+    world.set_external(50)
     add_arrivals(world, [Arrival(at=1.0, model="a", run_s=1.0)])
-    world.after(30.0, lambda: world.set_foreign(0))
+    world.after(30.0, lambda: world.set_external(0))
     world.run_and_empty()
     assert world.visits[0].granted_at == pytest.approx(32.1, abs=1.0)
     assert world.loads == 1

@@ -171,12 +171,12 @@ def test_an_idle_model_makes_room_and_memory_is_measured_after(bench: Bench) -> 
     bench.scheduler.on_estimate("b", estimate(60))
     assert bench.effects.calls[-1] == ("unload", "a")
     assert bench.ledger.granted_bytes == 60, "what is being unloaded is still there"
-    bench.effects.foreign_bytes = 50  # the unload gave back less than was granted
+    bench.effects.external_bytes = 50  # the unload gave back less than was granted
     bench.scheduler.on_unloaded("a")
     assert bench.ledger.capacity_bytes == 50
     assert bench.effects.calls[-1] == ("unload", "a"), "loaded on trust"
     assert bench.effects.wake_at == bench.clock.now + 1
-    bench.effects.foreign_bytes = 0
+    bench.effects.external_bytes = 0
     bench.clock.now += 1
     bench.scheduler.on_timer()
     assert bench.effects.calls[-1] == ("load", "b")
@@ -186,7 +186,7 @@ def test_an_idle_model_makes_room_and_memory_is_measured_after(bench: Bench) -> 
 
 def test_memory_is_measured_before_a_load_is_begun(bench: Bench) -> None:
     waiting = bench.ask("a")
-    bench.effects.foreign_bytes = 60
+    bench.effects.external_bytes = 60
     bench.scheduler.on_estimate("a", estimate(50))
     assert waiting.waits
     assert ("load", "a") not in bench.effects.calls
@@ -264,7 +264,7 @@ def test_an_idle_model_leaves_after_its_keep_alive(make: Make) -> None:
     bench.clock.now += 30
     bench.scheduler.on_timer()
     assert bench.effects.calls[-1] == ("unload", "a")
-    bench.effects.foreign_bytes = 30
+    bench.effects.external_bytes = 30
     bench.scheduler.on_timer()
     assert bench.ledger.capacity_bytes == 100, "measured while bytes were moving"
     bench.scheduler.on_unloaded("a")
@@ -477,7 +477,7 @@ def test_a_load_that_takes_ever_more_counts_as_failed(bench: Bench) -> None:
     running = bench.bring_in("b", 20)
     waiting = bench.ask("a")
     bench.scheduler.on_estimate("a", estimate(50))
-    bench.effects.foreign_bytes = 0
+    bench.effects.external_bytes = 0
     bench.loaded("a", 81)
     bench.scheduler.on_unloaded("a")
     running.release()

@@ -29,7 +29,7 @@ class Clock:
 class RecordedEffects:
     """Keeps what the scheduler asked for; the test answers with the events."""
 
-    foreign_bytes: int = 0
+    external_bytes: int = 0
     host_bytes: int = 0
     calls: list[tuple[str, str]] = field(default_factory=list)
     wake_at: float | None = None
@@ -52,8 +52,8 @@ class RecordedEffects:
     def wake(self, model_id: str, blocks: frozenset[str]) -> None:
         self.calls.append(("wake", f"{model_id}:{'+'.join(sorted(blocks))}"))
 
-    def measure_foreign(self) -> int:
-        return self.foreign_bytes
+    def measure_external(self) -> int:
+        return self.external_bytes
 
     def host_free_bytes(self) -> int:
         return self.host_bytes

@@ -24,7 +24,7 @@ from server.settings import ServerSettings
 from tests.server.fake import FakeRuntime
 
 CHAT = "/v1/chat/completions"
-PATIENCE_S = 60
+TIMEOUT_S = 60
 
 CONFIG = """
 engine: {{device: cpu, memory: 64MiB, state_dir: {state_dir}, data_dir: {state_dir}}}
@@ -90,16 +90,16 @@ class Served:
     def __init__(self, process: asyncio.subprocess.Process, introduction: str, url: str) -> None:
         self.process = process
         self.introduction = introduction
-        self.client = httpx.AsyncClient(base_url=url, timeout=PATIENCE_S)
+        self.client = httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S)
 
     async def becomes(self, status: str) -> None:
         """Return once probes see that status."""
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             while (await self.client.get("/ready")).json() != {"status": status}:
                 pass
 
     async def exit_code(self) -> int:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             return await self.process.wait()
 
 
@@ -112,7 +112,7 @@ async def served(folder: Path, *arguments: str, drain_s: float = 30) -> AsyncIte
     )
     assert process.stderr is not None
     try:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             introduction = ""
             while "meaningless" not in introduction:
                 line = await process.stderr.readline()

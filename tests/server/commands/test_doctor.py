@@ -126,14 +126,14 @@ class TestHubProbe:
             found.wait(60)
             return httpx.Response(200)
 
-        monkeypatch.setattr(default_config, "HUB_PATIENCE_S", 0.05)
+        monkeypatch.setattr(default_config, "HUB_TIMEOUT_S", 0.05)
         monkeypatch.setattr(httpx, "head", head)
         assert not hub_answers({})
         assert not found.is_set()
         found.set()
 
     def test_a_silent_one_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(default_config, "HUB_PATIENCE_S", 0.05)
+        monkeypatch.setattr(default_config, "HUB_TIMEOUT_S", 0.05)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             url = f"http://127.0.0.1:{silent.getsockname()[1]}"
             assert not hub_answers({"HF_ENDPOINT": url})
@@ -158,7 +158,7 @@ class TestNvidiaSmi:
             read_gpus()
 
     def test_one_that_hangs(self, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("engine.memory.nvidia_smi.PATIENCE_S", 0.05)
+        monkeypatch.setattr("engine.memory.nvidia_smi.TIMEOUT_S", 0.05)
         driver("exec /bin/sleep 30")
         with pytest.raises(OSError, match="does not answer"):
             read_gpus()

@@ -59,7 +59,7 @@ models:
 """
 """For servers of which only the start is looked at: it imports one library."""
 
-PATIENCE_S = 120.0
+TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,7 +386,7 @@ class Checkout:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=PATIENCE_S,
+            timeout=TIMEOUT_S,
             check=False,
         )
         assert done.returncode in EXIT_STATUSES.get(command, (0,)), f"{command}\n{done.stdout}"

@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from engine.config import ModelConfig
 from engine.errors import RuntimeFailed
+from engine.events import Document, Event
 from engine.memory.device import CpuDevice
 from engine.process.gate import GATE
-from engine.requests import Document, Event, Request, TextRequest
+from engine.requests import Request, TextRequest
 from engine.runtimes.base import Prepared
 from engine.runtimes.common.thread_run import Emit, run_on_thread
 from engine.runtimes.registry import REGISTRY

@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
-PATIENCE_S = 90.0
+TIMEOUT_S = 90.0
 HEALED_S = 30.0
 CHAT = "/v1/chat/completions"
 VIDEO = {"model": "tiny-wan", "prompt": "a red train", "size": "128x128", "num_frames": 9,
@@ -39,7 +39,7 @@ ANSWERED, BROKEN, REFUSED = "answered", "a broken stream", "refused, with Retry-
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     """Ask again and again; a request that fails is no."""
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(TIMEOUT_S):
         while True:
             try:
                 if await condition():
@@ -93,7 +93,7 @@ async def test_killed_under_load(tmp_path: Path) -> None:
     try:
         await asyncio.to_thread(server.wait_ready)
         async with (
-            httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as http,
+            httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT_S) as http,
             openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client,
         ):
             # Asked for now and by nobody later: if it is there again, it was restored.
@@ -125,12 +125,12 @@ async def test_killed_under_load(tmp_path: Path) -> None:
                         )
                         requests.append(outcome(image))
             tasks = [asyncio.ensure_future(request) for request in requests]
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(TIMEOUT_S):
                 await begun.wait()
             killed = serving(server.process.pid)
             os.kill(killed, signal.SIGKILL)
             killed_at = time.monotonic()
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(TIMEOUT_S):
                 outcomes = Counter(await asyncio.gather(*tasks))
             print(f"after {time.monotonic() - killed_at:.1f} s: {dict(outcomes)}")  # noqa: T201
             assert outcomes.total() == 50
@@ -187,10 +187,10 @@ class Hanging:
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             url = await self._url
         no_reuse = httpx.Limits(max_keepalive_connections=0)
-        async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S, limits=no_reuse) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=no_reuse) as client:
             await until(lambda: ready(client))
             yield client
 

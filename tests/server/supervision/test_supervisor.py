@@ -26,12 +26,12 @@ from server.supervision.supervisor import (
     FIRST_PAUSE_S,
     LAST_PAUSE_S,
     STEADY_S,
-    Orders,
     Supervisor,
+    SupervisorConfig,
     pause_s,
 )
 
-PATIENCE_S = 30.0
+TIMEOUT_S = 30.0
 
 
 class Clock:
@@ -60,14 +60,14 @@ class Stand:
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.clock = Clock(0.01)
 
-    def orders(self, *words: str, hang_s: float = 60.0, drain_s: float = 60.0) -> Orders:
+    def config(self, *words: str, hang_s: float = 60.0, drain_s: float = 60.0) -> SupervisorConfig:
         module = "tests.server.supervision.trivial_child"
         command = (sys.executable, "-m", module, str(self.record), *words)
-        return Orders(command, self.listener.fileno(), hang_s, 600.0, drain_s)
+        return SupervisorConfig(command, self.listener.fileno(), hang_s, 600.0, drain_s)
 
     def run(self, *words: str, **limits: float) -> int:
         """Supervise a process that does what the words say, and return the exit status."""
-        return Supervisor(self.orders(*words, **limits), self.listener, self.clock).run()
+        return Supervisor(self.config(*words, **limits), self.listener, self.clock).run()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -108,7 +108,7 @@ class TestRestart:
         first, second = stand.starts()
         assert (first["count"], first["reason"], first["at"]) == (0, None, None)
         assert (second["count"], second["reason"]) == (1, reason)
-        assert abs(second["at"] - time.time()) < PATIENCE_S
+        assert abs(second["at"] - time.time()) < TIMEOUT_S
         assert first["pid"] != second["pid"]
 
     def test_what_was_loaded_is_handed_on_once(self, stand: Stand) -> None:
@@ -152,8 +152,8 @@ class TestRestart:
                     pass
             return 0.0
 
-        orders = stand.orders("wait,fault:the device is lost", "exit:2")
-        assert Supervisor(orders, stand.listener, clock).run() == 2
+        config = stand.config("wait,fault:the device is lost", "exit:2")
+        assert Supervisor(config, stand.listener, clock).run() == 2
         assert reasons(stand) == [None, "the device is lost"]
 
     def test_one_that_crashes_while_it_starts_is_not(self, stand: Stand) -> None:
@@ -180,7 +180,7 @@ class TestHang:
         answers: list[int] = []
 
         def ask() -> None:
-            answers.append(httpx.get(stand.url, timeout=PATIENCE_S).status_code)
+            answers.append(httpx.get(stand.url, timeout=TIMEOUT_S).status_code)
             gate.write_text("go on")
 
         stand.clock.step_s = 1.0
@@ -214,14 +214,14 @@ class TestStop:
 
 
 def test_it_does_not_outlive_the_supervisor(stand: Stand) -> None:
-    orders = stand.orders("beats:1,tell:9,hang")
-    arguments = [sys.executable, "-m", "server.supervision.supervisor", json.dumps(asdict(orders))]
+    config = stand.config("beats:1,tell:9,hang")
+    arguments = [sys.executable, "-m", "server.supervision.supervisor", json.dumps(asdict(config))]
     reader, writer = os.pipe()  # whoever lives holds the writing end
-    supervisor = subprocess.Popen(arguments, pass_fds=(orders.listener,), stdout=writer)
+    supervisor = subprocess.Popen(arguments, pass_fds=(config.listener,), stdout=writer)
     os.close(writer)
     try:
-        assert supervisor.wait(PATIENCE_S) == -signal.SIGKILL
-        readable, _, _ = select.select([reader], [], [], PATIENCE_S)
+        assert supervisor.wait(TIMEOUT_S) == -signal.SIGKILL
+        readable, _, _ = select.select([reader], [], [], TIMEOUT_S)
         assert readable and os.read(reader, 1) == b"", "the process lives on"
         assert len(stand.starts()) == 1
     finally:
@@ -234,7 +234,7 @@ class TestMeanwhile:
     def test_a_short_restart_is_waited_for(self, stand: Stand) -> None:
         answers: list[int] = []
         client = threading.Thread(
-            target=lambda: answers.append(httpx.get(stand.url, timeout=PATIENCE_S).status_code)
+            target=lambda: answers.append(httpx.get(stand.url, timeout=TIMEOUT_S).status_code)
         )
         client.start()
         assert stand.run("beats:1,exit:1", "beats:1,serve,exit:2") == 2
@@ -247,7 +247,7 @@ class TestMeanwhile:
 
         def ask() -> None:
             body = {"model": "x", "prompt": "y" * 500_000}
-            with stand.paused(), httpx.Client(base_url=stand.url, timeout=PATIENCE_S) as client:
+            with stand.paused(), httpx.Client(base_url=stand.url, timeout=TIMEOUT_S) as client:
                 for path in ("/v1/chat/completions", "/v1/messages"):
                     answers[path] = client.post(path, json=body)
                 for path in ("/health", "/ready", "/ping"):

@@ -18,12 +18,12 @@ import termios
 from dataclasses import asdict
 from pathlib import Path
 
-from server.supervision.heartbeat import Lifeline
+from server.supervision.heartbeat import Heartbeat
 
 
 def main(record: Path, words: list[str], supervised: str) -> None:
     listener_descriptor, line_descriptor = map(int, supervised.split(","))
-    line = Lifeline.adopt(line_descriptor)
+    line = Heartbeat.adopt(line_descriptor)
     told = {"pid": os.getpid(), "residents": line.residents, **asdict(line.restarts)}
     with record.open("a") as file:
         file.write(json.dumps(told) + "\n")
@@ -31,7 +31,7 @@ def main(record: Path, words: list[str], supervised: str) -> None:
         act(word, line, socket.socket(fileno=os.dup(listener_descriptor)))
 
 
-def act(word: str, line: Lifeline, listener: socket.socket) -> None:
+def act(word: str, line: Heartbeat, listener: socket.socket) -> None:
     what, _, value = word.partition(":")
     match what:
         case "beats":
@@ -69,14 +69,14 @@ def act(word: str, line: Lifeline, listener: socket.socket) -> None:
             connection.close()
 
 
-def beat(line: Lifeline) -> None:
+def beat(line: Heartbeat) -> None:
     """Give a sign of life, and wait until it is taken."""
     line.beat(ready=True, residents=["most", "less"])
     while unread_bytes(line):
         pass
 
 
-def unread_bytes(line: Lifeline) -> int:
+def unread_bytes(line: Heartbeat) -> int:
     """What the supervisor has not taken yet."""
     return int.from_bytes(fcntl.ioctl(line._line, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 

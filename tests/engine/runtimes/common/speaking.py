@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from engine.config import ModelConfig
-from engine.requests import Speech, SpeechRequest
+from engine.events import Speech
+from engine.requests import SpeechRequest
 from engine.runtimes.base import LoadedModel, Runtime
 from engine.runtimes.common.speech import SpeechModel
 

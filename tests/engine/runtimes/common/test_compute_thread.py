@@ -19,7 +19,7 @@ def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def settle(most: int) -> None:
+def wait_for_threads(most: int) -> None:
     """Return once the process has no more threads than that; a thread that ended stays a moment."""
     deadline_s = time.monotonic() + WAIT_S
     while threads() > most:
@@ -40,7 +40,7 @@ def test_a_pool_ends_with_the_call() -> None:
     with ComputeThread("small") as thread:
         for _ in range(3):
             assert thread.submit(compute).result() >= before + 2
-            settle(before + 1)
+            wait_for_threads(before + 1)
 
 
 def test_what_a_plain_thread_would_leave_behind() -> None:
@@ -61,4 +61,4 @@ def test_a_failure_is_told_and_ends_the_pool_too() -> None:
     with ComputeThread("small") as thread:
         with pytest.raises(ZeroDivisionError):
             thread.submit(fail).result()
-        settle(before + 1)
+        wait_for_threads(before + 1)

@@ -22,23 +22,19 @@ from safetensors.torch import load_file, save_file
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.errors import EngineError, InvalidRequest, LoadFailed, RuntimeFailed
+from engine.events import Event, ImageResult, PartialImage, Progress, VideoResult
 from engine.memory.device import CpuDevice
 from engine.memory.host_memory import HostMemory
 from engine.process.gate import GATE
 from engine.process.heap import freeze_heap, thaw_heap
 from engine.process.torch_state import share_torch_state
 from engine.requests import (
-    Event,
     ImageOperation,
     ImageRequest,
-    ImageResult,
     LoraChoice,
-    PartialImage,
-    Progress,
     Quality,
     TextRequest,
     VideoRequest,
-    VideoResult,
 )
 from engine.runtimes.diffusers import runtime as diffusers_runtime
 from engine.runtimes.diffusers.runtime import DiffusersModel, DiffusersRuntime

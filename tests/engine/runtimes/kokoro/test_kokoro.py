@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.errors import ConfigError, InvalidRequest, LoadFailed
+from engine.events import Speech, WorkingMemory
 from engine.media.sentences import split_sentences
 from engine.memory.device import CpuDevice
 from engine.process.gate import GATE
-from engine.requests import Speech, SpeechRequest, WorkingMemory
+from engine.requests import SpeechRequest
 from engine.runtimes.kokoro.phonemes import MAX_PHONEMES, Phonemizer
 from engine.runtimes.kokoro.runtime import (
     OPENAI_VOICES,

@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from engine.config import ModelConfig
-from engine.requests import Frame, TextOperation, TextRequest
+from engine.events import Frame
+from engine.requests import TextOperation, TextRequest
 from engine.runtimes.base import LoadedModel, Runtime
 
 PROMPTS = (

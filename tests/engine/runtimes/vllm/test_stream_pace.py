@@ -14,7 +14,8 @@ import pytest
 import pytest_asyncio
 
 from engine.config import ModelConfig
-from engine.requests import Frame, TextOperation, TextRequest
+from engine.events import Frame
+from engine.requests import TextOperation, TextRequest
 from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.runtime import VllmRuntime
 from engine.runtimes.vllm.stream_pace import (

@@ -18,8 +18,9 @@ import pytest_asyncio
 
 from engine.config import ModelConfig
 from engine.errors import OutOfDeviceMemory, RuntimeFailed
+from engine.events import Document, Frame
 from engine.memory.host_memory import HostMemory
-from engine.requests import Document, Frame, TextOperation, TextRequest
+from engine.requests import TextOperation, TextRequest
 from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.runtime import VllmRuntime
 from engine.starters.registry import ensure_starter

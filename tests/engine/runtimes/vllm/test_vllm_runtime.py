@@ -19,8 +19,9 @@ import pytest_asyncio
 
 from engine.config import ModelConfig
 from engine.errors import InvalidRequest, LoadFailed, RuntimeFailed
+from engine.events import Document, Frame
 from engine.process.gate import GATE
-from engine.requests import Document, Frame, TextOperation, TextRequest
+from engine.requests import TextOperation, TextRequest
 from engine.runtimes.base import LoadedModel
 from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.runtime import VllmRuntime

@@ -20,19 +20,11 @@ from numpy.typing import NDArray
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.errors import InvalidRequest, LoadFailed, RuntimeFailed
+from engine.events import Event, Heard, Progress, Segment, Word
 from engine.files.ctranslate2_file import read_variables, weight_bytes, write_variables
 from engine.memory.device import CpuDevice
 from engine.memory.host_memory import HostMemory
-from engine.requests import (
-    Event,
-    Heard,
-    Progress,
-    Segment,
-    SpeechRequest,
-    TranscriptionOperation,
-    TranscriptionRequest,
-    Word,
-)
+from engine.requests import SpeechRequest, TranscriptionOperation, TranscriptionRequest
 from engine.runtimes.base import LoadedModel
 from engine.runtimes.whisper.runtime import LoadedWhisper, WhisperOptions, WhisperRuntime
 from engine.starters.registry import ensure_starter

@@ -1,0 +1,140 @@
+"""What a caller gets back from a request: the events of its run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from PIL.Image import Image
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Frames: TypeAlias = "NDArray[np.uint8]"
+"""Pixels of a video: (frames, height, width, 3), RGB."""
+
+Samples: TypeAlias = "NDArray[np.float32]"
+"""Mono audio: (samples,), -1 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """The whole answer as one JSON document (UTF-8)."""
+
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One piece of a streamed answer: complete server-sent-event text, ready for the wire."""
+
+    data: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is, 0 to 1."""
+
+    done: float
+
+
+@dataclass(frozen=True, slots=True)
+class PartialImage:
+    """A preview of the first image, decoded from the latents of its step."""
+
+    index: int
+    """0, 1, … in the order given."""
+    image: Image
+
+
+@dataclass(frozen=True, slots=True)
+class ImageResult:
+    """The finished images, in order; the last event of an image run."""
+
+    images: tuple[Image, ...]
+    seed: int
+    """Of the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class VideoResult:
+    """The finished video; the last event of a video run."""
+
+    frames: Frames
+    fps: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A word and when it is spoken, in seconds from the beginning."""
+
+    text: str
+    start_s: float
+    end_s: float
+    probability: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """The next piece of spoken audio, usually a sentence. A speech run is one or more of them."""
+
+    samples: Samples
+    sample_rate: int
+    """Hertz."""
+    words: tuple[Word, ...] = ()
+    """Counted from the beginning of the whole, if asked for and known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What a recording is; the first event of a transcription run."""
+
+    language: str
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The next piece of a transcript, as soon as it is known. The fields are OpenAI's."""
+
+    id: int
+    start_s: float
+    end_s: float
+    text: str
+    seek: int
+    """Where the model's window began, in hundredths of a second."""
+    tokens: tuple[int, ...]
+    temperature: float
+    avg_logprob: float
+    compression_ratio: float
+    no_speech_prob: float
+    words: tuple[Word, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkingMemory:
+    """How many device bytes a run took at its peak, above the model's blocks.
+
+    For the engine, which remembers it for the next run of that shape; not passed on.
+    """
+
+    nbytes: int
+
+
+Event: TypeAlias = (
+    Document
+    | Frame
+    | Progress
+    | PartialImage
+    | ImageResult
+    | VideoResult
+    | Speech
+    | Heard
+    | Segment
+    | WorkingMemory
+)
+"""Of a text model either exactly one `Document` or one or more `Frame`s; of image and video models
+any number of `Progress` and `PartialImage`, then the result; of a speech model `Speech`; of a
+transcription model `Heard` and any number of `Segment`."""
