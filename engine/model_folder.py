@@ -9,6 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from engine.errors import ConfigError, EngineError, LoadFailed
+from engine.files.hub.cache import present, snapshot
+from engine.files.hub.fetch import fetch
+from engine.files.hub.selection import HubSource
 from engine.starters.registry import ensure_starter, starter_folder
 
 log = logging.getLogger(__name__)
@@ -46,15 +49,13 @@ def local_folder(
         return folder
     if folder.is_absolute() or source.startswith((".", "~")):
         raise LoadFailed(f"there is no folder {source}")
-    from engine.files import hub
-
-    wanted = hub.HubSource(source, tuple(patterns), revision)
-    found = hub.present(wanted)
+    wanted = HubSource(source, tuple(patterns), revision)
+    found = present(wanted)
     if found is None:
         try:
-            found = hub.fetch(wanted)
+            found = fetch(wanted)
         except EngineError as error:
-            found = hub.snapshot(source, revision)
+            found = snapshot(source, revision)
             if found is None:
                 raise LoadFailed(f"cannot fetch {source}: {error.message}") from error
             log.warning("using what is here of %s: %s", source, error.message)
@@ -73,6 +74,4 @@ def present_folder(source: str, cache_dir: Path, *, revision: str | None = None)
         return folder
     if source.startswith((STARTER_PREFIX, "/", ".", "~")):
         return None
-    from engine.files import hub
-
-    return hub.snapshot(source, revision)
+    return snapshot(source, revision)

@@ -10,15 +10,10 @@ from pathlib import Path
 
 from engine.config import ModelConfig
 from engine.errors import ShuttingDown
-from engine.files.hub import (
-    Fetch,
-    FetchCancelledError,
-    FetchProgress,
-    HubSource,
-    OnProgress,
-    check_room,
-    is_repo,
-)
+from engine.files.hub.cache import check_room
+from engine.files.hub.fetch import Fetch, FetchCancelledError, FetchProgress, OnProgress
+from engine.files.hub.selection import HubSource
+from engine.files.source import is_repo
 from engine.model_folder import WANTED_FILES
 from engine.runtimes.bark.runtime import FILES as BARK_FILES
 from engine.runtimes.coqui.runtime import FILES as COQUI_FILES
@@ -81,7 +76,7 @@ def pull(
 
     Raises:
         NotFound: there is no such repository or revision.
-        LoadFailed: see `engine.files.hub.Fetch`; also if all together do not fit the disk.
+        LoadFailed: see `engine.files.hub.fetch.Fetch`; also if all together do not fit the disk.
         FetchCancelledError: `cancelled` was set.
 
     """
