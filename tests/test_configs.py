@@ -16,13 +16,10 @@ from engine.files.safetensors_header import DTYPE_BYTES, tensor_sizes
 from engine.memory.device import CpuDevice
 from engine.model_folder import STARTER_PREFIX
 from engine.requests import ImageOperation, ImageRequest, Quality, SpeechRequest, VideoRequest
-from engine.runtimes.diffusers.runtime import (
-    DiffusersOptions,
-    DiffusersRuntime,
-    check_size,
-    family_of,
-    lora_files,
-)
+from engine.runtimes.diffusers.families import check_size, family_of
+from engine.runtimes.diffusers.files import lora_files
+from engine.runtimes.diffusers.options import DiffusersOptions
+from engine.runtimes.diffusers.runtime import DiffusersRuntime
 from engine.runtimes.kokoro.runtime import OPENAI_VOICES
 from engine.runtimes.registry import runtime_class
 from engine.starters.registry import DIFFUSION_STARTERS, SPEECH_STARTERS, STARTERS

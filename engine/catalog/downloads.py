@@ -17,12 +17,8 @@ from engine.files.source import is_repo
 from engine.model_folder import WANTED_FILES
 from engine.runtimes.bark.runtime import FILES as BARK_FILES
 from engine.runtimes.coqui.runtime import FILES as COQUI_FILES
-from engine.runtimes.diffusers.runtime import (
-    CONFIG_FILES,
-    LORA_FILE,
-    DiffusersOptions,
-    ip_adapter_files,
-)
+from engine.runtimes.diffusers.files import CONFIG_FILES, LORA_FILE, ip_adapter_files
+from engine.runtimes.diffusers.options import DiffusersOptions
 from engine.runtimes.kokoro.runtime import FILES as KOKORO_FILES
 from engine.runtimes.whisper.runtime import FILES as WHISPER_FILES
 

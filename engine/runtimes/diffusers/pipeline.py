@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,16 +33,9 @@ from engine.memory.host_memory import HostMemory
 from engine.process.gate import GATE
 from engine.requests import ImageRequest, LoraChoice, VideoRequest
 from engine.runtimes.common.torch_run import TorchParts, TorchRun
-from engine.runtimes.diffusers.runtime import (
-    LORA_FILE,
-    OFFLOADED,
-    check_size,
-    family_of,
-    lora_files,
-)
-
-if TYPE_CHECKING:
-    from engine.runtimes.diffusers.runtime import DiffusersOptions
+from engine.runtimes.diffusers.families import check_size, family_of
+from engine.runtimes.diffusers.files import LORA_FILE, lora_files
+from engine.runtimes.diffusers.options import OFFLOADED, DiffusersOptions
 
 log = logging.getLogger(__name__)
 
