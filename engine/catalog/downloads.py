@@ -13,7 +13,7 @@ from engine.errors import ShuttingDown
 from engine.files.hub.cache import check_room
 from engine.files.hub.fetch import Fetch, FetchCancelledError, FetchProgress, OnProgress
 from engine.files.hub.selection import HubSource
-from engine.files.source import is_repo
+from engine.files.source import Source
 from engine.model_folder import WANTED_FILES
 from engine.runtimes.bark.runtime import FILES as BARK_FILES
 from engine.runtimes.coqui.runtime import FILES as COQUI_FILES
@@ -47,7 +47,9 @@ def sources_of(model: ModelConfig, *, allow_pickle: bool = False) -> tuple[HubSo
         revision = getattr(model.options, "revision", None)
         sources = [HubSource(model.source, files, revision)]
     return tuple(
-        replace(source, allow_pickle=allow_pickle) for source in sources if is_repo(source.repo)
+        replace(source, allow_pickle=allow_pickle)
+        for source in sources
+        if Source(source.repo).is_repo
     )
 
 

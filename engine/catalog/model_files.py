@@ -17,8 +17,8 @@ from engine.catalog.downloads import sources_of
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import Conflict, NotFound
 from engine.files.hub.cache import PARTIAL, cache_dir, present, repo_dir, snapshot
-from engine.files.source import is_repo
-from engine.model_folder import STARTER_PREFIX, present_folder
+from engine.files.source import Source
+from engine.model_folder import is_built_here, present_folder
 
 MODELS_PREFIX = "models--"
 
@@ -45,7 +45,7 @@ class Files:
     @property
     def is_repo(self) -> bool:
         """Whether a hub has it too, so that it can be fetched again."""
-        return is_repo(self.source)
+        return Source(self.source).is_repo
 
 
 def files_of(model: ModelConfig, config: EngineConfig) -> tuple[Files, ...]:
@@ -167,11 +167,10 @@ def _local(model: ModelConfig, config: EngineConfig) -> Files:
     if folder is None:
         return Files(model.source, None, 0, 0, False, None, (model.id,))
     nbytes = sum(stat.st_size for _, stat in _stats(folder))
-    starter = model.source.startswith(STARTER_PREFIX)
     readers = tuple(each.id for each in config.models if each.source == model.source)
     return Files(
         source=model.source,
-        path=folder if starter else folder.resolve(),
+        path=folder if is_built_here(model.source) else folder.resolve(),
         nbytes=nbytes,
         unfinished_bytes=0,
         present=True,

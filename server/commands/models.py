@@ -250,8 +250,10 @@ def _unconfigured(repo: str, allow_pickle: bool) -> Sequence[HubSource]:
 
 
 def _locally(model: ModelConfig) -> str:
-    starter = model.source.startswith("starter:")
-    return "built at the first request" if starter else f"in {model.source}"
+    from engine.model_folder import is_built_here
+
+    built = is_built_here(model.source)
+    return "built at the first request" if built else f"in {model.source}"
 
 
 def _fetch(name: str, sources: Sequence[HubSource]) -> None:
