@@ -63,19 +63,14 @@ class Residency:
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def open(
-        self, device: Device, estimates: EstimateStore, host: HostMemory, budget_bytes: int
-    ) -> None:
-        """Name the device, what is remembered of it, where host copies go, and the budget.
+    def open(self, device: Device, estimates: EstimateStore, host: HostMemory) -> None:
+        """Name the device, what is remembered of it, and where host copies go.
 
         Nothing can be loaded before.
         """
         self._device = device
         self._estimates = estimates
         self._host = host
-        for runtime in self._runtimes.values():
-            runtime.host = host
-            runtime.budget_bytes = budget_bytes
 
     def gone(self, model_id: str) -> asyncio.Future[None]:
         """Done once the model is off the device; at once if it is not there."""

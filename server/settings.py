@@ -22,6 +22,7 @@ from engine.config import (
     read_sections,
 )
 from engine.errors import ConfigError
+from engine.runtimes.registry import RUNTIMES
 from engine.units import Duration, Size
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def load_settings(
             " key. Set server.api_keys (ROUNDHOUSE_API_KEYS) or server.api_keys_file, or allow it"
             " with server.insecure (--insecure)"
         )
-    return engine_config(sections), settings
+    return engine_config(sections, RUNTIMES), settings
 
 
 def _read_keys(path: Path) -> tuple[list[str], list[str]]:

@@ -11,9 +11,9 @@ from typing import BinaryIO
 
 from engine.config import ModelConfig
 from engine.errors import Conflict, InvalidRequest
+from engine.files.lora_folder import lora_files
 from engine.files.safetensors_header import tensor_sizes
-from engine.runtimes.diffusers.files import lora_files
-from engine.runtimes.diffusers.options import DiffusersOptions
+from engine.runtimes.registry import runtime_class
 
 MAX_LORA_BYTES = 4 * 2**30
 """The largest for FLUX are some 2.5 GB."""
@@ -38,12 +38,13 @@ def folder_of(model: ModelConfig) -> Path:
         InvalidRequest: it has no folder for them.
 
     """
-    if not isinstance(model.options, DiffusersOptions) or model.options.loras is None:
+    folder = runtime_class(model.runtime).lora_folder(model)
+    if folder is None:
         raise InvalidRequest(
             f"The model {model.id!r} has no folder of LoRAs (its options name no `loras`).",
             param="model",
         )
-    return model.options.loras.expanduser()
+    return folder
 
 
 def check_name(name: str) -> str:
@@ -66,7 +67,7 @@ def check_name(name: str) -> str:
 def add(model: ModelConfig, name: str, data: BinaryIO) -> Path:
     """Put a LoRA into a model's folder, whole or not at all; returns its path.
 
-    The header alone is looked at: whether the tensors fit the model is told by the first request.
+    Only the header is looked at: the first request shows whether the tensors fit the model.
 
     Raises:
         InvalidRequest: the name, or no safetensors file, or no LoRA in it.

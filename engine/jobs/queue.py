@@ -484,7 +484,7 @@ class Jobs:
     def _first_frame_request(self, request: VideoRequest) -> ImageRequest | None:
         """What makes the image that the video starts from, where the model is set up so."""
         model = self._engine.config.find(request.model)
-        image_model = getattr(model.options, "first_frame_model", None)
+        image_model = model.options.get("first_frame_model")
         if image_model is None or request.image is not None:
             return None
         return ImageRequest(

@@ -16,6 +16,8 @@ import yaml
 
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import ModelNotFound
+from engine.runtimes.registry import runtime_class
+from engine.runtimes.vllm.options import VllmOptions
 from server.bench.errors import BadSetUp, NotStarted
 from server.bench.sides import Launch
 from server.bench.work import Work
@@ -87,9 +89,9 @@ def choose_models(
             model = config.find(name)
         except ModelNotFound as error:
             raise BadSetUp(error.message) from error
-        options = model.options.model_dump(exclude_unset=True)
+        options = {**model.options, **overrides}
         try:
-            options = type(model.options).model_validate({**options, **overrides})
+            runtime_class(model.runtime).Options.model_validate(options)
         except ValueError as error:
             raise BadSetUp(f"--set: {error}") from error
         chosen.append(model.model_copy(update={"options": options}))
@@ -134,7 +136,7 @@ def vllm_serve(set_up: SetUp) -> Launch:
 
     """
     model = _only(set_up, "vllm")
-    options = model.options
+    options = model.options_as(VllmOptions)
     line = [
         _command("vllm"), "serve", str(set_up.model_folders[0]),
         "--host", "127.0.0.1",
@@ -237,7 +239,7 @@ def _only(set_up: SetUp, runtime: str) -> ModelConfig:
 
 
 def _dtype(set_up: SetUp, model: ModelConfig) -> str:
-    dtype: str = model.options.dtype
+    dtype: str = model.options_as(VllmOptions).dtype
     return "bfloat16" if dtype == "auto" and not set_up.on_gpu else dtype
 
 

@@ -13,6 +13,7 @@ import httpx
 from engine.config import EngineConfig, engine_config, engine_fields, read_sections
 from engine.memory.device import host_memory_bytes
 from engine.memory.nvidia_smi import read_gpus
+from engine.runtimes.registry import RUNTIMES
 from engine.units import format_size
 from server.settings import STARTER_CONFIG, ServerSettings
 
@@ -106,7 +107,7 @@ def read_engine_config(path: Path, environ: Mapping[str, str]) -> EngineConfig:
 
     """
     fields = {"engine": engine_fields(), "server": list(ServerSettings.model_fields)}
-    return engine_config(read_sections(path, environ, fields))
+    return engine_config(read_sections(path, environ, fields), RUNTIMES)
 
 
 def _by_hardware(facts: Facts) -> tuple[str, str]:

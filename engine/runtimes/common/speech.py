@@ -1,4 +1,4 @@
-"""What the runtimes of speech models have in common: options, checks, the model on its thread.
+"""What the runtimes of speech models have in common: checks, and the model on its thread.
 
 Nothing here imports a library; the run itself is in `speech_run`.
 """
@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from engine.config import ModelConfig, Section
 from engine.errors import InvalidRequest
 from engine.requests import Request, SpeechRequest
 from engine.runtimes.base import Prepared
+from engine.runtimes.common.speech_options import SpeechOptions
 from engine.runtimes.common.thread_run import Emit, ThreadRun
 from engine.runtimes.common.torch_model import TorchModel
+from engine.runtimes.common.utterance import Utterance
 
 if TYPE_CHECKING:
     from engine.runtimes.common.speech_run import Speaker
@@ -35,45 +34,16 @@ VOCODER_BYTES = 384
 (https://arxiv.org/abs/2010.05646, V1), in float32."""
 
 
-class SpeechOptions(Section):
-    """Options of a speech model."""
-
-    voice: str | None = None
-    """Of requests that name none; without it the model's first."""
-    voices: dict[str, str] = Field(default_factory=dict)
-    """Further names for the model's voices, such as OpenAI's `alloy`."""
-    language: str | None = None
-    """Of requests that name none, ISO 639-1; without it the model's first."""
-    max_chars: int = Field(default=4096, ge=1, le=10_000_000)
-    """Of one request; 4096 is OpenAI's bound."""
-    sentence_chars: int = Field(default=200, ge=20, le=1000)
-    """A sentence longer than this is spoken in pieces."""
-    revision: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Utterance:
-    """What is to be spoken, as the model knows it."""
-
-    sentences: tuple[str, ...]
-    voice: str | None
-    """By the model's own name; None for a model of one voice, and where a sample is cloned."""
-    language: str | None
-    """By the model's own name."""
-    seed: int
-
-
-def check_speech(model: ModelConfig, request: Request) -> SpeechRequest:
+def check_speech(model_id: str, options: SpeechOptions, request: Request) -> SpeechRequest:
     """Refuse what no speech model can do; fill in the seed.
 
     Raises:
         InvalidRequest: naming `model`, `input`, `speed` or `seed`.
 
     """
-    options: SpeechOptions = model.options
     if not isinstance(request, SpeechRequest):
         raise InvalidRequest(
-            f"The model {model.id!r} does not support {request.operation.value}.", param="model"
+            f"The model {model_id!r} does not support {request.operation.value}.", param="model"
         )
     if not any(character.isalnum() for character in request.text):
         raise InvalidRequest("There is nothing to speak in the text.", param="input")
@@ -91,25 +61,28 @@ def check_speech(model: ModelConfig, request: Request) -> SpeechRequest:
     return replace(request, seed=seed)
 
 
-def choose_voice(model: ModelConfig, request: SpeechRequest, known: Sequence[str]) -> str:
+def choose_voice(
+    model_id: str, options: SpeechOptions, request: SpeechRequest, known: Sequence[str]
+) -> str:
     """The model's own name of the voice that is asked for. `known` must not be empty.
 
     Raises:
         InvalidRequest: the model has no such voice.
 
     """
-    options: SpeechOptions = model.options
     asked = request.voice or options.voice or known[0]
     voice = options.voices.get(asked, asked)
     if voice not in known:
         there = ", ".join([*known[:20], *(["…"] if len(known) > 20 else [])])
         raise InvalidRequest(
-            f"The model {model.id!r} has no voice {asked!r}; there is {there}.", param="voice"
+            f"The model {model_id!r} has no voice {asked!r}; there is {there}.", param="voice"
         )
     return voice
 
 
-def choose_language(model: ModelConfig, request: SpeechRequest, known: Sequence[str]) -> str | None:
+def choose_language(
+    model_id: str, options: SpeechOptions, request: SpeechRequest, known: Sequence[str]
+) -> str | None:
     """The model's own name of the language, which may have a region that the request left out.
 
     None where the model does not tell its languages and nobody asks for one.
@@ -118,7 +91,6 @@ def choose_language(model: ModelConfig, request: SpeechRequest, known: Sequence[
         InvalidRequest: the model does not speak it.
 
     """
-    options: SpeechOptions = model.options
     asked = request.language or options.language
     if asked is None:
         return known[0] if known else None
@@ -131,7 +103,7 @@ def choose_language(model: ModelConfig, request: SpeechRequest, known: Sequence[
         return options.language
     there = ", ".join(known) or options.language or "only its own"
     raise InvalidRequest(
-        f"The model {model.id!r} does not speak {asked!r}; there is {there}.", param="language"
+        f"The model {model_id!r} does not speak {asked!r}; there is {there}.", param="language"
     )
 
 

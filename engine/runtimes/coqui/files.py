@@ -17,6 +17,8 @@ from engine.errors import LoadFailed
 from engine.files.pickled import load_pickled
 from engine.runtimes.common.thread_run import reason
 
+CONFIG_FILE = "config.json"
+
 CHECKPOINTS = ("model_file.pth", "model.pth", "best_model.pth")
 """Names of the weights: of Coqui's releases, of XTTS, of what its trainer writes."""
 
@@ -54,7 +56,7 @@ def read_folder(folder: Path) -> CoquiFiles:
 
     """
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         kind = str(config.get("model", "")).lower()
         arguments = dict(config.get("model_args") or {})
         config["model_args"] = arguments

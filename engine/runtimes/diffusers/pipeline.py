@@ -28,13 +28,13 @@ from diffusers.pipelines.auto_pipeline import (
 )
 from engine.errors import ConfigError, InvalidRequest, LoadFailed
 from engine.events import Event, ImageResult, PartialImage, Progress, VideoResult
+from engine.files.lora_folder import LORA_FILE, lora_files
 from engine.files.safetensors_header import tensor_sizes
 from engine.memory.host_memory import HostMemory
 from engine.process.gate import GATE
 from engine.requests import ImageRequest, LoraChoice, VideoRequest
 from engine.runtimes.common.torch_run import TorchParts, TorchRun
 from engine.runtimes.diffusers.families import check_size, family_of
-from engine.runtimes.diffusers.files import LORA_FILE, lora_files
 from engine.runtimes.diffusers.options import OFFLOADED, DiffusersOptions
 
 log = logging.getLogger(__name__)

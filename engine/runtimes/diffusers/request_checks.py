@@ -8,11 +8,11 @@ from math import ceil
 from typing import TypeVar
 
 from engine.errors import InvalidRequest
+from engine.files.lora_folder import lora_files
 from engine.files.safetensors_header import DTYPE_BYTES
 from engine.requests import ImageOperation, ImageRequest, VideoRequest
 from engine.runtimes.base import Prepared
 from engine.runtimes.diffusers.families import Family, check_size, size_text
-from engine.runtimes.diffusers.files import lora_files
 from engine.runtimes.diffusers.options import MAX_STEPS, DiffusersOptions
 
 DECODER_COPIES = 3

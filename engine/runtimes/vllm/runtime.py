@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,17 +26,21 @@ from engine.errors import (
     LoadFailed,
     OutOfDeviceMemory,
 )
+from engine.files.hub.repository import Repository
+from engine.files.hub.selection import HubSource
 from engine.files.source import starter_source
-from engine.memory.device import CudaDevice, Device
-from engine.model_folder import local_folder
+from engine.memory.device import CudaDevice
+from engine.model_folder import WANTED_FILES
 from engine.process.gate import GATE
 from engine.requests import Request, TextOperation, TextRequest
-from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
+from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.common.compute_thread import ComputeThread
 from engine.runtimes.common.thread_run import reason
+from engine.runtimes.recognised import Recognised
 from engine.runtimes.vllm.checkpoint import Checkpoint
 from engine.runtimes.vllm.model import VllmModel, is_out_of_memory
 from engine.runtimes.vllm.options import VllmOptions
+from engine.runtimes.vllm.recognition import recognise_language_model
 
 if TYPE_CHECKING:
     from engine.runtimes.vllm.core import CoreThread
@@ -77,11 +82,11 @@ class VllmRuntime(Runtime):
     """Loads language and embedding models into vLLM engines of this process."""
 
     name: ClassVar[str] = "vllm"
+    tasks: ClassVar[tuple[str, ...]] = ("generate", "embed")
     Options: ClassVar[type[Section]] = VllmOptions
 
-    def __init__(self, device: Device, cache_dir: Path) -> None:
-        self._device = device
-        self._cache_dir = cache_dir
+    def __init__(self, context: RuntimeContext) -> None:
+        super().__init__(context)
         self._cores: CoreThread | None = None
         self._loader = ComputeThread("vllm-load")
         self._schemas: dict[TextOperation, Any] = {}
@@ -89,6 +94,16 @@ class VllmRuntime(Runtime):
         self._warm = False
         self._series = CollectorRegistry()
         self.metrics = self._series
+
+    @classmethod
+    def hub_sources(cls, model: ModelConfig) -> tuple[HubSource, ...]:
+        """The model's own repository."""
+        return (HubSource(model.source, WANTED_FILES, model.options_as(VllmOptions).revision),)
+
+    @classmethod
+    def recognise(cls, repository: Repository) -> Recognised | None:
+        """Any architecture with safetensors."""
+        return recognise_language_model(repository)
 
     def start(self) -> None:
         """Import vLLM (some ten seconds) and take over what it would share."""
@@ -142,7 +157,7 @@ class VllmRuntime(Runtime):
         The event loop wants a core as well, and threads that wait for each other at barriers
         get nothing done without theirs: on two cores one stream was half as fast with two.
         """
-        if self._device.kind != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        if self.context.device.kind != "cpu" or "OMP_NUM_THREADS" in os.environ:
             return None
         import torch
 
@@ -161,6 +176,15 @@ class VllmRuntime(Runtime):
             source=starter_source("tiny-llama"),
             options={"dtype": "float32", "max_model_len": 512, "kv_cache": "16MiB"},
         )
+        # Nothing of it is parked: it needs no master copies.
+        context, self.context = self.context, replace(self.context, host=None)
+        try:
+            await self._warm_up_with(model)
+        finally:
+            self.context = context
+        self._warm = True
+
+    async def _warm_up_with(self, model: ModelConfig) -> None:
         loaded = await self.load(model, lambda reason: log.error("warm-up failed: %s", reason))
         body = {"prompt": "hello " * 60, "max_tokens": 32, "stream": True}
         request = TextRequest(model.id, TextOperation.COMPLETION, body, request_id="warm-up")
@@ -171,7 +195,6 @@ class VllmRuntime(Runtime):
 
         await asyncio.gather(*(answer() for _ in range(8)))
         await self.unload(loaded)
-        self._warm = True
 
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Parse the body with vLLM's own schema for the operation."""
@@ -202,12 +225,13 @@ class VllmRuntime(Runtime):
         """Sum the safetensors headers; fetch the files first if they are on a hub."""
         checkpoint = Checkpoint(self._folder(model))
         expected = self._expected(model, checkpoint)
-        expected["weights"] += checkpoint.rotary_bytes(model.options.dtype)
-        if self._device.kind == "cpu" and model.task == "generate":
+        dtype = model.options_as(VllmOptions).dtype
+        expected["weights"] += checkpoint.rotary_bytes(dtype)
+        if self.context.device.kind == "cpu" and model.task == "generate":
             # A CPU kernel may keep its own form of the matrix that gives the logits beside it.
-            expected["weights"] += checkpoint.embedding_bytes(model.options.dtype)
+            expected["weights"] += checkpoint.embedding_bytes(dtype)
         nbytes = sum(expected.values())
-        parkable = self.host is not None
+        parkable = self.context.host is not None
         blocks = tuple(
             Block(name, size, parkable, scratch=name != "weights")
             for name, size in expected.items()
@@ -218,7 +242,7 @@ class VllmRuntime(Runtime):
 
     def _expected(self, model: ModelConfig, checkpoint: Checkpoint) -> dict[str, int]:
         """Bytes of each block as the files and the options tell them."""
-        options = model.options
+        options = model.options_as(VllmOptions)
         kv_bytes = options.kv_cache or 0
         if not kv_bytes and checkpoint.has_kv_cache(model.task):
             tokens = 4 * checkpoint.max_model_len(options)
@@ -228,9 +252,6 @@ class VllmRuntime(Runtime):
             "kv_cache": kv_bytes,
             "workspace": checkpoint.workspace_bytes(options),
         }
-
-    def _folder(self, model: ModelConfig) -> Path:
-        return local_folder(model.source, self._cache_dir, revision=model.options.revision)
 
     async def load(self, model: ModelConfig, on_failure: Callable[[str], None]) -> LoadedModel:
         """Build the engine on the loading thread and its serving objects on the loop."""
@@ -270,7 +291,8 @@ class VllmRuntime(Runtime):
             config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
             if not config.model_config.enforce_eager:
                 prepare_to_compile()
-        keep_plain = self.host is not None and self.host.free_bytes >= expected["weights"]
+        host = self.context.host
+        keep_plain = host is not None and host.free_bytes >= expected["weights"]
         with packing(keep_plain=keep_plain) as packed:
             llm = AsyncLLM(
                 config,
@@ -286,22 +308,22 @@ class VllmRuntime(Runtime):
         except BaseException:
             llm.shutdown()
             raise
-        return VllmModel(llm, memory, model.options), arguments
+        return VllmModel(llm, memory, model.options_as(VllmOptions)), arguments
 
     def _take_over(self, worker: Any, packed: Packing, expected: dict[str, int]) -> ModelMemory:
-        if self._device.kind == "cpu":
+        if self.context.device.kind == "cpu":
             from engine.runtimes.vllm.park import CpuMemory
 
-            return CpuMemory(worker, packed, self.host, expected)
+            return CpuMemory(worker, packed, self.context.host, expected)
         from engine.runtimes.vllm.cuda_memory import MAPPED, CudaMemory
 
-        assert isinstance(self._device, CudaDevice)
-        self._device.unmapped_bytes = MAPPED.unmapped_bytes
-        return CudaMemory(worker, self.host, expected)
+        assert isinstance(self.context.device, CudaDevice)
+        self.context.device.unmapped_bytes = MAPPED.unmapped_bytes
+        return CudaMemory(worker, self.context.host, expected)
 
     def _command_line(self, model: ModelConfig, kv_bytes: int) -> list[str]:
-        options = model.options
-        on_cpu = self._device.kind == "cpu"
+        options = model.options_as(VllmOptions)
+        on_cpu = self.context.device.kind == "cpu"
         eager = on_cpu if options.enforce_eager is None else options.enforce_eager
         line = [
             "--model", str(self._folder(model)),
@@ -376,7 +398,7 @@ class VllmRuntime(Runtime):
 
         def leave() -> None:
             loaded.memory.park(blocks)
-            self._device.release_cached()
+            self.context.device.release_cached()
 
         await asyncio.get_running_loop().run_in_executor(self._loader, leave)
 
@@ -397,7 +419,7 @@ class VllmRuntime(Runtime):
 
         forget_tokenizers()
         gc.collect()
-        self._device.release_cached()
+        self.context.device.release_cached()
 
     async def check_alive(self) -> None:
         """Wait until the core thread has come round to a job of ours.

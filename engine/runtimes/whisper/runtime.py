@@ -1,7 +1,7 @@
 """faster-whisper: transcription with Whisper models that CTranslate2 runs.
 
 Any model folder or hub repository in CTranslate2's format. Nothing here imports the library
-before `start`; the runs themselves are in `whisper_run`.
+before `start`; the runs themselves are in `engine.runtimes.whisper.run`.
 
 Loads and runs do without the gate. CTranslate2 has threads, memory and an OpenMP of its own and
 lets go of the interpreter while it computes; faster-whisper around it is NumPy on local arrays.
@@ -24,36 +24,28 @@ from dataclasses import replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, ClassVar
 
 from engine.config import ModelConfig, Section
 from engine.errors import EngineError, InvalidRequest, LoadFailed, OutOfDeviceMemory, RuntimeFailed
 from engine.events import Event
 from engine.files.ctranslate2_file import Variable, read_variables, weight_bytes
-from engine.memory.device import Device
-from engine.model_folder import local_folder, present_folder
+from engine.files.hub.repository import Repository
+from engine.files.hub.selection import HubSource
+from engine.model_folder import PresentFolders
 from engine.requests import Request, TranscriptionRequest
-from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
+from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.common.thread_run import reason, run_on_thread
-from engine.units import Duration
+from engine.runtimes.recognised import Recognised
+from engine.runtimes.whisper.options import WhisperOptions
 
 if TYPE_CHECKING:
     from engine.runtimes.whisper.run import CancellableWhisper
 
-ComputeType = Literal[
-    "auto",
-    "float32",
-    "float16",
-    "bfloat16",
-    "int8",
-    "int8_float32",
-    "int8_float16",
-    "int8_bfloat16",
-]
 
-FILES = ("model.bin", "*.json", "*.txt")
+MODEL_FILE = "model.bin"
+
+FILES = (MODEL_FILE, "*.json", "*.txt")
 """What is fetched from a hub: CTranslate2's own format; nothing in it is pickled."""
 
 AUDIO_FRAMES = 1500
@@ -73,30 +65,6 @@ FEATURE_BYTES_PER_S = 1_100_000
 
 BATCHED_BYTES_PER_S = 250_000
 """The same in the batched pipeline, which makes them window by window."""
-
-
-class WhisperOptions(Section):
-    """Options of a transcription model."""
-
-    compute_type: ComputeType = "auto"
-    """What the weights are turned into. `auto`: int8 on a CPU, float16 on a GPU."""
-    revision: str | None = None
-    language: str | None = None
-    """Taken where a request names none; None lets the model find out."""
-    beam_size: int = Field(default=5, ge=1, le=100)
-    cpu_threads: int | None = Field(default=None, ge=1)
-    """None: the processor's cores, four at most."""
-    batch_after: Duration | None = 600.0
-    """Seconds beyond which a recording goes through the batched pipeline; None: none does.
-
-    It is cut where nobody speaks, whether the request asks for `vad` or not, and several windows
-    run at once. They do not see the text before them, and are not tried again at a higher
-    temperature.
-    """
-    batch_size: int = Field(default=8, ge=1, le=256)
-    """Windows at once in the batched pipeline."""
-    max_seconds: float = Field(default=4 * 3600.0, gt=0)
-    """Of a recording; a longer one is refused."""
 
 
 class LoadedWhisper(LoadedModel):
@@ -149,14 +117,46 @@ class WhisperRuntime(Runtime):
     """Loads Whisper models."""
 
     name: ClassVar[str] = "whisper"
+    tasks: ClassVar[tuple[str, ...]] = ("transcribe",)
     Options: ClassVar[type[Section]] = WhisperOptions
 
-    def __init__(self, device: Device, cache_dir: Path) -> None:
-        self._device = device
-        self._cache_dir = cache_dir
+    def __init__(self, context: RuntimeContext) -> None:
+        super().__init__(context)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="whisper-load")
         self._languages: frozenset[str] = frozenset()
-        self._shapes: dict[str, tuple[int, int]] = {}
+        self._shapes = PresentFolders(context.cache_dir, _read_shape, [MODEL_FILE])
+
+    @classmethod
+    def hub_sources(cls, model: ModelConfig) -> tuple[HubSource, ...]:
+        """The model's own repository."""
+        return (HubSource(model.source, FILES, model.options_as(WhisperOptions).revision),)
+
+    @classmethod
+    def recognise(cls, repository: Repository) -> Recognised | None:
+        """`config.json` beside `model.bin` is a model of CTranslate2's.
+
+        Raises:
+            LoadFailed: it is another model of CTranslate2's, lacks its tokenizer, or is a Whisper
+                in the format of transformers.
+
+        """
+        config = repository.config
+        if "config.json" in repository.paths and MODEL_FILE in repository.paths:
+            if "alignment_heads" not in config and "lang_ids" not in config:
+                raise LoadFailed(f"{repository.name} is a model of CTranslate2's, but no Whisper")
+            if "tokenizer.json" not in repository.paths:
+                raise LoadFailed(
+                    f"{repository.name} has no tokenizer.json; convert the model with"
+                    " --copy_files tokenizer.json preprocessor_config.json"
+                )
+            return Recognised(cls.name, "transcribe")
+        if config.get("model_type") == "whisper":
+            raise LoadFailed(
+                f"{repository.name} is a Whisper of transformers' format: take one of"
+                " CTranslate2's, such as Systran/faster-whisper-small, or convert it with"
+                " ct2-transformers-converter"
+            )
+        return None
 
     def start(self) -> None:
         """Import faster-whisper and load its voice activity detector (2 MB)."""
@@ -172,7 +172,7 @@ class WhisperRuntime(Runtime):
                 f"The model {model.id!r} does not support {request.operation.value}.",
                 param="model",
             )
-        options: WhisperOptions = model.options
+        options = model.options_as(WhisperOptions)
         if not request.audio:
             raise InvalidRequest("The file is empty.", param="file")
         if not (isfinite(request.temperature) and 0 <= request.temperature <= 1):
@@ -196,59 +196,48 @@ class WhisperRuntime(Runtime):
         head for every 64 of it, at the peak) or in the decoder (keys and values of all frames
         once and of all tokens for each beam).
         """
-        options: WhisperOptions = model.options
-        width, layers = self._shape(model)
+        options = model.options_as(WhisperOptions)
+        width, layers = self._shape(model.source, options)
         seconds = min(options.max_seconds, file_bytes / USUAL_BYTES_PER_S)
         batched = options.batch_after is not None and seconds > options.batch_after
         encoder = AUDIO_FRAMES * (12 * width + width // 64 * AUDIO_FRAMES)
         decoder = layers * 2 * width * (AUDIO_FRAMES + options.beam_size * TEXT_POSITIONS)
         item_bytes = 2 if self._compute_type(options).endswith("16") else 4
         working = max(encoder, decoder) * item_bytes * (options.batch_size if batched else 1)
-        if self._device.kind == "cpu":
+        if self.context.device.kind == "cpu":
             per_second = BATCHED_BYTES_PER_S if batched else FEATURE_BYTES_PER_S
             # The library fills up what is shorter than a window.
             working += int(max(30.0, seconds) * per_second)
         return working
 
-    def _shape(self, model: ModelConfig) -> tuple[int, int]:
-        """Width and decoder layers, where the files are here already."""
-        if model.id not in self._shapes:
-            folder = present_folder(model.source, self._cache_dir, revision=model.options.revision)
-            try:
-                variables = read_variables(folder / "model.bin") if folder else {}
-                width = variables["encoder/conv1/weight"].shape[0]
-            except (OSError, ValueError, KeyError):
-                return LARGE
-            layers = {name.split("/")[1] for name in variables if name.startswith("decoder/layer_")}
-            self._shapes[model.id] = (width, len(layers - {"layer_norm"}))
-        return self._shapes[model.id]
+    def _shape(self, source: str, options: WhisperOptions) -> tuple[int, int]:
+        """Width and decoder layers, if the files are here already."""
+        try:
+            return self._shapes.get(source, options.revision) or LARGE
+        except (OSError, ValueError, KeyError):
+            return LARGE
 
     def weight_files(self, model: ModelConfig) -> Sequence[Path]:
         """The one that CTranslate2 reads."""
-        return (self._folder(model) / "model.bin",)
+        return (self._folder(model) / MODEL_FILE,)
 
     def estimate(self, model: ModelConfig) -> Estimate:
         """Read the header of `model.bin`; fetch the files first if need be."""
         folder = self._folder(model)
         variables = _variables(folder)
-        nbytes = weight_bytes(variables, self._compute_type(model.options))
+        nbytes = weight_bytes(variables, self._compute_type(model.options_as(WhisperOptions)))
         # Disk at 1 GB/s and half a second of building; the first measured load replaces it.
-        seconds = 0.5 + (folder / "model.bin").stat().st_size / 1e9
+        seconds = 0.5 + (folder / MODEL_FILE).stat().st_size / 1e9
         return Estimate(blocks=(self._block(nbytes),), load_seconds=seconds)
 
     def _block(self, nbytes: int) -> Block:
-        parkable = self._device.kind == "cuda" and self.host is not None
+        parkable = self.context.device.kind == "cuda" and self.context.host is not None
         return Block("weights", nbytes, parkable)
-
-    def _folder(self, model: ModelConfig) -> Path:
-        return local_folder(
-            model.source, self._cache_dir, revision=model.options.revision, patterns=FILES
-        )
 
     def _compute_type(self, options: WhisperOptions) -> str:
         if options.compute_type != "auto":
             return options.compute_type
-        return "float16" if self._device.kind == "cuda" else "int8"
+        return "float16" if self.context.device.kind == "cuda" else "int8"
 
     async def load(
         self,
@@ -260,7 +249,7 @@ class WhisperRuntime(Runtime):
         try:
             return await loop.run_in_executor(self._loader, self._build, model)
         except Exception as error:
-            await loop.run_in_executor(self._loader, self._device.release_cached)
+            await loop.run_in_executor(self._loader, self.context.device.release_cached)
             if isinstance(error, EngineError):
                 raise
             raise LoadFailed(reason(error)) from error
@@ -268,7 +257,7 @@ class WhisperRuntime(Runtime):
     def _build(self, model: ModelConfig) -> LoadedWhisper:
         from engine.runtimes.whisper.run import CancellableWhisper
 
-        options: WhisperOptions = model.options
+        options = model.options_as(WhisperOptions)
         folder = self._folder(model)
         variables = _variables(folder)
         if not (folder / "tokenizer.json").is_file():
@@ -276,7 +265,7 @@ class WhisperRuntime(Runtime):
             raise LoadFailed(f"{folder.name}: no tokenizer.json")
         whisper = CancellableWhisper(
             str(folder),
-            device=self._device.kind,
+            device=self.context.device.kind,
             compute_type=self._compute_type(options),
             cpu_threads=options.cpu_threads or min(4, len(os.sched_getaffinity(0))),
             local_files_only=True,
@@ -302,7 +291,7 @@ class WhisperRuntime(Runtime):
 
     def _park(self, model: CancellableWhisper) -> None:
         model.leave_device(to_host=True)
-        self._device.release_weights()
+        self.context.device.release_weights()
 
     async def wake(
         self,
@@ -338,15 +327,28 @@ class WhisperRuntime(Runtime):
         loaded.thread.shutdown()
         loaded.model.model.unload_model()
         loaded.model = None
-        self._device.release_cached()
+        self.context.device.release_cached()
 
     async def stop(self) -> None:
         """End the loading thread."""
         self._loader.shutdown()
 
 
+def _read_shape(folder: Path) -> tuple[int, int]:
+    """Width and decoder layers of a model.
+
+    Raises:
+        OSError, ValueError, KeyError: there is no Whisper that could be read.
+
+    """
+    variables = read_variables(folder / MODEL_FILE)
+    width: int = variables["encoder/conv1/weight"].shape[0]
+    layers = {name.split("/")[1] for name in variables if name.startswith("decoder/layer_")}
+    return width, len(layers - {"layer_norm"})
+
+
 def _variables(folder: Path) -> dict[str, Variable]:
-    path = folder / "model.bin"
+    path = folder / MODEL_FILE
     if not path.is_file():
         raise LoadFailed(f"{folder.name}: no model.bin, so no model in CTranslate2's format")
     try:
