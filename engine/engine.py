@@ -24,6 +24,7 @@ from engine.errors import (
     ShuttingDown,
 )
 from engine.events import Document, Event, Frame, Progress, WorkingMemory
+from engine.memory.block import Estimate
 from engine.memory.device import CudaDevice, Device, host_memory_bytes, open_device
 from engine.memory.host_memory import HostMemory
 from engine.metrics import EngineMetrics
@@ -33,7 +34,7 @@ from engine.process.library_logs import quiet_libraries
 from engine.process.torch_state import share_torch_state
 from engine.requests import Priority, Request, SchedulingOptions
 from engine.residency import Residency
-from engine.runtimes.base import Estimate, Prepared, Runtime, Voice
+from engine.runtimes.base import Prepared, Runtime, Voice
 from engine.runtimes.registry import runtime_class
 from engine.scheduling.estimates import EstimateStore
 from engine.scheduling.event_log import EventLog

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engine.config import ModelConfig
-from engine.runtimes.base import Block
+from engine.memory.block import Block
 from engine.scheduling.snapshot import ModelView, PartView
 from engine.status import ModelState
 

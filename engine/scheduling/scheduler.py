@@ -22,8 +22,8 @@ from engine.errors import (
     QueueTimeout,
     ShuttingDown,
 )
+from engine.memory.block import Block, Estimate
 from engine.requests import Priority
-from engine.runtimes.base import Block, Estimate
 from engine.scheduling.effects import Effects
 from engine.scheduling.eta import EtaEstimator
 from engine.scheduling.lease import Lease, LeaseTimings

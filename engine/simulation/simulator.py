@@ -18,8 +18,8 @@ from enum import StrEnum
 
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import EngineError, Overloaded
+from engine.memory.block import Block, Estimate
 from engine.requests import Priority
-from engine.runtimes.base import Block, Estimate
 from engine.scheduling.lease import Lease
 from engine.scheduling.ledger import Ledger
 from engine.scheduling.scheduler import Scheduler

@@ -22,8 +22,9 @@ from engine.config import ModelConfig
 from engine.engine import Engine
 from engine.errors import RuntimeFailed
 from engine.events import Event, ImageResult, WorkingMemory
+from engine.memory.block import Block, Estimate
 from engine.requests import Priority, Request, SchedulingOptions
-from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared
+from engine.runtimes.base import LoadedModel, Prepared
 from engine.status import ModelState
 from server.app import create_app
 from server.settings import ServerSettings

@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import EngineError, LoadFailed
+from engine.memory.block import Block, Estimate
 from engine.requests import Priority
-from engine.runtimes.base import Block, Estimate
 from engine.scheduling.lease import Lease
 from engine.scheduling.ledger import Change, Ledger
 from engine.scheduling.scheduler import Scheduler

@@ -20,8 +20,8 @@ from engine.errors import (
     QueueTimeout,
     ShuttingDown,
 )
+from engine.memory.block import Block
 from engine.requests import Priority
-from engine.runtimes.base import Block
 from engine.scheduling.lease import Lease
 from engine.scheduling.ledger import Ledger
 from engine.scheduling.scheduler import Scheduler
