@@ -44,11 +44,8 @@ from engine.scheduling.plan import (
     Unload,
 )
 from engine.scheduling.snapshot import ModelView, Snapshot, TicketView
-from engine.status import Eviction, ModelState
+from engine.status import COMPLETE, Eviction, ModelState
 from engine.units import format_size
-
-COMPLETE = (ModelState.LOADING, ModelState.WAKING, ModelState.RESIDENT)
-"""States in which everything that the model needs is granted."""
 
 REMEASURE_S = 1.0
 """How soon to look again when only other programs can give the room that a ticket needs."""

@@ -12,7 +12,8 @@ import pytest
 import pytest_asyncio
 from PIL import Image
 
-from engine.engine import OUT_OF_MEMORY_FACTOR, WORKING_MARGIN, Engine
+from engine.admission import OUT_OF_MEMORY_FACTOR, WORKING_MARGIN
+from engine.engine import Engine
 from engine.errors import LoadFailed, ModelNotFound, NotLoaded, OutOfDeviceMemory
 from engine.events import Event, ImageResult, PartialImage, Progress, WorkingMemory
 from engine.memory.block import Block, Estimate

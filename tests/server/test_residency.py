@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from PIL import Image
 from pydantic import SecretStr
 
-from engine import engine as engine_module
+from engine import admission
 from engine.config import ModelConfig
 from engine.engine import Engine
 from engine.errors import RuntimeFailed
@@ -341,7 +341,7 @@ class TestIfLoadedOnly:
             fetched.wait(TIMEOUT_S)
             return Estimate((Block("weights", HALF_BYTES),), 0.1)
 
-        monkeypatch.setattr(engine_module, "SIZE_TIMEOUT_S", 0.01)
+        monkeypatch.setattr(admission, "SIZE_TIMEOUT_S", 0.01)
         monkeypatch.setattr(runtime, "estimate", estimate)
         runtime.working_bytes = 1
         body = {"model": "small", "if_loaded_only": True, "timeout": 5}
