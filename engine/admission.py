@@ -105,7 +105,7 @@ class Admission:
             NotLoaded: it is not; the error has the cost of bringing it in.
 
         """
-        if self._scheduler.model(model.id).state not in COMPLETE:
+        if self._scheduler.report.model(model.id).state not in COMPLETE:
             raise await self._not_loaded(model)
 
     async def know_size(self, model: ModelConfig, timeout_s: float) -> None:
@@ -116,7 +116,7 @@ class Admission:
             QueueTimeout: they take longer to come. Fetching them goes on.
 
         """
-        if self._scheduler.model(model.id).estimated_bytes is not None:
+        if self._scheduler.report.model(model.id).estimated_bytes is not None:
             return
         estimate = self.estimates.get(model) if self.estimates is not None else None
         if estimate is None:
@@ -198,7 +198,7 @@ class Admission:
         # Reading the sizes takes moments where the files are here; otherwise they stay unknown.
         with contextlib.suppress(EngineError):
             await self.know_size(model, SIZE_TIMEOUT_S)
-        forecast = self._scheduler.forecast(model.id)
+        forecast = self._scheduler.report.forecast(model.id)
         return NotLoaded(
             f"The model {model.id!r} is not loaded, and the request is for a loaded one only.",
             tier=forecast.tier,

@@ -203,7 +203,7 @@ class Engine:
 
     def wanted(self) -> tuple[str, ...]:
         """The models that are there or being brought in, by demand, highest first."""
-        return self._scheduler.wanted()
+        return self._scheduler.report.wanted()
 
     async def check_alive(self, timeout_s: float = 5.0) -> bool:
         """Whether the scheduler's loop and every library's own threads answer in time."""
@@ -274,7 +274,9 @@ class Engine:
         model = self.config.find(name)
         await self._wait_started(self.config.queue_timeout_s)
         await self._admission.know_size(model, self.config.queue_timeout_s)
-        return self._scheduler.forecast(model.id, working_bytes=working_bytes, priority=priority)
+        return self._scheduler.report.forecast(
+            model.id, working_bytes=working_bytes, priority=priority
+        )
 
     async def _wait_started(self, timeout_s: float) -> None:
         try:
@@ -291,7 +293,7 @@ class Engine:
         """Where a request stands on its way through `open`, at this moment."""
         if waiting.ticket is None:
             return WaitStatus(waiting.stage)
-        ticket = self._scheduler.ticket_status(waiting.ticket)
+        ticket = self._scheduler.report.ticket_status(waiting.ticket)
         if ticket is None:  # granted or refused; `open` goes on in a moment
             return WaitStatus(Stage.RUNNING)
         state = self.model_status(waiting.ticket.model_id).state
@@ -318,8 +320,8 @@ class Engine:
             device_name=self._device.name if self._device else "",
             ledger=self._ledger.status(),
             host=self._residency.host_status(),
-            models=self._scheduler.models(),
-            queue=self._scheduler.queue(),
+            models=self._scheduler.report.models(),
+            queue=self._scheduler.report.queue(),
             transition=self._scheduler.transition,
             restarts=self._restarts,
         )
@@ -331,7 +333,7 @@ class Engine:
             ModelNotFound: there is none.
 
         """
-        return self._scheduler.model(self.config.find(name).id)
+        return self._scheduler.report.model(self.config.find(name).id)
 
     async def load(self, name: str, scheduling: SchedulingOptions | None = None) -> None:
         """Bring a model in as if a request had asked for it, and return once it is ready.
@@ -430,7 +432,7 @@ class Engine:
             except Exception as error:  # a library's; the first request gets it as well
                 log.debug("cannot estimate what %s takes: %s", model.id, error)
                 continue
-            forecast = self._scheduler.forecast(model.id)
+            forecast = self._scheduler.report.forecast(model.id)
             if not forecast.fits:
                 needed = format_size(forecast.wanted_bytes or 0)
                 log.warning("%s cannot be served: needs %s; %s", model.id, needed, forecast.reason)
