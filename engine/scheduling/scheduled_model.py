@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engine.config import ModelConfig
+from engine.errors import Conflict
 from engine.memory.block import Block
 from engine.scheduling.snapshot import ModelView, PartView
 from engine.status import BlockStatus, ModelState, ModelStatus
@@ -15,6 +16,12 @@ DEMAND_MEMORY_S = 300.0
 """Time constant of the demand for a model: a request this long ago counts 1/e."""
 FIRST_WAKE_S_PER_BYTE = 1 / 5e9
 """A copy at half of PCIe 4.0 × 16, used until a wake was measured."""
+
+MOVING_WORDS = {
+    ModelState.LOADING: "loaded",
+    ModelState.WAKING: "woken",
+    ModelState.PARKING: "parked",
+}
 
 
 @dataclass(slots=True)
@@ -102,6 +109,23 @@ class ScheduledModel:
     def count_granted(self) -> None:
         """Set `granted_bytes` to those of the blocks on the device."""
         self.granted_bytes = sum(b.nbytes for b in self.blocks if b.name not in self.parked)
+
+    def check_idle(self) -> None:
+        """Return if nothing forbids to move the model off the device.
+
+        Raises:
+            Conflict: it is being moved, in use, waited for, or pinned.
+
+        """
+        moving = MOVING_WORDS.get(self.state)
+        for forbidden, why in (
+            (moving is not None, f"is being {moving}"),
+            (self.leases > 0, f"is in use by {self.leases} requests"),
+            (self.waiting > 0, f"is waited for by {self.waiting} requests"),
+            (self.pinned, "is pinned"),
+        ):
+            if forbidden:
+                raise Conflict(f"The model {self.config.id!r} {why}.", param="model")
 
     def clear(self) -> None:
         """Forget everything of a residency that has ended."""

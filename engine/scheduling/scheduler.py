@@ -1,9 +1,12 @@
-"""The queue, and the owner of every model's state.
+"""The scheduler: it owns the queue and the state of every model.
 
-It lives on the event loop: each `on_*` method is called there, changes what it
-knows, asks the planner, and carries the answer out before it returns. It never
-waits and takes no lock. Slow work (reading headers, loading, unloading) goes out
-through `Effects`, which returns at once, and comes back as another event.
+The scheduler lives on the event loop. Each `on_*` method is called there. It changes the
+state, asks the planner, and carries the plan out before it returns. It never waits and
+takes no lock. Slow work (reading headers, loading, unloading) goes out through `Effects`,
+which returns at once. The outcome comes back as another event.
+
+All events change the same state, so their handlers stand in one module. What only reads
+that state is in `report.py`.
 """
 
 from __future__ import annotations
@@ -44,12 +47,6 @@ FIRST_BACKOFF_S = 1.0
 LAST_BACKOFF_S = 60.0
 RESERVATION = "reservation"
 
-MOVING_WORDS = {
-    ModelState.LOADING: "loaded",
-    ModelState.WAKING: "woken",
-    ModelState.PARKING: "parked",
-}
-
 
 class Scheduler:
     """Queues requests and moves models, so that the engine's promises hold."""
@@ -66,7 +63,7 @@ class Scheduler:
     ) -> None:
         """Start with every model absent.
 
-        `clock` is monotonic seconds. `created` is Unix seconds, only reported.
+        `clock` gives monotonic seconds. `created` is in Unix seconds and only reported.
         `on_event` must not raise.
         """
         self._config = config
@@ -92,27 +89,27 @@ class Scheduler:
             created=created,
         )
         self._leases: dict[Lease, int] = {}
-        """The leases held, and the working bytes of each."""
+        """The leases that are held, with the working bytes of each."""
         self._exclusive_running = False
         self._transition: str | None = None
         self._draining: frozenset[str] = frozenset()
         self._shutting_down = False
         self._prefetched: str | None = None
-        """The model whose files were read ahead last, until one is loaded."""
+        """The model whose files were read ahead last; None after the next load."""
         self._asked_at: float | None = None
         self._replanning = False
         self._stale = False
 
-    # What the engine asks.
+    # Events from the engine.
 
     def on_request(self, ticket: Ticket, *, ignore_backoff: bool = False) -> None:
         """Queue a ticket; it may be granted before this returns.
 
-        `ignore_backoff` tries a model at once that lately failed to load.
+        With `ignore_backoff` a model that lately failed to load is tried at once.
 
         Raises:
             ShuttingDown: `on_drain` was called.
-            LoadFailed: the model failed to load and is not tried again yet.
+            LoadFailed: the model failed to load, and its backoff is not over.
             Overloaded: the engine's queue is at its bound.
             QueueFull: the model's queue is at its bound.
             ValueError: the ticket waits already, or its working memory is negative.
@@ -146,14 +143,14 @@ class Scheduler:
         self._replan()
 
     def on_cancel(self, ticket: Ticket) -> None:
-        """Forget a waiting ticket. One that was granted or refused already is left alone."""
+        """Forget a waiting ticket. A ticket that was granted or refused is left alone."""
         serial = self._queue.serial(ticket)
         if serial is not None:
             self._remove(serial)
             self._replan()
 
     def on_release(self, lease: Lease) -> None:
-        """Take a lease back; a lease that was given back already is left alone."""
+        """Take a lease back. A second call for the same lease does nothing."""
         working_bytes = self._leases.pop(lease, None)
         if working_bytes is None:
             return
@@ -171,7 +168,7 @@ class Scheduler:
         self._replan()
 
     def request_unload(self, model_id: str) -> None:
-        """Take an idle model out; nothing to do if it is absent or leaving already.
+        """Unload an idle model. Does nothing if it is absent or being unloaded.
 
         Raises:
             Conflict: it is in use, waited for, pinned, or being loaded.
@@ -180,12 +177,12 @@ class Scheduler:
         model = self._models[model_id]
         if model.state in (ModelState.ABSENT, ModelState.UNLOADING):
             return
-        self._check_idle(model)
+        model.check_idle()
         model.unload_reason = model.unload_reason or "asked to"
         self._replan()
 
     def request_park(self, model_id: str) -> None:
-        """Take an idle model off the device, but keep it loaded; nothing to do if it is off it.
+        """Take an idle model off the device, but keep it loaded. Does nothing if it is off.
 
         Raises:
             Conflict: it is in use, waited for, pinned, being moved, or cannot be parked.
@@ -194,22 +191,11 @@ class Scheduler:
         model = self._models[model_id]
         if model.granted_bytes == 0 or model.state is ModelState.PARKING:
             return
-        self._check_idle(model)
+        model.check_idle()
         if not all(block.parkable for block in model.blocks):
             raise Conflict(f"The model {model_id!r} cannot be parked.", param="model")
         model.park_reason = "asked to"
         self._replan()
-
-    def _check_idle(self, model: ScheduledModel) -> None:
-        moving = MOVING_WORDS.get(model.state)
-        for forbidden, why in (
-            (moving is not None, f"is being {moving}"),
-            (model.leases > 0, f"is in use by {model.leases} requests"),
-            (model.waiting > 0, f"is waited for by {model.waiting} requests"),
-            (model.pinned, "is pinned"),
-        ):
-            if forbidden:
-                raise Conflict(f"The model {model.config.id!r} {why}.", param="model")
 
     def pin(self, model_id: str) -> None:
         """Never evict the model from now on. Does not load it."""
@@ -217,12 +203,12 @@ class Scheduler:
         self._replan()
 
     def unpin(self, model_id: str) -> None:
-        """Let the model be evicted when it is idle."""
+        """Allow evictions of the model while it is idle."""
         self._models[model_id].pinned = False
         self._replan()
 
     def on_drain(self) -> None:
-        """Refuse what waits and what comes; each model leaves when its last lease ends."""
+        """Refuse waiting and new tickets; each model leaves when its last lease ends."""
         self._shutting_down = True
         for model in self._models.values():
             if model.state not in (ModelState.ABSENT, ModelState.UNLOADING):
@@ -231,10 +217,10 @@ class Scheduler:
             self._refuse_waiting(model, self._shutting_down_error)
         self._replan()
 
-    # What comes back from the effects.
+    # Events from the effects.
 
     def on_estimate(self, model_id: str, estimate: Estimate) -> None:
-        """Take what a model is expected to need; measurements made since are kept."""
+        """Take the estimate of a model; measurements made since are kept."""
         model = self._models[model_id]
         model.estimating = False
         if model.needed_bytes is None:
@@ -245,7 +231,7 @@ class Scheduler:
         self._replan()
 
     def on_estimate_failed(self, model_id: str, reason: str) -> None:
-        """Fail those who wait for the model: its files cannot be read."""
+        """Fail the tickets that wait for the model: its files cannot be read."""
         model = self._models[model_id]
         model.estimating = False
         if model.needed_bytes is None:
@@ -262,9 +248,8 @@ class Scheduler:
     ) -> None:
         """Take a finished load with its measured blocks, and keep the measurements.
 
-        If the blocks need more than was reserved and is free, the model leaves
-        again and those who wait keep waiting; if that happens twice in a row,
-        the load counts as failed.
+        If the blocks need more than was reserved and is free, the model leaves again, and its
+        tickets go on waiting. If that happens twice in a row, the load counts as failed.
         """
         model = self._expect(model_id, ModelState.LOADING)
         blocks = tuple(blocks)
@@ -312,14 +297,14 @@ class Scheduler:
             self._fail_resident(model, model.failed_while_loading)
 
     def on_load_failed(self, model_id: str, error: EngineError) -> None:
-        """Give back what a failed load reserved, and fail exactly those who wait for it."""
+        """Release the reservation of a failed load, and fail exactly the tickets for it."""
         model = self._expect(model_id, ModelState.LOADING)
         self._leave(model)
         self._fail_waiting(model, error.message)
         self._replan()
 
     def on_parked(self, model_id: str) -> None:
-        """Give back what the parked blocks held, and measure what that freed."""
+        """Release the bytes of the parked blocks, and measure what that freed."""
         model = self._expect(model_id, ModelState.PARKING)
         for name in model.leaving:
             self._ledger.release(model_id, name)
@@ -334,7 +319,7 @@ class Scheduler:
         self._replan()
 
     def on_woken(self, model_id: str, wake_seconds: float) -> None:
-        """Take a model that is wholly on the device again."""
+        """Take a model of which all blocks are on the device again."""
         model = self._expect(model_id, ModelState.WAKING)
         woken = [block for block in model.blocks if block.name in model.parked]
         self._ledger.convert(model_id, RESERVATION, [(block.name, block.nbytes) for block in woken])
@@ -347,7 +332,7 @@ class Scheduler:
         self._replan()
 
     def on_wake_failed(self, model_id: str, error: EngineError) -> None:
-        """Unload a model that could not be woken; those who wait for it get a fresh load."""
+        """Unload a model that could not be woken; its tickets get a fresh load."""
         model = self._expect(model_id, ModelState.WAKING)
         self._ledger.release(model_id, RESERVATION)
         model.state = ModelState.PARKED
@@ -359,7 +344,7 @@ class Scheduler:
         self._replan()
 
     def on_unloaded(self, model_id: str) -> None:
-        """Give back what an unloaded model held, and measure what that freed."""
+        """Release the bytes of an unloaded model, and measure what that freed."""
         model = self._expect(model_id, ModelState.UNLOADING)
         self._leave(model)
         self._measure()
@@ -367,27 +352,27 @@ class Scheduler:
         self._replan()
 
     def on_model_failed(self, model_id: str, reason: str) -> None:
-        """Stop granting a resident model that died by itself; it leaves after its leases.
+        """Grant no more leases on a model that died; it leaves after its last lease.
 
-        Those who wait for it get a fresh load, unless it died before it served
-        anyone: then it counts as a failed load, or it would be loaded forever.
+        Its waiting tickets get a fresh load, unless it died before it served any request. That
+        counts as a failed load: otherwise the model would be loaded again and again.
         """
         model = self._models[model_id]
         if model.state in (ModelState.LOADING, ModelState.WAKING):
-            # The runtime may tell before the loop has seen the load itself end.
+            # The runtime may report this before the loop has seen the end of the load.
             model.failed_while_loading = reason
         elif model.state in (ModelState.RESIDENT, ModelState.PARKING, ModelState.PARKED):
             self._fail_resident(model, reason)
             self._replan()
 
     def on_timer(self) -> None:
-        """Look again; may be called at any time, for instance to notice other programs."""
+        """Plan again. May be called at any time, for instance to notice other programs."""
         self._asked_at = None
         if self._transition is None:
             self._measure()
         self._replan()
 
-    # What it tells.
+    # State that the engine reads; the rest is in `report`.
 
     @property
     def transition(self) -> str | None:
@@ -401,13 +386,13 @@ class Scheduler:
             model.state is ModelState.ABSENT for model in self._models.values()
         )
 
-    # The decision, carried out.
+    # Plans, carried out.
 
     def _replan(self) -> None:
         """Carry out plans until one changes nothing."""
         if self._replanning:
-            # A callback came back with another event. The loop below is still running; what
-            # is left of its plan is from before this event and must not be acted on.
+            # A callback sent another event while the loop below still runs. The rest of its
+            # plan is older than this event and must not be acted on.
             self._stale = True
             return
         self._replanning = True
@@ -420,6 +405,7 @@ class Scheduler:
             self._effects.call_at(wake_at)
 
     def _carry_out_plans(self) -> float | None:
+        """Plan and act until a plan changes nothing; returns its `wake_at`."""
         measured = False
         while True:
             self._stale = False
@@ -433,7 +419,7 @@ class Scheduler:
             elif decision.transition is None:
                 return decision.wake_at
             elif not measured:
-                # Others may have taken or given memory since: decide again on what is true now.
+                # Other programs may have taken or freed memory since. Measure, then plan again.
                 self._measure()
                 measured = True
             else:
@@ -505,8 +491,8 @@ class Scheduler:
             self._fail_waiting(model, reason)
 
     def _fail_waiting(self, model: ScheduledModel, reason: str) -> None:
-        """Fail everyone who waits for the model, and back off."""
-        # The files may be mended before the next try, so what was read of them is forgotten.
+        """Fail every ticket that waits for the model, and back off."""
+        # Somebody may repair the files before the next try, so forget what was read of them.
         model.needed_bytes = model.reload_s = None
         model.load_measured = model.overflowed = False
         model.last_error = reason
@@ -521,7 +507,7 @@ class Scheduler:
     ) -> None:
         # One error each: an exception raised in two tasks would mix their tracebacks.
         for view in self._queue.views():
-            # The callback of an earlier one may have cancelled it.
+            # The callback of an earlier ticket may have cancelled this one.
             if view.model == model.config.id and view.id in self._queue:
                 self._refuse(view.id, error(model))
 
