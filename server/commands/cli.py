@@ -158,7 +158,7 @@ def simulate(
 ) -> None:
     """Serve a trace on a modelled machine, by this scheduler and by others."""
     from engine.simulation.comparison import compare
-    from engine.simulation.simulator import usual_config
+    from engine.simulation.driver import usual_config
     from server.commands.simulate import plot, tables
 
     try:

@@ -21,6 +21,7 @@ from pydantic import Field
 from engine.config import ModelConfig, Section
 from engine.errors import InvalidRequest, LoadFailed
 from engine.files.safetensors_header import DTYPE_BYTES, tensor_sizes, weight_bytes
+from engine.memory.block import Block, Estimate
 from engine.memory.device import Device
 from engine.model_folder import local_folder, present_folder
 from engine.process.gate import GATE
@@ -31,7 +32,7 @@ from engine.requests import (
     Request,
     VideoRequest,
 )
-from engine.runtimes.base import Block, Estimate, Prepared
+from engine.runtimes.base import Prepared
 from engine.runtimes.common.thread_run import Emit, ThreadRun
 from engine.runtimes.common.torch_model import TorchModel, TorchRuntime
 

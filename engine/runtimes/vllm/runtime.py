@@ -25,11 +25,12 @@ from engine.errors import (
     LoadFailed,
     OutOfDeviceMemory,
 )
+from engine.memory.block import Block, Estimate
 from engine.memory.device import CudaDevice, Device
 from engine.model_folder import STARTER_PREFIX, local_folder
 from engine.process.gate import GATE
 from engine.requests import Request, TextOperation, TextRequest
-from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
+from engine.runtimes.base import LoadedModel, Prepared, Runtime
 from engine.runtimes.common.compute_thread import ComputeThread
 from engine.runtimes.common.thread_run import reason
 from engine.runtimes.vllm.checkpoint import Checkpoint
