@@ -21,7 +21,7 @@ from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.stream_pace import PACE, READ_BY_PARSER
 
 if TYPE_CHECKING:
-    from engine.runtimes.vllm.core import CoreClient
+    from engine.runtimes.vllm.core_client import CoreClient
     from engine.runtimes.vllm.park import ModelMemory
 
 
