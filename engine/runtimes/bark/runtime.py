@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from engine.config import ModelConfig, Section
-from engine.errors import InvalidRequest, LoadFailed
+from engine.errors import InvalidRequest, LoadFailed, reason
 from engine.files.pickled import load_pickled
 from engine.files.safetensors_header import DTYPE_BYTES, tensor_sizes, weight_bytes
 from engine.media.sentences import split_sentences
@@ -34,7 +34,6 @@ from engine.runtimes.common.speech import (
     prepared_speech,
     primary_language,
 )
-from engine.runtimes.common.thread_run import reason
 from engine.runtimes.common.torch_model import TorchRuntime
 
 FILES = (*WANTED_FILES, "*.npy")

@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils import remove_weight_norm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from engine.errors import InvalidRequest, LoadFailed
+from engine.errors import InvalidRequest, LoadFailed, reason
 from engine.events import Event, Speech, Word
 from engine.process.gate import GATE
 from engine.process.randomness import draw_by_thread, seeded
@@ -55,8 +55,7 @@ def stored_parts(path: Path) -> dict[str, dict[str, torch.Tensor]]:
             for part, tensors in parts.items()
         }
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LoadFailed(f"{path.name}: cannot read: {reason}") from error
+        raise LoadFailed(f"{path.name}: cannot read: {reason(error)}") from error
 
 
 class VoiceModel(TorchParts):

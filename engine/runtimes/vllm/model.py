@@ -12,11 +12,11 @@ from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import EngineError, InvalidRequest, OutOfDeviceMemory, RuntimeFailed
+from engine.errors import EngineError, InvalidRequest, RuntimeFailed
 from engine.events import Document, Event, Frame
 from engine.requests import TextOperation, TextRequest
 from engine.runtimes.base import Block, LoadedModel, Prepared
-from engine.runtimes.common.thread_run import reason
+from engine.runtimes.common.torch_errors import torch_error
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.stream_pace import PACE, READ_BY_PARSER
 
@@ -149,19 +149,10 @@ class VllmModel(LoadedModel):
     def _refusal(self, response: Any) -> EngineError:
         info = response.error
         if self.client.error is not None:
-            if is_out_of_memory(self.client.error):
-                return OutOfDeviceMemory(f"The device ran out of memory: {self.client.error}")
-            return RuntimeFailed(f"The model failed while running: {reason(self.client.error)}")
+            return torch_error(self.client.error)
         if 400 <= info.code < 500:
             return InvalidRequest(info.message, param=info.param, status=info.code)
         return RuntimeFailed(info.message)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was no memory left, on the device or the host."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _named_event(event: Any) -> str:

@@ -24,6 +24,7 @@ from engine.errors import (
     InvalidRequest,
     LoadFailed,
     OutOfDeviceMemory,
+    reason,
 )
 from engine.memory.device import CudaDevice, Device
 from engine.model_folder import STARTER_PREFIX, local_folder
@@ -31,9 +32,9 @@ from engine.process.gate import GATE
 from engine.requests import Request, TextOperation, TextRequest
 from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
 from engine.runtimes.common.compute_thread import ComputeThread
-from engine.runtimes.common.thread_run import reason
+from engine.runtimes.common.torch_errors import is_out_of_memory
 from engine.runtimes.vllm.checkpoint import Checkpoint
-from engine.runtimes.vllm.model import VllmModel, is_out_of_memory
+from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.options import VllmOptions
 
 if TYPE_CHECKING:
