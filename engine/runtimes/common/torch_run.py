@@ -16,7 +16,8 @@ import torch
 from engine.events import Event, WorkingMemory
 from engine.memory.host_memory import HostMemory
 from engine.memory.peak import TensorPeak
-from engine.memory.weights import SharedMemory, Weights
+from engine.memory.slabs import SharedMemory
+from engine.memory.weights import Weights
 from engine.process.gate import GATE
 
 WHOLE = "weights"
