@@ -28,6 +28,7 @@ from engine.runtimes.common.speech import (
     SpeechModel,
     SpeechOptions,
     Utterance,
+    check_no_clone,
     check_speech,
     choose_language,
     choose_voice,
@@ -77,8 +78,7 @@ class BarkRuntime(TorchRuntime):
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Check text, voice and language; fill in the defaults."""
         asked = check_speech(model, request)
-        if asked.voice_sample is not None:
-            raise InvalidRequest(f"The model {model.id!r} cannot clone a voice.", param="voice")
+        check_no_clone(model, asked)
         if asked.speed != 1.0:
             raise InvalidRequest(
                 f"The model {model.id!r} speaks at its own speed only.", param="speed"

@@ -18,6 +18,7 @@ from engine.errors import InvalidRequest, LoadFailed, reason
 from engine.events import Event, Speech, Word
 from engine.process.gate import GATE
 from engine.process.randomness import draw_by_thread, seeded
+from engine.runtimes.common.speech import NOTHING_TO_SPEAK
 from engine.runtimes.common.torch_run import TorchParts, TorchRun, children_of
 from engine.runtimes.kokoro.phonemes import MAX_PHONEMES, Chunk, Phonemizer
 from kokoro import KModel, KPipeline
@@ -155,7 +156,7 @@ class KokoroRun(TorchRun):
                     self._emit(Speech(output.audio.numpy().copy(), SAMPLE_RATE, words))
                     spoken += len(output.audio)
             if not spoken:
-                raise InvalidRequest("There is nothing in the text to speak.", param="input")
+                raise InvalidRequest(NOTHING_TO_SPEAK, param="input")
 
     def _words(self, chunk: Chunk, durations: torch.Tensor, offset_s: float) -> tuple[Word, ...]:
         """When each word is spoken: the library's reckoning, from the predicted durations."""
