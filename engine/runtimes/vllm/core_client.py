@@ -38,11 +38,11 @@ class CoreClient:
     ) -> None:
         self.resources = SimpleNamespace(engine_dead=False)
         self.error: BaseException | None = None
-        """Why the core is lost. Set on the event loop, together with the news of it."""
+        """Why the core is lost. Set on the event loop, just before `on_failure` is called."""
         self.on_failure: Callable[[BaseException], None] | None = None
-        """Called on the event loop when a step raised and the core is lost."""
+        """Called on the event loop when a step has raised and the core is lost."""
         self.parked: frozenset[str] = frozenset()
-        """Blocks that are off the device, or on their way. With any, no step is taken."""
+        """Blocks that are off the device, or on their way. While there is one, no step is taken."""
         self._lost = False
         self._thread = thread
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -65,7 +65,7 @@ class CoreClient:
         )
 
     def step(self) -> None:
-        """One scheduling and decoding step of this core; the caller holds the gate."""
+        """Take one scheduling and decoding step of this core. The caller holds the gate."""
         try:
             outputs, executed = self.core.step_fn()
             self.core.post_step(model_executed=executed)
@@ -78,7 +78,8 @@ class CoreClient:
 
     def _fail(self, error: BaseException) -> None:
         self._lost = True
-        # First: who gets the error may ask again at once, and must not be given this core.
+        # First of all: a caller may ask again as soon as it gets the error, and must not be given
+        # this core.
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._tell_lost, error)
         self._deliver(EngineDeadError())
@@ -90,7 +91,7 @@ class CoreClient:
     # On the event loop.
 
     def _tell_lost(self, error: BaseException) -> None:
-        # AsyncLLM refuses requests by the flag: not before the engine knows why.
+        # AsyncLLM refuses requests by the flag. The engine must know the reason before that.
         self.error = error
         self.resources.engine_dead = True
         if self.on_failure is not None:
@@ -110,7 +111,7 @@ class CoreClient:
         return item
 
     async def add_request_async(self, request: Any) -> None:
-        """Queue a request; a request the core refuses is answered with an error output."""
+        """Queue a request. If the core refuses it, an error output answers it."""
 
         def add() -> None:
             if self._lost:
@@ -157,14 +158,14 @@ class CoreClient:
         """Take no step from now on, so that these blocks can leave the device.
 
         Raises:
-            RuntimeError: requests are running; nothing was changed. Through the future.
+            RuntimeError: through the future. Requests are running; nothing was changed.
 
         """
 
         def finish(core: Any) -> None:
             if core.scheduler.has_unfinished_requests():
                 raise RuntimeError("a model was to be parked with requests in its core")
-            while self.has_work():  # what ended or was aborted is still to be cleared away
+            while self.has_work():  # ended and aborted requests are still to be cleared away
                 with GATE.step():
                     self.step()
             if KV_CACHE in blocks and not core.reset_prefix_cache():

@@ -39,7 +39,7 @@ class CoreThread:
     """The one thread that steps every engine core."""
 
     def __init__(self, omp_threads: int | None = None) -> None:
-        """Steps compute with `omp_threads` OpenMP threads; None leaves it to the libraries."""
+        """Steps compute with `omp_threads` OpenMP threads. None leaves that to the libraries."""
         self._omp_threads = omp_threads
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._clients: list[Stepped] = []
@@ -48,7 +48,7 @@ class CoreThread:
 
     @property
     def waits_at_gate(self) -> bool:
-        """Whether the thread is kept waiting by somebody's exclusive work."""
+        """Whether the thread waits for exclusive work to end."""
         return GATE.waits(self._thread.ident or 0)
 
     def post(self, job: Callable[[], None]) -> None:
@@ -60,10 +60,10 @@ class CoreThread:
         self.post(lambda: self._clients.append(client))
 
     def detach(self, client: Stepped) -> None:
-        """Stop stepping a core; returns once no step of it is under way.
+        """Stop stepping a core. Returns once no step of it is under way.
 
-        That may be after the thread has ended: an `AsyncLLM` that nobody has shut down does it as
-        it is collected.
+        This may be called after the thread has ended: an `AsyncLLM` that was not shut down calls it
+        when it is collected.
         """
         done: Future[None] = Future()
 
@@ -84,23 +84,23 @@ class CoreThread:
 
     def _run(self) -> None:
         if self._omp_threads is not None:
-            torch.get_num_threads()  # or torch would set the thread's number when it first computes
-            # Each of the libraries in the process has an OpenMP of its own; it holds by thread.
+            torch.get_num_threads()  # or torch would set the number when it first computes here
+            # Each library in the process has its own OpenMP. The limit holds for this thread.
             threadpool_limits(self._omp_threads, user_api="openmp")
         while True:
             working = [client for client in self._clients if client.has_work()]
             if not working:
-                end_openmp_pools()  # or runs on other threads would wait at their barriers
+                end_openmp_pools()  # or runs on other threads would wait at its barriers
             if not self._drain(block=not working):
                 return
             if not working:
                 continue
-            # One turn at the gate for all, so that no stream waits for two exclusive holders.
+            # All take one turn at the gate, so that no stream waits for two exclusive holders.
             with WATCHDOG.watch("a step of vLLM"), GATE.step():
                 for client in working:
                     if client in self._clients:  # a job just run may have detached it
                         client.step()
-            # Nothing may keep a dead core alive while the thread waits.
+            # The thread must not keep a dead core alive while it waits.
             working.clear()
             client = None  # type: ignore[assignment]
 

@@ -19,7 +19,7 @@ STEP_METHODS = frozenset(
 
 
 class GatedWorker(WorkerWrapperBase):  # type: ignore[misc]
-    """vLLM's worker, each stage of its construction behind the gate; steps go in between."""
+    """vLLM's worker. Each stage of its construction is behind the gate; steps go in between."""
 
     def init_worker(self, all_kwargs: Any) -> None:
         """Construct the worker."""
@@ -34,8 +34,8 @@ class GatedWorker(WorkerWrapperBase):  # type: ignore[misc]
     def load_model(self) -> None:
         """Build the module and fill it.
 
-        vLLM keeps rotary embeddings for all models of the process that want the same ones:
-        parking one model would take their buffers from the others.
+        vLLM shares equal rotary embeddings between all models of the process. Parking one model
+        would take the buffers from the others, so the cache is cleared first.
         """
         with GATE.exclusive():
             rotary_embedding._ROPE_DICT.clear()
@@ -43,10 +43,10 @@ class GatedWorker(WorkerWrapperBase):  # type: ignore[misc]
 
 
 class GatedExecutor(UniProcExecutor):  # type: ignore[misc]
-    """vLLM's in-process executor with everything but a step behind the gate."""
+    """vLLM's in-process executor. Everything but a step is behind the gate."""
 
     def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a method of the worker; exclusively unless it is part of a step."""
+        """Call a method of the worker. The call is exclusive unless it is part of a step."""
         if method in STEP_METHODS:
             return super().collective_rpc(method, *args, **kwargs)
         with GATE.exclusive():

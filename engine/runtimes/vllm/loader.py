@@ -20,13 +20,13 @@ LOAD_FORMAT = "roundhouse"
 
 @register_model_loader(LOAD_FORMAT)
 class YieldingModelLoader(DefaultModelLoader):  # type: ignore[misc]
-    """vLLM's loader, letting other models step while the weights are read.
+    """vLLM's loader, which lets other models step while it reads the weights.
 
-    Reading the files takes seconds, so between two tensors the gate is opened now and then.
+    Reading the files takes seconds, so the gate is opened now and then between two tensors.
     """
 
     def __init__(self, load_config: Any) -> None:
-        # Not "auto", which falls back to pickled weights. A copy: vLLM asks for the loader again.
+        # Not "auto": that falls back to pickled weights. A copy: vLLM asks for the loader again.
         super().__init__(dataclasses.replace(load_config, load_format="safetensors"))
 
     def track_weights_loading(
@@ -34,9 +34,8 @@ class YieldingModelLoader(DefaultModelLoader):  # type: ignore[misc]
     ) -> None:
         """Refuse a checkpoint that leaves a plain linear or embedding layer unfilled.
 
-        vLLM's own check passes over every layer that has a quantisation method,
-        and a plain layer's method is called "unquantised": the model would answer
-        from whatever the memory held.
+        vLLM's check skips every layer that has a quantisation method, and the method of a plain
+        layer is called "unquantised". The model would answer from whatever the memory held.
         """
         if loaded_weights is not None and not quantized:
             missing = [
@@ -49,7 +48,7 @@ class YieldingModelLoader(DefaultModelLoader):  # type: ignore[misc]
                 for parameter, _ in module.named_parameters(recurse=False)
                 if (full_name := f"{name}.{parameter}") not in loaded_weights
             ]
-            # Tied weights are one parameter under two names; vLLM names the first.
+            # Tied weights are one parameter under two names. vLLM reports the first.
             named = {name for name, _ in model.named_parameters()}
             if missing := sorted(named.intersection(missing)):
                 raise ValueError(f"the checkpoint lacks {', '.join(missing)}")

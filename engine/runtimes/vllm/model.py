@@ -1,8 +1,8 @@
 """A language or embedding model that vLLM has loaded, and how it answers.
 
-vLLM's own serving classes render the answers, so that tools, reasoning, structured output,
-logprobs, Responses and Anthropic Messages are the library's. Nothing here imports vLLM before
-there is a model.
+vLLM's serving classes render the answers. So tools, reasoning, structured output, logprobs,
+Responses and Anthropic Messages come from the library. Nothing here imports vLLM before there is a
+model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class VllmModel(LoadedModel):
 
     @property
     def max_concurrency(self) -> int:
-        """vLLM batches by itself; beyond this many it would only queue."""
+        """vLLM does the batching. Requests beyond this number would only queue there."""
         return self._options.max_num_seqs
 
     def blocks(self) -> tuple[Block, ...]:
@@ -111,7 +111,7 @@ class VllmModel(LoadedModel):
                 return await serving.serving_tokenization.create_detokenize(payload, None)
 
     def _check_first(self, frame: Frame) -> None:
-        """Fail before the first byte: vLLM streams a refusal as if it were an answer."""
+        """Fail before the first byte: vLLM streams a refusal like an answer."""
         _, _, data = frame.data.partition("data: ")
         if '"error"' not in data[:64]:
             return
@@ -135,7 +135,7 @@ class VllmModel(LoadedModel):
 
         if isinstance(answer, ErrorResponse):
             raise self._refusal(answer)
-        if hasattr(answer, "body"):  # the pooling classes render a response themselves
+        if hasattr(answer, "body"):  # the pooling classes return a finished response
             return bytes(answer.body)
         anthropic = isinstance(answer, AnthropicMessagesResponse | AnthropicCountTokensResponse)
         text: str = answer.model_dump_json(by_alias=True, exclude_none=anthropic)
@@ -156,5 +156,5 @@ class VllmModel(LoadedModel):
 
 
 def _named_event(event: Any) -> str:
-    """A Responses event as server-sent-event text."""
+    """An event of the Responses API as the text of a server-sent event."""
     return f"event: {event.type}\ndata: {event.model_dump_json(by_alias=True)}\n\n"

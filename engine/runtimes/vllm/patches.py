@@ -33,23 +33,23 @@ from vllm.v1.worker import gpu_model_runner
 def patch_vllm() -> None:
     """Make vLLM safe for several engines in one process. Call once, before the first engine.
 
-    Each line answers a hazard that was met by running into it:
-    closing one engine tore down the parallel groups of all; every new engine
-    froze the heap with the others' garbage in it; its construction, rearranging
-    its layers or zeroing its KV cache held up every stream for as long as it took;
-    the first load of
-    an architecture imported vLLM once more in a child process just to look at
-    the class (10 s); every engine wrapped the CPU kernels once more (0.2 s and
-    one more call layer each time); every load read the metadata of all installed
-    packages twice, asked `lscpu` twice, compiled each chat template twice more only to
-    try it, and built the objects of routes that are not served here (0.1 s together).
+    Each line answers a hazard that was found by running into it.
     """
+    # Closing one engine tore down the parallel groups of all engines.
     vllm_core_module.cleanup_dist_env_and_memory = _leave_alone
+    # Every new engine froze the heap with the garbage of the others in it.
     vllm_core_module.freeze_gc_heap = _leave_alone
+    # An engine held up every stream while it was constructed, rearranged its layers or zeroed its
+    # KV cache.
     uniproc_executor.WorkerWrapperBase = GatedWorker
-    model_registry._run_in_subprocess = _run_here
     loader_utils.device_loading_context = _breathing(loader_utils.device_loading_context)
     gpu_model_runner.allocate_kv_cache = _yielding(gpu_model_runner.allocate_kv_cache)
+    # The first load of an architecture imported vLLM again in a child process, only to look at the
+    # class (10 s).
+    model_registry._run_in_subprocess = _run_here
+    # Every load read the metadata of all installed packages twice, and called `lscpu` twice. It
+    # compiled each chat template twice more only to try it. It built the objects of routes that
+    # are not served here. Together that took 0.1 s.
     entry_points: Any = functools.cache(importlib.metadata.entry_points)
     importlib.metadata.entry_points = entry_points
     cpu_resource_utils._get_cpu_list = functools.cache(cpu_resource_utils._get_cpu_list)
@@ -65,6 +65,7 @@ def patch_vllm() -> None:
         lambda: vllm_config_module._current_vllm_config,
         lambda config: setattr(vllm_config_module, "_current_vllm_config", config),
     )
+    # Every engine wrapped the CPU kernels once more (0.2 s and one more call layer each time).
     platform = type(current_platform)
     register = getattr(platform, "register_triton_kernel_overrides", None)
     if register is not None:
@@ -72,7 +73,7 @@ def patch_vllm() -> None:
 
 
 def _leave_alone(*_args: Any, **_kwargs: Any) -> None:
-    """Stand in for what vLLM does to a process that it takes for its own."""
+    """Stand in for what vLLM does to a process that it has for itself."""
 
 
 def _run_here(function: Callable[[], Any]) -> Any:
@@ -101,8 +102,8 @@ def _once(function: Callable[..., None]) -> Any:
     def wrapper(*args: Any, **kwargs: Any) -> None:
         nonlocal done
         if not done:
-            # It looks at every name of every module: at deprecated ones, and at llvmlite's library
-            # object, which answers to any attribute with a function and breaks the search.
+            # The search looks at every name of every module. Some names are deprecated, and warn.
+            # llvmlite's library object has a function for every name, which breaks the search.
             hidden = {name: sys.modules[name] for name in sys.modules if "llvmlite" in name}
             for name in hidden:
                 del sys.modules[name]

@@ -17,14 +17,14 @@ from vllm.utils import func_utils
 
 
 def serving_objects(llm: Any, arguments: Any, tasks: Any) -> Any:
-    """What answers requests: vLLM's serving classes on one engine.
+    """vLLM's serving classes on one engine, which answer its requests.
 
-    Called on the loading thread: compiling the chat template would hold up every
-    stream if the event loop did it. vLLM's function is a coroutine, but waits for
-    nothing of that loop. It sets torch to one thread meanwhile.
+    Call it on the loading thread: on the event loop, compiling the chat template would hold up
+    every stream. vLLM's function is a coroutine, but does not wait for anything of that loop. It
+    sets torch to one thread while it runs.
     """
     serving = SimpleNamespace()
-    # Else each of the objects hashes the whole configuration for it.
+    # Otherwise each of the objects hashes the whole configuration for it.
     arguments.fingerprint_value = fingerprint.build_system_fingerprint(llm.vllm_config)
     arguments.fingerprint_mode = "custom"
     with GATE.exclusive():
@@ -33,11 +33,11 @@ def serving_objects(llm: Any, arguments: Any, tasks: Any) -> Any:
 
 
 def forget_tokenizers() -> None:
-    """Drop the caches that keep the tokenizers of engines long gone alive.
+    """Drop the caches that keep the tokenizers of unloaded engines alive.
 
-    Keyed by tokenizers and their methods, they are made for a process with one
-    engine; of a large vocabulary each reload would leave tens of megabytes. The
-    cache by path stays: one tokenizer a model, and a reload need not parse it.
+    Their keys are tokenizers and methods of tokenizers, which suits a process with one engine.
+    Here each reload would leave tens of megabytes for a large vocabulary. The cache by path stays:
+    it holds one tokenizer a model, and a reload need not parse it again.
     """
     func_utils._supports_kw.cache_clear()
     hf._cached_resolve_chat_template_kwargs.cache_clear()
