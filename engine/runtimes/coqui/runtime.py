@@ -29,6 +29,7 @@ from engine.runtimes.common.speech import (
     SpeechModel,
     SpeechOptions,
     Utterance,
+    check_no_clone,
     check_speech,
     choose_language,
     choose_voice,
@@ -166,9 +167,9 @@ def _utterance(model: ModelConfig, files: CoquiFiles, request: SpeechRequest) ->
 
 
 def _voice(model: ModelConfig, request: SpeechRequest, files: CoquiFiles) -> str | None:
+    if files.kind != "xtts":
+        check_no_clone(model, request)
     if request.voice_sample is not None:
-        if files.kind != "xtts":
-            raise InvalidRequest(f"The model {model.id!r} cannot clone a voice.", param="voice")
         if not request.voice_sample.is_file():
             raise InvalidRequest("There is no recording of this voice.", param="voice")
         return None

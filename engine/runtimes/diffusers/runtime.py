@@ -3,7 +3,7 @@
 Any pipeline folder or hub repository. What differs between families is data: the table
 `FAMILIES` for what their code demands of sizes and frame counts, the model's options for
 scheduler, steps, guidance and defaults. Nothing here imports diffusers before `start`; the
-pipelines themselves run in `diffusers_pipeline`.
+pipelines themselves are in `pipeline`.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ class DiffusersModel(TorchModel["Pipeline"]):
 
     def make_run(self, prepared: Prepared, emit: Emit) -> ThreadRun:
         """A call of the pipeline."""
-        from engine.runtimes.diffusers.pipeline import Run
+        from engine.runtimes.diffusers.run import Run
 
         assert self.model is not None
         return Run(self.model, prepared.request, prepared.shape, emit)
@@ -234,7 +234,7 @@ class DiffusersRuntime(TorchRuntime):
 
     def start(self) -> None:
         """Import torch, transformers and diffusers (some seconds)."""
-        from engine.runtimes.diffusers.pipeline import import_everything
+        from engine.runtimes.diffusers.imports import import_everything
 
         import_everything()
 
