@@ -34,6 +34,7 @@ from server.commands.default_config import (
     torch_has_cuda,
 )
 from server.commands.terminal import out
+from server.exit_codes import FAILED
 from server.settings import ServerSettings, config_path, load_settings
 
 GIB = 2**30
@@ -133,7 +134,7 @@ def doctor(
             table.add_row(each.what, state, escape(each.found), escape(each.advice))
         out.print(table)
     if any(each.state is State.BAD for each in findings):
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def examine(path: Path | None, environ: Mapping[str, str]) -> list[Finding]:

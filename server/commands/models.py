@@ -36,8 +36,8 @@ from engine.errors import ConfigError, EngineError, LoadFailed, ModelNotFound
 from engine.units import format_size
 from server.commands.default_config import read_engine_config
 from server.commands.terminal import complain, err, leave, out, say
+from server.exit_codes import BAD_CONFIG, FAILED, INTERRUPTED
 from server.settings import STARTER_CONFIG, config_path
-from server.supervision.supervisor import BAD_CONFIG
 
 if TYPE_CHECKING:
     # They bring numpy, which the other commands need not wait for.
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from engine.files.hub.listing import Listing
     from engine.files.hub.selection import HubSource
 
-INTERRUPTED = 130
 DAY_S = 86_400.0
 
 Config = Annotated[Path | None, typer.Option(envvar=ENV_CONFIG, help="The configuration file.")]
@@ -95,7 +94,7 @@ def pull(
     if every and not any(sources_of(model) for model in configured.models):
         say("no configured model comes from a hub")
     if failed:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def ls(
@@ -136,9 +135,9 @@ def rm(
             found += tuple(each for each in other_repos(configured) if each.source == model)
             found = found[:1]
     except EngineError as error:
-        raise leave(error.message, 1) from error
+        raise leave(error.message, FAILED) from error
     if not found:
-        raise leave(f"nothing of {model} is on this disk", 1)
+        raise leave(f"nothing of {model} is on this disk", FAILED)
     _remove(found, yes=yes)
 
 
@@ -202,7 +201,7 @@ def add(
     except (ConfigError, OSError) as error:
         raise leave(f"{path}: {error}", BAD_CONFIG) from error
     except EngineError as error:
-        raise leave(error.message, 1) from error
+        raise leave(error.message, FAILED) from error
     except KeyboardInterrupt:
         raise leave("stopped; nothing was added", INTERRUPTED) from None
     size = f", {format_size(nbytes)}" if nbytes else ""
@@ -316,13 +315,13 @@ def _remove(found: Sequence[Files], *, yes: bool) -> None:
 
     _list(found)
     if not yes and not typer.confirm("Delete these?"):
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
     freed = 0
     for each in found:
         try:
             freed += remove(each.source)
         except (EngineError, OSError) as error:
-            raise leave(f"cannot delete {each.source}: {error}", 1) from error
+            raise leave(f"cannot delete {each.source}: {error}", FAILED) from error
     say(f"{format_size(freed)} deleted")
 
 
