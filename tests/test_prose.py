@@ -29,6 +29,8 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
+THIS = Path(__file__).relative_to(ROOT).as_posix()
+"""Names that stand only in strings of this file are those that it looks for."""
 PROGRAM = ("engine", "server")
 FOLDERS = (*PROGRAM, "tests", "scripts", "configs", "constraints", "docs")
 SECTIONS = {"engine": "EngineConfig", "server": "ServerSettings"}
@@ -225,12 +227,13 @@ class Repository:
                 self.classes[name].members |= kind.members
                 self.classes[name].bases |= kind.bases
         every = [*self.sources.values()]
+        own = self.sources[THIS]
         self.top = set().union(*(source.top for source in every))
         self.members = set().union(*(kind.members for kind in self.classes.values()))
         self.functions = set().union(*(source.functions for source in every))
         self.parameters = set().union(*(source.parameters for source in every))
         self.imported = set().union(*(source.imported for source in every))
-        self.pairs = set().union(*(source.pairs for source in every))
+        self.pairs = set().union(*(source.pairs for source in every if source is not own))
         self.program_names = self._names((*PROGRAM, "scripts"))
         self.names = self._names(FOLDERS)
         for path in (*(ROOT / "configs").glob("*.yaml"), *(ROOT / "scripts").glob("*")):
@@ -238,10 +241,9 @@ class Repository:
                 self.names.update(re.findall(r"\w+", path.read_text()))
 
     def _names(self, folders: tuple[str, ...]) -> set[str]:
-        """What is written in this file would be there because it is looked for."""
-        here = Path(__file__).relative_to(ROOT).as_posix()
-        every = [(name, source.names) for name, source in self.sources.items() if name != here]
-        return set().union(*(names for name, names in every if name.split("/")[0] in folders))
+        every = [(name.split("/")[0], source) for name, source in self.sources.items()]
+        own = self.sources[THIS]
+        return set().union(*(s.names for top, s in every if top in folders and s is not own))
 
     def module(self, dotted: str) -> Source | None:
         path = dotted.replace(".", "/")
