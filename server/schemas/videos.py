@@ -22,7 +22,7 @@ from server.schemas.fields import (
 )
 
 if TYPE_CHECKING:
-    from engine.jobs.queue import QueuePlace
+    from engine.jobs.queue_place import QueuePlace
 
 MAX_SECONDS = 600.0
 """Far beyond what video models can do; a model refuses what is too long for it."""
