@@ -21,7 +21,8 @@ from server.headers import HEADER_PREFIX, answer_headers
 from server.sse import EventStream
 
 if TYPE_CHECKING:
-    from engine.engine import Engine, Session
+    from engine.engine import Engine
+    from engine.session import Session
 
 logger = logging.getLogger(__name__)
 

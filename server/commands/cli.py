@@ -19,6 +19,7 @@ from rich.table import Table
 
 from engine.config import ENV_CONFIG, EngineConfig
 from engine.errors import ConfigError
+from engine.files.source import STARTER, Source
 from engine.simulation.traces import BUILT_IN, generate, read_trace
 from engine.units import format_size
 from server.commands import doctor, models
@@ -32,8 +33,6 @@ from server.settings import ServerSettings, load_settings
 from server.supervision.heartbeat import Heartbeat
 from server.supervision.listener import listen
 from server.supervision.supervisor import SupervisorConfig, become
-
-STARTER = "starter:"
 
 app = typer.Typer(
     add_completion=False,
@@ -156,7 +155,7 @@ def simulate(
 ) -> None:
     """Serve a trace on a modelled machine, by this scheduler and by others."""
     from engine.simulation.comparison import compare
-    from engine.simulation.simulator import usual_config
+    from engine.simulation.driver import usual_config
     from server.commands.simulate import plot, tables
 
     try:
@@ -245,7 +244,7 @@ def _introduce(config: EngineConfig, settings: ServerSettings, source: str, port
         f"  keys: {'required' if settings.has_keys else 'none'}",
     ]
     lines += [f"  model: {' = '.join(model.names)} ({model.source})" for model in config.models]
-    if any(model.source.startswith(STARTER) for model in config.models):
+    if any(Source(model.source).scheme == STARTER for model in config.models):
         lines.append(
             "  Models whose source begins with starter: have random weights."
             " Their answers are meaningless; they only show that everything works."

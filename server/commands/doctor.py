@@ -354,14 +354,14 @@ def _shared_memory(_: Subject) -> Iterator[Finding]:
 
 
 def _disk(subject: Subject) -> Iterator[Finding]:
-    from engine.files import hub
+    from engine.files.hub.cache import cache_dir, free_disk_bytes
 
-    folder = hub.cache_dir()
+    folder = cache_dir()
     places = {"model cache": folder}
     if subject.config is not None:
         places["data"] = subject.config.data_dir
     for what, path in places.items():
-        free_bytes = hub.free_disk_bytes(path)
+        free_bytes = free_disk_bytes(path)
         little = free_bytes < (FREE_BYTES if path is folder else GIB)
         yield Finding(
             f"disk of the {what}",
@@ -455,7 +455,8 @@ def _cublas_12() -> str | None:
 
 def _hub(subject: Subject) -> Iterator[Finding]:
     from engine.catalog.downloads import sources_of
-    from engine.files.hub import endpoint, present
+    from engine.files.hub.cache import present
+    from engine.files.hub.client import endpoint
 
     config = subject.config
     sources = [] if config is None else [each for m in config.models for each in sources_of(m)]

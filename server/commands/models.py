@@ -41,7 +41,9 @@ from server.settings import STARTER_CONFIG, config_path, read_engine_config
 if TYPE_CHECKING:
     # They bring numpy, which the other commands need not wait for.
     from engine.catalog.model_files import Files
-    from engine.files.hub import FetchProgress, HubSource, Listing
+    from engine.files.hub.fetch import FetchProgress
+    from engine.files.hub.listing import Listing
+    from engine.files.hub.selection import HubSource
 
 DAY_S = 86_400.0
 
@@ -176,7 +178,7 @@ def add(
     from engine.catalog.config_file import replace_text, with_model
     from engine.catalog.downloads import sources_of
     from engine.catalog.recognition import free_id, recognise, weight_bytes
-    from engine.files import hub
+    from engine.files.hub.listing import list_repo
 
     path = config_path(config, os.environ)
     if path == STARTER_CONFIG:
@@ -184,7 +186,7 @@ def add(
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         taken = frozenset(_names(text))
-        listing = hub.list_repo(repo)
+        listing = list_repo(repo)
         entry = recognise(listing).entry(model_id or free_id(repo, taken), repo)
         model = parse_section(ModelConfig, entry, f"models[{entry['id']}]")
         nbytes = weight_bytes(listing, model) if not allow_pickle else 0
@@ -230,11 +232,11 @@ def _find(
 def _unconfigured(repo: str, allow_pickle: bool) -> Sequence[HubSource]:
     from engine.catalog.downloads import sources_of
     from engine.catalog.recognition import recognise
-    from engine.files import hub
-    from engine.files.hub import HubSource
+    from engine.files.hub.listing import list_repo
+    from engine.files.hub.selection import HubSource
     from engine.model_folder import WANTED_FILES
 
-    listing: Listing = hub.list_repo(repo)
+    listing: Listing = list_repo(repo)
     try:
         entry = recognise(listing).entry("pulled", repo)
     except LoadFailed as error:
@@ -245,8 +247,10 @@ def _unconfigured(repo: str, allow_pickle: bool) -> Sequence[HubSource]:
 
 
 def _locally(model: ModelConfig) -> str:
-    starter = model.source.startswith("starter:")
-    return "built at the first request" if starter else f"in {model.source}"
+    from engine.model_folder import is_built_here
+
+    built = is_built_here(model.source)
+    return "built at the first request" if built else f"in {model.source}"
 
 
 def _fetch(name: str, sources: Sequence[HubSource]) -> None:

@@ -28,8 +28,9 @@ from server.settings import ServerSettings
 from server.sse import BodyStream, event_frame
 
 if TYPE_CHECKING:
-    from engine.engine import Engine, Session
+    from engine.engine import Engine
     from engine.media.voices import VoiceStore
+    from engine.session import Session
 
 logger = logging.getLogger(__name__)
 

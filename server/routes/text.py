@@ -19,7 +19,8 @@ from server.schemas.scheduling_options import take_scheduling_options
 from server.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from engine.engine import Engine, Session
+    from engine.engine import Engine
+    from engine.session import Session
 
 _PATHS = {
     "/v1/chat/completions": TextOperation.CHAT,
