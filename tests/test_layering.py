@@ -22,6 +22,11 @@ NATIVE = {"torch", "vllm", "transformers", "diffusers", "faster_whisper", "kokor
 
 LAYERS = (
     ("server.commands",),
+    ("server.bench",),
+    ("server.serve",),
+    ("server.app",),
+    ("server.routes",),
+    ("server.schemas",),
     ("server",),
     ("engine.jobs",),
     ("engine.simulation",),
@@ -51,10 +56,8 @@ KNOWN = {
     ("engine.runtimes.bark.model", "engine.runtimes.bark.runtime"),
     ("engine.runtimes.common.speech_run", "engine.runtimes.common.speech"),
     ("engine.runtimes.coqui.models", "engine.runtimes.coqui.runtime"),
-    ("engine.runtimes.diffusers.pipeline", "engine.runtimes.diffusers.runtime"),
     ("engine.runtimes.kokoro.model", "engine.runtimes.kokoro.runtime"),
     ("engine.runtimes.whisper.run", "engine.runtimes.whisper.runtime"),
-    ("server.bench.command", "server.commands.terminal"),
 }
 """Imports that break these rules and are still to be cut. This table may only shrink."""
 

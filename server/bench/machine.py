@@ -6,13 +6,13 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from engine.memory.nvidia_smi import MIB, read_gpus
+from server.packages import installed_version
 
 PACKAGES = (
     "roundhouse",
@@ -76,13 +76,8 @@ def commit() -> str:
 
 def versions() -> dict[str, str]:
     """The versions of the relevant packages that are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = ((name, installed_version(name)) for name in PACKAGES)
+    return {name: version for name, version in found if version is not None}
 
 
 def _output(*command: str) -> str:

