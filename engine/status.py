@@ -21,6 +21,10 @@ class ModelState(StrEnum):
     UNLOADING = "unloading"
 
 
+COMPLETE = (ModelState.LOADING, ModelState.WAKING, ModelState.RESIDENT)
+"""States in which everything that the model needs is granted."""
+
+
 class EngineState(StrEnum):
     """Where the engine is in its life."""
 

@@ -20,7 +20,8 @@ from server.errors import Failure
 from server.headers import HEADER_PREFIX, answer_headers
 
 if TYPE_CHECKING:
-    from engine.engine import Engine, Session
+    from engine.engine import Engine
+    from engine.session import Session
 
 logger = logging.getLogger(__name__)
 

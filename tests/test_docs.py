@@ -21,7 +21,7 @@ from engine.config import EngineConfig, ModelConfig, engine_fields
 from engine.engine import Engine
 from engine.errors import EngineError, NotLoaded, Overloaded
 from engine.metrics import EngineMetrics
-from engine.runtimes.diffusers.runtime import IpAdapter, Profile
+from engine.runtimes.diffusers.options import IpAdapter, Profile
 from engine.runtimes.registry import REGISTRY, runtime_class
 from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
 from engine.status import BlockStatus, EngineStatus, Restarts

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from engine.errors import LoadFailed
+from engine.errors import LoadFailed, reason
 
 
 def load_pickled(path: Path, *, device: str = "cpu") -> Any:
@@ -31,5 +31,4 @@ def load_pickled(path: Path, *, device: str = "cpu") -> Any:
             " would have to be executed are not read"
         ) from error
     except Exception as error:  # torch raises whatever damaged bytes lead it to
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LoadFailed(f"{path.parent.name}/{path.name}: {reason}") from error
+        raise LoadFailed(f"{path.parent.name}/{path.name}: {reason(error)}") from error

@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 from collections import deque
 
-from engine.simulation.simulator import Machine, Outcome, Tier
+from engine.simulation.machine import Machine, Tier
+from engine.simulation.outcome import Outcome
 from engine.simulation.traces import Trace
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.simulation.baselines import fifo_lru
 from engine.simulation.clairvoyant import Clairvoyant, clairvoyant
-from engine.simulation.simulator import Move, Outcome, simulate
+from engine.simulation.driver import simulate
+from engine.simulation.outcome import Move, Outcome
 from engine.simulation.traces import Trace, TracedModel
 
 OURS = "roundhouse"

@@ -20,18 +20,18 @@ from rich.table import Table
 
 from engine.config import ENV_CONFIG, EngineConfig
 from engine.errors import ConfigError
+from engine.files.source import STARTER, Source
 from engine.simulation.traces import BUILT_IN, generate, read_trace
 from engine.units import format_size
-from server.bench.command import bench
 from server.commands import doctor, models
+from server.commands.bench import bench
 from server.commands.default_config import choose, look
 from server.commands.terminal import err, leave, out
+from server.exit_codes import BAD_CONFIG, FAILED
 from server.settings import ServerSettings, load_settings
 from server.supervision.heartbeat import Heartbeat
 from server.supervision.listener import listen
-from server.supervision.supervisor import BAD_CONFIG, SupervisorConfig, become
-
-STARTER = "starter:"
+from server.supervision.supervisor import SupervisorConfig, become
 
 app = typer.Typer(
     add_completion=False,
@@ -75,17 +75,19 @@ def serve(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    line = None
+    heartbeat = None
     if supervised is not None:
-        listener_descriptor, line_descriptor = map(int, supervised.split(","))
-        line = Heartbeat.adopt(line_descriptor)
+        listener_descriptor, channel_descriptor = map(int, supervised.split(","))
+        heartbeat = Heartbeat.adopt(channel_descriptor)
         listener = socket.socket(fileno=listener_descriptor)
         listener.set_inheritable(False)
     else:
         try:
             listener = listen(settings.host, settings.port)
         except OSError as error:
-            raise leave(f"cannot listen on {settings.host}:{settings.port}: {error}", 1) from error
+            raise leave(
+                f"cannot listen on {settings.host}:{settings.port}: {error}", FAILED
+            ) from error
         _introduce(engine_config, settings, f"{config}{chosen}", listener.getsockname()[1])
         if supervisor:
             # The same program once more, whatever it was started by.
@@ -98,17 +100,17 @@ def serve(
     from engine.engine import Engine
     from server.serve import run
 
-    if line is None:
+    if heartbeat is None:
         engine = Engine(engine_config)
     else:
-        engine = Engine(engine_config, restarts=line.restarts, restore=line.residents)
+        engine = Engine(engine_config, restarts=heartbeat.restarts, restore=heartbeat.residents)
     try:
-        run(engine, settings, listener, line)
+        run(engine, settings, listener, heartbeat)
     except ConfigError as error:
         raise leave(error.message, BAD_CONFIG) from error
     except Exception as error:
         logging.getLogger(__name__).debug("the start failed", exc_info=error)
-        raise leave(f"the engine could not start: {error}", 1) from error
+        raise leave(f"the engine could not start: {error}", FAILED) from error
 
 
 Url = Annotated[str, typer.Option(help="A running server.")]
@@ -158,7 +160,7 @@ def simulate(
 ) -> None:
     """Serve a trace on a modelled machine, by this scheduler and by others."""
     from engine.simulation.comparison import compare
-    from engine.simulation.simulator import usual_config
+    from engine.simulation.driver import usual_config
     from server.commands.simulate import plot, tables
 
     try:
@@ -182,9 +184,9 @@ def simulate(
         if plot_file is not None:
             plot(comparison, plot_file)
     except ImportError as error:
-        raise leave("--plot needs matplotlib", 1) from error
+        raise leave("--plot needs matplotlib", FAILED) from error
     except (OSError, ValueError) as error:
-        raise leave(f"cannot write: {error}", 1) from error
+        raise leave(f"cannot write: {error}", FAILED) from error
 
 
 @app.command()
@@ -224,14 +226,14 @@ def _ask(
         )
         document = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise leave(f"no Roundhouse answers at {url}: {error}", 1) from error
+        raise leave(f"no Roundhouse answers at {url}: {error}", FAILED) from error
     if answer.is_error:
         message = answer.reason_phrase
         if isinstance(document, dict) and isinstance(document.get("error"), dict):
             message = document["error"].get("message", message)
-        raise leave(f"{url}: {answer.status_code} {message}", 1)
+        raise leave(f"{url}: {answer.status_code} {message}", FAILED)
     if not isinstance(document, dict) or has not in document:
-        raise leave(f"what answers at {url} is no Roundhouse", 1)
+        raise leave(f"what answers at {url} is no Roundhouse", FAILED)
     return document
 
 
@@ -253,7 +255,7 @@ def _introduce(config: EngineConfig, settings: ServerSettings, source: str, port
         f"  keys: {'required' if settings.has_keys else 'none'}",
     ]
     lines += [f"  model: {' = '.join(model.names)} ({model.source})" for model in config.models]
-    if any(model.source.startswith(STARTER) for model in config.models):
+    if any(Source(model.source).scheme == STARTER for model in config.models):
         lines.append(
             "  Models whose source begins with starter: have random weights."
             " Their answers are meaningless; they only show that everything works."

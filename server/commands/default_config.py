@@ -129,13 +129,13 @@ def _by_hardware(facts: Facts) -> tuple[str, str]:
 
 def _present_models() -> dict[str, int]:
     from engine.catalog.downloads import sources_of
-    from engine.files import hub
+    from engine.files.hub.cache import present
 
     found = {}
     for name in (*(name for _, name in FOR_GPU), FOR_CPU[1]):
         config = read_engine_config(STARTER_CONFIG.with_name(f"{name}.yaml"), {})
         found[name] = sum(
-            all(hub.present(source) for source in sources_of(model)) for model in config.models
+            all(present(source) for source in sources_of(model)) for model in config.models
         )
     return found
 

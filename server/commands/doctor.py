@@ -34,6 +34,7 @@ from server.commands.default_config import (
     torch_has_cuda,
 )
 from server.commands.terminal import out
+from server.exit_codes import FAILED
 from server.settings import ServerSettings, config_path, load_settings
 
 GIB = 2**30
@@ -133,7 +134,7 @@ def doctor(
             table.add_row(each.what, state, escape(each.found), escape(each.advice))
         out.print(table)
     if any(each.state is State.BAD for each in findings):
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def examine(path: Path | None, environ: Mapping[str, str]) -> list[Finding]:
@@ -360,14 +361,14 @@ def _shared_memory(_: Subject) -> Iterator[Finding]:
 
 
 def _disk(subject: Subject) -> Iterator[Finding]:
-    from engine.files import hub
+    from engine.files.hub.cache import cache_dir, free_disk_bytes
 
-    folder = hub.cache_dir()
+    folder = cache_dir()
     places = {"model cache": folder}
     if subject.config is not None:
         places["data"] = subject.config.data_dir
     for what, path in places.items():
-        free_bytes = hub.free_disk_bytes(path)
+        free_bytes = free_disk_bytes(path)
         little = free_bytes < (FREE_BYTES if path is folder else GIB)
         yield Finding(
             f"disk of the {what}",
@@ -461,7 +462,8 @@ def _cublas_12() -> str | None:
 
 def _hub(subject: Subject) -> Iterator[Finding]:
     from engine.catalog.downloads import sources_of
-    from engine.files.hub import endpoint, present
+    from engine.files.hub.cache import present
+    from engine.files.hub.client import endpoint
 
     config = subject.config
     sources = [] if config is None else [each for m in config.models for each in sources_of(m)]

@@ -36,15 +36,16 @@ from engine.errors import ConfigError, EngineError, LoadFailed, ModelNotFound
 from engine.units import format_size
 from server.commands.default_config import read_engine_config
 from server.commands.terminal import complain, err, leave, out, say
+from server.exit_codes import BAD_CONFIG, FAILED, INTERRUPTED
 from server.settings import STARTER_CONFIG, config_path
-from server.supervision.supervisor import BAD_CONFIG
 
 if TYPE_CHECKING:
     # They bring numpy, which the other commands need not wait for.
     from engine.catalog.model_files import Files
-    from engine.files.hub import FetchProgress, HubSource, Listing
+    from engine.files.hub.fetch import FetchProgress
+    from engine.files.hub.listing import Listing
+    from engine.files.hub.selection import HubSource
 
-INTERRUPTED = 130
 DAY_S = 86_400.0
 
 Config = Annotated[Path | None, typer.Option(envvar=ENV_CONFIG, help="The configuration file.")]
@@ -93,7 +94,7 @@ def pull(
     if every and not any(sources_of(model) for model in configured.models):
         say("no configured model comes from a hub")
     if failed:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def ls(
@@ -134,9 +135,9 @@ def rm(
             found += tuple(each for each in other_repos(configured) if each.source == model)
             found = found[:1]
     except EngineError as error:
-        raise leave(error.message, 1) from error
+        raise leave(error.message, FAILED) from error
     if not found:
-        raise leave(f"nothing of {model} is on this disk", 1)
+        raise leave(f"nothing of {model} is on this disk", FAILED)
     _remove(found, yes=yes)
 
 
@@ -179,7 +180,7 @@ def add(
     from engine.catalog.config_file import replace_text, with_model
     from engine.catalog.downloads import sources_of
     from engine.catalog.recognition import free_id, recognise, weight_bytes
-    from engine.files import hub
+    from engine.files.hub.listing import list_repo
 
     path = config_path(config, os.environ)
     if path == STARTER_CONFIG:
@@ -187,7 +188,7 @@ def add(
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         taken = frozenset(_names(text))
-        listing = hub.list_repo(repo)
+        listing = list_repo(repo)
         entry = recognise(listing).entry(model_id or free_id(repo, taken), repo)
         model = parse_section(ModelConfig, entry, f"models[{entry['id']}]")
         nbytes = weight_bytes(listing, model) if not allow_pickle else 0
@@ -200,7 +201,7 @@ def add(
     except (ConfigError, OSError) as error:
         raise leave(f"{path}: {error}", BAD_CONFIG) from error
     except EngineError as error:
-        raise leave(error.message, 1) from error
+        raise leave(error.message, FAILED) from error
     except KeyboardInterrupt:
         raise leave("stopped; nothing was added", INTERRUPTED) from None
     size = f", {format_size(nbytes)}" if nbytes else ""
@@ -233,11 +234,11 @@ def _find(
 def _unconfigured(repo: str, allow_pickle: bool) -> Sequence[HubSource]:
     from engine.catalog.downloads import sources_of
     from engine.catalog.recognition import recognise
-    from engine.files import hub
-    from engine.files.hub import HubSource
+    from engine.files.hub.listing import list_repo
+    from engine.files.hub.selection import HubSource
     from engine.model_folder import WANTED_FILES
 
-    listing: Listing = hub.list_repo(repo)
+    listing: Listing = list_repo(repo)
     try:
         entry = recognise(listing).entry("pulled", repo)
     except LoadFailed as error:
@@ -248,8 +249,10 @@ def _unconfigured(repo: str, allow_pickle: bool) -> Sequence[HubSource]:
 
 
 def _locally(model: ModelConfig) -> str:
-    starter = model.source.startswith("starter:")
-    return "built at the first request" if starter else f"in {model.source}"
+    from engine.model_folder import is_built_here
+
+    built = is_built_here(model.source)
+    return "built at the first request" if built else f"in {model.source}"
 
 
 def _fetch(name: str, sources: Sequence[HubSource]) -> None:
@@ -312,13 +315,13 @@ def _remove(found: Sequence[Files], *, yes: bool) -> None:
 
     _list(found)
     if not yes and not typer.confirm("Delete these?"):
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
     freed = 0
     for each in found:
         try:
             freed += remove(each.source)
         except (EngineError, OSError) as error:
-            raise leave(f"cannot delete {each.source}: {error}", 1) from error
+            raise leave(f"cannot delete {each.source}: {error}", FAILED) from error
     say(f"{format_size(freed)} deleted")
 
 

@@ -16,7 +16,7 @@ from engine.catalog.downloads import NO_PROGRESS, Pulls, sources_of
 from engine.catalog.loras import MAX_LORA_BYTES, add, check_name, folder_of
 from engine.catalog.model_files import Files, files_of, removable, remove
 from engine.errors import Conflict, EngineError, InvalidRequest
-from engine.files.hub import FetchProgress
+from engine.files.hub.fetch import FetchProgress
 from engine.status import ModelState
 from server.body import stream_body
 from server.connection import run_while_connected

@@ -29,8 +29,9 @@ from server.settings import ServerSettings
 from server.sse import event_frame, stream_answer
 
 if TYPE_CHECKING:
-    from engine.engine import Engine, Session
+    from engine.engine import Engine
     from engine.media.outputs import Outputs
+    from engine.session import Session
 
 _PATHS: dict[str, type[ImageBody]] = {
     "/v1/images/generations": GenerationBody,

@@ -27,8 +27,9 @@ from server.settings import ServerSettings
 from server.sse import event_frame, stream_answer
 
 if TYPE_CHECKING:
-    from engine.engine import Engine, Session
+    from engine.engine import Engine
     from engine.media.voices import VoiceStore
+    from engine.session import Session
 
 logger = logging.getLogger(__name__)
 

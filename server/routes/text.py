@@ -20,7 +20,8 @@ from server.settings import ServerSettings
 from server.sse import stream_answer
 
 if TYPE_CHECKING:
-    from engine.engine import Engine, Session
+    from engine.engine import Engine
+    from engine.session import Session
 
 _PATHS = {
     "/v1/chat/completions": TextOperation.CHAT,

@@ -29,7 +29,8 @@ from server.sse import event_frame, stream_answer
 from server.subtitles import srt, vtt
 
 if TYPE_CHECKING:
-    from engine.engine import Engine, Session
+    from engine.engine import Engine
+    from engine.session import Session
 
 _PATHS: dict[str, type[RecordingBody]] = {
     "/v1/audio/transcriptions": TranscriptionBody,

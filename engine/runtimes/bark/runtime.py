@@ -15,26 +15,27 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from engine.config import ModelConfig, Section
-from engine.errors import InvalidRequest, LoadFailed
+from engine.errors import InvalidRequest, LoadFailed, reason
 from engine.files.pickled import load_pickled
 from engine.files.safetensors_header import DTYPE_BYTES, tensor_sizes, weight_bytes
 from engine.media.sentences import split_sentences
+from engine.memory.block import Block, Estimate
 from engine.memory.device import Device
 from engine.model_folder import WANTED_FILES, local_folder, present_folder
 from engine.process.gate import GATE
 from engine.requests import Request, SpeechRequest
-from engine.runtimes.base import Block, Estimate, Prepared, Voice
+from engine.runtimes.base import Prepared, Voice
 from engine.runtimes.common.speech import (
     SpeechModel,
     SpeechOptions,
     Utterance,
+    check_no_clone,
     check_speech,
     choose_language,
     choose_voice,
     prepared_speech,
     primary_language,
 )
-from engine.runtimes.common.thread_run import reason
 from engine.runtimes.common.torch_model import TorchRuntime
 
 FILES = (*WANTED_FILES, "*.npy")
@@ -78,8 +79,7 @@ class BarkRuntime(TorchRuntime):
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Check text, voice and language; fill in the defaults."""
         asked = check_speech(model, request)
-        if asked.voice_sample is not None:
-            raise InvalidRequest(f"The model {model.id!r} cannot clone a voice.", param="voice")
+        check_no_clone(model, asked)
         if asked.speed != 1.0:
             raise InvalidRequest(
                 f"The model {model.id!r} speaks at its own speed only.", param="speed"

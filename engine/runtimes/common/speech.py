@@ -27,6 +27,8 @@ MIN_SPEED, MAX_SPEED = 0.25, 4.0
 
 MAX_SEED = 2**32 - 1
 
+NOTHING_TO_SPEAK = "There is nothing to speak in the text."
+
 CHARACTERS_PER_S = 12
 """How fast text is spoken: some 150 words a minute of five letters and a space, rounded down."""
 
@@ -63,32 +65,49 @@ class Utterance:
     seed: int
 
 
-def check_speech(model: ModelConfig, request: Request) -> SpeechRequest:
+def check_speech(
+    model: ModelConfig, request: Request, *, default_seed: int | None = None
+) -> SpeechRequest:
     """Refuse what no speech model can do; fill in the seed.
+
+    A request without a seed gets `default_seed`, or a random one if that is None. The model's
+    options must have `max_chars`.
 
     Raises:
         InvalidRequest: naming `model`, `input`, `speed` or `seed`.
 
     """
-    options: SpeechOptions = model.options
-    if not isinstance(request, SpeechRequest):
+    if not isinstance(request, SpeechRequest) or model.task != "speech":
         raise InvalidRequest(
             f"The model {model.id!r} does not support {request.operation.value}.", param="model"
         )
     if not any(character.isalnum() for character in request.text):
-        raise InvalidRequest("There is nothing to speak in the text.", param="input")
-    if len(request.text) > options.max_chars:
+        raise InvalidRequest(NOTHING_TO_SPEAK, param="input")
+    max_chars: int = model.options.max_chars
+    if len(request.text) > max_chars:
         raise InvalidRequest(
-            f"The text must be at most {options.max_chars} characters long,"
-            f" not {len(request.text)}.",
+            f"The text must be at most {max_chars} characters long, not {len(request.text)}.",
             param="input",
         )
     if not MIN_SPEED <= request.speed <= MAX_SPEED:
         raise InvalidRequest(f"speed must be from {MIN_SPEED} to {MAX_SPEED:g}.", param="speed")
-    seed = random.randrange(MAX_SEED) if request.seed is None else request.seed
+    seed = default_seed if request.seed is None else request.seed
+    if seed is None:
+        seed = random.randrange(MAX_SEED)
     if not 0 <= seed <= MAX_SEED:
         raise InvalidRequest(f"seed must be from 0 to {MAX_SEED}.", param="seed")
     return replace(request, seed=seed)
+
+
+def check_no_clone(model: ModelConfig, request: SpeechRequest) -> None:
+    """Refuse a cloned voice, for a model that has only its own.
+
+    Raises:
+        InvalidRequest: naming `voice`.
+
+    """
+    if request.voice_sample is not None:
+        raise InvalidRequest(f"The model {model.id!r} cannot clone a voice.", param="voice")
 
 
 def choose_voice(model: ModelConfig, request: SpeechRequest, known: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from engine.errors import EngineError, OutOfDeviceMemory, RuntimeFailed
+from engine.errors import EngineError
 from engine.events import Event
 from engine.process.switches import quick_switches
 from engine.process.watchdog import WATCHDOG, Work
@@ -70,18 +70,3 @@ async def run_on_thread(
         # The lease must not end before the memory is free. The caller may be cancelled again.
         while not done.done():
             await asyncio.shield(asyncio.wait([done]))
-
-
-def torch_error(error: Exception) -> EngineError:
-    """What a library built on torch raised, in the engine's words."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return OutOfDeviceMemory(f"The device ran out of memory: {reason(error)}")
-    return RuntimeFailed(f"The model failed while running: {reason(error)}")
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error, for people; the log has the rest."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

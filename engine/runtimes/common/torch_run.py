@@ -16,7 +16,8 @@ import torch
 from engine.events import Event, WorkingMemory
 from engine.memory.host_memory import HostMemory
 from engine.memory.peak import TensorPeak
-from engine.memory.weights import SharedMemory, Weights
+from engine.memory.slabs import SharedMemory
+from engine.memory.weights import Weights
 from engine.process.gate import GATE
 
 WHOLE = "weights"
@@ -95,8 +96,14 @@ class TorchParts:
     def known_tensors(self) -> Iterator[torch.Tensor]:
         """Every weight."""
         for part in self._parts.values():
-            yield from part.parameters()
-            yield from part.buffers()
+            for _, tensor in named_tensors(part):
+                yield tensor
+
+
+def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer of a module, by its name."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def children_of(module: torch.nn.Module) -> dict[str, torch.nn.Module]:

@@ -19,15 +19,17 @@ from engine.config import ModelConfig, Section
 from engine.errors import InvalidRequest, LoadFailed
 from engine.files.pickled import load_pickled
 from engine.media.sentences import split_sentences
+from engine.memory.block import Block, Estimate
 from engine.memory.device import Device
 from engine.model_folder import local_folder, present_folder
 from engine.process.gate import GATE
 from engine.requests import Request, SpeechRequest
-from engine.runtimes.base import Block, Estimate, Prepared, Voice
+from engine.runtimes.base import Prepared, Voice
 from engine.runtimes.common.speech import (
     SpeechModel,
     SpeechOptions,
     Utterance,
+    check_no_clone,
     check_speech,
     choose_language,
     choose_voice,
@@ -165,9 +167,9 @@ def _utterance(model: ModelConfig, files: CoquiFiles, request: SpeechRequest) ->
 
 
 def _voice(model: ModelConfig, request: SpeechRequest, files: CoquiFiles) -> str | None:
+    if files.kind != "xtts":
+        check_no_clone(model, request)
     if request.voice_sample is not None:
-        if files.kind != "xtts":
-            raise InvalidRequest(f"The model {model.id!r} cannot clone a voice.", param="voice")
         if not request.voice_sample.is_file():
             raise InvalidRequest("There is no recording of this voice.", param="voice")
         return None

@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from engine.config import ENV_PREFIX
-from engine.files.hub import HubSource, fetch
+from engine.files.hub.fetch import fetch
+from engine.files.hub.selection import HubSource
 from engine.memory.nvidia_smi import Gpu, GpuProcess, read_gpus, read_processes
 from server.commands import cli, default_config, doctor, terminal
 from server.commands.default_config import GIB, Facts, choose, hub_answers
@@ -269,7 +270,7 @@ class TestDoctor:
         assert "every configured model" in found(path)["models"].found
 
     def test_little_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("engine.files.hub.free_disk_bytes", lambda _: 2**20)
+        monkeypatch.setattr("engine.files.hub.cache.free_disk_bytes", lambda _: 2**20)
         findings = found(config_file(tmp_path))
         assert findings["disk of the model cache"].state is State.WARN
         assert findings["disk of the data"].state is State.WARN

@@ -341,7 +341,7 @@ async def test_bad_requests(engine: Engine, fields: dict[str, Any], param: str) 
 
 
 async def test_limits_of_configuration(engine: Engine) -> None:
-    with pytest.raises(InvalidRequest, match="takes 20"):
+    with pytest.raises(InvalidRequest, match="at most 20"):
         await engine.open(speech_request("a" * 21, model="own"))
     for options in ({"language": "ja"}, {"voices": {"a": "b c"}}, {"dtype": "float16"}):
         with pytest.raises((ConfigError, ValueError)):

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[4]
 START = """
 import json, sys
 from pathlib import Path
-from engine.device import CpuDevice
+from engine.memory.device import CpuDevice
 from engine.runtimes.vllm.runtime import VllmRuntime
 
 VllmRuntime(CpuDevice(), Path("nowhere")).start()

@@ -1,0 +1,19 @@
+"""What a library built on torch raised, in the engine's words. Imports torch when it is asked."""
+
+from __future__ import annotations
+
+from engine.errors import EngineError, OutOfDeviceMemory, RuntimeFailed, reason
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was no memory left, on the device or the host."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def torch_error(error: BaseException) -> EngineError:
+    """The error of a run, in the engine's words."""
+    if is_out_of_memory(error):
+        return OutOfDeviceMemory(f"The device ran out of memory: {reason(error)}")
+    return RuntimeFailed(f"The model failed while running: {reason(error)}")
