@@ -147,3 +147,9 @@ class RuntimeFailed(EngineError):
     """The native library failed while the request ran."""
 
     code = "runtime_failed"
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error, for people; the log has the rest."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

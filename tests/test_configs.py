@@ -24,7 +24,7 @@ from engine.runtimes.diffusers.runtime import DiffusersRuntime
 from engine.runtimes.kokoro.voices import OPENAI_VOICES
 from engine.runtimes.registry import RUNTIMES, options_of, runtime_class
 from engine.runtimes.vllm.options import VllmOptions
-from engine.starters.registry import DIFFUSION_STARTERS, SPEECH_STARTERS, STARTERS
+from engine.starters.registry import DIFFUSION_STARTERS, LANGUAGE_STARTERS, SPEECH_STARTERS
 from engine.units import parse_size
 from tests.conftest import StarterDir
 
@@ -188,7 +188,9 @@ def test_named_parsers_exist_in_vllm(path: Path) -> None:
 
 def test_the_starter_configuration_serves_every_language_model(starter_dir: StarterDir) -> None:
     models = models_of(STARTER_CONFIG, "vllm")
-    assert {model.source for model in models} == {starter_source(name) for name in STARTERS}
+    assert {model.source for model in models} == {
+        starter_source(name) for name in LANGUAGE_STARTERS
+    }
     for model in models:
         folder = starter_dir(Source(model.source).name)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

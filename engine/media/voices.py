@@ -1,7 +1,7 @@
 """Cloned voices: recordings of a speaker, checked once and kept for every model that can clone.
 
-Each is a folder of its own, `voice_HEX/` with `sample.wav` and `voice.json`, which appears and
-disappears by one rename: a crash leaves no half of one.
+Each voice is a folder of its own, `voice_HEX/` with `sample.wav` and `voice.json`. It appears and
+disappears by one rename, so a crash leaves no half of a voice.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ import time
 import wave
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import av
 import numpy as np
 
 from engine.config import EngineConfig
 from engine.errors import Conflict, InvalidRequest, NotFound
+from engine.media.audio_input import decode_audio
 from engine.media.outputs import sync
 
 if TYPE_CHECKING:
@@ -35,27 +34,27 @@ FOLDER = "voices"
 """Under `data_dir`."""
 
 SAMPLE_RATE = 24_000
-"""Hertz, of what is kept."""
+"""Hertz, of the recordings that are kept."""
 
 MIN_SAMPLE_S = 3.0
 """XTTS asks for more than three seconds of reference audio (its `synthesize`)."""
 MAX_SAMPLE_S = 60.0
 
 MAX_SAMPLE_BYTES = 10 * 2**20
-"""Of the file as it comes; OpenAI's limit for `audio_sample`."""
+"""Of the file as it comes. OpenAI's limit for `audio_sample`."""
 
 MAX_VOICES = 500
-"""At most 1.4 GB, at sixty seconds each."""
+"""At sixty seconds each they are 1.4 GB."""
 
 MIN_LOUDNESS_DBFS = -50.0
 """Root mean square. Speech is recorded at -30 to -15; a quiet room is below -60."""
 
 FULL_SCALE = 0.999
 MAX_CLIPPED = 0.05
-"""Part of the samples that may be at full scale. Loud speech has under a hundredth there."""
+"""Share of the samples that may be at full scale. Loud speech has less than a hundredth there."""
 
 CONTAINERS = "aac,flac,matroska,mov,mp3,ogg,wav"
-"""FFmpeg's names of the demuxers that may run. Not those of playlists: they open further files."""
+"""FFmpeg's names of the demuxers that may run. Those of playlists may not: they open more files."""
 
 MAX_NAME = 64
 """Characters."""
@@ -67,7 +66,7 @@ _SAMPLE, _CARD = "sample.wav", "voice.json"
 
 @dataclass(frozen=True, slots=True)
 class ClonedVoice:
-    """A voice that was added."""
+    """A voice that a client added."""
 
     id: str
     """`voice_` and 24 hexadecimal digits."""
@@ -79,7 +78,7 @@ class ClonedVoice:
 
 
 class VoiceStore:
-    """The folder of cloned voices. Threads may share it; every method blocks on the disk."""
+    """The folder of cloned voices. Threads may share it. Every method blocks on the disk."""
 
     def __init__(self, config: EngineConfig, *, clock: Callable[[], float] = time.time) -> None:
         """Delete what a crash left unfinished. `clock` gives unix seconds."""
@@ -105,7 +104,20 @@ class VoiceStore:
             raise InvalidRequest(
                 f"name must be 1 to {MAX_NAME} printable characters.", param="name"
             )
-        samples = _decode(sample)
+        if len(sample) > MAX_SAMPLE_BYTES:
+            raise InvalidRequest(
+                f"The recording must be at most {MAX_SAMPLE_BYTES // 2**20} MiB.",
+                param="audio_sample",
+            )
+        samples = decode_audio(
+            sample,
+            rate=SAMPLE_RATE,
+            max_seconds=MAX_SAMPLE_S,
+            sample_format="flt",
+            containers=CONTAINERS,
+            strict=True,
+            param="audio_sample",
+        )
         _check(samples)
         if len(self.list()) >= MAX_VOICES:
             raise Conflict(f"There are {MAX_VOICES} voices; delete one first.")
@@ -165,7 +177,7 @@ class VoiceStore:
         return path
 
     def delete(self, voice_id: str) -> None:
-        """Delete the voice. A run that has read its recording goes on with it.
+        """Delete the voice. A run that has read its recording continues with it.
 
         Raises:
             NotFound: there is no such voice.
@@ -198,41 +210,6 @@ class VoiceStore:
 
 def _not_found(voice_id: str) -> NotFound:
     return NotFound(f"There is no voice {voice_id!r}.", param="voice")
-
-
-def _decode(file: bytes) -> Samples:
-    """Mono samples at `SAMPLE_RATE`; stops as soon as they are too many.
-
-    Raises:
-        InvalidRequest: too large, no audio, damaged, or longer than `MAX_SAMPLE_S`.
-
-    """
-    if len(file) > MAX_SAMPLE_BYTES:
-        raise InvalidRequest(
-            f"The recording must be at most {MAX_SAMPLE_BYTES // 2**20} MiB.", param="audio_sample"
-        )
-    resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
-    pieces: list[Samples] = []
-    seconds = 0.0
-    try:
-        with av.open(BytesIO(file), options={"format_whitelist": CONTAINERS}) as container:
-            if not container.streams.audio:
-                raise InvalidRequest("There is no audio in the recording.", param="audio_sample")
-            for frame in container.decode(audio=0):
-                # Counted before it is resampled: a file may claim to have one sample a second.
-                seconds += frame.samples / frame.sample_rate
-                if seconds > MAX_SAMPLE_S + 0.1:  # codecs pad the end
-                    raise InvalidRequest(
-                        f"The recording must be at most {MAX_SAMPLE_S:g} seconds long.",
-                        param="audio_sample",
-                    )
-                pieces += (each.to_ndarray()[0] for each in resampler.resample(frame))
-            pieces += (each.to_ndarray()[0] for each in resampler.resample(None))
-    except (av.error.FFmpegError, ValueError) as error:
-        raise InvalidRequest(
-            f"The recording cannot be decoded: {error}", param="audio_sample"
-        ) from error
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
 
 
 def _check(samples: Samples) -> None:

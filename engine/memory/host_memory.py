@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from engine.units import format_size
@@ -13,21 +15,24 @@ if TYPE_CHECKING:
     import torch
 
 SLAB_BYTES = 256 * 1024**2
-"""What a slab holds, unless one tensor is larger. Pinned allocations are rounded up to powers of
-two by torch, so a slab is one."""
+"""Size of a slab, unless one tensor is larger. torch rounds pinned allocations up to powers of two,
+so a slab is one."""
 
 PAGE_BYTES = 4096
 
 HUGE_PAGE_BYTES = 2 * 1024**2
-"""What the kernel gives at once where it is asked to."""
+"""What the kernel gives at once if it is asked to."""
+
+CHUNK_BYTES = 8 * 1024**2
+"""Read or copied at once. Between two chunks other threads get their turn."""
 
 
 def host_slab(nbytes: int) -> torch.Tensor:
     """Host memory as a tensor of bytes, not page-locked; in huge pages if it is large.
 
-    The kernel clears each page that is touched for the first time and takes each back, which with
-    small pages takes several times as long as filling 256 MB. A slab goes back to the system as
-    soon as no tensor uses it.
+    The kernel clears each page at its first use, and takes each page back at the end. With small
+    pages that takes several times as long as filling 256 MB. A slab goes back to the system as soon
+    as no tensor uses it.
     """
     import torch
 
@@ -39,8 +44,21 @@ def host_slab(nbytes: int) -> torch.Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 
+def copy_bytes(
+    target: torch.Tensor, source: torch.Tensor, pause: Callable[[], None] = lambda: None
+) -> None:
+    """Copy within host memory, on this thread alone. `pause` is called after each chunk.
+
+    torch would copy with all its threads, and take the cores from whatever runs beside.
+    """
+    for start in range(0, source.numel(), CHUNK_BYTES):
+        nbytes = min(CHUNK_BYTES, source.numel() - start)
+        ctypes.memmove(target.data_ptr() + start, source.data_ptr() + start, nbytes)
+        pause()
+
+
 class HostMemoryFull(Exception):
-    """The budget does not hold another slab of that size. Nothing was taken."""
+    """The budget has no room for a slab of that size. Nothing was taken."""
 
 
 class HostMemory:
@@ -52,7 +70,7 @@ class HostMemory:
         self._lock = threading.Lock()
         self._used_bytes = 0
         self._idle: list[torch.Tensor] = []
-        """Page-locked slabs that nobody uses: locking pages takes longer than filling them."""
+        """Page-locked slabs that are free. Locking pages takes longer than filling them."""
 
     @property
     def used_bytes(self) -> int:
@@ -80,7 +98,7 @@ class HostMemory:
             for index, slab in enumerate(self._idle):
                 if slab.numel() == nbytes:
                     return self._idle.pop(index)
-            # Idle slabs of other sizes count as free, so they must really be.
+            # Idle slabs of other sizes count as free, so their memory must really be free.
             idle_bytes = sum(slab.numel() for slab in self._idle)
             if self._used_bytes + idle_bytes > self.budget_bytes:
                 self._drop_idle()
@@ -96,7 +114,7 @@ class HostMemory:
             raise
 
     def free(self, slab: torch.Tensor) -> None:
-        """Take a slab back. The caller must hold no view of it any more."""
+        """Take a slab back. The caller must not hold a view of it any more."""
         with self._lock:
             self._used_bytes -= slab.numel()
             if self._pinned:
@@ -112,7 +130,7 @@ class HostMemory:
             import torch
 
             self._idle.clear()
-            torch.accelerator.memory.empty_host_cache()  # else torch keeps page-locked memory
+            torch.accelerator.memory.empty_host_cache()  # otherwise torch keeps page-locked memory
 
     def _rounded(self, nbytes: int) -> int:
         if self._pinned:

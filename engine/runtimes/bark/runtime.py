@@ -15,26 +15,27 @@ from pathlib import Path
 from typing import ClassVar
 
 from engine.config import ModelConfig, Section
-from engine.errors import InvalidRequest, LoadFailed
+from engine.errors import InvalidRequest, LoadFailed, reason
 from engine.files.hub.repository import Repository
 from engine.files.hub.selection import HubSource
 from engine.files.pickled import load_pickled
 from engine.files.safetensors_header import DTYPE_BYTES, tensor_sizes, weight_bytes
 from engine.media.sentences import split_sentences
+from engine.memory.block import Block, Estimate
 from engine.model_folder import WANTED_FILES, PresentFolders
 from engine.process.gate import GATE
 from engine.requests import Request, SpeechRequest
 from engine.runtimes.bark.options import BarkOptions
-from engine.runtimes.base import Block, Estimate, Prepared, RuntimeContext, Voice
+from engine.runtimes.base import Prepared, RuntimeContext, Voice
 from engine.runtimes.common.speech import (
     SpeechModel,
+    check_no_clone,
     check_speech,
     choose_language,
     choose_voice,
     prepared_speech,
     primary_language,
 )
-from engine.runtimes.common.thread_run import reason
 from engine.runtimes.common.torch_model import TorchRuntime
 from engine.runtimes.common.utterance import Utterance
 from engine.runtimes.recognised import Recognised
@@ -90,9 +91,8 @@ class BarkRuntime(TorchRuntime):
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Check text, voice and language; fill in the defaults."""
         options = model.options_as(BarkOptions)
-        asked = check_speech(model.id, options, request)
-        if asked.voice_sample is not None:
-            raise InvalidRequest(f"The model {model.id!r} cannot clone a voice.", param="voice")
+        asked = check_speech(model, options.max_chars, request)
+        check_no_clone(model.id, asked)
         if asked.speed != 1.0:
             raise InvalidRequest(
                 f"The model {model.id!r} speaks at its own speed only.", param="speed"

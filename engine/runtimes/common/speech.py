@@ -1,6 +1,6 @@
-"""What the runtimes of speech models have in common: checks, and the model on its thread.
+"""Shared by the runtimes of speech models: checks, and the model on its thread.
 
-Nothing here imports a library; the run itself is in `speech_run`.
+Nothing here imports a library. The run itself is in `speech_run`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from engine.config import ModelConfig
 from engine.errors import InvalidRequest
 from engine.requests import Request, SpeechRequest
 from engine.runtimes.base import Prepared
@@ -26,45 +27,63 @@ MIN_SPEED, MAX_SPEED = 0.25, 4.0
 
 MAX_SEED = 2**32 - 1
 
+NOTHING_TO_SPEAK = "There is nothing to speak in the text."
+
 CHARACTERS_PER_S = 12
-"""How fast text is spoken: some 150 words a minute of five letters and a space, rounded down."""
+"""Rate of speech: some 150 words a minute, of five letters and a space each, rounded down."""
 
 VOCODER_BYTES = 384
-"""Of working memory a sample: three tensors of 32 channels, the width of HiFi-GAN's last stage
-(https://arxiv.org/abs/2010.05646, V1), in float32."""
+"""Working memory of one sample: three tensors of 32 channels in float32. That is the width of
+HiFi-GAN's last stage (https://arxiv.org/abs/2010.05646, V1)."""
 
 
-def check_speech(model_id: str, options: SpeechOptions, request: Request) -> SpeechRequest:
-    """Refuse what no speech model can do; fill in the seed.
+def check_speech(
+    model: ModelConfig, max_chars: int, request: Request, *, default_seed: int | None = None
+) -> SpeechRequest:
+    """Refuse requests that no speech model can serve; fill in the seed.
+
+    A request without a seed gets `default_seed`, or a random one if that is None.
 
     Raises:
         InvalidRequest: naming `model`, `input`, `speed` or `seed`.
 
     """
-    if not isinstance(request, SpeechRequest):
+    if not isinstance(request, SpeechRequest) or model.task != "speech":
         raise InvalidRequest(
-            f"The model {model_id!r} does not support {request.operation.value}.", param="model"
+            f"The model {model.id!r} does not support {request.operation.value}.", param="model"
         )
     if not any(character.isalnum() for character in request.text):
-        raise InvalidRequest("There is nothing to speak in the text.", param="input")
-    if len(request.text) > options.max_chars:
+        raise InvalidRequest(NOTHING_TO_SPEAK, param="input")
+    if len(request.text) > max_chars:
         raise InvalidRequest(
-            f"The text must be at most {options.max_chars} characters long,"
-            f" not {len(request.text)}.",
+            f"The text must be at most {max_chars} characters long, not {len(request.text)}.",
             param="input",
         )
     if not MIN_SPEED <= request.speed <= MAX_SPEED:
         raise InvalidRequest(f"speed must be from {MIN_SPEED} to {MAX_SPEED:g}.", param="speed")
-    seed = random.randrange(MAX_SEED) if request.seed is None else request.seed
+    seed = default_seed if request.seed is None else request.seed
+    if seed is None:
+        seed = random.randrange(MAX_SEED)
     if not 0 <= seed <= MAX_SEED:
         raise InvalidRequest(f"seed must be from 0 to {MAX_SEED}.", param="seed")
     return replace(request, seed=seed)
 
 
+def check_no_clone(model_id: str, request: SpeechRequest) -> None:
+    """Refuse a cloned voice, for a model that has only its own.
+
+    Raises:
+        InvalidRequest: naming `voice`.
+
+    """
+    if request.voice_sample is not None:
+        raise InvalidRequest(f"The model {model_id!r} cannot clone a voice.", param="voice")
+
+
 def choose_voice(
     model_id: str, options: SpeechOptions, request: SpeechRequest, known: Sequence[str]
 ) -> str:
-    """The model's own name of the voice that is asked for. `known` must not be empty.
+    """The model's name of the voice that the request asks for. `known` must not be empty.
 
     Raises:
         InvalidRequest: the model has no such voice.
@@ -83,9 +102,9 @@ def choose_voice(
 def choose_language(
     model_id: str, options: SpeechOptions, request: SpeechRequest, known: Sequence[str]
 ) -> str | None:
-    """The model's own name of the language, which may have a region that the request left out.
+    """The model's name of the language. It may have a region that the request left out.
 
-    None where the model does not tell its languages and nobody asks for one.
+    None if the model does not declare its languages and neither request nor options name one.
 
     Raises:
         InvalidRequest: the model does not speak it.
@@ -115,9 +134,9 @@ def primary_language(tag: str) -> str:
 def prepared_speech(
     request: SpeechRequest, utterance: Utterance | None, sample_rate: int
 ) -> Prepared:
-    """With an estimate from the vocoder, whose last stage is the peak.
+    """The request with an estimate of its working memory, whose peak is the vocoder's last stage.
 
-    Without an utterance, as the model's files are not here, it is made when they are.
+    Without the model's files there is no utterance yet. It is then made when the run begins.
     """
     if utterance is None:
         return Prepared(request, None)
@@ -132,12 +151,12 @@ def prepared_speech(
 
 
 class SpeechModel(TorchModel["Speaker"]):
-    """One speech model on a thread of its own."""
+    """One speech model on its own thread."""
 
     def __init__(
         self, speaker: Speaker, model_id: str, understand: Callable[[SpeechRequest], Utterance]
     ) -> None:
-        """`understand` checks a request that was prepared before the model's files were here."""
+        """`understand` makes the utterance of a request that was prepared without the files."""
         super().__init__(speaker, model_id)
         self._understand = understand
 

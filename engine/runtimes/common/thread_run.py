@@ -1,4 +1,4 @@
-"""Runs that go on a model's own thread, as events on the event loop."""
+"""Runs on a model's own thread, whose events arrive on the event loop."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from engine.errors import EngineError, OutOfDeviceMemory, RuntimeFailed
+from engine.errors import EngineError
 from engine.events import Event
 from engine.process.switches import quick_switches
 from engine.process.watchdog import WATCHDOG, Work
 
 Emit = Callable[[Event], None]
-"""Gives an event to whoever waits for it; callable from any thread."""
+"""Passes an event to the consumer of the run. Any thread may call it."""
 
 
 class ThreadRun(Work, Protocol):
-    """One request on one model, which counts what it gets done."""
+    """One request on one model, which counts its progress."""
 
     def execute(self) -> None:
-        """Do the work, emitting events, on the model's thread; return early if cancelled."""
+        """Do the work on the model's thread and emit events. Return early if cancelled."""
 
     def cancel(self) -> None:
-        """Make `execute` return soon; nothing if it has. Called from any thread."""
+        """Make `execute` return soon, if it has not. Any thread may call it."""
 
 
 async def run_on_thread(
@@ -34,12 +34,12 @@ async def run_on_thread(
     *,
     helpers: bool = False,
 ) -> AsyncGenerator[Event, None]:
-    """The events of a run. Closing the generator cancels it, and returns once it has ended.
+    """The events of a run. Closing the generator cancels the run and returns once it has ended.
 
-    With `helpers` the library computes on threads of its own while the model's thread waits.
+    With `helpers` the library computes on its own threads while the model's thread waits.
 
     Raises:
-        EngineError: what the run raised, put into words by `translate` if it was another error.
+        EngineError: what the run raised. `translate` has put any other error into words.
 
     """
     loop = asyncio.get_running_loop()
@@ -67,21 +67,6 @@ async def run_on_thread(
         raise translate(error) from error
     finally:
         run.cancel()
-        # The lease must not end before the memory is free. The caller may be cancelled again.
+        # The lease must not end before the memory is free, even if the caller is cancelled again.
         while not done.done():
             await asyncio.shield(asyncio.wait([done]))
-
-
-def torch_error(error: Exception) -> EngineError:
-    """What a library built on torch raised, in the engine's words."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return OutOfDeviceMemory(f"The device ran out of memory: {reason(error)}")
-    return RuntimeFailed(f"The model failed while running: {reason(error)}")
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error, for people; the log has the rest."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

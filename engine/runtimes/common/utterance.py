@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """What is to be spoken, as the model knows it."""
+    """The text to speak, in the model's own terms."""
 
     sentences: tuple[str, ...]
     voice: str | None
-    """By the model's own name; None for a model of one voice, and where a sample is cloned."""
+    """The model's name of the voice. None for a model with one voice, and for a cloned voice."""
     language: str | None
-    """By the model's own name."""
+    """The model's name of the language."""
     seed: int

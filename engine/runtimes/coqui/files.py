@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
-from engine.errors import LoadFailed
+from engine.errors import LoadFailed, reason
 from engine.files.pickled import load_pickled
-from engine.runtimes.common.thread_run import reason
 
 CONFIG_FILE = "config.json"
 

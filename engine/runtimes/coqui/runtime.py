@@ -20,12 +20,14 @@ from engine.files.hub.repository import Repository
 from engine.files.hub.selection import HubSource
 from engine.files.pickled import load_pickled
 from engine.media.sentences import split_sentences
+from engine.memory.block import Block, Estimate
 from engine.model_folder import PresentFolders
 from engine.process.gate import GATE
 from engine.requests import Request, SpeechRequest
-from engine.runtimes.base import Block, Estimate, Prepared, RuntimeContext, Voice
+from engine.runtimes.base import Prepared, RuntimeContext, Voice
 from engine.runtimes.common.speech import (
     SpeechModel,
+    check_no_clone,
     check_speech,
     choose_language,
     choose_voice,
@@ -86,7 +88,7 @@ class CoquiRuntime(TorchRuntime):
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Check text, voice, language and speed; fill in the defaults."""
         options = model.options_as(CoquiOptions)
-        asked = check_speech(model.id, options, request)
+        asked = check_speech(model, options.max_chars, request)
         files = self._files.get(model.source, options.revision)
         if files is None:
             return prepared_speech(asked, None, 0)
@@ -164,9 +166,9 @@ def _utterance(
 def _voice(
     model_id: str, options: CoquiOptions, request: SpeechRequest, files: CoquiFiles
 ) -> str | None:
+    if files.kind != "xtts":
+        check_no_clone(model_id, request)
     if request.voice_sample is not None:
-        if files.kind != "xtts":
-            raise InvalidRequest(f"The model {model_id!r} cannot clone a voice.", param="voice")
         if not request.voice_sample.is_file():
             raise InvalidRequest("There is no recording of this voice.", param="voice")
         return None

@@ -18,10 +18,11 @@ from engine.errors import InvalidRequest, LoadFailed
 from engine.files.hub.repository import Repository
 from engine.files.hub.selection import HubSource
 from engine.files.safetensors_header import DTYPE_BYTES, tensor_sizes, weight_bytes
+from engine.memory.block import Block, Estimate
 from engine.model_folder import PresentFolders
 from engine.process.gate import GATE
 from engine.requests import ImageRequest, Request, VideoRequest
-from engine.runtimes.base import Block, Estimate, Prepared, RuntimeContext
+from engine.runtimes.base import Prepared, RuntimeContext
 from engine.runtimes.common.thread_run import Emit, ThreadRun
 from engine.runtimes.common.torch_model import TorchModel, TorchRuntime
 from engine.runtimes.diffusers.description import (
@@ -51,7 +52,7 @@ class DiffusersModel(TorchModel["Pipeline"]):
 
     def make_run(self, prepared: Prepared, emit: Emit) -> ThreadRun:
         """A call of the pipeline."""
-        from engine.runtimes.diffusers.pipeline import Run
+        from engine.runtimes.diffusers.run import Run
 
         assert self.model is not None
         return Run(self.model, prepared.request, prepared.shape, emit)
@@ -98,7 +99,7 @@ class DiffusersRuntime(TorchRuntime):
 
     def start(self) -> None:
         """Import torch, transformers and diffusers (some seconds)."""
-        from engine.runtimes.diffusers.pipeline import import_everything
+        from engine.runtimes.diffusers.imports import import_everything
 
         import_everything()
 

@@ -13,10 +13,11 @@ import torch
 from torch.nn.utils import remove_weight_norm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from engine.errors import InvalidRequest, LoadFailed
+from engine.errors import InvalidRequest, LoadFailed, reason
 from engine.events import Event, Speech, Word
 from engine.process.gate import GATE
 from engine.process.randomness import draw_by_thread, seeded
+from engine.runtimes.common.speech import NOTHING_TO_SPEAK
 from engine.runtimes.common.torch_run import TorchParts, TorchRun, children_of
 from engine.runtimes.kokoro.phonemes import MAX_PHONEMES, Chunk, Phonemizer
 from engine.runtimes.kokoro.utterance import Utterance
@@ -52,8 +53,7 @@ def stored_parts(path: Path) -> dict[str, dict[str, torch.Tensor]]:
             for part, tensors in parts.items()
         }
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LoadFailed(f"{path.name}: cannot read: {reason}") from error
+        raise LoadFailed(f"{path.name}: cannot read: {reason(error)}") from error
 
 
 class VoiceModel(TorchParts):
@@ -153,7 +153,7 @@ class KokoroRun(TorchRun):
                     self._emit(Speech(output.audio.numpy().copy(), SAMPLE_RATE, words))
                     spoken += len(output.audio)
             if not spoken:
-                raise InvalidRequest("There is nothing in the text to speak.", param="input")
+                raise InvalidRequest(NOTHING_TO_SPEAK, param="input")
 
     def _words(self, chunk: Chunk, durations: torch.Tensor, offset_s: float) -> tuple[Word, ...]:
         """When each word is spoken: the library's reckoning, from the predicted durations."""

@@ -23,10 +23,12 @@ from engine.errors import InvalidRequest, LoadFailed
 from engine.files.hub.repository import Repository
 from engine.files.hub.selection import HubSource
 from engine.media.sentences import split_sentences
+from engine.memory.block import Block, Estimate
 from engine.model_folder import PresentFolders
 from engine.process.gate import GATE
-from engine.requests import Request, SpeechRequest
-from engine.runtimes.base import Block, Estimate, Prepared, RuntimeContext, Voice
+from engine.requests import Request
+from engine.runtimes.base import Prepared, RuntimeContext, Voice
+from engine.runtimes.common.speech import check_no_clone, check_speech
 from engine.runtimes.common.thread_run import Emit, ThreadRun
 from engine.runtimes.common.torch_model import TorchModel, TorchRuntime
 from engine.runtimes.kokoro.languages import NEEDS_PACKAGES, find_language, spoken_languages
@@ -56,9 +58,6 @@ SENTENCE_CHARS = 400
 
 WORKING_BYTES_PER_CHAR = 2**20
 """A guess for the first run of a shape: some 15 characters a second, 24,000 samples in it."""
-
-MIN_SPEED, MAX_SPEED = 0.25, 4.0
-MAX_SEED = 2**32 - 1
 
 
 class KokoroModel(TorchModel["VoiceModel"]):
@@ -129,44 +128,31 @@ class KokoroRuntime(TorchRuntime):
 
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Check text, voice, language and speed; split the text; fill in the defaults."""
-        if not isinstance(request, SpeechRequest) or model.task != "speech":
-            raise InvalidRequest(
-                f"The model {model.id!r} does not support {request.operation.value}.",
-                param="model",
-            )
         options = model.options_as(KokoroOptions)
-        if len(request.text) > options.max_chars:
-            raise InvalidRequest(
-                f"The text has {len(request.text)} characters; the model {model.id!r} takes"
-                f" {options.max_chars}.",
-                param="input",
-            )
-        if not any(character.isalnum() for character in request.text):
-            raise InvalidRequest("There is nothing in the text to speak.", param="input")
-        if not MIN_SPEED <= request.speed <= MAX_SPEED:
-            raise InvalidRequest(
-                f"speed must be from {MIN_SPEED:g} to {MAX_SPEED:g}.", param="speed"
-            )
-        if request.voice_sample is not None:
-            raise InvalidRequest(f"The model {model.id!r} cannot clone a voice.", param="voice")
-        seed = 0 if request.seed is None else request.seed
-        if not 0 <= seed <= MAX_SEED:
-            raise InvalidRequest(f"seed must be from 0 to {MAX_SEED}.", param="seed")
-        voice = request.voice or options.voice
+        asked = check_speech(model, options.max_chars, request, default_seed=0)
+        check_no_clone(model.id, asked)
+        voice = asked.voice or options.voice
         blend = parse_blend(options.resolve(voice))
         files = self._voices.get(model.source, options.revision)
         if blend is None:
             raise no_voice(voice, files)
         voices = () if files is None else find_voices(blend, files)
-        language = _language(model.id, options, request.language, blend)
-        sentences = split_sentences(request.text, language, max_chars=SENTENCE_CHARS)
+        language = _language(model.id, options, asked.language, blend)
+        sentences = split_sentences(asked.text, language, max_chars=SENTENCE_CHARS)
         longest = max(map(len, sentences))
         # What a run takes grows with the seconds of its longest sentence.
-        chars = 1 << max(5, round(longest / request.speed) - 1).bit_length()
+        chars = 1 << max(5, round(longest / asked.speed) - 1).bit_length()
+        assert asked.seed is not None
         return Prepared(
-            replace(request, voice=voice, language=language, seed=seed),
+            replace(asked, voice=voice, language=language),
             Utterance(
-                tuple(sentences), language, blend, voices, request.speed, seed, request.word_times
+                tuple(sentences),
+                language,
+                blend,
+                voices,
+                asked.speed,
+                asked.seed,
+                asked.word_times,
             ),
             working_bytes=chars * WORKING_BYTES_PER_CHAR,
             shape=f"speech-{chars}",

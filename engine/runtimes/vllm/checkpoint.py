@@ -1,4 +1,4 @@
-"""What the files of a language model's folder say, read without loading a weight."""
+"""A language model's checkpoint: its sizes and shapes, read without loading a weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.runtimes.vllm.options import VllmOptions
 
 
 class Checkpoint:
-    """What the files of a model folder say, read without loading a weight."""
+    """The configuration and the tensor headers of a model folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -26,14 +26,14 @@ class Checkpoint:
 
     @property
     def text_config(self) -> dict[str, Any]:
-        """The language model's part of a multimodal configuration, else the whole."""
+        """The language model's part of a multimodal configuration, otherwise the whole."""
         nested: dict[str, Any] = self.config.get("text_config") or self.config
         return nested
 
     def item_bytes(self, dtype: str) -> int:
         """Bytes per floating-point element at run time.
 
-        vLLM's "auto" keeps the checkpoint's dtype, but runs float32 ones in 16 bits.
+        vLLM's "auto" keeps the checkpoint's dtype, but runs a float32 checkpoint in 16 bits.
         """
         return DTYPE_BYTES.get(dtype, 2)
 
@@ -65,7 +65,7 @@ class Checkpoint:
         return int(config.get("head_dim") or int(config.get("hidden_size", 0)) // heads)
 
     def has_kv_cache(self, task: str) -> bool:
-        """Whether vLLM gives it a KV cache: all but encoders, which have no notion of KV heads."""
+        """Whether vLLM gives it a KV cache. Only encoders get none; they have no KV heads."""
         return task == "generate" or "num_key_value_heads" in self.text_config
 
     def kv_bytes_per_token(self, dtype: str) -> int:
@@ -77,7 +77,7 @@ class Checkpoint:
         return 2 * layers * kv_heads * self.head_dim * self.item_bytes(dtype)
 
     def max_model_len(self, options: VllmOptions) -> int:
-        """The configured context length, else the checkpoint's."""
+        """The configured context length, otherwise the checkpoint's."""
         return options.max_model_len or int(self.text_config.get("max_position_embeddings", 2048))
 
     def workspace_bytes(self, options: VllmOptions) -> int:

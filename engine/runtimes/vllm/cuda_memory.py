@@ -1,12 +1,14 @@
 """A vLLM model's device memory on CUDA: parked without its addresses changing.
 
-Captured graphs hold addresses, so weights and KV cache are allocated as reserved addresses with
-memory mapped under them (CUDA's virtual memory management, through the C extension that vLLM's own
-sleep mode uses). Parking unmaps; waking maps and copies the master back. vLLM's allocator serves
-one engine a process, copies weights to the host at every sleep, and gives back the pools of all
-engines when one shuts down; so the bookkeeping here is ours: a pool for each block of each engine.
+Captured graphs hold addresses. So weights and KV cache get reserved addresses, with memory mapped
+under them: CUDA's virtual memory management, through the C extension of vLLM's sleep mode. Parking
+unmaps; waking maps, and copies the master back.
 
-Written from vLLM's and torch's sources; it has not been run on a card.
+vLLM's allocator serves one engine a process. It copies weights to the host at every sleep, and
+gives back the pools of all engines when one shuts down. So the bookkeeping is done here, with a
+pool for each block of each engine.
+
+Written from the sources of vLLM and torch; it has not been run on a GPU.
 
 Importing this module imports vLLM.
 """
@@ -23,8 +25,8 @@ from typing import Any
 
 import torch
 
+from engine.memory.block import Block
 from engine.memory.host_memory import SLAB_BYTES, HostMemory, HostMemoryFull
-from engine.runtimes.base import Block
 from engine.runtimes.vllm.park import KV_CACHE, WEIGHTS, WORKSPACE
 from vllm.device_allocator import alloc_conf, cumem
 from vllm.v1.worker.gpu_worker import Worker
@@ -32,7 +34,7 @@ from vllm.v1.worker.gpu_worker import Worker
 log = logging.getLogger(__name__)
 
 Handle = tuple[int, int, int, int]
-"""Device, bytes, address, and the extension's pointer to what is mapped there."""
+"""Device, bytes, address, and the extension's pointer to the memory mapped there."""
 
 Owner = tuple[int, str]
 """An engine and one of its blocks."""
@@ -46,7 +48,7 @@ class Allocation:
     handle: Handle
     mapped: bool = True
     spare: bool = False
-    """It held nothing when the load was over."""
+    """Whether it held nothing at the end of the load."""
 
     @property
     def nbytes(self) -> int:
@@ -54,7 +56,7 @@ class Allocation:
         return self.handle[1]
 
     def view(self) -> torch.Tensor:
-        """Its bytes as a tensor that owns nothing; only while it is mapped."""
+        """Its bytes as a tensor that owns no memory. Valid only while it is mapped."""
         device, nbytes, address, _ = self.handle
         return torch.as_tensor(_DeviceRange(address, nbytes), device=f"cuda:{device}")
 
@@ -72,7 +74,7 @@ class _DeviceRange:
 
 
 class MappedMemory:
-    """Every allocation of every pool. One a process: the extension knows one pair of callbacks."""
+    """Every allocation of every pool. One a process: the extension has one pair of callbacks."""
 
     def __init__(self) -> None:
         self._allocations: dict[int, Allocation] = {}
@@ -85,7 +87,7 @@ class MappedMemory:
 
     @contextmanager
     def pool(self, owner: Owner) -> Iterator[None]:
-        """What this thread allocates meanwhile can be parked. One at a time, once an owner."""
+        """What this thread allocates inside can be parked. One at a time, and once an owner."""
         if self._allocator is None:
             self._allocator = cumem.get_pluggable_allocator(
                 self._malloc_callback, self._free_callback
@@ -106,7 +108,7 @@ class MappedMemory:
                 spare.spare = True
 
     def unmapped_bytes(self) -> int:
-        """Bytes of addresses without memory, which torch still takes for reserved memory."""
+        """Bytes of addresses without memory, which torch still counts as reserved memory."""
         return sum(each.nbytes for each in self._allocations.values() if not each.mapped)
 
     def of(self, owner: Owner) -> list[Allocation]:
@@ -114,13 +116,13 @@ class MappedMemory:
         return [a for a in self._allocations.values() if a.owner == owner and not a.spare]
 
     def unmap(self, owner: Owner) -> None:
-        """Give back the memory of a block; its addresses stay reserved. Its contents are gone."""
+        """Give back the memory of a block. Its addresses stay reserved; its contents are lost."""
         torch.cuda.synchronize()
         for allocation in self.of(owner):
             self._unmap(allocation)
 
     def map(self, owner: Owner) -> None:
-        """Put memory of any contents under a block's addresses again, all of them or none.
+        """Map memory under a block's addresses again, all of them or none. Contents are undefined.
 
         Raises:
             torch.OutOfMemoryError: the device lacks the room.
@@ -138,7 +140,7 @@ class MappedMemory:
             raise torch.OutOfMemoryError(str(error)) from error
 
     def release(self, owner: Owner) -> None:
-        """Let go of a pool: its addresses are given back as its tensors die."""
+        """Release a pool: its addresses are given back as its tensors are freed."""
         pool = self._pools.pop(owner, None)
         unmapped = [
             a.nbytes for a in self._allocations.values() if a.owner == owner if not a.mapped
@@ -156,7 +158,7 @@ class MappedMemory:
         allocation = self._allocations.pop(address)
         torch.cuda.synchronize(allocation.handle[0])  # the extension does not wait for kernels
         if not allocation.mapped:
-            # The extension unmaps what is freed, and once that fails every later allocation does.
+            # The extension unmaps what is freed. Once that fails, every later allocation fails.
             self._map(allocation)
         return allocation.handle
 
@@ -176,7 +178,7 @@ _engines = itertools.count()
 
 
 class ParkingWorker(Worker):  # type: ignore[misc]
-    """vLLM's worker with weights and KV cache in memory of ours. For vLLM's `--worker-cls`."""
+    """vLLM's worker with weights and KV cache in the pools above. For vLLM's `--worker-cls`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -185,9 +187,9 @@ class ParkingWorker(Worker):  # type: ignore[misc]
             weakref.finalize(self, MAPPED.release, (self.number, block))
 
     def load_model(self, **kwargs: Any) -> None:
-        """Load the weights into a pool of their own."""
-        # cuBLAS allocates its workspace, which all engines share, at the first multiplication:
-        # that must not be in the pool of one.
+        """Load the weights into their own pool."""
+        # cuBLAS allocates its workspace at the first multiplication. All engines share it, so it
+        # must not be in the pool of one.
         one = torch.ones(1, 1, device=self.device)
         torch.mm(one, one)
         super().load_model(**kwargs)
@@ -210,8 +212,8 @@ class CudaMemory:
     ) -> None:
         """Measure a model that was just loaded, and make its master copy if there is room.
 
-        `expected` are the bytes of the blocks as the model's files tell them; what is in no pool
-        is taken from there. Nothing may run on the model meanwhile.
+        `expected` has the bytes of each block by the model's files, for blocks that are in no pool.
+        Nothing may run on the model during the call.
         """
         self._number = worker.number
         self._host = host
@@ -236,7 +238,7 @@ class CudaMemory:
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """Weights and KV cache by what their pools hold; the workspace as estimated."""
+        """Weights and KV cache by the bytes in their pools; the workspace as estimated."""
         return self._blocks
 
     @property
@@ -245,7 +247,7 @@ class CudaMemory:
         return sum(int(slab.nbytes) for slab in self._slabs)
 
     def park(self, names: Collection[str]) -> None:
-        """Unmap weights and KV cache. What changes weights in place is not among our options."""
+        """Unmap weights and KV cache. No option of ours changes weights in place."""
         for block in self._blocks:
             if block.name in names and block.parkable:
                 MAPPED.unmap((self._number, block.name))
@@ -254,7 +256,7 @@ class CudaMemory:
         """Map these blocks; copy the weights' master, and zero the KV cache.
 
         Raises:
-            torch.OutOfMemoryError: the device lacks the room; they are parked as before.
+            torch.OutOfMemoryError: the device lacks the room. They are parked as before.
 
         """
         woken = [block.name for block in self._blocks if block.name in names and block.parkable]

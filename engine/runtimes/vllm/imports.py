@@ -1,4 +1,6 @@
-"""vLLM's imports without what is not used here: half of their time and a tenth of the memory.
+"""vLLM's imports without the modules that are not used here.
+
+That saves half of their time and a tenth of the memory.
 
 Importing this module imports torch.
 """
@@ -17,12 +19,12 @@ import torch
 
 @contextmanager
 def sparing_imports() -> Iterator[None]:
-    """Import vLLM within this.
+    """Import vLLM inside this context.
 
-    Left out is what vLLM and transformers can do without and say so themselves: scikit-learn for
-    assisted generation and SciPy for training object detectors, OpenTelemetry for vLLM's own
-    tracing. Put off until it is needed is what compiles, 150 modules of torch's Inductor, and
-    what resamples sound.
+    Three packages are left out, which vLLM and transformers declare optional: scikit-learn for
+    assisted generation, SciPy for training object detectors, and OpenTelemetry for vLLM's tracing.
+    Two imports are put off until they are needed: the compiler, 150 modules of torch's Inductor,
+    and the resampling of sound.
     """
     from transformers import utils
 
@@ -42,7 +44,7 @@ def sparing_imports() -> Iterator[None]:
 
 
 def prepare_to_compile() -> None:
-    """Do to Inductor what vLLM would have done at once. Call before a model that compiles."""
+    """Patch Inductor as vLLM does at its import. Call it before a model that compiles."""
     env_override = import_module("vllm.env_override")
     env_override._patch_inductor_fallback_allow_list()  # harmless when repeated
 
@@ -65,10 +67,10 @@ def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
 
 @contextmanager
 def _absent(module: str) -> Iterator[None]:
-    """Have the import of a module fail as if it were not installed, unless it is there already."""
+    """Make the import of a module fail as if it were not installed, unless it is imported."""
     hide = module not in sys.modules
     if hide:
-        sys.modules[module] = None  # type: ignore[assignment]  # what imports take for a refusal
+        sys.modules[module] = None  # type: ignore[assignment]  # makes imports fail
     try:
         yield
     finally:
@@ -77,9 +79,9 @@ def _absent(module: str) -> Iterator[None]:
 
 
 def _compiling_late(torch_compile: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile` that has a function compiled when it is first called.
+    """`torch.compile` that compiles a function when it is first called.
 
-    torch's own imports the compiler as soon as a function is decorated.
+    The original imports the compiler as soon as a function is decorated.
     """
 
     def decorate(model: Any = None, **options: Any) -> Any:
@@ -92,7 +94,7 @@ def _compiling_late(torch_compile: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(model)
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal compiled
-            if torch.compiler.is_compiling():  # as a part of what calls it
+            if torch.compiler.is_compiling():  # as a part of its caller
                 return model(*args, **kwargs)
             if compiled is None:
                 compiled = torch_compile(model, **options)

@@ -1,8 +1,9 @@
-"""vLLM's own metric series, for several engines side by side.
+"""vLLM's metric series, for several engines side by side.
 
-vLLM registers its series anew for every engine and wipes those of the engine
-before. Here each series is made once, in a registry of ours; the engines are
-told apart by the label `model_name`, and counters go on across reloads.
+vLLM registers its series again for every engine, and removes those of the engine before. Here each
+series is made once, in our registry. The label `model_name` distinguishes the engines, and
+counters continue across reloads.
+
 Importing this module imports vLLM.
 """
 

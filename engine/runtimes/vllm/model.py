@@ -1,8 +1,8 @@
 """A language or embedding model that vLLM has loaded, and how it answers.
 
-vLLM's own serving classes render the answers, so that tools, reasoning, structured output,
-logprobs, Responses and Anthropic Messages are the library's. Nothing here imports vLLM before
-there is a model.
+vLLM's serving classes render the answers. So tools, reasoning, structured output, logprobs,
+Responses and Anthropic Messages come from the library. Nothing here imports vLLM before there is a
+model.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import EngineError, InvalidRequest, OutOfDeviceMemory, RuntimeFailed
+from engine.errors import EngineError, InvalidRequest, RuntimeFailed
 from engine.events import Document, Event, Frame
+from engine.memory.block import Block
 from engine.requests import TextOperation, TextRequest
-from engine.runtimes.base import Block, LoadedModel, Prepared
-from engine.runtimes.common.thread_run import reason
+from engine.runtimes.base import LoadedModel, Prepared
+from engine.runtimes.common.torch_errors import torch_error
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.stream_pace import PACE, READ_BY_PARSER
 
 if TYPE_CHECKING:
-    from engine.runtimes.vllm.core import CoreClient
+    from engine.runtimes.vllm.core_client import CoreClient
     from engine.runtimes.vllm.park import ModelMemory
 
 
@@ -39,7 +40,7 @@ class VllmModel(LoadedModel):
 
     @property
     def max_concurrency(self) -> int:
-        """vLLM batches by itself; beyond this many it would only queue."""
+        """vLLM does the batching. Requests beyond this number would only queue there."""
         return self._options.max_num_seqs
 
     def blocks(self) -> tuple[Block, ...]:
@@ -111,7 +112,7 @@ class VllmModel(LoadedModel):
                 return await serving.serving_tokenization.create_detokenize(payload, None)
 
     def _check_first(self, frame: Frame) -> None:
-        """Fail before the first byte: vLLM streams a refusal as if it were an answer."""
+        """Fail before the first byte: vLLM streams a refusal like an answer."""
         _, _, data = frame.data.partition("data: ")
         if '"error"' not in data[:64]:
             return
@@ -135,7 +136,7 @@ class VllmModel(LoadedModel):
 
         if isinstance(answer, ErrorResponse):
             raise self._refusal(answer)
-        if hasattr(answer, "body"):  # the pooling classes render a response themselves
+        if hasattr(answer, "body"):  # the pooling classes return a finished response
             return bytes(answer.body)
         anthropic = isinstance(answer, AnthropicMessagesResponse | AnthropicCountTokensResponse)
         text: str = answer.model_dump_json(by_alias=True, exclude_none=anthropic)
@@ -149,21 +150,12 @@ class VllmModel(LoadedModel):
     def _refusal(self, response: Any) -> EngineError:
         info = response.error
         if self.client.error is not None:
-            if is_out_of_memory(self.client.error):
-                return OutOfDeviceMemory(f"The device ran out of memory: {self.client.error}")
-            return RuntimeFailed(f"The model failed while running: {reason(self.client.error)}")
+            return torch_error(self.client.error)
         if 400 <= info.code < 500:
             return InvalidRequest(info.message, param=info.param, status=info.code)
         return RuntimeFailed(info.message)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was no memory left, on the device or the host."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
-
-
 def _named_event(event: Any) -> str:
-    """A Responses event as server-sent-event text."""
+    """An event of the Responses API as the text of a server-sent event."""
     return f"event: {event.type}\ndata: {event.model_dump_json(by_alias=True)}\n\n"

@@ -1,6 +1,6 @@
-"""vLLM's hand-over of a request's outputs, for what a parser reads.
+"""vLLM's collector of a request's outputs, for outputs that a parser reads.
 
-vLLM merges the outputs of several steps where the consumer is slower than they come.
+vLLM merges the outputs of several steps if the consumer is slower than the steps.
 
 Importing this module imports vLLM.
 """
@@ -16,7 +16,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 
 
 class UnmergedOutputCollector(RequestOutputCollector):  # type: ignore[misc]
-    """Hands over each step's output by itself, in their order."""
+    """Hands over the outputs one by one, in the order of the steps."""
 
     def __init__(self, output_kind: Any, request_id: str) -> None:
         super().__init__(output_kind, request_id)
@@ -30,14 +30,14 @@ class UnmergedOutputCollector(RequestOutputCollector):  # type: ignore[misc]
             self._later.append(output)
 
     async def get(self) -> Any:
-        """The next output; raises the error that ended the request."""
+        """The next output. Raises the error that ended the request."""
         try:
             return await super().get()
         finally:
             self._advance()
 
     def get_nowait(self) -> Any:
-        """The next output if there is one; raises the error that ended the request."""
+        """The next output if there is one. Raises the error that ended the request."""
         try:
             return super().get_nowait()
         finally:
@@ -54,5 +54,5 @@ def _collector(output_kind: Any, request_id: str) -> RequestOutputCollector:
 
 
 def keep_outputs_apart() -> None:
-    """Have vLLM collect what parsers read in the class above. Call once, before any request."""
+    """Have vLLM use the class above for what parsers read. Call once, before any request."""
     async_llm.RequestOutputCollector = _collector

@@ -1,15 +1,15 @@
 """A vLLM model's device memory on a CPU: measured, given back while it is parked, brought back.
 
-`ModelMemory` is the seam; the other side of it is `vllm_cuda_memory`. All of it runs on the
-loading thread, not on the one that steps the cores, and behind no gate: nobody else touches the
-memory of a model that is being parked or woken, so its bytes are moved beside the others' steps.
+`ModelMemory` is the seam; its implementation on CUDA is in `cuda_memory`. All calls run on the
+loading thread, not on the thread that steps the cores. They need no gate: nothing else touches the
+memory of a model that is being parked or woken. So its bytes move while other models step.
 
-Where the bytes of a model are on a CPU:
+On a CPU the bytes of a model are in three places:
 
-* parameters and buffers that torch can see: `Weights` moves them;
-* linear layers that vLLM's kernels keep rearranged ("packed") in memory of their own, which
-  nobody can read: they are dropped, and packed again from a host copy of the plain weight;
-* the KV cache, one storage: its pages are given back and come again as zeros.
+* Parameters and buffers that torch can see. `Weights` moves them.
+* Linear layers that vLLM's kernels keep rearranged ("packed"), in memory that cannot be read. They
+  are dropped, and packed again from a host copy of the plain weight.
+* The KV cache, one storage. Its pages are given back, and come again as zeros.
 
 Importing this module imports vLLM.
 """
@@ -29,9 +29,10 @@ from typing import Any, Protocol
 
 import torch
 
+from engine.memory.block import Block
 from engine.memory.host_memory import HostMemory, HostMemoryFull
-from engine.memory.weights import SharedMemory, Weights
-from engine.runtimes.base import Block
+from engine.memory.slabs import SharedMemory
+from engine.memory.weights import Weights
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -43,8 +44,8 @@ log = logging.getLogger(__name__)
 WEIGHTS, KV_CACHE, WORKSPACE = "weights", "kv_cache", "workspace"
 
 UNSEEN_SHARE = 0.02
-"""Of the weights, what may stay behind when they are parked: small tensors that a layer keeps as
-a plain attribute. A model with more is not parked: its bytes would not be where we say."""
+"""Share of the weights that may stay on the device when they are parked: small tensors that a layer
+keeps as a plain attribute. A model with more is not parked, or its bytes would be counted wrong."""
 
 
 class ModelMemory(Protocol):
@@ -59,30 +60,30 @@ class ModelMemory(Protocol):
         """Bytes of the master copies."""
 
     def park(self, names: Collection[str]) -> None:
-        """Give back the bytes of these blocks; of those already parked nothing. Copies none."""
+        """Give back the bytes of these blocks, of parked ones nothing. It copies nothing."""
 
     def wake(self, names: Collection[str]) -> None:
         """Bring these blocks back, all or none.
 
         Raises:
-            torch.OutOfMemoryError | MemoryError: there is no room; they are parked as before.
+            torch.OutOfMemoryError | MemoryError: there is no room. They are parked as before.
 
         """
 
     def close(self) -> None:
-        """Give the master copies back, once the engine is shut down; parked or not."""
+        """Give the master copies back. Call it once the engine is shut down, parked or not."""
 
 
 @dataclass(slots=True, eq=False)
 class PackedLayer:
-    """A layer whose weight a CPU kernel of vLLM keeps in a form and memory of its own."""
+    """A layer whose weight a CPU kernel of vLLM keeps in another form, in its own memory."""
 
     layer: torch.nn.Module
     nbytes: int
     only_form: bool
-    """Whether the layer has let go of the plain weight."""
+    """Whether the layer has dropped the plain weight."""
     plain: torch.Tensor | None
-    """The weight as it was loaded, of a layer that has let go of it and is to be parked."""
+    """The weight as it was loaded, if the layer has dropped it and the model is to be parked."""
     slab: torch.Tensor | None = None
     """The host memory under `plain`."""
 
@@ -110,10 +111,10 @@ class PackedLayer:
         self.layer.cpu_linear = _parked
 
     def pack(self) -> None:
-        """Make the packed form again; vLLM chooses its kernel as it did before.
+        """Make the packed form again. vLLM chooses its kernel as it did before.
 
         Raises:
-            MemoryError: the kernel could not be made; the layer is of no use.
+            MemoryError: the kernel could not be made. The layer cannot be used.
 
         """
         emptied = self.layer.weight
@@ -123,13 +124,13 @@ class PackedLayer:
             layer_utils.dispatch_cpu_unquantized_gemm(self.layer, self.only_form)
         finally:
             self.layer.weight = emptied
-        if not _is_packed(self.layer):  # vLLM falls back to torch and the plain weight
+        if not _is_packed(self.layer):  # vLLM fell back to torch and the plain weight
             raise MemoryError("a layer could not be packed again")
 
 
 @dataclass(slots=True)
 class Packing:
-    """What a load packs."""
+    """The layers that a load packs."""
 
     keep_plain: bool
     layers: list[PackedLayer] = field(default_factory=list)
@@ -140,7 +141,7 @@ _packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
 
 @contextmanager
 def packing(*, keep_plain: bool) -> Iterator[Packing]:
-    """Take note of every layer that is packed on this thread meanwhile."""
+    """Record every layer that this thread packs inside the context."""
     noted = Packing(keep_plain)
     token = _packing.set(noted)
     try:
@@ -150,7 +151,7 @@ def packing(*, keep_plain: bool) -> Iterator[Packing]:
 
 
 def note_packed_layers() -> None:
-    """Make vLLM's loads tell `packing` which layers they pack. Once is enough, twice no harm."""
+    """Have vLLM's loads report to `packing` the layers that they pack. Harmless when repeated."""
     dispatch = layer_utils.dispatch_cpu_unquantized_gemm
     if hasattr(dispatch, "__wrapped__"):
         return
@@ -175,8 +176,8 @@ class CpuMemory:
     ) -> None:
         """Measure a model that was just loaded, and make its master copies if there is room.
 
-        `expected` are the bytes of the blocks as the model's files tell them; of the workspace
-        nothing else is known. Nothing may run on the model meanwhile.
+        `expected` has the bytes of each block by the model's files. For the workspace there is no
+        other source. Nothing may run on the model during the call.
         """
         models = (worker.get_model(), worker.get_draft_model())
         self._models = [model for model in models if model is not None]
@@ -192,7 +193,7 @@ class CpuMemory:
         if self._kv:
             kv_bytes = sum(storage.nbytes() for storage in self._kv)
             blocks.append(Block(KV_CACHE, kv_bytes, parkable=True, scratch=True))
-        # Nothing is allocated for it between two steps, so it is free to leave and to come back.
+        # Between two steps it has no memory, so it can leave and come back at no cost.
         blocks.append(Block(WORKSPACE, expected[WORKSPACE], parkable=True, scratch=True))
         self._blocks = tuple(blocks)
 
@@ -208,7 +209,7 @@ class CpuMemory:
         return slabs + (self._weights.host_bytes if self._weights is not None else 0)
 
     def park(self, names: Collection[str]) -> None:
-        """Drop weights and packed forms; give the KV cache's pages back."""
+        """Drop weights and packed forms, and give the pages of the KV cache back."""
         if WEIGHTS in names and self._weights is not None:
             for each in self._packed:
                 each.drop()
@@ -218,11 +219,11 @@ class CpuMemory:
                 _release_pages(storage)
 
     def wake(self, names: Collection[str]) -> None:
-        """Copy the weights back and pack them; the KV cache's pages come as they are written.
+        """Copy the weights back and pack them. Pages of the KV cache come when they are written.
 
         Raises:
-            MemoryError | RuntimeError: there is no room (torch has no type of its own for that
-                on a CPU); what was asked for is parked as before.
+            MemoryError | RuntimeError: there is no room; on a CPU torch has no special type for
+                that. The blocks are parked as before.
 
         """
         if WEIGHTS not in names or self._weights is None:
@@ -236,7 +237,7 @@ class CpuMemory:
             raise
 
     def close(self) -> None:
-        """Give the master copies back; the model must not be used any more."""
+        """Give the master copies back. The model must not be used any more."""
         self._forget_masters()
         self._packed, self._models, self._kv = [], [], []
 
@@ -252,10 +253,10 @@ class CpuMemory:
         return sum(storage.nbytes() for storage in _storages(tensors))
 
     def _all_movable(self, expected_bytes: int) -> bool:
-        """Whether the weights are where we look for them.
+        """Whether the weights are in memory that parking gives back.
 
-        A quantised layer may keep its own packed in memory that nobody sees, and a layer may
-        keep something made of its weights as a plain attribute: both would stay.
+        A quantised layer may keep them packed in memory that cannot be seen. Any layer may keep a
+        tensor made of its weights as a plain attribute. Both would stay.
         """
         only_packed = sum(each.nbytes for each in self._packed if each.only_form)
         unseen_bytes = max(0, expected_bytes - self._plain_bytes() - only_packed)
@@ -266,7 +267,7 @@ class CpuMemory:
         return False
 
     def _make_masters(self) -> None:
-        assert self._host is not None  # else no plain weight was kept
+        assert self._host is not None  # otherwise no plain weight was kept
         try:
             for each in self._packed:
                 each.keep(self._host)
@@ -293,15 +294,15 @@ def _parked(*_args: Any) -> Any:
 
 
 def _is_packed(layer: Any) -> bool:
-    """Whether vLLM chose a kernel with a weight of its own: that is held in a closure."""
+    """Whether vLLM chose a kernel with its own weight: a closure holds that."""
     return bool(getattr(layer.__dict__.get("cpu_linear"), "__closure__", None))
 
 
 def _used(packed: Iterable[PackedLayer], models: Iterable[torch.nn.Module]) -> list[PackedLayer]:
-    """The layers whose packed form can be asked for; the others' is freed.
+    """The layers whose packed form is used. The packed form of the others is freed.
 
-    vLLM packs every embedding as if logits were computed with it, which is as large as the
-    embedding and for most models never used. Where it is used after all, torch does it.
+    vLLM packs every embedding as if it computed logits. The packed form is as large as the
+    embedding, and most models never use it. If one does after all, torch computes it.
     """
     heads = {
         module
@@ -321,7 +322,7 @@ def _used(packed: Iterable[PackedLayer], models: Iterable[torch.nn.Module]) -> l
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> list[torch.UntypedStorage]:
-    """The distinct storages under some tensors."""
+    """The distinct storages of some tensors."""
     found = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -333,7 +334,7 @@ def _storages(tensors: Iterable[torch.Tensor]) -> list[torch.UntypedStorage]:
 def _attribute_bytes(
     models: Iterable[torch.nn.Module], counted: Iterable[torch.UntypedStorage]
 ) -> int:
-    """Bytes of tensors that modules keep neither as parameters nor as buffers."""
+    """Bytes of tensors that modules keep neither as a parameter nor as a buffer."""
     tensors = [
         value
         for model in models
@@ -349,9 +350,9 @@ def _attribute_bytes(
 
 
 def _release_pages(storage: torch.UntypedStorage) -> None:
-    """Give the pages under a storage back to the system; read again, they are zeros.
+    """Give the pages of a storage back to the system. Read again, they are zeros.
 
-    The address stays. madvise(2): MADV_DONTNEED of private anonymous memory, which is what
+    The address stays. madvise(2) defines MADV_DONTNEED for private anonymous memory, which is what
     malloc gives. Pages that the storage shares with others at its ends stay.
     """
     page = mmap.PAGESIZE

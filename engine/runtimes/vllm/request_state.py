@@ -1,6 +1,6 @@
-"""vLLM's state of a request, giving its tokens out by the pace of the streams.
+"""vLLM's state of a request, which sends tokens at the pace of the streams.
 
-vLLM has a fixed number of tokens for each event, `stream_interval`.
+vLLM itself sends a fixed number of tokens with each event, the `stream_interval`.
 
 Importing this module imports vLLM.
 """
@@ -15,13 +15,13 @@ from vllm.v1.engine import output_processor
 from vllm.v1.engine.output_processor import RequestState
 
 ADAPTIVE = 0
-"""The `stream_interval` of a request whose client asked for none."""
+"""The `stream_interval` of a request that names none."""
 
 
 class PacedRequestState(RequestState):  # type: ignore[misc]
     """Holds tokens back as vLLM does, but by the pace. The first and the last never wait.
 
-    A client's own `stream_interval` holds as it is, and what a parser reads is not held back.
+    A `stream_interval` of the client is kept as it is. Tokens that a parser reads do not wait.
     """
 
     def __init__(self, *args: Any, stream_interval: int, **kwargs: Any) -> None:
@@ -60,5 +60,5 @@ class PacedRequestState(RequestState):  # type: ignore[misc]
 
 
 def pace_streams() -> None:
-    """Have vLLM keep its requests in the class above. Call once, before the first engine."""
+    """Have vLLM use the class above for its requests. Call once, before the first engine."""
     output_processor.RequestState = PacedRequestState

@@ -1,6 +1,6 @@
 """vLLM: language and embedding models.
 
-The engine cores live on a thread of this process (`core`). Nothing here imports vLLM
+The engine cores live on a thread of this process (`core_thread`). Nothing here imports vLLM
 before `start`.
 """
 
@@ -25,25 +25,27 @@ from engine.errors import (
     InvalidRequest,
     LoadFailed,
     OutOfDeviceMemory,
+    reason,
 )
 from engine.files.hub.repository import Repository
 from engine.files.hub.selection import HubSource
 from engine.files.source import starter_source
+from engine.memory.block import Block, Estimate
 from engine.memory.device import CudaDevice
 from engine.model_folder import WANTED_FILES
 from engine.process.gate import GATE
 from engine.requests import Request, TextOperation, TextRequest
-from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime, RuntimeContext
+from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.common.compute_thread import ComputeThread
-from engine.runtimes.common.thread_run import reason
+from engine.runtimes.common.torch_errors import is_out_of_memory
 from engine.runtimes.recognised import Recognised
 from engine.runtimes.vllm.checkpoint import Checkpoint
-from engine.runtimes.vllm.model import VllmModel, is_out_of_memory
+from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.recognition import recognise_language_model
 
 if TYPE_CHECKING:
-    from engine.runtimes.vllm.core import CoreThread
+    from engine.runtimes.vllm.core_thread import CoreThread
     from engine.runtimes.vllm.park import ModelMemory, Packing
 
 log = logging.getLogger(__name__)
@@ -115,7 +117,7 @@ class VllmRuntime(Runtime):
         from engine.runtimes.vllm.imports import sparing_imports
 
         with sparing_imports():
-            from engine.runtimes.vllm import core, metrics
+            from engine.runtimes.vllm import core_client, core_thread, metrics, patches
             from vllm.entrypoints.anthropic.protocol import (
                 AnthropicCountTokensRequest,
                 AnthropicMessagesRequest,
@@ -133,11 +135,11 @@ class VllmRuntime(Runtime):
             for module in LAZY_MODULES:
                 import_module(module)
         self._stat_logger = metrics.stat_logger(self._series)
-        core.patch_vllm()
-        self._cores = cores = core.CoreThread(self._omp_threads())
+        patches.patch_vllm()
+        self._cores = cores = core_thread.CoreThread(self._omp_threads())
 
         def make_client(vllm_config: Any, executor_class: Any, log_stats: bool, **_: Any) -> Any:
-            return core.CoreClient(cores, vllm_config, executor_class, log_stats=log_stats)
+            return core_client.CoreClient(cores, vllm_config, executor_class, log_stats=log_stats)
 
         EngineCoreClient.make_async_mp_client = staticmethod(make_client)
         self._schemas = {
@@ -274,7 +276,7 @@ class VllmRuntime(Runtime):
         return loaded
 
     def _build(self, model: ModelConfig) -> tuple[VllmModel, Any]:
-        from engine.runtimes.vllm.core import GatedExecutor
+        from engine.runtimes.vllm.executor import GatedExecutor
         from engine.runtimes.vllm.imports import prepare_to_compile
         from engine.runtimes.vllm.park import packing
         from engine.runtimes.vllm.request_state import ADAPTIVE
@@ -358,7 +360,7 @@ class VllmRuntime(Runtime):
         return line
 
     async def _serve(self, loaded: VllmModel, arguments: Any) -> None:
-        from engine.runtimes.vllm.core import serving_objects
+        from engine.runtimes.vllm.serving import serving_objects
 
         loop = asyncio.get_running_loop()
         loaded.client.connect(loop)
@@ -415,7 +417,7 @@ class VllmRuntime(Runtime):
         await asyncio.wrap_future(loaded.client.take_back(blocks))
 
     def _collect(self) -> None:
-        from engine.runtimes.vllm.core import forget_tokenizers
+        from engine.runtimes.vllm.serving import forget_tokenizers
 
         forget_tokenizers()
         gc.collect()

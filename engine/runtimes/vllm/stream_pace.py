@@ -1,9 +1,9 @@
 """When the tokens of a stream make an event.
 
-Every event costs the event loop about the same, however many tokens are in it: building the
-chunk, framing and sending it. The loop shares the interpreter with the thread that steps the
-models, so events of one token each are what holds up the steps. What comes within a frame of a
-display is one to a reader anyway, and what comes within a tenth of a second nearly so.
+Every event costs the event loop about the same, whatever the number of its tokens: the loop builds
+the chunk, frames it and sends it. The loop shares the interpreter with the thread that steps the
+models, so events of one token each hold up the steps. Tokens within one frame of a display look
+simultaneous to a reader anyway, and tokens within a tenth of a second nearly so.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from contextvars import ContextVar
 
 FRAME_S = 1 / 60
 """Events follow each other no closer than the frames of a common display. Measured on two cores: a
-single stream has a tenth more tokens a second than with each by itself."""
+single stream has a tenth more tokens a second than with an event for each token."""
 HOLD_S = 0.1
-"""So long an event waits for its tokens while the loop is busy: the limit below which a reply feels
+"""How long an event waits for its tokens while the loop is busy. Below this limit a reply feels
 instantaneous (Nielsen, Response Times: The 3 Important Limits)."""
 CROWD = 64
-"""With more streams than this an event waits longer by as much: the tokens of each come as much
-later. Measured on two cores, 256 streams: four tokens an event gave 25-40 % more tokens a second
-than one."""
+"""With more streams than this, an event waits longer in proportion: the tokens of each stream come
+later. Measured on two cores with 256 streams: four tokens an event gave 25-40 % more tokens a
+second than one."""
 
 MAX_TOKENS = 8
 STREAMS_PER_TOKEN = 2
-"""So many streams for each token of an event: the events of a few are not what keeps the loop busy.
-Measured on two cores, 16 and 64 streams, against at most one token for 32 streams: 15-20 % more
-tokens a second; with at most 50 ms an event, at 64 streams less than half of that."""
+"""An event waits for one token for every so many streams: few streams do not keep the loop busy.
+Measured on two cores with 16 and 64 streams, against at most one token for 32 streams: 15-20 % more
+tokens a second. With at most 50 ms an event, 64 streams gained less than half of that."""
 
 BUSY = 0.12
 IDLE = 0.05
 """Shares of the loop's time above and below which events get longer and shorter. Twice the tokens
-make about half the work, so that one share does not lead to the other and back."""
+make about half the work, so the pace does not swing between the two."""
 
 OBSERVED_S = 0.25
 
@@ -45,9 +45,9 @@ class StreamPace:
         wall: Callable[[], float] = time.monotonic,
         busy: Callable[[], float] = time.thread_time,
     ) -> None:
-        """`busy` tells the processor seconds that the calling thread, the loop's, has used."""
+        """`busy` returns the processor seconds of the calling thread, which is the loop's."""
         self.streams = 0
-        """Answers that are streamed at this moment."""
+        """Answers that are streamed now."""
         self._wall = wall
         self._busy = busy
         self._since_s = 0.0
@@ -56,7 +56,7 @@ class StreamPace:
 
     @property
     def tokens(self) -> int:
-        """How many tokens an event should wait for; at least 1."""
+        """Number of tokens that an event should wait for, at least 1."""
         return min(self._tokens, max(1, self.streams // STREAMS_PER_TOKEN))
 
     def now_s(self) -> float:
@@ -64,7 +64,7 @@ class StreamPace:
         return self._wall()
 
     def due(self, tokens: int, sent_s: float) -> bool:
-        """Whether so many tokens make an event now, the last one having been sent at `sent_s`."""
+        """Whether so many tokens make an event now, if the last event was sent at `sent_s`."""
         passed_s = self._wall() - sent_s
         if passed_s < FRAME_S:
             return False
@@ -72,7 +72,7 @@ class StreamPace:
         return tokens >= self.tokens or passed_s >= hold_s
 
     def observe(self) -> None:
-        """Look at what the loop has done lately. Called on it, with every step's outputs."""
+        """Measure how busy the loop is. Call it on the loop, with the outputs of every step."""
         now_s = self._wall()
         passed_s = now_s - self._since_s
         if passed_s < OBSERVED_S:
@@ -87,9 +87,9 @@ class StreamPace:
 
 
 PACE = StreamPace()
-"""There is one event loop, so there is one pace for the streams of all models."""
+"""The pace of the streams of all models: there is one event loop."""
 
 READ_BY_PARSER: ContextVar[bool] = ContextVar("read_by_parser", default=False)
-"""Whether a parser of vLLM looks for tool calls or thoughts in the answer of the current task: its
-tokens go one by one. Parsers look at what comes at once, and some lose or misplace what stands
-beside a marker: `xlam` most of a call's arguments, `holo2` the mark before a thought."""
+"""Whether a parser of vLLM looks for tool calls or thoughts in the answer of the current task. Then
+its tokens go one by one. Parsers read the tokens of an event together, and some lose or misplace
+text beside a marker: `xlam` most of a call's arguments, `holo2` the mark before a thought."""

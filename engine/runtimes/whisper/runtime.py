@@ -27,15 +27,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from engine.config import ModelConfig, Section
-from engine.errors import EngineError, InvalidRequest, LoadFailed, OutOfDeviceMemory, RuntimeFailed
+from engine.errors import (
+    EngineError,
+    InvalidRequest,
+    LoadFailed,
+    OutOfDeviceMemory,
+    RuntimeFailed,
+    reason,
+)
 from engine.events import Event
 from engine.files.ctranslate2_file import Variable, read_variables, weight_bytes
 from engine.files.hub.repository import Repository
 from engine.files.hub.selection import HubSource
+from engine.memory.block import Block, Estimate
 from engine.model_folder import PresentFolders
 from engine.requests import Request, TranscriptionRequest
-from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime, RuntimeContext
-from engine.runtimes.common.thread_run import reason, run_on_thread
+from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
+from engine.runtimes.common.thread_run import run_on_thread
 from engine.runtimes.recognised import Recognised
 from engine.runtimes.whisper.options import WhisperOptions
 

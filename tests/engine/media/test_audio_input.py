@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -41,6 +42,36 @@ def test_what_is_damaged_in_the_middle_is_left_out() -> None:
     assert 4.5 * RATE < len(found) < 6.2 * RATE
     cut = decode_audio(whole[:third], rate=RATE, max_seconds=10)
     assert RATE < len(cut) < 3 * RATE
+
+
+def test_strict_decoding_refuses_what_is_damaged_in_the_middle() -> None:
+    whole = encode(voice(6), "mp3")
+    third = len(whole) // 3
+    damaged = whole[:third] + bytes(third // 4) + whole[third + third // 4 :]
+    assert len(decode_audio(whole, rate=RATE, max_seconds=10, strict=True))
+    with pytest.raises(InvalidRequest, match="cannot be decoded") as raised:
+        decode_audio(damaged, rate=RATE, max_seconds=10, strict=True, param="audio_sample")
+    assert raised.value.param == "audio_sample"
+
+
+def test_only_the_named_containers_are_opened() -> None:
+    data = encode(voice(1), "flac")
+    assert len(decode_audio(data, rate=RATE, max_seconds=10, containers="flac,mp3"))
+    with pytest.raises(InvalidRequest):
+        decode_audio(data, rate=RATE, max_seconds=10, containers="wav,mp3")
+
+
+def test_floats_are_neither_rounded_nor_clipped() -> None:
+    samples = np.linspace(-1.5, 1.5, 2 * RATE, dtype=np.float32)
+    file = io.BytesIO()
+    with av.open(file, "w", format="wav") as output:
+        stream = output.add_stream("pcm_f32le", rate=RATE, layout="mono")
+        frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
+        frame.sample_rate = RATE
+        output.mux([*stream.encode(frame), *stream.encode(None)])
+    found = decode_audio(file.getvalue(), rate=RATE, max_seconds=10, sample_format="flt")
+    np.testing.assert_array_equal(found, samples)
+    assert decode_audio(file.getvalue(), rate=RATE, max_seconds=10).max() < 1
 
 
 BAD = {
@@ -86,7 +117,7 @@ def test_a_bomb_is_not_expanded() -> None:
     quiet = np.zeros(600 * RATE, np.float32)
     with pytest.raises(InvalidRequest):
         decode_audio(encode(quiet, "mp3"), rate=RATE, max_seconds=20, check=count)
-    # 36 ms a packet, and half a million samples are gathered before they are counted.
+    # 36 ms a packet.
     assert 0 < packets < 1200
     packets = 0
     with pytest.raises(InvalidRequest):

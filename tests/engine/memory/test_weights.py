@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine.memory.host_memory import PAGE_BYTES, HostMemory
-from engine.memory.weights import CPU_ALIGNMENT, SharedMemory, Weights
+from engine.memory.slabs import CPU_ALIGNMENT, SharedMemory
+from engine.memory.weights import Weights
 
 MIB = 1024**2
 PART = "part"
@@ -175,7 +176,7 @@ def test_tensors_at_odd_addresses(host: HostMemory) -> None:
 
 
 def test_slabs_are_bounded(net: Net, host: HostMemory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.memory.weights.SLAB_BYTES", 8 * 1024)
+    monkeypatch.setattr("engine.memory.slabs.SLAB_BYTES", 8 * 1024)
     before = copies_of(net)
     taken: list[int] = []
     allocate = host.allocate

@@ -144,7 +144,7 @@ class HangingClient:
 
 @pytest.mark.slow
 async def test_a_step_of_vllm_that_hangs() -> None:
-    from engine.runtimes.vllm.core import CoreThread
+    from engine.runtimes.vllm.core_thread import CoreThread
 
     client: Any = HangingClient()
     cores = CoreThread()

@@ -17,7 +17,8 @@ from engine.process.gate import GATE, HOLD_S, Gate
 from engine.process.heap import freeze_heap, thaw_heap, uncollected
 from engine.process.switches import QUICK_SWITCH_S, quick_switches
 from engine.process.torch_state import share_torch_state
-from engine.runtimes.common.thread_run import run_on_thread, torch_error
+from engine.runtimes.common.thread_run import run_on_thread
+from engine.runtimes.common.torch_errors import torch_error
 from engine.runtimes.registry import REGISTRY
 from tests.server.fake import FakeRuntime, fake_engine
 

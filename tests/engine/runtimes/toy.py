@@ -14,16 +14,10 @@ from engine.errors import InvalidRequest, LoadFailed
 from engine.events import Document, Event
 from engine.files.hub.repository import Repository
 from engine.files.hub.selection import HubSource
+from engine.memory.block import Block, Estimate
 from engine.model_folder import PresentFolders
 from engine.requests import Request, TextRequest
-from engine.runtimes.base import (
-    Block,
-    Estimate,
-    LoadedModel,
-    Prepared,
-    Runtime,
-    RuntimeContext,
-)
+from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.recognised import Recognised
 
 RHYMES_FILE = "rhymes.json"

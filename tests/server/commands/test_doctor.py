@@ -99,14 +99,14 @@ class TestChoice:
             point_client_at(hub, tmp_path, monkeypatch)
             hub.repos["BAAI/bge-small-en-v1.5"] = {"model.safetensors": b"x"}
             fetch(HubSource("BAAI/bge-small-en-v1.5", ("*.safetensors",)))
-            found = default_config.look({"HF_ENDPOINT": hub.url})
+            found = default_config.detect({"HF_ENDPOINT": hub.url})
         assert found.gpu_bytes == 23034 * 2**20
         assert found.hub_answers
         assert found.present == {"gpu-80gb": 0, "gpu-24gb": 0, "gpu-8gb": 1, "cpu": 1}
 
     def test_a_broken_driver_is_no_card(self, driver: Driver) -> None:
         driver("echo Failed to initialize NVML; exit 255")
-        assert default_config.look({"HF_HUB_OFFLINE": "1"}).gpu_bytes is None
+        assert default_config.detect({"HF_HUB_OFFLINE": "1"}).gpu_bytes is None
 
 
 class TestHubProbe:

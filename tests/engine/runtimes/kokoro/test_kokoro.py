@@ -336,7 +336,7 @@ async def test_bad_requests(engine: Engine, fields: dict[str, Any], param: str) 
 
 
 async def test_limits_of_configuration(engine: Engine) -> None:
-    with pytest.raises(InvalidRequest, match="takes 20"):
+    with pytest.raises(InvalidRequest, match="at most 20"):
         await engine.open(speech_request("a" * 21, model="own"))
     for options in ({"language": "ja"}, {"voices": {"a": "b c"}}, {"dtype": "float16"}):
         with pytest.raises((ConfigError, ValueError)):
@@ -487,8 +487,8 @@ import asyncio, os, random, socket, sys, warnings
 from pathlib import Path
 import torch, transformers
 from engine.config import ModelConfig
-from engine.device import CpuDevice
-from engine.process import share_torch_state
+from engine.memory.device import CpuDevice
+from engine.process.torch_state import share_torch_state
 from engine.requests import SpeechRequest
 from engine.runtimes.kokoro.runtime import KokoroRuntime
 

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[4]
 START = """
 import json, sys
 from pathlib import Path
+from engine.memory.device import CpuDevice
 from engine.runtimes.base import RuntimeContext
-from engine.device import CpuDevice
 from engine.runtimes.vllm.runtime import VllmRuntime
 
 VllmRuntime(RuntimeContext(CpuDevice(), Path("nowhere"))).start()

@@ -173,7 +173,7 @@ async def test_steps_have_openmp_threads_of_their_own_number() -> None:
     import torch
     from threadpoolctl import threadpool_info
 
-    from engine.runtimes.vllm.core import CoreThread
+    from engine.runtimes.vllm.core_thread import CoreThread
 
     def numbers() -> set[int]:
         openmp = (pool for pool in threadpool_info() if pool["user_api"] == "openmp")
@@ -328,7 +328,7 @@ async def test_a_failing_step_kills_one_model_only(
 async def test_a_model_that_nobody_unloaded_is_collected_after_the_core_thread_has_ended(
     vllm_runtime: VllmRuntime,
 ) -> None:
-    from engine.runtimes.vllm.core import CoreThread
+    from engine.runtimes.vllm.core_thread import CoreThread
 
     cores = CoreThread()
     cores.stop()

@@ -1,0 +1,22 @@
+"""Errors of libraries built on torch, as errors of the engine.
+
+Nothing here imports torch before the first call.
+"""
+
+from __future__ import annotations
+
+from engine.errors import EngineError, OutOfDeviceMemory, RuntimeFailed, reason
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was no memory left, on the device or the host."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def torch_error(error: BaseException) -> EngineError:
+    """The error of a run as an error of the engine."""
+    if is_out_of_memory(error):
+        return OutOfDeviceMemory(f"The device ran out of memory: {reason(error)}")
+    return RuntimeFailed(f"The model failed while running: {reason(error)}")

@@ -1,0 +1,37 @@
+"""The imports of diffusers that would otherwise come with the first loads.
+
+Importing this module imports torch and diffusers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import transformers
+
+import diffusers
+
+LAZY_MODULES = (
+    "diffusers.loaders.peft",
+    "diffusers.pipelines.animatediff.pipeline_animatediff",
+    "diffusers.pipelines.flux.pipeline_flux",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
+    "diffusers.pipelines.wan.pipeline_wan",
+    "peft",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.t5.modeling_t5",
+)
+"""Modules that diffusers imports only at the first load of a family.
+
+They take seconds, which belong to the start.
+"""
+
+
+def import_everything() -> None:
+    """Import what the first loads would import, and silence the libraries."""
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    for module in LAZY_MODULES:
+        import_module(module)

@@ -1,0 +1,54 @@
+"""Partial images of a run: the steps after which they are due, and how latents become pixels.
+
+Importing this module imports torch and diffusers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from PIL import Image
+
+from engine.requests import ImageRequest
+
+
+def preview_steps(request: ImageRequest, pipe: Any) -> dict[int, int]:
+    """Step → number of the partial image due after it. Evenly spread; none at the last step."""
+    steps = request.steps or 1
+    if (
+        request.images
+        and request.strength is not None
+        and "strength" in inspect.signature(pipe.__call__).parameters
+    ):
+        steps = max(1, min(int(steps * request.strength), steps))
+    count = min(request.partial_images, steps - 1)
+    return {(number + 1) * steps // (count + 1) - 1: number for number in range(count)}
+
+
+def decode_latents(pipe: Any, latents: Any, request: ImageRequest) -> Image.Image:
+    """The image in the latents, decoded as the pipeline itself decodes them at the end."""
+    vae = pipe.vae
+    config = vae.config
+    if hasattr(pipe, "_unpack_latents"):  # FLUX keeps them as a sequence of patches
+        latents = pipe._unpack_latents(
+            latents, request.height, request.width, pipe.vae_scale_factor
+        )
+    upcast = vae.dtype == torch.float16 and getattr(config, "force_upcast", False)
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is not None and std is not None:
+        shape = (1, -1, 1, 1)
+        scale = torch.tensor(std).view(shape).to(latents) / config.scaling_factor
+        latents = latents * scale + torch.tensor(mean).view(shape).to(latents)
+    else:
+        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        pixels = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
+    finally:
+        if upcast:
+            vae.to(torch.float16)
+    image: Image.Image = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+    return image

@@ -1,0 +1,185 @@
+"""One image or video request on one pipeline. It stops within a step.
+
+Importing this module imports torch and diffusers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from engine.errors import InvalidRequest
+from engine.events import Event, ImageResult, PartialImage, Progress, VideoResult
+from engine.process.gate import GATE
+from engine.requests import ImageRequest, VideoRequest
+from engine.runtimes.common.torch_run import TorchRun
+from engine.runtimes.diffusers.families import check_size, family_of
+from engine.runtimes.diffusers.pipeline import Pipeline
+from engine.runtimes.diffusers.previews import decode_latents, preview_steps
+
+
+class Run(TorchRun):
+    """One request on one pipeline."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        request: Any,
+        shape: str,
+        emit: Callable[[Event], None],
+    ) -> None:
+        super().__init__(pipeline, shape, emit)
+        self._pipeline = pipeline
+        self._request: ImageRequest | VideoRequest = request
+
+    def _run(self) -> None:
+        pipeline, request = self._pipeline, self._request
+        assert request.width is not None and request.height is not None
+        check_size((request.width, request.height), family_of(type(pipeline.base).__name__))
+        pipeline.loras.set(request.loras)
+        pipe = pipeline.variant(self._kind())
+        with GATE.step():
+            self._emit(Progress(0.0))
+            with self._measured():
+                result = (
+                    self._images(pipe, request)
+                    if isinstance(request, ImageRequest)
+                    else self._video(pipe, request)
+                )
+        self._emit(result)
+
+    def _kind(self) -> str:
+        """The kind of pipeline that the request needs."""
+        request = self._request
+        if isinstance(request, VideoRequest):
+            return "text" if request.image is None else "video-image"
+        if request.mask is not None:
+            return "inpaint"
+        if request.images:
+            return "image"
+        return "text" if request.control_image is None else "control"
+
+    def _images(self, pipe: Any, request: ImageRequest) -> ImageResult:
+        """Make one image after the other.
+
+        Each equals the image that its seed gives alone, and memory does not grow with the count.
+        """
+        assert request.seed is not None
+        arguments = self._common(pipe) | self._conditions(pipe)
+        images = []
+        for index in range(request.n):
+            # Partial images show the first image.
+            previews = preview_steps(request, pipe) if index == 0 else {}
+            callback = self._on_step(index, request.n, previews)
+            images.append(
+                pipe(
+                    **arguments,
+                    generator=torch.Generator("cpu").manual_seed(request.seed + index),
+                    callback_on_step_end=callback,
+                    output_type="pil",
+                ).images[0]
+            )
+        return ImageResult(tuple(images), request.seed)
+
+    def _conditions(self, pipe: Any) -> dict[str, Any]:
+        request = self._request
+        assert isinstance(request, ImageRequest)
+        assert request.width is not None and request.height is not None
+        size = (request.width, request.height)
+        found: dict[str, Any] = {}
+        if request.control_image is not None:
+            found["image"] = _resized(request.control_image, size)
+            found["controlnet_conditioning_scale"] = self._pipeline.options.control_scale
+        elif request.images:
+            images = [_resized(image, size) for image in request.images]
+            found["image"] = images[0] if len(images) == 1 else images
+            found["strength"] = request.strength
+            if request.mask is not None:
+                found["mask_image"] = _resized(request.mask, size)
+        adapter = self._pipeline.options.ip_adapter
+        if adapter is not None:
+            # Its layers are part of the UNet and always run. At scale 0 they add nothing.
+            reference = request.reference_image
+            self._pipeline.base.set_ip_adapter_scale(adapter.scale if reference else 0.0)
+            found["ip_adapter_image"] = reference or Image.new("RGB", (224, 224))
+        accepted = inspect.signature(pipe.__call__).parameters
+        return {name: value for name, value in found.items() if name in accepted}
+
+    def _video(self, pipe: Any, request: VideoRequest) -> VideoResult:
+        assert request.seed is not None and request.num_frames is not None and request.fps
+        accepted = inspect.signature(pipe.__call__).parameters
+        if request.image is None and "image" in accepted:
+            raise InvalidRequest("This model starts from an image.", param="input_reference")
+        arguments = self._common(pipe)
+        step = family_of(type(pipe).__name__).frame_step
+        # The model makes 1 + n × step frames. Those beyond the wanted number are cut off.
+        arguments["num_frames"] = -(-(request.num_frames - 1) // step) * step + 1
+        assert request.width is not None and request.height is not None
+        extras: dict[str, Any] = {"fps": request.fps, "frame_rate": request.fps}
+        if request.image is not None:
+            extras["image"] = _resized(request.image, (request.width, request.height))
+        if request.motion is not None:
+            if "motion_bucket_id" not in accepted:
+                raise InvalidRequest("This model has no setting for motion.", param="motion")
+            extras["motion_bucket_id"] = request.motion
+        arguments |= {name: value for name, value in extras.items() if name in accepted}
+        frames = pipe(
+            **arguments,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            callback_on_step_end=self._on_step(0, 1, {}),
+            output_type="pil",
+        ).frames[0]
+        pixels = np.stack([np.asarray(frame) for frame in frames[: request.num_frames]])
+        return VideoResult(pixels, request.fps, request.seed)
+
+    def _common(self, pipe: Any) -> dict[str, Any]:
+        request, options = self._request, self._pipeline.options
+        accepted = inspect.signature(pipe.__call__).parameters
+        wanted: dict[str, Any] = {
+            "prompt": request.prompt,
+            "width": request.width,
+            "height": request.height,
+            "num_inference_steps": request.steps,
+            "guidance_scale": request.guidance,
+            "max_guidance_scale": request.guidance,
+            **options.call,
+        }
+        if request.negative_prompt:
+            if "negative_prompt" not in accepted:
+                raise InvalidRequest(
+                    "This model takes no negative prompt.", param="negative_prompt"
+                )
+            wanted["negative_prompt"] = request.negative_prompt
+        return {name: value for name, value in wanted.items() if name in accepted}
+
+    def _on_step(
+        self, index: int, count: int, previews: Mapping[int, int]
+    ) -> Callable[..., dict[str, Any]]:
+        """The callback that the pipeline calls after every step.
+
+        `previews` has the number of the partial image that is due after a step.
+        """
+
+        def on_step(
+            pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]
+        ) -> dict[str, Any]:
+            self.check()
+            steps = max(1, getattr(pipe, "num_timesteps", 0) or self._request.steps or 1)
+            self._emit(Progress((index + min(1.0, (step + 1) / steps)) / count))
+            if step in previews:
+                assert isinstance(self._request, ImageRequest)
+                image = decode_latents(pipe, tensors["latents"], self._request)
+                self._emit(PartialImage(previews[step], image))
+            return {}
+
+        return on_step
+
+
+def _resized(image: Image.Image | None, size: tuple[int, int]) -> Image.Image:
+    assert image is not None
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)

@@ -1,0 +1,117 @@
+"""The one thread that steps every vLLM engine core of this process.
+
+vLLM keeps its forward context in a module global. Two cores that step on two threads would read
+each other's context, so one thread steps all of them in turn.
+
+Importing this module imports torch.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Protocol
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from engine.process.gate import GATE
+from engine.process.watchdog import WATCHDOG
+from engine.runtimes.common.compute_thread import end_openmp_pools
+
+ALIVE_S = 0.2
+"""Interval at which a caller that waits for the core thread checks that the thread is alive."""
+
+
+class Stepped(Protocol):
+    """What the thread needs of a core's client. Both methods run on the thread."""
+
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+
+    def step(self) -> None:
+        """One scheduling and decoding step; the caller holds the gate."""
+
+
+class CoreThread:
+    """The one thread that steps every engine core."""
+
+    def __init__(self, omp_threads: int | None = None) -> None:
+        """Steps compute with `omp_threads` OpenMP threads. None leaves that to the libraries."""
+        self._omp_threads = omp_threads
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._clients: list[Stepped] = []
+        self._thread = threading.Thread(target=self._run, name="vllm-cores", daemon=True)
+        self._thread.start()
+
+    @property
+    def waits_at_gate(self) -> bool:
+        """Whether the thread waits for exclusive work to end."""
+        return GATE.waits(self._thread.ident or 0)
+
+    def post(self, job: Callable[[], None]) -> None:
+        """Run `job` on the thread between two steps, in the order posted."""
+        self._inbox.put(job)
+
+    def attach(self, client: Stepped) -> None:
+        """Start stepping a core."""
+        self.post(lambda: self._clients.append(client))
+
+    def detach(self, client: Stepped) -> None:
+        """Stop stepping a core. Returns once no step of it is under way.
+
+        This may be called after the thread has ended: an `AsyncLLM` that was not shut down calls it
+        when it is collected.
+        """
+        done: Future[None] = Future()
+
+        def job() -> None:
+            if client in self._clients:
+                self._clients.remove(client)
+            done.set_result(None)
+
+        self.post(job)
+        with GATE.yielded():  # a constructor that fails detaches in the middle of exclusive work
+            while self._thread.is_alive() and not done.done():
+                wait([done], timeout=ALIVE_S)
+
+    def stop(self) -> None:
+        """End the thread after the jobs posted so far."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        if self._omp_threads is not None:
+            torch.get_num_threads()  # or torch would set the number when it first computes here
+            # Each library in the process has its own OpenMP. The limit holds for this thread.
+            threadpool_limits(self._omp_threads, user_api="openmp")
+        while True:
+            working = [client for client in self._clients if client.has_work()]
+            if not working:
+                end_openmp_pools()  # or runs on other threads would wait at its barriers
+            if not self._drain(block=not working):
+                return
+            if not working:
+                continue
+            # All take one turn at the gate, so that no stream waits for two exclusive holders.
+            with WATCHDOG.watch("a step of vLLM"), GATE.step():
+                for client in working:
+                    if client in self._clients:  # a job just run may have detached it
+                        client.step()
+            # The thread must not keep a dead core alive while it waits.
+            working.clear()
+            client = None  # type: ignore[assignment]
+
+    def _drain(self, *, block: bool) -> bool:
+        while True:
+            try:
+                job = self._inbox.get(block=block)
+            except queue.Empty:
+                return True
+            if job is None:
+                return False
+            with WATCHDOG.watch("a call of vLLM"):
+                job()
+            block = False
