@@ -43,7 +43,7 @@ from engine.units import Budget, Duration, MemoryBudget, Size
 
 ENV_PREFIX = "ROUNDHOUSE_"
 ENV_CONFIG = "ROUNDHOUSE_CONFIG"
-"""The configuration file to read; it is no key of either section."""
+"""The configuration file to read. It is not a key of a section."""
 
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\s]+$")]
 
@@ -169,21 +169,21 @@ class EngineConfig(Section):
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     memory: Budget | None = None
-    """What the models may use: a size, or a share of the device.
+    """Device memory for the models: a size, or a share of the device.
 
-    None takes 90% of a GPU, 50% of host memory.
+    None takes 90% of a GPU, or 50% of host memory.
     """
     host_memory: Budget | None = None
-    """What host copies of weights may use: a size, or a share of host memory.
+    """Host memory for host copies of weights: a size, or a share.
 
     Models with a host copy are parked and woken instead of unloaded and loaded. None takes 50%
-    beside a GPU. On a CPU, where they are a second copy in the same memory, it takes 20%.
+    with a GPU. On a CPU they are a second copy in the same memory, and None takes 20%.
     """
     cache_dir: Path = Field(default_factory=lambda: user_dir("XDG_CACHE_HOME", ".cache"))
     state_dir: Path = Field(default_factory=lambda: user_dir("XDG_STATE_HOME", ".local/state"))
-    """What is measured and remembered."""
+    """Measurements that outlive a restart."""
     data_dir: Path = Field(default_factory=lambda: user_dir("XDG_DATA_HOME", ".local/share"))
-    """Jobs and what they and image requests made."""
+    """Jobs, and the outputs of jobs and of image requests."""
     max_data: Size = Field(default=10 * 2**30, gt=0)
     """Bytes of finished outputs to keep in `data_dir`; beyond, the oldest go."""
     max_data_age: Duration = Field(default=7 * 86_400.0)
@@ -196,7 +196,7 @@ class EngineConfig(Section):
     """Requests that may wait for one model; beyond, 429."""
     queue_timeout_s: Duration = Field(default=300.0)
     max_overtake_s: Duration = Field(default=10.0)
-    """No request is overtaken by later ones for longer than this."""
+    """Seconds for which later requests may overtake a request."""
     models: tuple[ModelConfig, ...] = Field(min_length=1)
 
     @model_validator(mode="after")

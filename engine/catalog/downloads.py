@@ -34,13 +34,13 @@ def sources_of(model: ModelConfig, *, allow_pickle: bool = False) -> tuple[HubSo
 def pull(
     sources: Sequence[HubSource], on_progress: OnProgress, cancelled: threading.Event
 ) -> tuple[Path, ...]:
-    """Fetch repositories one after the other; progress is told over all of them.
+    """Fetch repositories one after the other. The progress is that of all of them together.
 
     Returns the folders of their snapshots.
 
     Raises:
         NotFound: there is no such repository or revision.
-        LoadFailed: see `engine.files.hub.fetch.Fetch`; also if all together do not fit the disk.
+        LoadFailed: see `engine.files.hub.fetch.Fetch`; or all together do not fit the disk.
         FetchCancelledError: `cancelled` was set.
 
     """
@@ -79,31 +79,31 @@ def _after(before: FetchProgress, now: FetchProgress) -> FetchProgress:
 
 @dataclass(slots=True)
 class _Pull:
-    """One pull under way on a thread, and what was last told of it."""
+    """One pull on a thread, and its last progress."""
 
     task: asyncio.Task[tuple[Path, ...]]
     cancelled: threading.Event
     progress: list[FetchProgress]
-    """One: the thread replaces it."""
+    """A single item, which the thread replaces."""
     followers: int = 0
 
 
 class Pulls:
-    """The pulls under way in a server; all who ask for the same model share one."""
+    """The pulls that run in a server. All requests for the same model share one."""
 
     def __init__(self) -> None:
         self._pulls: dict[str, _Pull] = {}
 
     def is_pulling(self, model_id: str) -> bool:
-        """Whether the files of that model are being fetched."""
+        """Whether a pull of that model runs."""
         return model_id in self._pulls
 
     async def follow(
         self, model: ModelConfig, every_s: float
     ) -> AsyncGenerator[FetchProgress, None]:
-        """Pull a model, or follow the pull of it; the last progress is that of the end.
+        """Pull a model, or follow its running pull. The last progress is that of the end.
 
-        When the last follower leaves, the pull is stopped; the next one goes on from there.
+        When the last follower leaves, the pull stops. The next pull goes on from there.
 
         Raises:
             NotFound: there is no such repository or revision.

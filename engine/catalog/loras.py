@@ -35,7 +35,7 @@ def folder_of(model: ModelConfig) -> Path:
     """Where a model's LoRAs are.
 
     Raises:
-        InvalidRequest: it has no folder for them.
+        InvalidRequest: the model has no folder for them.
 
     """
     folder = runtime_class(model.runtime).lora_folder(model)
@@ -48,10 +48,10 @@ def folder_of(model: ModelConfig) -> Path:
 
 
 def check_name(name: str) -> str:
-    """The name that requests will use, without its suffix.
+    """The name that requests will use, without the suffix of the file.
 
     Raises:
-        InvalidRequest: it is none, or could lead out of the folder.
+        InvalidRequest: it is not a name, or could lead out of the folder.
 
     """
     name = name.removesuffix(_SUFFIX)
@@ -65,13 +65,13 @@ def check_name(name: str) -> str:
 
 
 def add(model: ModelConfig, name: str, data: BinaryIO) -> Path:
-    """Put a LoRA into a model's folder, whole or not at all; returns its path.
+    """Put a LoRA into a model's folder, complete or not at all; returns its path.
 
     Only the header is looked at: the first request shows whether the tensors fit the model.
 
     Raises:
-        InvalidRequest: the name, or no safetensors file, or no LoRA in it.
-        Conflict: there is one of that name, or the folder cannot be written, or is full.
+        InvalidRequest: the name is bad, or the file is not a LoRA.
+        Conflict: the name is taken, or the folder cannot be written, or the disk is full.
 
     """
     name = check_name(name)
@@ -100,10 +100,10 @@ def add(model: ModelConfig, name: str, data: BinaryIO) -> Path:
 
 
 def check_file(path: Path) -> None:
-    """Refuse what is no LoRA. Reads the header only, and runs nothing of it.
+    """Refuse a file that is not a LoRA. Reads only the header, and runs nothing of it.
 
     Raises:
-        InvalidRequest: it is no safetensors file, is torn, or its tensors are no adapter's.
+        InvalidRequest: it is not a safetensors file, is cut off, or has tensors of another kind.
 
     """
     try:

@@ -1,4 +1,4 @@
-"""What kind of model a repository holds: the runtimes are asked, each knows its own marks."""
+"""The kind of model that a repository holds. Each runtime knows its own marks and is asked."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from engine.runtimes.registry import RUNTIMES
 
 
 def recognise(listing: Listing) -> Recognised:
-    """What the repository holds. Reads a few small files of it from the hub.
+    """The kind of model in a repository. Reads a few small files of it from the hub.
 
     Raises:
-        LoadFailed: it holds nothing that a runtime here reads.
+        LoadFailed: no runtime reads it.
 
     """
     repository = Repository(listing)
@@ -46,7 +46,7 @@ def weight_bytes(listing: Listing, model: ModelConfig) -> int:
 
 
 def free_id(repo: str, taken: frozenset[str]) -> str:
-    """An id from a repository's name, which no model has yet: `llama-3.2-1b-instruct`."""
+    """An id from a repository's name that no model has yet: `llama-3.2-1b-instruct`."""
     base = repo.rsplit("/", 1)[-1].lower()
     model_id, number = base, 2
     while model_id in taken:

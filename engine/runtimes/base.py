@@ -39,10 +39,10 @@ class Voice:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request that passed every check that needs no loaded model.
+    """A request that passed every check without a loaded model.
 
-    `request` has the model's defaults filled in, where the fields are the engine's own. `payload`
-    is the runtime's parsed form. `working_bytes` is an estimate of the device memory the
+    `request` has the model's defaults in the engine's own fields. `payload` is the runtime's
+    parsed form. `working_bytes` is an estimate of the device memory the
     run needs on top of the model's blocks.
     """
 
@@ -133,7 +133,7 @@ class Runtime(ABC):
     """What `options` of a model of this runtime may hold."""
 
     metrics: CollectorRegistry | None = None
-    """The library's own metric series, where it has any."""
+    """The library's own metric series, if it has any."""
 
     def __init__(self, context: RuntimeContext) -> None:
         """Note where models go and where their files are kept; import nothing."""
@@ -250,8 +250,8 @@ class Runtime(ABC):
         """Bring parked blocks back.
 
         Raises:
-            OutOfDeviceMemory: there is no room for all of them; they are parked as before.
-            LoadFailed: they could not be brought back; they are parked as before.
+            OutOfDeviceMemory: there is no room for all of them. They are parked as before.
+            LoadFailed: they could not be brought back. They are parked as before.
 
         """
         raise NotImplementedError(f"{self.name} has no parkable blocks")

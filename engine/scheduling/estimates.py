@@ -1,4 +1,4 @@
-"""What models and runs were measured to take, remembered across restarts."""
+"""Measured sizes and times of models and runs, remembered across restarts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 FILE_NAME = "estimates.json"
 
 MAX_SHAPES = 256
-"""Shapes of runs to remember for each model; beyond, the one not measured for longest goes."""
+"""Shapes of runs to remember for each model. The one not measured for longest goes first."""
 
 
 class EstimateStore:

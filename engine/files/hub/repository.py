@@ -37,7 +37,7 @@ class Repository:
         """A JSON document.
 
         Raises:
-            LoadFailed: it is missing, too long, no JSON, or the hub does not give it.
+            LoadFailed: it is missing, too long, or not JSON, or the hub does not give it.
 
         """
         if path not in self._documents:
@@ -49,7 +49,7 @@ class Repository:
         """`config.json`, which most models have; empty without one.
 
         Raises:
-            LoadFailed: it is no mapping, or see `json`.
+            LoadFailed: it is not a mapping; or see `json`.
 
         """
         if CONFIG not in self.paths:

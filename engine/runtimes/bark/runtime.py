@@ -41,19 +41,19 @@ from engine.runtimes.common.utterance import Utterance
 from engine.runtimes.recognised import Recognised
 
 FILES = (*WANTED_FILES, "*.npy")
-"""What is fetched from a hub: the voices are arrays beside the weights."""
+"""The files to fetch from a hub. The voices are arrays beside the weights."""
 
 LANGUAGES = ("en", "de", "es", "fr", "hi", "it", "ja", "ko", "pl", "pt", "ru", "tr", "zh")
-"""What Bark was trained with (its model card). It takes the language from the text."""
+"""The languages of its training (its model card). Bark takes the language from the text."""
 
 NO_VOICE = "default"
-"""What a voice of the model's own choosing is called, where its folder has no voices."""
+"""The name of the voice that the model itself chooses, if its folder has no voices."""
 
 SAMPLE_RATE = 24_000
-"""Hertz, of its codec."""
+"""Hertz; that of its codec."""
 
 PROMPTS = ("semantic_prompt", "coarse_prompt", "fine_prompt")
-"""The files that make a voice."""
+"""The files of a voice."""
 
 VOICES_FILE = "speaker_embeddings_path.json"
 """The list of the voices."""
@@ -106,7 +106,7 @@ class BarkRuntime(TorchRuntime):
         return _read_voices(self._folder(model)) or (Voice(NO_VOICE, NO_VOICE),)
 
     def weight_files(self, model: ModelConfig) -> Sequence[Path]:
-        """All safetensors of the folder, else the one pickled file."""
+        """All safetensors of the folder, otherwise the one pickled file."""
         folder = self._folder(model)
         return sorted(folder.glob("*.safetensors")) or [folder / "pytorch_model.bin"]
 
@@ -130,7 +130,7 @@ class BarkRuntime(TorchRuntime):
         parkable = self.context.host is not None
         blocks = tuple(Block(name, nbytes, parkable) for name, nbytes in sizes.items())
         nbytes = sum(block.nbytes for block in blocks)
-        # Disk at 1 GB/s and a second of building; the first measured load replaces it.
+        # Disk at 1 GB/s and a second of building. The first measured load replaces it.
         return Estimate(blocks=blocks, load_seconds=1.0 + nbytes / 1e9)
 
     def _build(self, model: ModelConfig) -> SpeechModel:
@@ -147,7 +147,7 @@ class BarkRuntime(TorchRuntime):
 def _utterance(
     model_id: str, options: BarkOptions, voices: tuple[Voice, ...], request: SpeechRequest
 ) -> Utterance:
-    """The request as the model knows it; without a name, a voice that speaks the language.
+    """The request in the model's terms. If it names no voice, one that speaks the language.
 
     Raises:
         InvalidRequest: naming `voice` or `language`.
@@ -166,13 +166,13 @@ def _utterance(
 
 
 def _language(voice: str) -> str | None:
-    """Of a preset's name, as in `v2/en_speaker_6`."""
+    """The language in a preset's name, as in `v2/en_speaker_6`."""
     match = _PRESET.fullmatch(voice)
     return primary_language(match[1]) if match else None
 
 
 def _read_voices(folder: Path) -> tuple[Voice, ...]:
-    """The presets whose files are all there.
+    """The presets that have all their files.
 
     Raises:
         LoadFailed: the list of presets is damaged.

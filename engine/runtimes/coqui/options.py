@@ -8,10 +8,10 @@ from engine.runtimes.common.speech_options import SpeechOptions
 
 
 class CoquiOptions(SpeechOptions):
-    """Options of a VITS or XTTS model; the last five are XTTS's, and None is the checkpoint's."""
+    """Options of a VITS or XTTS model. The last five are XTTS's; None takes the checkpoint's."""
 
     stream_chunk_tokens: int = Field(default=20, ge=4)
-    """How much is spoken before it is heard: 46 ms each. Less is sooner, and costs more."""
+    """Tokens of 46 ms each in one piece of audio. Fewer are heard sooner, and cost more."""
     temperature: float | None = Field(default=None, gt=0, le=2)
     top_k: int | None = Field(default=None, ge=1)
     top_p: float | None = Field(default=None, gt=0, le=1)

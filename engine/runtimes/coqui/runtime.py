@@ -41,20 +41,20 @@ from engine.runtimes.coqui.options import CoquiOptions
 from engine.runtimes.recognised import Recognised
 
 FILES = ("*.json", "*.pth")
-"""What is fetched from a hub. Coqui keeps weights pickled; they are read with `weights_only`."""
+"""The files to fetch from a hub. Coqui's weights are pickled, and read with `weights_only`."""
 
 ONLY_VOICE = "default"
-"""What the voice of a model with one voice is called here; the library has no name for it."""
+"""The name of the voice of a model with one voice. The library has none for it."""
 
 XTTS_CHARS = {"ar": 166, "cs": 186, "hi": 150, "ja": 71, "ko": 95, "ru": 182, "zh": 82}
-"""Of a sentence, where it is under 200: `char_limits` of the library's XTTS tokenizer. Beyond,
-the end of the audio may be missing."""
+"""The longest sentence by language, if under 200: `char_limits` of the library's XTTS tokenizer.
+A longer sentence may lose the end of its audio."""
 
 XTTS_PACKAGES = {"ja": "cutlet", "ko": "hangul_romanize", "zh": "pypinyin"}
-"""What the tokenizer imports at the first sentence of a language."""
+"""The packages that the tokenizer imports at the first sentence of a language."""
 
 UNUSED_PARTS = frozenset({"disc", "posterior_encoder", "speaker_encoder", "mel_stats"})
-"""Of a checkpoint, by the beginning of the names: not kept, or too small to count."""
+"""Parts of a checkpoint that are not kept, or too small to count."""
 
 
 class CoquiRuntime(TorchRuntime):
@@ -96,7 +96,7 @@ class CoquiRuntime(TorchRuntime):
         return prepared_speech(asked, utterance, files.sample_rate)
 
     def voices(self, model: ModelConfig) -> tuple[Voice, ...]:
-        """The speakers by their names; those of XTTS speak every language."""
+        """The speakers by name. Those of XTTS speak every language."""
         files = self._fetched(model)
         one = files.kind == "vits" and len(files.languages) == 1
         language = files.languages[0] if one else None
@@ -105,7 +105,7 @@ class CoquiRuntime(TorchRuntime):
         return tuple(Voice(speaker, speaker, language) for speaker in files.speakers)
 
     def _fetched(self, model: ModelConfig) -> CoquiFiles:
-        """What the folder holds now; it is fetched first if need be."""
+        """The contents of the folder now. It is fetched first if need be."""
         return read_folder(self._folder(model))
 
     def weight_files(self, model: ModelConfig) -> Sequence[Path]:
@@ -129,7 +129,7 @@ class CoquiRuntime(TorchRuntime):
         parkable = self.context.host is not None
         blocks = tuple(Block(name, nbytes, parkable) for name, nbytes in sizes.items() if nbytes)
         nbytes = sum(block.nbytes for block in blocks)
-        # Disk at 1 GB/s and a second of building; the first measured load replaces it.
+        # Disk at 1 GB/s and a second of building. The first measured load replaces it.
         return Estimate(blocks=blocks, load_seconds=1.0 + nbytes / 1e9)
 
     def _build(self, model: ModelConfig) -> SpeechModel:
@@ -145,7 +145,7 @@ class CoquiRuntime(TorchRuntime):
 def _utterance(
     model_id: str, options: CoquiOptions, files: CoquiFiles, request: SpeechRequest
 ) -> Utterance:
-    """The request as the model knows it.
+    """The request in the model's terms.
 
     Raises:
         InvalidRequest: naming `voice` or `language`.

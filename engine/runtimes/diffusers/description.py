@@ -1,4 +1,4 @@
-"""What a pipeline's small files say of it, before any part is loaded."""
+"""The facts about a pipeline that its small files have, before any part is loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ USUAL_DECODER_CHANNELS = 256
 
 @dataclass(frozen=True, slots=True)
 class PipelineDescription:
-    """What the checks of a request ask about a pipeline; the defaults are for one not here yet."""
+    """The facts that the checks of a request need. The defaults are for a pipeline not here yet."""
 
     pipeline_class: str = ""
     decoder_channels: int = USUAL_DECODER_CHANNELS
@@ -25,7 +25,7 @@ class PipelineDescription:
 
     @classmethod
     def read(cls, folder: Path) -> PipelineDescription:
-        """Of a folder; what is missing or damaged keeps its default."""
+        """Read a folder. Facts of missing or damaged files keep their default."""
         index = _document(folder / INDEX_FILE)
         vae = _document(folder / VAE_CONFIG_FILE)
         return cls(str(index.get("_class_name", "")), _decoder_channels(vae))

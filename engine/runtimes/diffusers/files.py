@@ -10,29 +10,29 @@ from engine.model_folder import WANTED_FILES
 from engine.runtimes.diffusers.options import IpAdapter
 
 CONFIG_FILES = ("*.json", "*.txt", "*.model")
-"""What a pipeline needs beside the weights of its parts. Repositories hold the same weights once
-more in one file at their root, for other programs: more than the parts together."""
+"""What a pipeline needs beside the weights of its parts. Many repositories also have one file at
+their root with all weights, for other programs. It is larger than the parts together."""
 
 
 def part_source(source: str) -> HubSource:
-    """What is read of a part that comes from elsewhere, or of a ControlNet."""
+    """The files of a part from elsewhere, or of a ControlNet."""
     return HubSource(source, WANTED_FILES)
 
 
 def ip_adapter_source(adapter: IpAdapter) -> HubSource:
-    """What is read of an IP-Adapter's repository, which holds those of many models."""
+    """The files of one IP-Adapter in a repository with those of many models."""
     encoder = f"{adapter.subfolder}/image_encoder"
     weights = f"{adapter.subfolder}/{adapter.weight_name}"
     return HubSource(adapter.source, (weights, f"{encoder}/*.safetensors", f"{encoder}/*.json"))
 
 
 def lora_source(source: str) -> HubSource:
-    """What is read of an adapter's repository."""
+    """The file of a LoRA."""
     return HubSource(source, (LORA_FILE,))
 
 
 def component_weights(folder: Path, variant: str | None) -> list[Path]:
-    """The component's safetensors files, of the variant where it has it."""
+    """The component's safetensors files; those of the variant, if it has them."""
     files = sorted(folder.glob("*.safetensors"))
     varied = [path for path in files if variant and f".{variant}." in path.name]
     plain = [path for path in files if path.name.count(".") == 1]

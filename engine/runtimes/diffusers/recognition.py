@@ -15,7 +15,7 @@ VIDEO_PIPELINES = re.compile(
     r"AnimateDiff|Allegro|CogVideoX|Cosmos|EasyAnimate|HunyuanVideo|I2VGen|Latte|LTX|Mochi|SkyReels|"
     r"StableVideoDiffusion|TextToVideo|VideoTo|Wan"
 )
-"""How the classes of diffusers' pipelines begin, or what is in them, that make videos."""
+"""Parts of the class names of the pipelines that make videos."""
 
 
 VIDEO_SHAPES: Mapping[str, Mapping[str, Any]] = {
@@ -31,7 +31,7 @@ VIDEO_SHAPES: Mapping[str, Mapping[str, Any]] = {
     },
     "Wan": {"width": 832, "height": 480, "num_frames": 81, "max_frames": 81, "fps": 16},
 }
-"""By the beginning of the pipeline's class: what the models were trained with, as their cards say
+"""By the beginning of the pipeline's class: the shape of the models' training, as their cards say
 and the shipped configurations have it."""
 
 
@@ -74,7 +74,7 @@ def _has_variant(paths: frozenset[str], variant: str) -> bool:
 
 
 def _image_options(repository: Repository) -> dict[str, Any]:
-    """Size and steps, where the files or the name tell them."""
+    """Size and steps, if the files or the name show them."""
     options: dict[str, Any] = {}
     if "unet/config.json" in repository.paths and VAE_CONFIG_FILE in repository.paths:
         unet, vae = repository.json("unet/config.json"), repository.json(VAE_CONFIG_FILE)

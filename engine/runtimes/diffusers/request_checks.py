@@ -21,14 +21,14 @@ DECODER_COPIES = 3
 MAX_SEED = 2**32 - 1
 
 TILE_PIXELS = 512 * 512
-"""What a VAE with tiling decodes at once, at most."""
+"""The most pixels that a VAE with tiling decodes at once."""
 
 ImageOrVideo = TypeVar("ImageOrVideo", ImageRequest, VideoRequest)
 
 
 @dataclass(frozen=True, slots=True)
 class RequestChecks:
-    """What is known of a model while its requests are checked."""
+    """The facts about a model that its requests are checked against."""
 
     model_id: str
     options: DiffusersOptions

@@ -15,15 +15,15 @@ class KokoroOptions(Section):
     """Options of a Kokoro model."""
 
     voice: str = "af_heart"
-    """What speaks where the request does not say: a voice, an alias or a blend."""
+    """The voice of requests that name none: a voice, an alias or a blend."""
     voices: dict[str, str] = Field(default_factory=dict)
     """Further names for voices or blends, beside those of `OPENAI_VOICES`."""
     dtype: Literal["float32"] = "float32"
     """The vocoder's Fourier transform knows no half precision."""
     language: str = "en-us"
-    """Of voices whose name does not tell theirs."""
+    """The language of voices whose name has none."""
     max_chars: int = Field(default=4096, ge=1, le=10_000_000)
-    """Of one request; 4096 is OpenAI's bound."""
+    """Limit for one request. 4096 is OpenAI's."""
     revision: str | None = None
 
     @field_validator("language")
@@ -43,5 +43,5 @@ class KokoroOptions(Section):
         return value
 
     def resolve(self, name: str) -> str:
-        """The voice or blend that a name stands for; most stand for themselves."""
+        """The voice or blend that a name stands for. Most names stand for themselves."""
         return self.voices.get(name) or OPENAI_VOICES.get(name) or name

@@ -51,13 +51,13 @@ if TYPE_CHECKING:
     from engine.runtimes.kokoro.phonemes import Phonemizer
 
 FILES = ("config.json", "*.pth", "voices/*.pt")
-"""What a model is made of. They are pickles, which are only ever read as tensors."""
+"""The files of a model. They are pickles, and are only read as tensors."""
 
 SENTENCE_CHARS = 400
-"""A sentence longer than this is spoken in pieces; the library's own limit for most languages."""
+"""A sentence longer than this is spoken in pieces. It is the library's limit for most languages."""
 
 WORKING_BYTES_PER_CHAR = 2**20
-"""A guess for the first run of a shape: some 15 characters a second, 24,000 samples in it."""
+"""A guess for the first run of a shape: some 15 characters a second, of 24,000 samples."""
 
 
 class KokoroModel(TorchModel["VoiceModel"]):
@@ -109,9 +109,9 @@ class KokoroRuntime(TorchRuntime):
     def start(self) -> None:
         """Import torch, spaCy and kokoro, and read the lexicons (some seconds).
 
-        The libraries' own libraries set variables, filters of warnings and the state of `random`
-        as they are imported; all are put back. loguru, which only kokoro uses here, is left
-        silent.
+        During the import, the libraries of the library set environment variables, warning
+        filters and the state of `random`. All are put back. loguru, which only kokoro uses here,
+        stays silent.
         """
         environment = dict(os.environ)
         with GATE.exclusive(), warnings.catch_warnings():
@@ -140,7 +140,7 @@ class KokoroRuntime(TorchRuntime):
         language = _language(model.id, options, asked.language, blend)
         sentences = split_sentences(asked.text, language, max_chars=SENTENCE_CHARS)
         longest = max(map(len, sentences))
-        # What a run takes grows with the seconds of its longest sentence.
+        # The working memory of a run grows with the seconds of its longest sentence.
         chars = 1 << max(5, round(longest / asked.speed) - 1).bit_length()
         assert asked.seed is not None
         return Prepared(
@@ -159,7 +159,7 @@ class KokoroRuntime(TorchRuntime):
         )
 
     def voices(self, model: ModelConfig) -> tuple[Voice, ...]:
-        """The files in `voices`, then the names that the configuration gives to them."""
+        """The files in `voices`, then their names in the configuration."""
         options = model.options_as(KokoroOptions)
         folder = self._folder(model)
         files = voice_files(folder)
@@ -190,7 +190,7 @@ class KokoroRuntime(TorchRuntime):
         parkable = self.context.host is not None
         blocks = tuple(Block(part, nbytes, parkable) for part, nbytes in sizes.items())
         nbytes = sum(block.nbytes for block in blocks)
-        # Building draws first weights for nothing, at some 100 MB/s; a measured load replaces it.
+        # Building draws first weights in vain, at some 100 MB/s. A measured load replaces it.
         return Estimate(blocks=blocks, load_seconds=0.5 + nbytes / 1e8)
 
     def _build(self, model: ModelConfig) -> KokoroModel:

@@ -10,14 +10,14 @@ from engine.runtimes.kokoro.voices import Blend
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """What is to be spoken, and how."""
+    """The text to speak, and how."""
 
     sentences: tuple[str, ...]
     language: str
-    """One of `LANGUAGES`' values."""
+    """One of the values of `LANGUAGES`."""
     blend: Blend
     voices: tuple[tuple[Path, float], ...]
-    """The files of `blend`; empty while the model's files are not here."""
+    """The files of `blend`. Empty as long as the model's files are not here."""
     speed: float
     seed: int
     word_times: bool

@@ -27,7 +27,7 @@ OPENAI_VOICES = {
     "shimmer": "af_sky",
     "verse": "am_michael",
 }
-"""Six of OpenAI's names are Kokoro's too; the others go to a voice of the same kind."""
+"""Six of OpenAI's names are Kokoro's too. The others stand for a voice of the same kind."""
 
 _BLEND_PART = re.compile(r"([A-Za-z0-9_-]+)(?:\((\d{1,6}(?:\.\d{1,6})?)\))?")
 
@@ -62,12 +62,12 @@ def find_voices(blend: Blend, files: Mapping[str, Path]) -> tuple[tuple[Path, fl
 
 
 def language_of(voice: str) -> str | None:
-    """The language that a voice's name tells, as in `af_heart`; None if it tells none."""
+    """The language in a voice's name, as in `af_heart`; None if it has none."""
     return LANGUAGES.get(voice[:1]) if voice[2:3] == "_" else None
 
 
 def no_voice(name: str, files: Mapping[str, Path] | None) -> InvalidRequest:
-    """The error of a request whose voice is none of `files`; None: they are not known yet."""
+    """The error for a voice that is not in `files`. None: the files are not here."""
     some = sorted(files or ())[:8]
     known = f" There is {', '.join(some)}{', …' if len(files or ()) > 8 else ''}." if some else ""
     return InvalidRequest(f"There is no voice {name[:100]!r}.{known}", param="voice")

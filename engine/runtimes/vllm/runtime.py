@@ -51,17 +51,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENVIRONMENT = {
-    # The CPU platform else forces a worker process.
+    # Otherwise the CPU platform forces a worker process.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # Else vLLM pins the whole process to the cores of its first engine.
+    # Otherwise vLLM pins the whole process to the cores of its first engine.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-"""Set before vLLM is imported, unless the operator set them."""
+"""Set before vLLM is imported. The operator's own values stay."""
 
 ALIVE_POLL_S = 0.2
-"""How often a thread that does not answer is looked at."""
+"""Interval between checks of a thread that does not answer."""
 
 LAZY_MODULES = (
     "compressed_tensors.quantization",
@@ -72,7 +72,7 @@ LAZY_MODULES = (
     "vllm.entrypoints.scale_out.factories",
     "vllm.model_executor.warmup.kernel_warmup",
 )
-"""What vLLM imports only at the first load: 50 MB and seconds that belong to the start."""
+"""Modules that vLLM imports only at the first load: 50 MB, and seconds that belong to the start."""
 
 GENERATE_OPERATIONS = frozenset(TextOperation) - {TextOperation.EMBEDDINGS}
 EMBED_OPERATIONS = frozenset(
@@ -108,7 +108,7 @@ class VllmRuntime(Runtime):
         return recognise_language_model(repository)
 
     def start(self) -> None:
-        """Import vLLM (some ten seconds) and take over what it would share."""
+        """Import vLLM (some ten seconds) and replace its process-wide parts by ours."""
         for variable, value in ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
@@ -171,7 +171,7 @@ class VllmRuntime(Runtime):
 
         The first engine of a process joins parallel groups, starts thread pools,
         fills kernel caches and imports the rest of vLLM: a second and some 50 MB
-        that would else be taken for the first model's.
+        that would otherwise count as the first model's.
         """
         model = ModelConfig(
             id="warm-up",
@@ -239,11 +239,11 @@ class VllmRuntime(Runtime):
             for name, size in expected.items()
             if size
         )
-        # Disk at 1 GB/s and a second of building; the first measured load replaces it.
+        # Disk at 1 GB/s and a second of building. The first measured load replaces it.
         return Estimate(blocks=blocks, load_seconds=1.0 + nbytes / 1e9)
 
     def _expected(self, model: ModelConfig, checkpoint: Checkpoint) -> dict[str, int]:
-        """Bytes of each block as the files and the options tell them."""
+        """Bytes of each block by the files and the options."""
         options = model.options_as(VllmOptions)
         kv_bytes = options.kv_cache or 0
         if not kv_bytes and checkpoint.has_kv_cache(model.task):
@@ -286,7 +286,7 @@ class VllmRuntime(Runtime):
         from vllm.v1.engine.async_llm import AsyncLLM
 
         expected = self._expected(model, Checkpoint(self._folder(model)))
-        with GATE.exclusive():  # for its speed: Python beside a step slows both fivefold
+        with GATE.exclusive():  # faster: Python during a step slows both down fivefold
             arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(
                 self._command_line(model, expected["kv_cache"])
             )
@@ -335,7 +335,7 @@ class VllmRuntime(Runtime):
             "--max-num-seqs", str(options.max_num_seqs),
             "--load-format", "roundhouse",
             "--runner", "pooling" if model.task == "embed" else "generate",
-            # vLLM only checks that this share of the card is free; the ledger has done that.
+            # vLLM only checks that this share of the GPU is free. The ledger has done that.
             "--gpu-memory-utilization", "0.01",
             "--no-enable-log-requests",
             "--no-use-tqdm-on-load",
@@ -371,7 +371,7 @@ class VllmRuntime(Runtime):
         )
 
     async def unload(self, loaded: LoadedModel) -> None:
-        """Shut the engine down without touching what the other engines share."""
+        """Shut the engine down. The parts that other engines share stay."""
         assert isinstance(loaded, VllmModel)
         llm, loaded.llm, loaded.serving = loaded.llm, None, None
         handler = llm.output_handler
@@ -394,7 +394,7 @@ class VllmRuntime(Runtime):
         assert isinstance(loaded, VllmModel)
         if loaded.runs:
             raise RuntimeError("a model was to be parked while requests run on it")
-        # vLLM aborts what a closed stream asked for some turns of the event loop later.
+        # vLLM aborts the request of a closed stream some turns of the event loop later.
         await loaded.llm.abort(list(loaded.llm.output_processor.request_states), internal=True)
         await asyncio.wrap_future(loaded.client.set_aside(blocks))
 
@@ -424,10 +424,10 @@ class VllmRuntime(Runtime):
         self.context.device.release_cached()
 
     async def check_alive(self) -> None:
-        """Wait until the core thread has come round to a job of ours.
+        """Wait until the core thread has done a job of ours, or is found to wait at the gate.
 
-        Or is found to wait at the gate: a load may hold that for longer than probes are patient,
-        and who holds it for too long is found by `engine.process.health`.
+        A load may hold the gate for longer than the timeout of a probe. `engine.process.health`
+        finds a holder that takes too long.
         """
         if self._cores is None:
             return

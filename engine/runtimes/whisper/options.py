@@ -25,21 +25,21 @@ class WhisperOptions(Section):
     """Options of a transcription model."""
 
     compute_type: ComputeType = "auto"
-    """What the weights are turned into. `auto`: int8 on a CPU, float16 on a GPU."""
+    """The type of the loaded weights. `auto`: int8 on a CPU, float16 on a GPU."""
     revision: str | None = None
     language: str | None = None
-    """Taken where a request names none; None lets the model find out."""
+    """The language of requests that name none. None: the model detects it."""
     beam_size: int = Field(default=5, ge=1, le=100)
     cpu_threads: int | None = Field(default=None, ge=1)
     """None: the processor's cores, four at most."""
     batch_after: Duration | None = 600.0
-    """Seconds beyond which a recording goes through the batched pipeline; None: none does.
+    """Longer recordings, in seconds, go through the batched pipeline; None: none does.
 
-    It is cut where nobody speaks, whether the request asks for `vad` or not, and several windows
-    run at once. They do not see the text before them, and are not tried again at a higher
-    temperature.
+    That pipeline cuts a recording at pauses, with or without `vad` in the request, and runs
+    several windows at once. They do not see the text before them, and are not tried again at a
+    higher temperature.
     """
     batch_size: int = Field(default=8, ge=1, le=256)
     """Windows at once in the batched pipeline."""
     max_seconds: float = Field(default=4 * 3600.0, gt=0)
-    """Of a recording; a longer one is refused."""
+    """A longer recording is refused."""

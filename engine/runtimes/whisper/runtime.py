@@ -8,8 +8,8 @@ lets go of the interpreter while it computes; faster-whisper around it is NumPy 
 Neither reads nor changes what the gate guards: torch and the global random generators.
 
 On CUDA a model is parked by CTranslate2's own calls, which keep its weights in host memory from the
-first time on; written after its documentation and source, not run on a card. On a CPU the host's
-memory is where the model is, so there it is only loaded and unloaded.
+first time on. This was written after its documentation and source, and not run on a GPU. On a CPU
+the model is in host memory anyway, so it is only loaded and unloaded.
 """
 
 from __future__ import annotations
@@ -54,25 +54,25 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.bin"
 
 FILES = (MODEL_FILE, "*.json", "*.txt")
-"""What is fetched from a hub: CTranslate2's own format; nothing in it is pickled."""
+"""The files to fetch from a hub: CTranslate2's own format, which has no pickles."""
 
 AUDIO_FRAMES = 1500
 """Positions that the encoder makes of one window of 30 s."""
 
 TEXT_POSITIONS = 448
-"""Tokens that a window can have at most, the prompt with them."""
+"""The most tokens of a window, prompt included."""
 
 LARGE = (1280, 32)
-"""Width and decoder layers of the largest models, taken while the files are not here."""
+"""Width and decoder layers of the largest models, assumed as long as the files are not here."""
 
 USUAL_BYTES_PER_S = 8000
-"""Of a compressed recording (64 kbit/s): what its length is guessed from before it is decoded."""
+"""Of a compressed recording (64 kbit/s). It gives the length before the recording is decoded."""
 
 FEATURE_BYTES_PER_S = 1_100_000
-"""Host memory of samples and spectra while the features of a recording are made, measured."""
+"""Measured host memory of samples and spectra during the making of a recording's features."""
 
 BATCHED_BYTES_PER_S = 250_000
-"""The same in the batched pipeline, which makes them window by window."""
+"""The same for the batched pipeline, which makes them window by window."""
 
 
 class LoadedWhisper(LoadedModel):
@@ -99,12 +99,12 @@ class LoadedWhisper(LoadedModel):
         self.thread = thread
 
     def blocks(self) -> tuple[Block, ...]:
-        """The weights in the type they were loaded in; CTranslate2 tells no sizes."""
+        """The weights in their loaded type. CTranslate2 reports no sizes."""
         return (self.weights,)
 
     @property
     def host_bytes(self) -> int:
-        """What CTranslate2 keeps in host memory once the model was parked."""
+        """Bytes that CTranslate2 keeps in host memory once the model was parked."""
         return self.weights.nbytes if self.weights.parkable else 0
 
     async def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
@@ -171,7 +171,7 @@ class WhisperRuntime(Runtime):
         from engine.runtimes.whisper.run import import_everything
 
         self._languages = import_everything()
-        logging.getLogger("faster_whisper").setLevel(logging.WARNING)  # it tells of every request
+        logging.getLogger("faster_whisper").setLevel(logging.WARNING)  # it logs every request
 
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Check what can be checked without decoding; fill in the language."""
@@ -198,7 +198,7 @@ class WhisperRuntime(Runtime):
         return Prepared(replace(request, language=language), None, working_bytes=working)
 
     def _working_bytes(self, model: ModelConfig, file_bytes: int) -> int:
-        """What the windows under way take, and on a CPU the recording as well.
+        """The working memory of the running windows, and on a CPU of the recording as well.
 
         A window is in the encoder (twelve tensors of the model's width and the attention of one
         head for every 64 of it, at the peak) or in the decoder (keys and values of all frames
@@ -214,7 +214,7 @@ class WhisperRuntime(Runtime):
         working = max(encoder, decoder) * item_bytes * (options.batch_size if batched else 1)
         if self.context.device.kind == "cpu":
             per_second = BATCHED_BYTES_PER_S if batched else FEATURE_BYTES_PER_S
-            # The library fills up what is shorter than a window.
+            # The library pads recordings that are shorter than a window.
             working += int(max(30.0, seconds) * per_second)
         return working
 
@@ -226,7 +226,7 @@ class WhisperRuntime(Runtime):
             return LARGE
 
     def weight_files(self, model: ModelConfig) -> Sequence[Path]:
-        """The one that CTranslate2 reads."""
+        """The one file that CTranslate2 reads."""
         return (self._folder(model) / MODEL_FILE,)
 
     def estimate(self, model: ModelConfig) -> Estimate:
@@ -234,7 +234,7 @@ class WhisperRuntime(Runtime):
         folder = self._folder(model)
         variables = _variables(folder)
         nbytes = weight_bytes(variables, self._compute_type(model.options_as(WhisperOptions)))
-        # Disk at 1 GB/s and half a second of building; the first measured load replaces it.
+        # Disk at 1 GB/s and half a second of building. The first measured load replaces it.
         seconds = 0.5 + (folder / MODEL_FILE).stat().st_size / 1e9
         return Estimate(blocks=(self._block(nbytes),), load_seconds=seconds)
 
@@ -250,7 +250,7 @@ class WhisperRuntime(Runtime):
     async def load(
         self,
         model: ModelConfig,
-        on_failure: Callable[[str], None],  # noqa: ARG002 - a model has no life of its own
+        on_failure: Callable[[str], None],  # noqa: ARG002 - no model here fails between runs
     ) -> LoadedModel:
         """Read the model on the loading thread."""
         loop = asyncio.get_running_loop()
@@ -269,7 +269,7 @@ class WhisperRuntime(Runtime):
         folder = self._folder(model)
         variables = _variables(folder)
         if not (folder / "tokenizer.json").is_file():
-            # The library would go and fetch that of another model.
+            # The library would fetch that of another model.
             raise LoadFailed(f"{folder.name}: no tokenizer.json")
         whisper = CancellableWhisper(
             str(folder),
@@ -278,7 +278,7 @@ class WhisperRuntime(Runtime):
             cpu_threads=options.cpu_threads or min(4, len(os.sched_getaffinity(0))),
             local_files_only=True,
         )
-        # What the processor cannot do was turned into what it can.
+        # The library replaced types that the processor lacks.
         nbytes = weight_bytes(variables, whisper.model.compute_type)
         thread = ThreadPoolExecutor(1, thread_name_prefix=model.id)
         return LoadedWhisper(whisper, options, self._block(nbytes), thread)
@@ -331,7 +331,7 @@ class WhisperRuntime(Runtime):
 
     def _drop(self, loaded: LoadedWhisper) -> None:
         assert loaded.model is not None
-        # A thread that has just ended a run still holds it, and it the model, for a moment.
+        # For a moment after a run, its thread still holds the run, and the run the model.
         loaded.thread.shutdown()
         loaded.model.model.unload_model()
         loaded.model = None
@@ -346,7 +346,7 @@ def _read_shape(folder: Path) -> tuple[int, int]:
     """Width and decoder layers of a model.
 
     Raises:
-        OSError, ValueError, KeyError: there is no Whisper that could be read.
+        OSError, ValueError, KeyError: it is not a readable Whisper model.
 
     """
     variables = read_variables(folder / MODEL_FILE)

@@ -30,6 +30,7 @@ from engine.process.gate import GATE
 from engine.requests import SpeechRequest
 from engine.runtimes.base import RuntimeContext
 from engine.runtimes.kokoro.languages import find_language
+from engine.runtimes.kokoro.options import KokoroOptions
 from engine.runtimes.kokoro.phonemes import MAX_PHONEMES, Phonemizer
 from engine.runtimes.kokoro.runtime import KokoroModel, KokoroRuntime
 from engine.runtimes.kokoro.tagger import tag_english
@@ -340,7 +341,7 @@ async def test_limits_of_configuration(engine: Engine) -> None:
         await engine.open(speech_request("a" * 21, model="own"))
     for options in ({"language": "ja"}, {"voices": {"a": "b c"}}, {"dtype": "float16"}):
         with pytest.raises((ConfigError, ValueError)):
-            kokoro("tts", **options)
+            kokoro("tts", **options).options_as(KokoroOptions)
 
 
 async def test_blends_and_languages_are_read() -> None:
@@ -490,6 +491,7 @@ from engine.config import ModelConfig
 from engine.memory.device import CpuDevice
 from engine.process.torch_state import share_torch_state
 from engine.requests import SpeechRequest
+from engine.runtimes.base import RuntimeContext
 from engine.runtimes.kokoro.runtime import KokoroRuntime
 
 def refuse(*arguments, **_):
