@@ -65,7 +65,7 @@ async def echo(request: TextRequest) -> AsyncGenerator[Event, None]:
 
 class FakeLoaded(LoadedModel):
     def __init__(self, model: ModelConfig, runtime: FakeRuntime) -> None:
-        self._nbytes = model.options_as(FakeOptions).nbytes
+        self._nbytes = runtime.options(model).nbytes
         self._runtime = runtime
 
     def blocks(self) -> tuple[Block, ...]:
@@ -97,6 +97,11 @@ class FakeRuntime(Runtime):
         self.may_start.set()
         self.start_error: Exception | None = None
 
+    def options(self, model: ModelConfig) -> FakeOptions:
+        found = model.options_as(self.Options)
+        assert isinstance(found, FakeOptions)
+        return found
+
     def start(self) -> None:
         self.may_start.wait(60)
         if self.start_error is not None:
@@ -106,10 +111,10 @@ class FakeRuntime(Runtime):
         return Prepared(request, None)
 
     def estimate(self, model: ModelConfig) -> Estimate:
-        return Estimate((Block("weights", model.options_as(FakeOptions).nbytes),), 0.1)
+        return Estimate((Block("weights", self.options(model).nbytes),), 0.1)
 
     async def load(self, model: ModelConfig, on_failure: Callable[[str], None]) -> LoadedModel:
-        options = model.options_as(FakeOptions)
+        options = self.options(model)
         if options.error is not None:
             raise LoadFailed(options.error)
         return FakeLoaded(model, self)
