@@ -23,8 +23,8 @@ from engine.process.library_logs import quiet_libraries
 from engine.process.torch_state import share_torch_state
 from engine.requests import Priority, Request, SchedulingOptions
 from engine.residency import Residency
-from engine.runtimes.base import Prepared, Runtime, Voice
-from engine.runtimes.registry import runtime_class
+from engine.runtimes.base import Prepared, Runtime, RuntimeContext, Voice
+from engine.runtimes.registry import options_of, runtime_class
 from engine.scheduling.estimates import EstimateStore
 from engine.scheduling.event_log import EventLog
 from engine.scheduling.ledger import Ledger
@@ -54,16 +54,16 @@ class Engine:
         config: EngineConfig,
         *,
         device: Device | None = None,
-        runtimes: Mapping[str, Runtime] | None = None,
+        runtimes: Mapping[str, Callable[[RuntimeContext], Runtime]] | None = None,
         restarts: Restarts | None = None,
         restore: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Cheap: opens no device and imports no library before `start`.
 
-        `device` and `runtimes` replace what the configuration names. `restarts` is only
-        reported. After the start the models of `restore` are brought in, in that order, as far
-        as they fit.
+        `device` replaces the configured one, and `runtimes` the classes in the registry.
+        `restarts` is only reported. After the start the models of `restore` are brought in, in
+        that order, as far as they fit.
         """
         self.config = config
         self._restarts = restarts or Restarts()
@@ -71,7 +71,8 @@ class Engine:
         self.state = EngineState.STARTING
         self._clock = clock
         self._device = device
-        self._runtimes: dict[str, Runtime] = dict(runtimes or {})
+        self._given_runtimes = dict(runtimes or {})
+        self._runtimes: dict[str, Runtime] = {}
         self._models = {model.id: model for model in config.models}
         self.events = EventLog()
         """What the scheduler did; closed when the engine has drained."""
@@ -120,7 +121,7 @@ class Engine:
         """
         try:
             with uncollected():
-                device = await asyncio.to_thread(self._open)
+                device, host, budget_bytes = await asyncio.to_thread(self._open)
                 freeze_heap()  # otherwise collections in a warm-up scan all that is imported
                 for runtime in self._runtimes.values():
                     await runtime.warm_up()
@@ -133,14 +134,9 @@ class Engine:
         freeze_heap()
         device.set_baseline()
         self._device = device
-        estimates = EstimateStore(self.config.state_dir, device.name)
+        estimates = EstimateStore(self.config.state_dir, device.name, options_of)
         self._admission.estimates = estimates
-        host_budget = self.config.host_memory_budget(device.kind)
-        host_bytes = host_budget.budget_bytes(host_memory_bytes())
-        host = HostMemory(host_bytes, pinned=device.kind == CudaDevice.kind)
-        budget = self.config.memory_budget(device.kind)
-        budget_bytes = budget.budget_bytes(device.total_bytes)
-        self._residency.open(device, estimates, host, budget_bytes)
+        self._residency.open(device, estimates, host)
         self._ledger.set_device(budget_bytes, device.total_bytes)
         self._scheduler.on_timer()
         self._started.set()
@@ -154,11 +150,21 @@ class Engine:
         self._preloads.append(asyncio.create_task(self._restore()))
         self._preloads.append(asyncio.create_task(self._warn_of_too_large()))
 
-    def _open(self) -> Device:
+    def _open(self) -> tuple[Device, HostMemory, int]:
+        """Open the device and start the runtimes; the device, host memory and device budget."""
         quiet_libraries()
         device = self._device or open_device(self.config.device)
-        for name in {model.runtime for model in self.config.models} - self._runtimes.keys():
-            self._runtimes[name] = runtime_class(name)(device, self.config.cache_dir)
+        host_budget = self.config.host_memory_budget(device.kind)
+        host_bytes = host_budget.budget_bytes(host_memory_bytes())
+        host = HostMemory(host_bytes, pinned=device.kind == CudaDevice.kind)
+        budget = self.config.memory_budget(device.kind)
+        budget_bytes = budget.budget_bytes(device.total_bytes)
+        context = RuntimeContext(device, self.config.cache_dir, host, budget_bytes)
+        for model in self.config.models:
+            if model.runtime not in self._runtimes:
+                make = self._given_runtimes.get(model.runtime) or runtime_class(model.runtime)
+                self._runtimes[model.runtime] = make(context)
+            options_of(model)  # a configuration made in code may not have been checked
         for name, runtime in self._runtimes.items():
             try:
                 runtime.start()
@@ -166,7 +172,7 @@ class Engine:
                 raise ConfigError(f"models: the runtime {name!r} cannot start: {error}") from error
         if "torch" in sys.modules:
             share_torch_state()
-        return device
+        return device, host, budget_bytes
 
     async def drain(self, limit_s: float) -> None:
         """Refuse new work and wait for what runs, `limit_s` seconds at most."""

@@ -1,4 +1,4 @@
-"""Carries decisions out: estimates and moves models, and reports back as events."""
+"""Carries decisions out: estimates and moves models, and reports the outcomes as events."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from engine.units import format_size
 log = logging.getLogger(__name__)
 
 LEAK_SHARE = 0.02
-"""Of a model's bytes: more than this left behind by an unload is worth a warning."""
+"""The share of a model's bytes that an unload may leave behind without a warning."""
 
 LEAK_BYTES = 16 * 1024**2
-"""What an allocator may keep for itself; less is no leak that could be told from it."""
+"""What an allocator may keep for itself. A smaller leak cannot be distinguished from it."""
 
 
 class Residency:
-    """The scheduler's hands: every method returns at once, the outcome comes as an event."""
+    """The scheduler's effects. Every method returns at once; an event has the outcome."""
 
     def __init__(
         self,
@@ -44,10 +44,10 @@ class Residency:
     ) -> None:
         """Start with nothing loaded.
 
-        `on_residual(model, bytes)` is told what each unload did not give back.
+        `on_residual(model, bytes)` gets the bytes that each unload did not give back.
         """
         self.outcomes: Scheduler
-        """Who is told how it went. Set once, before the first call: the two know each other."""
+        """Receives the outcomes. Set once, before the first call: the two know each other."""
         self.loaded: dict[str, LoadedModel] = {}
         self._models = models
         self._runtimes = runtimes
@@ -57,29 +57,24 @@ class Residency:
         self._clock = clock
         self._on_residual = on_residual
         self._overhead_before: dict[str, int] = {}
-        """What was in use beyond all models, just before each one was loaded."""
+        """Bytes in use beyond all models, just before each model was loaded."""
         self._parked_blocks: dict[str, frozenset[str]] = {}
         self._leaving: dict[str, list[asyncio.Future[None]]] = {}
         self._parked: dict[str, list[asyncio.Future[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def open(
-        self, device: Device, estimates: EstimateStore, host: HostMemory, budget_bytes: int
-    ) -> None:
-        """Name the device, what is remembered of it, where host copies go, and the budget.
+    def open(self, device: Device, estimates: EstimateStore, host: HostMemory) -> None:
+        """Name the device, its remembered estimates, and the host memory for host copies.
 
-        Nothing can be loaded before.
+        No model can be loaded before.
         """
         self._device = device
         self._estimates = estimates
         self._host = host
-        for runtime in self._runtimes.values():
-            runtime.host = host
-            runtime.budget_bytes = budget_bytes
 
     def gone(self, model_id: str) -> asyncio.Future[None]:
-        """Done once the model is off the device; at once if it is not there."""
+        """Done once the model is off the device; immediately if it is not there."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if model_id in self.loaded or model_id in self._leaving:
             self._leaving.setdefault(model_id, []).append(future)
@@ -88,17 +83,17 @@ class Residency:
         return future
 
     def parked(self, model_id: str) -> asyncio.Future[None]:
-        """Done once the model has been parked the next time."""
+        """Done once the model is parked the next time."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._parked.setdefault(model_id, []).append(future)
         return future
 
     def estimate(self, model_id: str) -> None:
-        """Find out what a model will take: as measured last time, else from its files."""
+        """Find out what a model will take: by the last measurement, otherwise from its files."""
         self._start(self._estimate(self._models[model_id]))
 
     def prefetch(self, model_id: str) -> None:
-        """Read a model's files into the system's cache while others still use the device."""
+        """Read a model's files into the system's cache while other models still use the device."""
         self._start(self._prefetch(self._models[model_id]))
 
     def load(self, model_id: str) -> None:
@@ -120,30 +115,30 @@ class Residency:
         self._start(self._wake(self._models[model_id], blocks))
 
     def measure_external(self) -> int:
-        """Bytes of the device that others use, measured now."""
+        """External bytes of the device, measured now."""
         if self._device is None or self._host is None:
             return 0
         return self._device.external_bytes() + _copies_bytes(self._device, self._host)
 
     def host_status(self) -> HostStatus:
-        """The budget of host copies and what is used of it."""
+        """The budget of host copies, and the bytes used of it."""
         if self._host is None:
             return HostStatus(0, 0)
         return HostStatus(self._host.budget_bytes, self._host.used_bytes)
 
     def host_free_bytes(self) -> int:
-        """What the budget of host copies still holds."""
+        """Bytes that are free in the budget of host copies."""
         return self._host.free_bytes if self._host is not None else 0
 
     def call_at(self, when: float) -> None:
-        """Ask for `on_timer` at that clock time, instead of the time asked for before."""
+        """Ask for `on_timer` at that clock time. It replaces the time of the last call."""
         if self._timer is not None:
             self._timer.cancel()
         delay_s = max(0.0, when - self._clock())
         self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_timer)
 
     async def stop(self) -> None:
-        """Wait for what is under way, then take out what is still in use; no event follows."""
+        """Wait for running transitions, then take all models out. No event follows."""
         while self._tasks:
             await asyncio.wait(self._tasks)
         if self._timer is not None:
@@ -163,7 +158,7 @@ class Residency:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            # Every expected failure is an event; this is a bug, and must not be silent.
+            # Every expected failure is an event. This is a bug, and must not be silent.
             log.critical("a transition ended without an outcome", exc_info=error)
 
     def _runtime(self, model: ModelConfig) -> Runtime:
@@ -214,7 +209,7 @@ class Residency:
         try:
             await self._runtime(self._models[model_id]).park(self.loaded[model_id], blocks)
         except Exception as error:
-            # Whatever is still there is measured as the others' use; the model must not run again.
+            # Bytes that are still there count as external bytes. The model must not run again.
             log.exception("parking %s failed", model_id)
             self.outcomes.on_model_failed(model_id, f"could not be parked: {error}")
         self._parked_blocks[model_id] = self._parked_blocks.get(model_id, frozenset()) | blocks
@@ -244,16 +239,16 @@ class Residency:
         try:
             await self._runtime(self._models[model_id]).unload(loaded)
         except Exception:
-            # The bytes are counted as free from here on; what is really free is measured.
+            # From here on the bytes count as free. The really free bytes are measured.
             log.exception("unloading %s failed", model_id)
         del loaded
         self._check_leak(model_id, nbytes)
 
     def _overhead_bytes(self) -> int:
-        """What the process uses of the device beyond the blocks of models that are there.
+        """Bytes that the process uses of the device beyond the blocks of the models there.
 
-        Working memory of running requests, and pages of a KV cache that were never touched, are
-        in it as well: a measure with some noise.
+        Working memory of running requests is in it, and so are pages of a KV cache that were
+        never touched: the measure has some noise.
         """
         if self._device is None or self._host is None:
             return 0
@@ -286,7 +281,7 @@ async def _beside_steps(work: Coroutine[Any, Any, None]) -> None:
 
 
 def _copies_bytes(device: Device, host: HostMemory) -> int:
-    """What host copies take of the device: on a CPU that is host memory, and they are in it."""
+    """Device bytes of host copies. On a CPU the device is host memory, so they are in it."""
     return host.used_bytes if device.kind == CpuDevice.kind else 0
 
 
@@ -297,10 +292,10 @@ def _fulfil(futures: Iterable[asyncio.Future[None]]) -> None:
 
 
 def _read_ahead(runtime: Runtime, model: ModelConfig) -> int:
-    """Ask the system to read the weights into its cache; returns the bytes asked for.
+    """Ask the system to read the weights into its cache; returns their bytes.
 
-    Nothing if they take more than half of what is unused or only cached: a good part of that cache
-    is what others read.
+    None are read if they take more than half of the unused and cached memory: other programs read
+    a good part of that cache.
 
     Raises:
         OSError: a file cannot be opened.

@@ -22,6 +22,7 @@ from engine.config import (
     read_sections,
 )
 from engine.errors import ConfigError
+from engine.runtimes.registry import RUNTIMES
 from engine.units import Duration, Size
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ def load_settings(
             " key. Set server.api_keys (ROUNDHOUSE_API_KEYS) or server.api_keys_file, or allow it"
             " with server.insecure (--insecure)"
         )
-    return engine_config(sections), settings
+    return engine_config(sections, RUNTIMES), settings
 
 
 def read_engine_config(path: Path, environ: Mapping[str, str]) -> EngineConfig:
@@ -144,7 +145,7 @@ def read_engine_config(path: Path, environ: Mapping[str, str]) -> EngineConfig:
         ConfigError: naming every wrong key.
 
     """
-    return engine_config(_sections(path, environ))
+    return engine_config(_sections(path, environ), RUNTIMES)
 
 
 def _sections(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What models and runs were measured to take, remembered across restarts."""
+"""Measured sizes and times of models and runs, remembered across restarts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import logging
 import os
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine.config import ModelConfig
+from engine.config import ModelConfig, Section
 from engine.memory.block import Block, Estimate
 
 log = logging.getLogger(__name__)
@@ -20,20 +21,24 @@ log = logging.getLogger(__name__)
 FILE_NAME = "estimates.json"
 
 MAX_SHAPES = 256
-"""Shapes of runs to remember for each model; beyond, the one not measured for longest goes."""
+"""Shapes of runs to remember for each model. The one not measured for longest goes first."""
 
 
 class EstimateStore:
     """The last measurement of each model, in one small JSON file.
 
-    A model is known by its runtime, source and options, so a changed
-    configuration is estimated afresh. A damaged or read-only file costs the
-    memory of it, never a request. Threads may share it.
+    A model is known by its runtime, task, source and options, so a changed configuration is
+    estimated afresh. A damaged or read-only file costs what it remembers, never a request. Threads
+    may share it.
     """
 
-    def __init__(self, state_dir: Path, device_name: str) -> None:
+    def __init__(
+        self, state_dir: Path, device_name: str, options_of: Callable[[ModelConfig], Section]
+    ) -> None:
+        """`options_of` gives the options of a model with the defaults of its runtime."""
         self._path = state_dir / FILE_NAME
         self._device_name = device_name
+        self._options_of = options_of
         self._lock = threading.Lock()
         self._entries: dict[str, dict[str, Any]] = {}
         with contextlib.suppress(FileNotFoundError):
@@ -108,6 +113,6 @@ class EstimateStore:
                 log.warning("cannot write %s: %s", self._path, error)
 
     def _key(self, model: ModelConfig) -> str:
-        options = model.options.model_dump_json()
+        options = self._options_of(model).model_dump_json()
         text = "\n".join((self._device_name, model.runtime, model.task, model.source, options))
         return hashlib.sha256(text.encode()).hexdigest()[:16]

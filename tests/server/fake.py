@@ -21,7 +21,7 @@ from engine.events import Document, Event, Frame
 from engine.memory.block import Block, Estimate
 from engine.memory.device import Device
 from engine.requests import Request, TextRequest
-from engine.runtimes.base import LoadedModel, Prepared, Runtime
+from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 
 MODEL_BYTES = 1000
 DEVICE_BYTES = 10_000
@@ -65,7 +65,7 @@ async def echo(request: TextRequest) -> AsyncGenerator[Event, None]:
 
 class FakeLoaded(LoadedModel):
     def __init__(self, model: ModelConfig, runtime: FakeRuntime) -> None:
-        self._nbytes = model.options.nbytes
+        self._nbytes = model.options_as(FakeOptions).nbytes
         self._runtime = runtime
 
     def blocks(self) -> tuple[Block, ...]:
@@ -87,9 +87,10 @@ class FakeLoaded(LoadedModel):
 
 class FakeRuntime(Runtime):
     name: ClassVar[str] = "fake"
+    tasks: ClassVar[tuple[str, ...]] = ("generate",)
     Options: ClassVar[type[Section]] = FakeOptions
 
-    def __init__(self, device: Device | None = None, cache_dir: Path | None = None) -> None:
+    def __init__(self, context: RuntimeContext | None = None) -> None:
         self.answer: Answer = echo
         self.requests: list[Any] = []
         self.may_start = threading.Event()
@@ -105,11 +106,12 @@ class FakeRuntime(Runtime):
         return Prepared(request, None)
 
     def estimate(self, model: ModelConfig) -> Estimate:
-        return Estimate((Block("weights", model.options.nbytes),), 0.1)
+        return Estimate((Block("weights", model.options_as(FakeOptions).nbytes),), 0.1)
 
     async def load(self, model: ModelConfig, on_failure: Callable[[str], None]) -> LoadedModel:
-        if model.options.error is not None:
-            raise LoadFailed(model.options.error)
+        options = model.options_as(FakeOptions)
+        if options.error is not None:
+            raise LoadFailed(options.error)
         return FakeLoaded(model, self)
 
     async def unload(self, loaded: LoadedModel) -> None:
@@ -131,7 +133,9 @@ def fake_engine(runtime: FakeRuntime, state_dir: Path, **config: object) -> Engi
         "models": [{"runtime": "fake", **model} for model in models],
         **config,
     }
-    return Engine(EngineConfig.model_validate(raw), device=FakeDevice(), runtimes={"fake": runtime})
+    return Engine(
+        EngineConfig.model_validate(raw), device=FakeDevice(), runtimes={"fake": lambda _: runtime}
+    )
 
 
 @asynccontextmanager

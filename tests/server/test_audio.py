@@ -26,7 +26,7 @@ from engine.requests import Priority, Request, SpeechRequest
 from engine.runtimes.base import Prepared, Voice
 from tests.contract.openai import conforms
 from tests.engine.media.test_audio_output import correlation, decoded, quantised, voice_like
-from tests.server.fake import FakeRuntime, fake_engine
+from tests.server.fake import FakeOptions, FakeRuntime, fake_engine
 from tests.server.test_connection import TIMEOUT_S, Stuck, wait_for
 
 SPEECH = "/v1/audio/speech"
@@ -83,8 +83,9 @@ class SpeechRuntime(FakeRuntime):
         return super().prepare(model, request)
 
     def voices(self, model: ModelConfig) -> tuple[Voice, ...]:
-        if model.options.error is not None:
-            raise LoadFailed(model.options.error)
+        options = model.options_as(FakeOptions)
+        if options.error is not None:
+            raise LoadFailed(options.error)
         if model.id != "small":
             return (Voice("only", "Only"),)
         return (Voice("anna", "Anna", "de"), Voice("bert", "Bert", "en-gb"))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,11 +17,9 @@ from engine.errors import LoadFailed
 from engine.events import Speech
 from engine.process.randomness import draw_by_thread
 from engine.requests import SpeechRequest
-from engine.runtimes.common.speech import Utterance
+from engine.runtimes.bark.options import BarkOptions
 from engine.runtimes.common.speech_run import Speaker
-
-if TYPE_CHECKING:
-    from engine.runtimes.bark.runtime import BarkOptions
+from engine.runtimes.common.utterance import Utterance
 
 draw_by_thread("transformers.generation.utils", "transformers.models.bark.modeling_bark")
 transformers.utils.logging.disable_progress_bar()

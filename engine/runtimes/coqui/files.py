@@ -1,8 +1,8 @@
-"""A folder of a Coqui model, read without its library: what it is, speaks and consists of.
+"""A folder of a Coqui model, read without its library: its kind, languages and files.
 
-`config.json` of a released model has absolute paths of the machine it was trained on; here they
-are taken for names in the folder. What is pickled is read by torch with `weights_only`, which
-builds tensors and plain containers and runs no code.
+`config.json` of a released model has absolute paths of the machine it was trained on. Here they
+count as names in the folder. torch reads pickled files with `weights_only`, which builds tensors
+and plain containers and runs no code.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from engine.errors import LoadFailed, reason
 from engine.files.pickled import load_pickled
+
+CONFIG_FILE = "config.json"
 
 CHECKPOINTS = ("model_file.pth", "model.pth", "best_model.pth")
 """Names of the weights: of Coqui's releases, of XTTS, of what its trainer writes."""
@@ -30,7 +32,7 @@ _ENCODER_KEYS = ("speaker_encoder_config_path", "speaker_encoder_model_path")
 
 @dataclass(frozen=True, slots=True)
 class CoquiFiles:
-    """What is in the folder."""
+    """The contents of the folder."""
 
     folder: Path
     kind: Literal["vits", "xtts"]
@@ -38,22 +40,22 @@ class CoquiFiles:
     """`config.json`, its paths in the folder."""
     checkpoint: Path
     speakers: tuple[str, ...]
-    """The model's order; none where it has one voice without a name."""
+    """In the model's order; none if it has one voice without a name."""
     languages: tuple[str, ...]
-    """As the model names them; none where it does not tell."""
+    """By the model's names; none if it does not declare them."""
     sample_rate: int
     """Hertz."""
 
 
 def read_folder(folder: Path) -> CoquiFiles:
-    """What is in the folder. Reads no weights, but the speakers' own file.
+    """Read the folder: no weights, but the speakers' own file.
 
     Raises:
         LoadFailed: a file is missing or unreadable, or it is another kind of model.
 
     """
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         kind = str(config.get("model", "")).lower()
         arguments = dict(config.get("model_args") or {})
         config["model_args"] = arguments
@@ -104,7 +106,7 @@ def _checkpoint(folder: Path) -> Path:
 
 
 def _setting(config: Mapping[str, Any], key: str) -> Any:
-    """Of `model_args`, else of the configuration, as Coqui looks it up."""
+    """From `model_args`, otherwise from the configuration, as Coqui looks it up."""
     return config["model_args"].get(key) or config.get(key)
 
 

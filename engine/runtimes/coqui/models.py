@@ -11,7 +11,7 @@ import wave
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,12 +32,10 @@ from engine.media.sentences import split_sentences
 from engine.process.gate import GATE
 from engine.process.randomness import draw_by_thread
 from engine.requests import SpeechRequest
-from engine.runtimes.common.speech import Utterance
 from engine.runtimes.common.speech_run import Speaker
+from engine.runtimes.common.utterance import Utterance
 from engine.runtimes.coqui.files import CoquiFiles
-
-if TYPE_CHECKING:
-    from engine.runtimes.coqui.runtime import CoquiOptions
+from engine.runtimes.coqui.options import CoquiOptions
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.utils import remove_weight_norm
@@ -21,10 +20,8 @@ from engine.process.randomness import draw_by_thread, seeded
 from engine.runtimes.common.speech import NOTHING_TO_SPEAK
 from engine.runtimes.common.torch_run import TorchParts, TorchRun, children_of
 from engine.runtimes.kokoro.phonemes import MAX_PHONEMES, Chunk, Phonemizer
+from engine.runtimes.kokoro.utterance import Utterance
 from kokoro import KModel, KPipeline
-
-if TYPE_CHECKING:
-    from engine.runtimes.kokoro.runtime import Utterance
 
 SAMPLE_RATE = 24_000
 """Hertz; fixed in Kokoro's vocoder."""

@@ -1,8 +1,9 @@
 """Sentences as the phonemes that Kokoro speaks.
 
-English goes through misaki's lexicon, with espeak for the words it lacks; its parts of speech
-come from spaCy's `en_core_web_sm` where that is installed, else from `kokoro_tagger`. Other
-languages go through espeak alone. Nothing here asks the network.
+English goes through misaki's lexicon, with espeak for the words it lacks. Its parts of speech
+come from spaCy's `en_core_web_sm` if that is installed, otherwise from the module
+`engine.runtimes.kokoro.tagger`. Other languages go through espeak alone. Nothing here asks the
+network.
 
 Importing this module imports torch, spaCy and kokoro.
 """

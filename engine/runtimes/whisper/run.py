@@ -16,7 +16,7 @@ from engine.errors import InvalidRequest, RuntimeFailed
 from engine.events import Event, Heard, Progress, Samples, Segment, Word
 from engine.media.audio_input import decode_audio
 from engine.requests import TranscriptionOperation, TranscriptionRequest
-from engine.runtimes.whisper.runtime import WhisperOptions
+from engine.runtimes.whisper.options import WhisperOptions
 
 BUSY_S = 2.0
 """How long the library's worker may take to count a run that has ended as ended."""
