@@ -13,10 +13,11 @@ import psutil
 
 from engine.config import ModelConfig
 from engine.errors import EngineError, LoadFailed
+from engine.memory.block import Estimate
 from engine.memory.device import CpuDevice, Device
 from engine.memory.host_memory import HostMemory
 from engine.process.switches import quick_switches
-from engine.runtimes.base import Estimate, LoadedModel, Runtime
+from engine.runtimes.base import LoadedModel, Runtime
 from engine.scheduling.estimates import EstimateStore
 from engine.scheduling.scheduler import Scheduler
 from engine.status import HostStatus

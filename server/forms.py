@@ -1,7 +1,7 @@
-"""Reading `multipart/form-data`: bounded, in memory, and with the nested names that SDKs send.
+"""The fields of a request: from JSON, from `multipart/form-data`, or from the query.
 
-A form has no types and no structure: everything is text or a file, and the official clients
-write structure into the names, as `image[]`, `input_reference[image_url]` and `loras[][name]`.
+A form has no types and no structure: a field is text or a file. The official clients write
+structure into the names, as in `image[]`, `input_reference[image_url]` and `loras[][name]`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from engine.errors import InvalidRequest
 from server.body import read_object, stream_body
 
 MAX_FILES = 32
-"""Twice what any endpoint takes (16 images), so that one too many is told by its field."""
+"""Twice what any endpoint takes (16 images), so an error for one too many names its field."""
 MAX_FIELDS = 256
 
 _NAME = re.compile(r"(?P<field>[^\[\]]+)(?P<list>\[\])?(?:\[(?P<key>[^\[\]]+)\])?")
@@ -27,17 +27,33 @@ _NAME = re.compile(r"(?P<field>[^\[\]]+)(?P<list>\[\])?(?:\[(?P<key>[^\[\]]+)\])
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """What a client sent, by field. Files are bytes; the text of a form is a string."""
+    """The values that a client sent, by field. Files are bytes; the text of a form is a string."""
 
     values: dict[str, Any]
     typed: bool
-    """Whether the values came with types (JSON), so that "1" is not the number 1."""
+    """Whether the values have types (JSON), so that "1" is not the number 1."""
+
+
+def query_fields(request: Request) -> Fields:
+    """The fields of the query."""
+    return Fields(dict(request.query_params), typed=False)
+
+
+async def read_json(request: Request, max_bytes: int) -> Fields:
+    """The fields of a body that is a JSON object.
+
+    Raises:
+        InvalidRequest: too long (status 413), not JSON, or not an object.
+        ClientDisconnect: the client left while sending.
+
+    """
+    return Fields(await read_object(request, max_bytes), typed=True)
 
 
 async def read_fields(request: Request, max_bytes: int) -> Fields:
-    """The body as a form where it says that it is one, else as a JSON object.
+    """The fields of a body: a form if its content type says so, otherwise a JSON object.
 
-    Nothing is written to disk: the whole body is at most `max_bytes`.
+    Nothing is written to disk. The whole body has at most `max_bytes`.
 
     Raises:
         InvalidRequest: too long (status 413), malformed, or too many parts.
@@ -45,8 +61,8 @@ async def read_fields(request: Request, max_bytes: int) -> Fields:
 
     """
     if not is_form(request):
-        return Fields(await read_object(request, max_bytes), typed=True)
-    # Starlette moves files beyond a size to disk: here none.
+        return await read_json(request, max_bytes)
+    # Starlette moves files beyond `spool_bytes` to disk: here none.
     form = await parse_form(
         request, max_bytes, MAX_FILES, MAX_FIELDS, text_bytes=max_bytes, spool_bytes=max_bytes
     )
@@ -57,7 +73,7 @@ async def read_fields(request: Request, max_bytes: int) -> Fields:
 
 
 def is_form(request: Request) -> bool:
-    """Whether the body is said to be a form."""
+    """Whether the content type of the body is a form."""
     content_type = request.headers.get("content-type", "")
     return content_type.partition(";")[0].strip().lower() == "multipart/form-data"
 
@@ -71,14 +87,14 @@ async def parse_form(
     text_bytes: int = 2**20,
     spool_bytes: int,
 ) -> FormData:
-    """The body as a form, to be closed; files beyond `spool_bytes` are kept on disk meanwhile.
+    """The body as a form, which the caller closes. Files beyond `spool_bytes` are kept on disk.
 
-    A field of text may have `text_bytes`, by itself Starlette's own bound.
+    A field of text may have `text_bytes`, by default Starlette's own limit.
 
     Raises:
         InvalidRequest: too long (status 413), malformed, or too many parts.
         ClientDisconnect: the client left while sending.
-        OSError: the disk does not take a file.
+        OSError: a file cannot be written to disk.
 
     """
     async with aclosing(stream_body(request, max_bytes)) as stream:
@@ -134,8 +150,8 @@ def _put(values: dict[str, Any], field: str, empty: Any, kind: type) -> Any:
 
 
 def _rows(field: str, column: dict[str, list[str | bytes]]) -> list[dict[str, str | bytes]]:
-    # Clients send `a[][x]` of all entries, then `a[][y]` of all: which x belongs to which y can
-    # be told only where every entry has both.
+    # Clients send `a[][x]` of all entries, then `a[][y]` of all. Which x belongs to which y is
+    # clear only if every entry has both.
     if len({len(entries) for entries in column.values()}) != 1:
         raise InvalidRequest(
             f"In a form every entry of '{field}' must have the same keys.", param=field

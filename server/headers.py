@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.engine import Session
+    from engine.session import Session
 
 HEADER_PREFIX = "x-roundhouse-"
 

@@ -1,6 +1,6 @@
-"""URLs that a request names: nothing is fetched unless its host is allowed.
+"""Checks the URLs in a request: nothing is fetched unless its host is allowed.
 
-A server that fetches what a stranger names can be made to read its own network.
+A server that fetches any URL of a client can be made to read its own network.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _URL_KEYS = frozenset({"image_url", "audio_url", "video_url", "file_url", "sourc
 """Keys whose value is a URL, or an object with a `url` (`source` is Anthropic's)."""
 
 
-def refuse_foreign_media(body: Mapping[str, Any], allowed_hosts: Sequence[str]) -> None:
+def check_media_urls(body: Mapping[str, Any], allowed_hosts: Sequence[str]) -> None:
     """Check every media URL in a request body: `data:`, or http(s) to an allowed host.
 
     Raises:
-        InvalidRequest: naming the first field that is neither.
+        InvalidRequest: naming the first field with another URL.
 
     """
     for root in _ROOTS:
@@ -28,14 +28,14 @@ def refuse_foreign_media(body: Mapping[str, Any], allowed_hosts: Sequence[str]) 
 
 
 def _walk(node: Any, param: str, allowed_hosts: Sequence[str]) -> None:
-    # The depth is bounded by the JSON parser's.
+    # The JSON parser limits the depth.
     if isinstance(node, list):
         for index, item in enumerate(node):
             if isinstance(item, dict | list):
                 _walk(item, f"{param}[{index}]", allowed_hosts)
     elif isinstance(node, dict):
         for key, value in node.items():
-            # Arguments a model made up for a tool are shown to it again, never fetched.
+            # A model made up the arguments of a tool call. They are shown to it, never fetched.
             if key == "input" and node.get("type") == "tool_use":
                 continue
             if key in _URL_KEYS:
@@ -56,7 +56,7 @@ def _check(value: Any, param: str, allowed_hosts: Sequence[str]) -> None:
 
 
 def _is_allowed(url: str, allowed_hosts: Sequence[str]) -> bool:
-    # URL parsers disagree about these, so what is checked here might not be what is fetched.
+    # URL parsers disagree about these, so the URL checked here might not be the URL fetched.
     if "\\" in url or not url.isprintable() or " " in url:
         return False
     try:

@@ -1,4 +1,4 @@
-"""The process that serves: listening, signals, and an orderly end."""
+"""The process that serves: its listener, its signals, and its orderly end."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import uvicorn
 
 from engine.errors import ShuttingDown
 from server.app import create_app
+from server.exit_codes import FAULT, INTERRUPTED
 from server.open_requests import OpenRequests
 from server.settings import ServerSettings
 from server.start import Start
@@ -27,17 +28,14 @@ if TYPE_CHECKING:
     from engine.engine import Engine
 
 FLUSH_S = 2
-"""Seconds that connections get after the drain, to take what was already produced."""
+"""Seconds after the drain for clients to take what was already produced."""
 KEEP_ALIVE_S = 75
-"""Longer than the idle time of common load balancers (60 s): a server that closes first loses
-the race against a request under way, which then fails for no visible reason."""
-INTERRUPTED = 130
-FAULT = 70
-"""Exit status of a process that can serve nobody any more (sysexits.h: EX_SOFTWARE)."""
+"""Longer than the idle timeout of common load balancers (60 s). If the server closed first, a
+request under way could meet a closed connection and fail for no visible reason."""
 BEAT_S = 1.0
-"""How often the supervisor is told that the event loop still turns."""
+"""The interval of the heartbeat, which shows that the event loop runs."""
 RESTART_S = 5.0
-"""When clients whose request is given up are told to come again."""
+"""The `Retry-After` of requests that the process gives up."""
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +43,13 @@ logger = logging.getLogger(__name__)
 class _Server(uvicorn.Server):
     """uvicorn without its own signal handlers.
 
-    Those close the listener before the drain, so that nobody could see `/ready` turn; and they
-    raise the signal again at the end, so that an orderly stop would look like a kill.
+    uvicorn's handlers close the listener before the drain, so no probe could see `/ready` change.
+    They also raise the signal again at the end, so an orderly stop would look like a kill.
     """
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Capture none: `serve` does."""
+        """Capture none: `_serve` does."""
         yield
 
 
@@ -59,15 +57,15 @@ def run(
     engine: Engine,
     settings: ServerSettings,
     listener: socket.socket,
-    line: Heartbeat | None = None,
+    heartbeat: Heartbeat | None = None,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C, then drain and return; a second Ctrl-C exits with 130.
+    """Serve until SIGTERM or Ctrl-C, then drain and return. A second Ctrl-C exits with 130.
 
-    `line` leads to the supervisor, where there is one. A process that can serve nobody any more
-    exits with 70: nothing is unloaded then, as that would need what does not answer.
+    `heartbeat` goes to the supervisor, if there is one. A process that can serve no request any
+    more exits with 70. It unloads nothing then, as that needs what does not respond.
 
     Raises:
-        Exception: what kept the engine from starting.
+        Exception: the error that kept the engine from starting.
 
     """
     start = Start(engine)
@@ -84,7 +82,7 @@ def run(
         timeout_graceful_shutdown=FLUSH_S,
     )
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_serve(_Server(config), engine, start, requests, listener, settings, line))
+        runner.run(_serve(_Server(config), engine, start, requests, listener, settings, heartbeat))
     if start.error is not None:
         raise start.error
 
@@ -96,24 +94,26 @@ async def _serve(
     requests: OpenRequests,
     listener: socket.socket,
     settings: ServerSettings,
-    line: Heartbeat | None,
+    heartbeat: Heartbeat | None,
 ) -> None:
     stop = asyncio.Event()
     with _stop_on_signals(stop):
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         waits = [asyncio.create_task(each.wait()) for each in (stop, start.failed)]
-        beside = [asyncio.create_task(_replace_if_lost(engine, start, requests, settings, line))]
-        if line is not None:
-            beside.append(asyncio.create_task(_beat(engine, start, line)))
+        beside = [
+            asyncio.create_task(_replace_if_lost(engine, start, requests, settings, heartbeat))
+        ]
+        if heartbeat is not None:
+            beside.append(asyncio.create_task(_beat(engine, start, heartbeat)))
         await asyncio.wait((serving, *waits, *beside), return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
         try:
             for task in beside:
-                if task.done():  # by a mistake of ours alone, and that must not pass unnoticed
+                if task.done():  # only a bug of ours ends it, and that must not pass unnoticed
                     task.result()
             if stop.is_set():
-                # The listener stays open: probes see the drain, new requests a clean 503.
+                # The listener stays open: probes see the drain, and new requests get a clean 503.
                 await start.drain(settings.drain_s)
         finally:
             server.should_exit = True
@@ -122,15 +122,15 @@ async def _serve(
                 task.cancel()
 
 
-async def _beat(engine: Engine, start: Start, line: Heartbeat) -> None:
-    """Tell the supervisor again and again that the event loop, and with it the scheduler, works."""
+async def _beat(engine: Engine, start: Start, heartbeat: Heartbeat) -> None:
+    """Send heartbeats, which show that the event loop works, and with it the scheduler."""
     while True:
         ready = start.done.is_set()
-        line.beat(ready=ready, residents=engine.wanted())
+        heartbeat.beat(ready=ready, residents=engine.wanted())
         if ready:
             await asyncio.sleep(BEAT_S)
             continue
-        # That it is ready is told at once: from then on it may be silent for less long.
+        # Readiness is reported at once: from then on the limit of silence is shorter.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(BEAT_S):
                 await start.done.wait()
@@ -141,27 +141,27 @@ async def _replace_if_lost(
     start: Start,
     requests: OpenRequests,
     settings: ServerSettings,
-    line: Heartbeat | None,
+    heartbeat: Heartbeat | None,
 ) -> None:
-    """End the process once no request can be served with it any more; jobs go on in the next."""
+    """End the process once it can serve no request any more. Jobs continue in the next one."""
     await start.done.wait()
     fault = await engine.wait_for_fault(settings.hang_s, settings.stall_s)
     logger.critical("this process must be replaced: %s", fault)
     faulthandler.dump_traceback(all_threads=True)
-    if line is not None:
-        line.report(fault)
+    if heartbeat is not None:
+        heartbeat.report(fault)
     message = f"The server is being restarted: {fault}."
-    with contextlib.suppress(TimeoutError):  # a client that reads nothing keeps nobody
+    with contextlib.suppress(TimeoutError):  # a client that does not read delays no other
         async with asyncio.timeout(FLUSH_S):
             await requests.give_up(ShuttingDown(message, retry_after_s=RESTART_S))
     sys.stderr.flush()
-    # Not sys.exit: the thread that hangs would be waited for.
+    # Not sys.exit: that waits for the thread that hangs.
     os._exit(FAULT)
 
 
 @contextlib.contextmanager
 def _stop_on_signals(stop: asyncio.Event) -> Generator[None, None, None]:
-    """Set `stop` at the first SIGINT or SIGTERM; leave the process at a SIGINT after it."""
+    """Set `stop` at the first SIGINT or SIGTERM. A SIGINT after it ends the process."""
     loop = asyncio.get_running_loop()
     asked = False
 
@@ -169,7 +169,7 @@ def _stop_on_signals(stop: asyncio.Event) -> Generator[None, None, None]:
         nonlocal asked
         if asked and number == signal.SIGINT:
             sys.stderr.flush()
-            # Not sys.exit: native threads would be waited for, and the loop may be stuck.
+            # Not sys.exit: that waits for native threads, and the loop may be stuck.
             os._exit(INTERRUPTED)
         asked = True
         loop.call_soon_threadsafe(stop.set)

@@ -120,8 +120,7 @@ def load_settings(
             loopback without a key.
 
     """
-    fields = {"engine": engine_fields(), "server": list(ServerSettings.model_fields)}
-    sections = read_sections(config_path(path, environ), environ, fields)
+    sections = _sections(config_path(path, environ), environ)
     raw = {**sections["server"], **(overrides or {})}
     settings = parse_section(ServerSettings, raw, "server")
     if settings.api_keys_file is not None:
@@ -136,6 +135,21 @@ def load_settings(
             " with server.insecure (--insecure)"
         )
     return engine_config(sections), settings
+
+
+def read_engine_config(path: Path, environ: Mapping[str, str]) -> EngineConfig:
+    """The engine's part of a configuration, whatever its `server` section lacks.
+
+    Raises:
+        ConfigError: naming every wrong key.
+
+    """
+    return engine_config(_sections(path, environ))
+
+
+def _sections(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:
+    fields = {"engine": engine_fields(), "server": list(ServerSettings.model_fields)}
+    return read_sections(path, environ, fields)
 
 
 def _read_keys(path: Path) -> tuple[list[str], list[str]]:

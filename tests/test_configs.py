@@ -13,19 +13,16 @@ import pytest
 
 from engine.config import EngineConfig, ModelConfig, engine_config, engine_fields, read_sections
 from engine.files.safetensors_header import DTYPE_BYTES, tensor_sizes
+from engine.files.source import STARTER, Source, starter_source
 from engine.memory.device import CpuDevice
-from engine.model_folder import STARTER_PREFIX
 from engine.requests import ImageOperation, ImageRequest, Quality, SpeechRequest, VideoRequest
-from engine.runtimes.diffusers.runtime import (
-    DiffusersOptions,
-    DiffusersRuntime,
-    check_size,
-    family_of,
-    lora_files,
-)
+from engine.runtimes.diffusers.families import check_size, family_of
+from engine.runtimes.diffusers.files import lora_files
+from engine.runtimes.diffusers.options import DiffusersOptions
+from engine.runtimes.diffusers.runtime import DiffusersRuntime
 from engine.runtimes.kokoro.runtime import OPENAI_VOICES
 from engine.runtimes.registry import runtime_class
-from engine.starters.registry import DIFFUSION_STARTERS, SPEECH_STARTERS, STARTERS
+from engine.starters.registry import DIFFUSION_STARTERS, LANGUAGE_STARTERS, SPEECH_STARTERS
 from engine.units import parse_size
 from tests.conftest import StarterDir
 
@@ -114,8 +111,8 @@ def pipeline_class(model: ModelConfig, starter_dir: StarterDir) -> str:
     """Named in the options; that of a starter model by its own folder."""
     if model.options.pipeline is not None:
         return str(model.options.pipeline)
-    assert model.source.startswith(STARTER_PREFIX), "its sizes cannot be checked before it is here"
-    folder = starter_dir(model.source.removeprefix(STARTER_PREFIX))
+    assert Source(model.source).scheme == STARTER, "its sizes cannot be checked before it is here"
+    folder = starter_dir(Source(model.source).name)
     return str(json.loads((folder / "model_index.json").read_text())["_class_name"])
 
 
@@ -161,10 +158,10 @@ def test_the_starter_configuration_speaks_with_every_voice(starter_dir: StarterD
     """The names of OpenAI's voices lead to voices that the models have."""
     models = [model for model in read(STARTER_CONFIG).models if model.task == "speech"]
     listening = [model for model in read(STARTER_CONFIG).models if model.task == "transcribe"]
-    served = {model.source.removeprefix(STARTER_PREFIX) for model in [*models, *listening]}
+    served = {Source(model.source).name for model in [*models, *listening]}
     assert served == SPEECH_STARTERS.keys()
     for model in models:
-        folder = starter_dir(model.source.removeprefix(STARTER_PREFIX))
+        folder = starter_dir(Source(model.source).name)
         runtime = runtime_class(model.runtime)(CpuDevice(), folder.parents[2])
         voices = {voice.id for voice in runtime.voices(model)}
         assert set(model.options.voices.values()) <= voices, model.id
@@ -186,9 +183,11 @@ def test_named_parsers_exist_in_vllm(path: Path) -> None:
 
 def test_the_starter_configuration_serves_every_language_model(starter_dir: StarterDir) -> None:
     models = models_of(STARTER_CONFIG, "vllm")
-    assert {model.source for model in models} == {STARTER_PREFIX + name for name in STARTERS}
+    assert {model.source for model in models} == {
+        starter_source(name) for name in LANGUAGE_STARTERS
+    }
     for model in models:
-        folder = starter_dir(model.source.removeprefix(STARTER_PREFIX))
+        folder = starter_dir(Source(model.source).name)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         assert model.options.max_model_len == config["max_position_embeddings"]
         assert model.options.dtype == config["dtype"]
@@ -263,7 +262,7 @@ def test_the_starter_plan_is_that_of_the_files(starter_dir: StarterDir) -> None:
         millions = {"encoders": 0.0, "denoiser": 0.0, "vae": 0.0}
         adapters = set(model.options.lora_sources.values())  # loaded when a request names them
         for source in {model.source, *side_sources(model.options)} - adapters:
-            folder = starter_dir(source.removeprefix(STARTER_PREFIX))
+            folder = starter_dir(Source(source).name)
             for path in sorted(folder.rglob("*.safetensors")):
                 part = path.parent.name
                 column = "encoders" if "_encoder" in part else part
@@ -277,12 +276,8 @@ def test_the_starter_plan_is_that_of_the_files(starter_dir: StarterDir) -> None:
 @pytest.mark.slow
 def test_the_starter_configuration_serves_every_pipeline(starter_dir: StarterDir) -> None:
     models = models_of(STARTER_CONFIG, "diffusers")
-    served = {model.source.removeprefix(STARTER_PREFIX) for model in models}
-    beside = {
-        source.removeprefix(STARTER_PREFIX)
-        for model in models
-        for source in side_sources(model.options)
-    }
+    served = {Source(model.source).name for model in models}
+    beside = {Source(source).name for model in models for source in side_sources(model.options)}
     pipelines = {
         name for name in DIFFUSION_STARTERS if (starter_dir(name) / "model_index.json").is_file()
     }
@@ -291,7 +286,7 @@ def test_the_starter_configuration_serves_every_pipeline(starter_dir: StarterDir
     for model in models:
         assert model.options.dtype == "float32"
         for name, source in model.options.lora_sources.items():
-            assert source == STARTER_PREFIX + name
+            assert source == starter_source(name)
             assert lora_files(starter_dir(name).parent)[name].is_file()
 
 

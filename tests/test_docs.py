@@ -21,7 +21,7 @@ from engine.config import EngineConfig, ModelConfig, engine_fields
 from engine.engine import Engine
 from engine.errors import EngineError, NotLoaded, Overloaded
 from engine.metrics import EngineMetrics
-from engine.runtimes.diffusers.runtime import IpAdapter, Profile
+from engine.runtimes.diffusers.options import IpAdapter, Profile
 from engine.runtimes.registry import REGISTRY, runtime_class
 from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
 from engine.status import BlockStatus, EngineStatus, Restarts
@@ -39,7 +39,7 @@ from server.schemas.audio import (
 from server.schemas.engine import EventsQuery, PlanBody
 from server.schemas.fields import Body
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
-from server.schemas.scheduling_options import TermsBody, TermsHeaders
+from server.schemas.scheduling_options import SchedulingBody, SchedulingHeaders
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
 from server.settings import ServerSettings
 
@@ -60,7 +60,7 @@ CONFIGURATION: list[tuple[str, str, type[BaseModel], dict[str, Any]]] = [
 ]
 
 BODIES: dict[str, list[type[Body]]] = {
-    "Every request": [TermsBody],
+    "Every request": [SchedulingBody],
     "Images": [GenerationBody, EditBody, VariationBody],
     "Videos": [VideoBody, VideoListQuery, VideoContentQuery],
     "Speech": [SpeechBody],
@@ -178,7 +178,7 @@ def kinds(base: type[Any]) -> Iterator[type[Any]]:
 
 def test_no_request_is_left_out() -> None:
     described = {body for bodies in BODIES.values() for body in bodies}
-    assert set(kinds(Body)) - described == {ImageBody, RecordingBody, TermsHeaders}
+    assert set(kinds(Body)) - described == {ImageBody, RecordingBody, SchedulingHeaders}
 
 
 def test_every_error_is_described_with_its_status() -> None:

@@ -10,24 +10,15 @@ from pathlib import Path
 
 from engine.config import ModelConfig
 from engine.errors import ShuttingDown
-from engine.files.hub import (
-    Fetch,
-    FetchCancelledError,
-    FetchProgress,
-    HubSource,
-    OnProgress,
-    check_room,
-    is_repo,
-)
+from engine.files.hub.cache import check_room
+from engine.files.hub.fetch import Fetch, FetchCancelledError, FetchProgress, OnProgress
+from engine.files.hub.selection import HubSource
+from engine.files.source import Source
 from engine.model_folder import WANTED_FILES
 from engine.runtimes.bark.runtime import FILES as BARK_FILES
 from engine.runtimes.coqui.runtime import FILES as COQUI_FILES
-from engine.runtimes.diffusers.runtime import (
-    CONFIG_FILES,
-    LORA_FILE,
-    DiffusersOptions,
-    ip_adapter_files,
-)
+from engine.runtimes.diffusers.files import CONFIG_FILES, LORA_FILE, ip_adapter_files
+from engine.runtimes.diffusers.options import DiffusersOptions
 from engine.runtimes.kokoro.runtime import FILES as KOKORO_FILES
 from engine.runtimes.whisper.runtime import FILES as WHISPER_FILES
 
@@ -56,7 +47,9 @@ def sources_of(model: ModelConfig, *, allow_pickle: bool = False) -> tuple[HubSo
         revision = getattr(model.options, "revision", None)
         sources = [HubSource(model.source, files, revision)]
     return tuple(
-        replace(source, allow_pickle=allow_pickle) for source in sources if is_repo(source.repo)
+        replace(source, allow_pickle=allow_pickle)
+        for source in sources
+        if Source(source.repo).is_repo
     )
 
 
@@ -81,7 +74,7 @@ def pull(
 
     Raises:
         NotFound: there is no such repository or revision.
-        LoadFailed: see `engine.files.hub.Fetch`; also if all together do not fit the disk.
+        LoadFailed: see `engine.files.hub.fetch.Fetch`; also if all together do not fit the disk.
         FetchCancelledError: `cancelled` was set.
 
     """

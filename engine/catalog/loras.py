@@ -12,7 +12,8 @@ from typing import BinaryIO
 from engine.config import ModelConfig
 from engine.errors import Conflict, InvalidRequest
 from engine.files.safetensors_header import tensor_sizes
-from engine.runtimes.diffusers.runtime import DiffusersOptions, lora_files
+from engine.runtimes.diffusers.files import lora_files
+from engine.runtimes.diffusers.options import DiffusersOptions
 
 MAX_LORA_BYTES = 4 * 2**30
 """The largest for FLUX are some 2.5 GB."""

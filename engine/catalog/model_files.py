@@ -16,9 +16,9 @@ from pathlib import Path
 from engine.catalog.downloads import sources_of
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import Conflict, NotFound
-from engine.files import hub
-from engine.files.hub import PARTIAL
-from engine.model_folder import STARTER_PREFIX, present_folder
+from engine.files.hub.cache import PARTIAL, cache_dir, present, repo_dir, snapshot
+from engine.files.source import Source
+from engine.model_folder import is_built_here, present_folder
 
 MODELS_PREFIX = "models--"
 
@@ -45,7 +45,7 @@ class Files:
     @property
     def is_repo(self) -> bool:
         """Whether a hub has it too, so that it can be fetched again."""
-        return hub.is_repo(self.source)
+        return Source(self.source).is_repo
 
 
 def files_of(model: ModelConfig, config: EngineConfig) -> tuple[Files, ...]:
@@ -55,7 +55,7 @@ def files_of(model: ModelConfig, config: EngineConfig) -> tuple[Files, ...]:
     if not any(source.repo == model.source for source in repos):
         found.append(_local(model, config))
     for source in repos:
-        folder = hub.present(source)
+        folder = present(source)
         found.append(_of_repo(source.repo, folder, _readers(source.repo, config)))
     return tuple(found)
 
@@ -63,9 +63,9 @@ def files_of(model: ModelConfig, config: EngineConfig) -> tuple[Files, ...]:
 def other_repos(config: EngineConfig) -> tuple[Files, ...]:
     """The repositories in the hub's cache that no configured model reads."""
     named = {source.repo for model in config.models for source in sources_of(model)}
-    folders = sorted(hub.cache_dir().glob(f"{MODELS_PREFIX}*"))
+    folders = sorted(cache_dir().glob(f"{MODELS_PREFIX}*"))
     repos = [path.name.removeprefix(MODELS_PREFIX).replace("--", "/") for path in folders]
-    return tuple(_of_repo(repo, hub.snapshot(repo), ()) for repo in repos if repo not in named)
+    return tuple(_of_repo(repo, snapshot(repo), ()) for repo in repos if repo not in named)
 
 
 def unused_repos(
@@ -122,7 +122,7 @@ def remove(repo: str) -> int:
     """
     from huggingface_hub import scan_cache_dir
 
-    path = hub.repo_dir(repo)
+    path = repo_dir(repo)
     if not path.is_dir():
         raise NotFound(f"Nothing of {repo} is on this disk.")
     nbytes = _blob_bytes(path)
@@ -145,7 +145,7 @@ def _readers(repo: str, config: EngineConfig) -> tuple[str, ...]:
 
 
 def _of_repo(repo: str, folder: Path | None, models: Sequence[str]) -> Files:
-    path = hub.repo_dir(repo)
+    path = repo_dir(repo)
     if not path.is_dir():
         return Files(repo, None, 0, 0, False, None, tuple(models))
     unfinished = sum(
@@ -167,11 +167,10 @@ def _local(model: ModelConfig, config: EngineConfig) -> Files:
     if folder is None:
         return Files(model.source, None, 0, 0, False, None, (model.id,))
     nbytes = sum(stat.st_size for _, stat in _stats(folder))
-    starter = model.source.startswith(STARTER_PREFIX)
     readers = tuple(each.id for each in config.models if each.source == model.source)
     return Files(
         source=model.source,
-        path=folder if starter else folder.resolve(),
+        path=folder if is_built_here(model.source) else folder.resolve(),
         nbytes=nbytes,
         unfinished_bytes=0,
         present=True,

@@ -16,7 +16,7 @@ from typing import Any
 from engine.catalog.downloads import sources_of
 from engine.config import ModelConfig
 from engine.errors import LoadFailed
-from engine.files.hub import Listing, read_json
+from engine.files.hub.listing import Listing, read_json
 
 MAX_MODEL_LEN = 8192
 """Tokens that a new entry allows at most: by itself vLLM would keep room for four requests of the

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import ModelConfig
-from engine.runtimes.base import Block, Estimate
+from engine.memory.block import Block, Estimate
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""When those who wait will be served."""
+"""When waiting requests will be served, by measured service times."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from engine.scheduling.scheduled_model import ScheduledModel
 from engine.scheduling.snapshot import TicketView
 from engine.status import ModelState
 
+SHORTEST_RETRY_S = 1.0
+LONGEST_RETRY_S = 600.0
+
 
 class EtaEstimator:
-    """Tells the waiting requests, one after the other, when they will be served.
+    """Gives the ETA of the waiting requests, one after the other, in the order of the queue.
 
-    An estimate: turns of the model's measured service time, after what must be moved first. That
-    models leave, and for how long others stay in use, is not in it.
+    The ETA is turns of the model's measured service time, after what must be moved first. It
+    leaves out the time in which other models leave, and for how long others stay in use.
     """
 
     def __init__(self, models: Mapping[str, ScheduledModel], now: float) -> None:
@@ -22,10 +25,10 @@ class EtaEstimator:
         self._now = now
         self._before: Counter[str] = Counter()
         self._moves_s = 0.0
-        """Of the models that are brought in for requests further ahead."""
+        """Seconds of moving the models of requests further ahead."""
 
     def next(self, view: TicketView) -> float | None:
-        """Seconds until the next request in line is served; None while nothing tells."""
+        """Seconds until the next request in the queue is served; None while unknown."""
         model = self._models[view.model]
         turns = (model.leases + self._before[view.model]) // model.max_concurrency
         first = not self._before[view.model]
@@ -42,3 +45,12 @@ class EtaEstimator:
                 self._moves_s += move_s
             moved_s = self._moves_s
         return moved_s + turns * (model.service_s or 0.0)
+
+
+def retry_after_s(model: ScheduledModel) -> float:
+    """When one more request for the model would be served: what a refused client should wait."""
+    turns = (model.waiting + model.leases) / model.max_concurrency
+    wait_s = turns * (model.service_s or SHORTEST_RETRY_S)
+    if model.state is not ModelState.RESIDENT:
+        wait_s += model.move_s or 0.0
+    return min(LONGEST_RETRY_S, max(SHORTEST_RETRY_S, wait_s))

@@ -1,4 +1,4 @@
-"""What the scheduler did, kept for those who ask later and told to those who follow."""
+"""The log of scheduler events: read later by id, or followed as they come."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from itertools import takewhile
 from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
 
 KEPT = 2000
-"""Events kept of each of the two sorts; some 500 bytes each."""
+"""Events kept of each of the two kinds (moves, answers); some 500 bytes each."""
 
 _ANSWERS = frozenset({EventKind.GRANT, EventKind.REFUSE})
 
 
 @dataclass(frozen=True, slots=True)
 class LoggedEvent:
-    """One event, with its place in the log and its time."""
+    """One event, with its id and its time."""
 
     id: int
-    """Rises by one from event to event."""
+    """One higher than that of the event before."""
     at: float
     """Unix seconds."""
     event: SchedulerEvent
@@ -31,36 +31,36 @@ class LoggedEvent:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Events that were overwritten before the reader came to them."""
+    """Events that were overwritten before the reader read them."""
 
     count: int | None
-    """None if they were those of an earlier process, and nobody knows how many."""
+    """None if they belong to an earlier process: their number is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Events in order, oldest first, and what is missing before them."""
+    """Events, oldest first, and what is missing before them."""
 
     events: tuple[LoggedEvent, ...]
     lost: Lost | None
     last_id: int
-    """Of the newest event there is; where a reader of this page goes on."""
+    """Of the newest event; the reader of this page goes on after it."""
 
 
 class EventLog:
     """The last events, in memory. For one event loop.
 
-    Grants and refusals are many, and would push out the few loads and evictions that explain them:
-    each sort has a ring of its own, under one numbering. Who follows the log keeps nothing here but
-    asks for what came after an id, so that a slow reader costs nothing: it misses what was
-    overwritten, and is told how much.
+    Grants and refusals are many. In one ring they would push out the few loads and evictions
+    that explain them, so each kind has a ring of its own, under one numbering. A reader that
+    follows the log has no state here: it asks for the events after an id. A slow reader
+    therefore costs nothing. It misses what was overwritten, and gets the number of those.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time, kept: int = KEPT) -> None:
         """Keep `kept` events of each sort; `clock` gives Unix seconds."""
         self._clock = clock
-        # Milliseconds of the start: below 1000 events a second no id comes again after a restart,
-        # so that a reader who goes on after an old id is not given the wrong events.
+        # Milliseconds of the start: below 1000 events a second no id comes again after a restart.
+        # A reader that goes on after an old id would otherwise get the wrong events.
         self._last_id = self._origin = int(clock() * 1000)
         self._moves: deque[LoggedEvent] = deque(maxlen=kept)
         self._answers: deque[LoggedEvent] = deque(maxlen=kept)
@@ -69,18 +69,18 @@ class EventLog:
 
     @property
     def last_id(self) -> int:
-        """The id of the newest event; following after it gives only what comes."""
+        """The id of the newest event; a reader that follows after it gets only new events."""
         return self._last_id
 
     def append(self, event: SchedulerEvent) -> None:
-        """Keep an event and wake those who follow."""
+        """Keep an event and wake the readers."""
         self._last_id += 1
         ring = self._answers if event.kind in _ANSWERS else self._moves
         ring.append(LoggedEvent(self._last_id, self._clock(), event))
         self._wake()
 
     def after(self, last_id: int) -> Page:
-        """All that is kept of what came after the event `last_id`; 0 is before all events."""
+        """All kept events after the event `last_id`; 0 is before all events."""
         known = self._origin <= last_id <= self._last_id
         begin = last_id if known else self._origin
         events = tuple(merge(_newer(self._moves, begin), _newer(self._answers, begin), key=_id))
@@ -99,7 +99,7 @@ class EventLog:
         return True
 
     def close(self) -> None:
-        """Let those who follow end, once they have what there is."""
+        """Let readers end once they have read all events."""
         self._closed = True
         self._wake()
 
@@ -113,6 +113,6 @@ def _id(event: LoggedEvent) -> int:
 
 
 def _newer(ring: deque[LoggedEvent], last_id: int) -> list[LoggedEvent]:
-    """Those after `last_id`, oldest first; looks at no others."""
+    """The events after `last_id`, oldest first; reads no others."""
     newest_first = takewhile(lambda event: event.id > last_id, reversed(ring))
     return list(newest_first)[::-1]

@@ -10,7 +10,7 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class LeaseTimings:
-    """What the wait for a lease was made of, in seconds."""
+    """The parts of the wait for a lease, in seconds."""
 
     queued_s: float
     """From arrival to grant, loading included."""
@@ -44,7 +44,7 @@ class Lease:
         self._release = release
 
     def release(self) -> None:
-        """Give it back; a second call does nothing."""
+        """Give the lease back; a second call does nothing."""
         self._release(self)
 
     def __enter__(self) -> Self:

@@ -1,9 +1,8 @@
-"""The one place that counts device bytes.
+"""The ledger: the one place that counts device bytes.
 
-Every byte the engine may use is an entry, keyed by its owner (a model id) and a
-name. Capacity is the budget, or what the device has less what others were
-measured to use, whichever is smaller; it may fall below what is granted
-through no act of ours, never through a grant.
+Every byte that the engine may use is an entry, keyed by its owner (a model id) and a name.
+Capacity is the smaller of two: the budget, and the device's total less the measured external
+bytes. Other programs can push capacity below what is granted; a grant never can.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class LedgerOverflow(Exception):
 
 
 class Change(StrEnum):
-    """What moved the ledger."""
+    """What changed the ledger."""
 
     GROW = "grow"
     SHRINK = "shrink"
@@ -45,7 +44,7 @@ class Change(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LedgerRecord:
-    """One past change and where it left the ledger."""
+    """One past change, and the ledger's bytes after it."""
 
     change: Change
     granted_bytes: int
@@ -56,7 +55,7 @@ class Ledger:
     """Grants bytes, never above capacity. Not thread-safe: it has one owner."""
 
     def __init__(self, budget_bytes: int, total_bytes: int) -> None:
-        """Start empty, with nothing measured to be used by others.
+        """Start empty, with no external bytes.
 
         Raises:
             ValueError: a negative size.
@@ -74,12 +73,12 @@ class Ledger:
 
     @property
     def budget_bytes(self) -> int:
-        """The most that may ever be granted."""
+        """The highest capacity there can be."""
         return self._budget_bytes
 
     @property
     def capacity_bytes(self) -> int:
-        """What may be granted now, by the last measurement of what others use."""
+        """What may be granted now, by the last measurement of external bytes."""
         return max(0, min(self._budget_bytes, self._total_bytes - self._external_bytes))
 
     @property
@@ -89,12 +88,12 @@ class Ledger:
 
     @property
     def free_bytes(self) -> int:
-        """Capacity less granted; negative while others use what was granted here."""
+        """Capacity less granted; negative while other programs use what was granted here."""
         return self.capacity_bytes - self._granted_bytes
 
     @property
     def peak_granted_bytes(self) -> int:
-        """The most that was ever granted at once."""
+        """The highest `granted_bytes` so far."""
         return self._peak_granted_bytes
 
     @property
@@ -103,7 +102,7 @@ class Ledger:
         return tuple(self._history)
 
     def set_device(self, budget_bytes: int, total_bytes: int) -> None:
-        """Learn the sizes once the device is open; until then a ledger of size 0 grants nothing.
+        """Set the sizes once the device is open; until then a ledger of size 0 grants nothing.
 
         Raises:
             ValueError: a negative size, or bytes are granted already.
@@ -115,7 +114,7 @@ class Ledger:
         self._total_bytes = total_bytes
 
     def observe(self, external_bytes: int) -> None:
-        """Take a measurement of the bytes in use that no entry accounts for.
+        """Take a measurement of external bytes: those in use that no entry accounts for.
 
         Raises:
             ValueError: a negative size.
@@ -139,7 +138,7 @@ class Ledger:
         self._replace(owner, (), (_entry(owner, kind, name, nbytes),))
 
     def resize(self, owner: str, name: str, nbytes: int) -> None:
-        """Change the size of an entry; to shrink is always allowed.
+        """Change the size of an entry; it may always shrink.
 
         Raises:
             LedgerOverflow: growing beyond capacity.
@@ -151,12 +150,12 @@ class Ledger:
         self._replace(owner, (old,), (_entry(owner, EntryKind(old.kind), name, nbytes),))
 
     def convert(self, owner: str, name: str, blocks: Iterable[tuple[str, int]]) -> None:
-        """Replace a reservation by the measured `(name, bytes)` it became, all or nothing.
+        """Replace a reservation by measured blocks `(name, bytes)`, all or nothing.
 
         Raises:
-            LedgerOverflow: the blocks need more than the reservation and what is free.
+            LedgerOverflow: the blocks need more than the reservation and the free bytes.
             KeyError: no such entry.
-            ValueError: it is no reservation, a block's name is taken, or a size is negative.
+            ValueError: it is not a reservation, a block's name is taken, or a size is negative.
 
         """
         old = self._entries[owner][name]
@@ -170,7 +169,7 @@ class Ledger:
         self._replace(owner, (old,), new)
 
     def release(self, owner: str, name: str) -> None:
-        """Give an entry's bytes back.
+        """Remove an entry.
 
         Raises:
             KeyError: no such entry.
@@ -179,7 +178,7 @@ class Ledger:
         self._replace(owner, (self._entries[owner][name],), ())
 
     def release_all(self, owner: str, kind: EntryKind | None = None) -> int:
-        """Give back all of an owner's entries, or those of one kind; returns their bytes."""
+        """Remove all entries of an owner, or those of one kind; returns their bytes."""
         held = self._entries.get(owner, {}).values()
         gone = tuple(entry for entry in held if kind is None or entry.kind == kind)
         if gone:
@@ -187,7 +186,7 @@ class Ledger:
         return sum(entry.nbytes for entry in gone)
 
     def status(self) -> LedgerStatus:
-        """Every byte, frozen."""
+        """The whole ledger at this moment."""
         return LedgerStatus(
             total_bytes=self._total_bytes,
             budget_bytes=self._budget_bytes,
@@ -203,8 +202,8 @@ class Ledger:
         self, owner: str, old: tuple[LedgerEntry, ...], new: tuple[LedgerEntry, ...]
     ) -> None:
         growth_bytes = sum(e.nbytes for e in new) - sum(e.nbytes for e in old)
-        # Growth by nothing is always allowed: when others take the device, a model that is
-        # there already must still be able to serve what costs no further byte.
+        # Growth by nothing is always allowed. When other programs take the device, a resident
+        # model must still serve requests that cost no further byte.
         if growth_bytes > 0 and growth_bytes > self.free_bytes:
             raise LedgerOverflow(growth_bytes, self.free_bytes)
         held = self._entries.setdefault(owner, {})

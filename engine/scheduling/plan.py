@@ -1,4 +1,4 @@
-"""What the planner decides."""
+"""What the planner decides: grants, refusals and one transition."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Bring a model in: what is parked of it, or all of it from disk."""
+    """Bring a model in: its parked blocks, or all of it from disk."""
 
     model: str
 
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """Take an idle model out."""
+    """Unload an idle model."""
 
     model: str
     reason: str
@@ -61,16 +61,16 @@ class Plan:
     refusals: tuple[Refusal, ...]
     transition: Transition | None
     draining: frozenset[str]
-    """Models whose younger tickets are held back for the claim."""
+    """Models of which younger tickets are held back for the claim."""
     wake_at: float | None
-    """The earliest time at which time alone could change the decision."""
+    """The earliest time at which time alone could change the plan; None: never."""
     next_model: str | None = None
-    """Whose files will be read as soon as there is room; None while nothing is to come."""
+    """The model that is loaded as soon as there is room for it; None: there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What bringing in a model for one more request would take."""
+    """What one more request would need, and which models would leave for it."""
 
     fits: bool
     wanted_bytes: int | None

@@ -1,4 +1,4 @@
-"""What the scheduler knows of a model."""
+"""A configured model, with its state and its measurements."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engine.config import ModelConfig
-from engine.runtimes.base import Block
+from engine.errors import Conflict
+from engine.memory.block import Block
 from engine.scheduling.snapshot import ModelView, PartView
-from engine.status import ModelState
+from engine.status import BlockStatus, ModelState, ModelStatus
 
 DEMAND_MEMORY_S = 300.0
-"""Time constant of the demand for a model: what happened this long ago counts 1/e."""
+"""Time constant of the demand for a model: a request this long ago counts 1/e."""
 FIRST_WAKE_S_PER_BYTE = 1 / 5e9
-"""A copy over half of PCIe 4.0 × 16, until one was measured."""
+"""A copy at half of PCIe 4.0 × 16, used until a wake was measured."""
+
+MOVING_WORDS = {
+    ModelState.LOADING: "loaded",
+    ModelState.WAKING: "woken",
+    ModelState.PARKING: "parked",
+}
 
 
 @dataclass(slots=True)
@@ -36,7 +43,7 @@ class Demand:
 
 @dataclass(slots=True)
 class ScheduledModel:
-    """Everything known of one configured model."""
+    """Everything that the scheduler knows of one configured model."""
 
     config: ModelConfig
     keep_alive_s: float
@@ -50,7 +57,7 @@ class ScheduledModel:
     granted_bytes: int = 0
     """For its blocks on the device, or its reservation."""
     host_bytes: int = 0
-    """Of its host copy."""
+    """Of the host copy."""
     expected_host_bytes: int = 0
     """Of the host copy that a load makes where there is room for it."""
     estimating: bool = False
@@ -59,9 +66,9 @@ class ScheduledModel:
     reload_s: float | None = None
     load_measured: bool = False
     wake_s_per_byte: float | None = None
-    """Measured, of blocks that are copied."""
+    """As measured with blocks that are copied; None before."""
     overflowed: bool = False
-    """The last load took more than there was; the next one reserves what it took."""
+    """The last load took more than there was; the next one reserves that."""
     max_concurrency: int = 1
     leases: int = 0
     leased_working_bytes: int = 0
@@ -80,27 +87,88 @@ class ScheduledModel:
     last_error: str | None = None
 
     def wake_seconds(self, blocks: Iterable[Block]) -> float:
-        """What bringing these blocks back takes."""
+        """Seconds of bringing these blocks back."""
         rate = self.wake_s_per_byte
         copied_bytes = sum(block.nbytes for block in blocks if not block.scratch)
         return copied_bytes * (FIRST_WAKE_S_PER_BYTE if rate is None else rate)
 
     @property
     def tier(self) -> str:
-        """Where it is: on the device only if all of it is."""
+        """The tier of the model: `device` only while all of it is there."""
         if self.state is ModelState.RESIDENT:
             return "device"
         return "host" if self.blocks else "disk"
 
     @property
     def move_s(self) -> float | None:
-        """What bringing it in takes from where it is."""
+        """Seconds of bringing it in from its tier; None while unknown."""
         if self.tier == "host":
             return self.wake_seconds(block for block in self.blocks if block.name in self.parked)
         return 0.0 if self.tier == "device" else self.reload_s
 
+    def count_granted(self) -> None:
+        """Set `granted_bytes` to those of the blocks on the device."""
+        self.granted_bytes = sum(b.nbytes for b in self.blocks if b.name not in self.parked)
+
+    def check_idle(self) -> None:
+        """Return if nothing forbids to move the model off the device.
+
+        Raises:
+            Conflict: it is being moved, in use, waited for, or pinned.
+
+        """
+        moving = MOVING_WORDS.get(self.state)
+        for forbidden, why in (
+            (moving is not None, f"is being {moving}"),
+            (self.leases > 0, f"is in use by {self.leases} requests"),
+            (self.waiting > 0, f"is waited for by {self.waiting} requests"),
+            (self.pinned, "is pinned"),
+        ):
+            if forbidden:
+                raise Conflict(f"The model {self.config.id!r} {why}.", param="model")
+
+    def clear(self) -> None:
+        """Forget everything of a residency that has ended."""
+        self.state = ModelState.ABSENT
+        self.blocks = ()
+        self.parked = self.leaving = frozenset()
+        self.granted_bytes = self.host_bytes = 0
+        self.resident_since = self.idle_since = None
+        self.unload_reason = self.park_reason = self.failed_while_loading = None
+
+    def status(self, now: float, created: int) -> ModelStatus:
+        """What is reported of it; `created` is Unix seconds."""
+        config = self.config
+        return ModelStatus(
+            id=config.id,
+            aliases=config.aliases,
+            runtime=config.runtime,
+            task=config.task,
+            source=config.source,
+            state=self.state,
+            tier=self.tier,
+            blocks=tuple(
+                BlockStatus(
+                    block.name, block.nbytes, "host" if block.name in self.parked else "device"
+                )
+                for block in self.blocks
+            ),
+            device_bytes=self.granted_bytes,
+            host_bytes=self.host_bytes,
+            estimated_bytes=self.needed_bytes,
+            estimated_load_s=self.reload_s,
+            estimated_wake_s=self.move_s if self.tier == "host" else None,
+            leases=self.leases,
+            waiting=self.waiting,
+            pinned=self.pinned,
+            keep_alive_s=self.keep_alive_s,
+            idle_s=None if self.idle_since is None else now - self.idle_since,
+            last_error=self.last_error,
+            created=created,
+        )
+
     def view(self, now: float) -> ModelView:
-        """What the planner looks at."""
+        """What the planner sees of it."""
         parkable = [block for block in self.blocks if block.parkable]
         return ModelView(
             id=self.config.id,

@@ -1,9 +1,12 @@
-"""The queue, and the owner of every model's state.
+"""The scheduler: it owns the queue and the state of every model.
 
-It lives on the event loop: each `on_*` method is called there, changes what it
-knows, asks the planner, and carries the answer out before it returns. It never
-waits and takes no lock. Slow work (reading headers, loading, unloading) goes out
-through `Effects`, which returns at once, and comes back as another event.
+The scheduler lives on the event loop. Each `on_*` method is called there. It changes the
+state, asks the planner, and carries the plan out before it returns. It never waits and
+takes no lock. Slow work (reading headers, loading, unloading) goes out through `Effects`,
+which returns at once. The outcome comes back as another event.
+
+All events change the same state, so their handlers stand in one module. What only reads
+that state is in `report.py`.
 """
 
 from __future__ import annotations
@@ -22,36 +25,27 @@ from engine.errors import (
     QueueTimeout,
     ShuttingDown,
 )
-from engine.requests import Priority
-from engine.runtimes.base import Block, Estimate
+from engine.memory.block import Block, Estimate
 from engine.scheduling.effects import Effects
-from engine.scheduling.eta import EtaEstimator
+from engine.scheduling.eta import retry_after_s
 from engine.scheduling.lease import Lease, LeaseTimings
 from engine.scheduling.ledger import EntryKind, Ledger, LedgerOverflow
 from engine.scheduling.plan import Park, Plan, Refusal, RefusalCode, Transition, Unload
-from engine.scheduling.planner import forecast, plan, service_order
+from engine.scheduling.planner import plan
+from engine.scheduling.report import SchedulerReport
 from engine.scheduling.scheduled_model import ScheduledModel
 from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
-from engine.scheduling.snapshot import Snapshot, TicketView
+from engine.scheduling.snapshot import Snapshot
 from engine.scheduling.ticket import Ticket
-from engine.status import BlockStatus, Forecast, ModelState, ModelStatus, TicketStatus
+from engine.scheduling.ticket_queue import TicketQueue
+from engine.status import ModelState
 from engine.units import format_size
 
 MEAN_WEIGHT = 0.3
 """Weight of the newest sample in the running means of load and service seconds."""
 FIRST_BACKOFF_S = 1.0
 LAST_BACKOFF_S = 60.0
-SHORTEST_RETRY_S = 1.0
-LONGEST_RETRY_S = 600.0
-LINE_MEMORY_S = 0.5
-"""How old the positions may be that waiting requests are told."""
 RESERVATION = "reservation"
-
-MOVING_WORDS = {
-    ModelState.LOADING: "loaded",
-    ModelState.WAKING: "woken",
-    ModelState.PARKING: "parked",
-}
 
 
 class Scheduler:
@@ -69,7 +63,7 @@ class Scheduler:
     ) -> None:
         """Start with every model absent.
 
-        `clock` is monotonic seconds. `created` is Unix seconds, only reported.
+        `clock` gives monotonic seconds. `created` is in Unix seconds and only reported.
         `on_event` must not raise.
         """
         self._config = config
@@ -77,7 +71,6 @@ class Scheduler:
         self._effects = effects
         self._clock = clock
         self._on_event = on_event
-        self._created = created
         self._models = {
             model.id: ScheduledModel(
                 config=model,
@@ -86,42 +79,43 @@ class Scheduler:
             )
             for model in config.models
         }
-        self._next_serial = 0
-        self._tickets: dict[int, Ticket] = {}
-        self._views: dict[int, TicketView] = {}
-        self._serials: dict[Ticket, int] = {}
-        self._tiers: dict[int, str] = {}
-        """Where each ticket's model was when it came."""
+        self._queue = TicketQueue()
+        self.report = SchedulerReport(
+            self._models,
+            self._queue,
+            self._snapshot,
+            clock,
+            max_overtake_s=config.max_overtake_s,
+            created=created,
+        )
         self._leases: dict[Lease, int] = {}
-        """The leases held, and the working bytes of each."""
-        self._remembered_line: dict[int, TicketStatus] = {}
-        self._line_at = -math.inf
+        """The leases that are held, with the working bytes of each."""
         self._exclusive_running = False
         self._transition: str | None = None
         self._draining: frozenset[str] = frozenset()
         self._shutting_down = False
         self._prefetched: str | None = None
-        """The model whose files were read ahead last, until one is loaded."""
+        """The model whose files were read ahead last; None after the next load."""
         self._asked_at: float | None = None
         self._replanning = False
         self._stale = False
 
-    # What the engine asks.
+    # Events from the engine.
 
     def on_request(self, ticket: Ticket, *, ignore_backoff: bool = False) -> None:
         """Queue a ticket; it may be granted before this returns.
 
-        `ignore_backoff` tries a model at once that lately failed to load.
+        With `ignore_backoff` a model that lately failed to load is tried at once.
 
         Raises:
             ShuttingDown: `on_drain` was called.
-            LoadFailed: the model failed to load and is not tried again yet.
+            LoadFailed: the model failed to load, and its backoff is not over.
             Overloaded: the engine's queue is at its bound.
             QueueFull: the model's queue is at its bound.
             ValueError: the ticket waits already, or its working memory is negative.
 
         """
-        if ticket in self._serials or ticket.working_bytes < 0:
+        if self._queue.serial(ticket) is not None or ticket.working_bytes < 0:
             raise ValueError(f"ticket {ticket.request_id!r} cannot be queued")
         model = self._models[ticket.model_id]
         now = self._clock()
@@ -130,32 +124,17 @@ class Scheduler:
         if now < model.blocked_until and not ignore_backoff:
             wait_s = math.ceil(model.blocked_until - now)
             raise LoadFailed(f"{model.last_error} (tried again after {wait_s} s)")
-        if len(self._tickets) + len(self._leases) >= self._config.max_queue:
+        if len(self._queue) + len(self._leases) >= self._config.max_queue:
             raise Overloaded(
                 f"The engine serves or queues {self._config.max_queue} requests, its bound.",
-                retry_after_s=self._retry_after_s(model),
+                retry_after_s=retry_after_s(model),
             )
         if model.waiting >= self._config.max_queue_per_model:
             raise QueueFull(
                 f"{model.waiting} requests wait for {model.config.id!r}, its bound.",
-                retry_after_s=self._retry_after_s(model),
+                retry_after_s=retry_after_s(model),
             )
-        serial = self._next_serial
-        self._next_serial += 1
-        self._tickets[serial] = ticket
-        self._serials[ticket] = serial
-        self._views[serial] = TicketView(
-            id=serial,
-            model=ticket.model_id,
-            working_bytes=ticket.working_bytes,
-            priority=ticket.priority,
-            enqueued_at=now,
-            deadline=now + ticket.timeout_s,
-            exclusive=ticket.exclusive,
-            no_evict=ticket.no_evict,
-            if_loaded_only=ticket.if_loaded_only,
-        )
-        self._tiers[serial] = model.tier
+        self._queue.add(ticket, now, model.tier)
         model.waiting += 1
         model.demand.count(now)
         if model.needed_bytes is None and not model.estimating:
@@ -164,14 +143,14 @@ class Scheduler:
         self._replan()
 
     def on_cancel(self, ticket: Ticket) -> None:
-        """Forget a waiting ticket. One that was granted or refused already is left alone."""
-        serial = self._serials.get(ticket)
+        """Forget a waiting ticket. A ticket that was granted or refused is left alone."""
+        serial = self._queue.serial(ticket)
         if serial is not None:
             self._remove(serial)
             self._replan()
 
     def on_release(self, lease: Lease) -> None:
-        """Take a lease back; a lease that was given back already is left alone."""
+        """Take a lease back. A second call for the same lease does nothing."""
         working_bytes = self._leases.pop(lease, None)
         if working_bytes is None:
             return
@@ -189,7 +168,7 @@ class Scheduler:
         self._replan()
 
     def request_unload(self, model_id: str) -> None:
-        """Take an idle model out; nothing to do if it is absent or leaving already.
+        """Unload an idle model. Does nothing if it is absent or being unloaded.
 
         Raises:
             Conflict: it is in use, waited for, pinned, or being loaded.
@@ -198,12 +177,12 @@ class Scheduler:
         model = self._models[model_id]
         if model.state in (ModelState.ABSENT, ModelState.UNLOADING):
             return
-        self._check_idle(model)
+        model.check_idle()
         model.unload_reason = model.unload_reason or "asked to"
         self._replan()
 
     def request_park(self, model_id: str) -> None:
-        """Take an idle model off the device, but keep it loaded; nothing to do if it is off it.
+        """Take an idle model off the device, but keep it loaded. Does nothing if it is off.
 
         Raises:
             Conflict: it is in use, waited for, pinned, being moved, or cannot be parked.
@@ -212,22 +191,11 @@ class Scheduler:
         model = self._models[model_id]
         if model.granted_bytes == 0 or model.state is ModelState.PARKING:
             return
-        self._check_idle(model)
+        model.check_idle()
         if not all(block.parkable for block in model.blocks):
             raise Conflict(f"The model {model_id!r} cannot be parked.", param="model")
         model.park_reason = "asked to"
         self._replan()
-
-    def _check_idle(self, model: ScheduledModel) -> None:
-        moving = MOVING_WORDS.get(model.state)
-        for forbidden, why in (
-            (moving is not None, f"is being {moving}"),
-            (model.leases > 0, f"is in use by {model.leases} requests"),
-            (model.waiting > 0, f"is waited for by {model.waiting} requests"),
-            (model.pinned, "is pinned"),
-        ):
-            if forbidden:
-                raise Conflict(f"The model {model.config.id!r} {why}.", param="model")
 
     def pin(self, model_id: str) -> None:
         """Never evict the model from now on. Does not load it."""
@@ -235,12 +203,12 @@ class Scheduler:
         self._replan()
 
     def unpin(self, model_id: str) -> None:
-        """Let the model be evicted when it is idle."""
+        """Allow evictions of the model while it is idle."""
         self._models[model_id].pinned = False
         self._replan()
 
     def on_drain(self) -> None:
-        """Refuse what waits and what comes; each model leaves when its last lease ends."""
+        """Refuse waiting and new tickets; each model leaves when its last lease ends."""
         self._shutting_down = True
         for model in self._models.values():
             if model.state not in (ModelState.ABSENT, ModelState.UNLOADING):
@@ -249,10 +217,10 @@ class Scheduler:
             self._refuse_waiting(model, self._shutting_down_error)
         self._replan()
 
-    # What comes back from the effects.
+    # Events from the effects.
 
     def on_estimate(self, model_id: str, estimate: Estimate) -> None:
-        """Take what a model is expected to need; measurements made since are kept."""
+        """Take the estimate of a model; measurements made since are kept."""
         model = self._models[model_id]
         model.estimating = False
         if model.needed_bytes is None:
@@ -263,7 +231,7 @@ class Scheduler:
         self._replan()
 
     def on_estimate_failed(self, model_id: str, reason: str) -> None:
-        """Fail those who wait for the model: its files cannot be read."""
+        """Fail the tickets that wait for the model: its files cannot be read."""
         model = self._models[model_id]
         model.estimating = False
         if model.needed_bytes is None:
@@ -280,9 +248,8 @@ class Scheduler:
     ) -> None:
         """Take a finished load with its measured blocks, and keep the measurements.
 
-        If the blocks need more than was reserved and is free, the model leaves
-        again and those who wait keep waiting; if that happens twice in a row,
-        the load counts as failed.
+        If the blocks need more than was reserved and is free, the model leaves again, and its
+        tickets go on waiting. If that happens twice in a row, the load counts as failed.
         """
         model = self._expect(model_id, ModelState.LOADING)
         blocks = tuple(blocks)
@@ -316,46 +283,43 @@ class Scheduler:
         model.blocked_until = -math.inf
         model.last_error = None
         self._transition = None
-        self._settle_in(model)
-        self._tell(EventKind.LOADED, model, f"{format_size(measured_bytes)}, {load_seconds:.1f} s")
+        self._become_resident(model)
+        self._emit(EventKind.LOADED, model, f"{format_size(measured_bytes)}, {load_seconds:.1f} s")
         self._replan()
 
-    def _settle_in(self, model: ScheduledModel) -> None:
+    def _become_resident(self, model: ScheduledModel) -> None:
         model.state = ModelState.RESIDENT
         model.parked = frozenset()
-        self._set_granted(model)
+        model.count_granted()
         model.resident_since = model.idle_since = self._clock()
         model.park_reason = None
         if model.failed_while_loading is not None:
             self._fail_resident(model, model.failed_while_loading)
 
-    def _set_granted(self, model: ScheduledModel) -> None:
-        model.granted_bytes = sum(b.nbytes for b in model.blocks if b.name not in model.parked)
-
     def on_load_failed(self, model_id: str, error: EngineError) -> None:
-        """Give back what a failed load reserved, and fail exactly those who wait for it."""
+        """Release the reservation of a failed load, and fail exactly the tickets for it."""
         model = self._expect(model_id, ModelState.LOADING)
         self._leave(model)
         self._fail_waiting(model, error.message)
         self._replan()
 
     def on_parked(self, model_id: str) -> None:
-        """Give back what the parked blocks held, and measure what that freed."""
+        """Release the bytes of the parked blocks, and measure what that freed."""
         model = self._expect(model_id, ModelState.PARKING)
         for name in model.leaving:
             self._ledger.release(model_id, name)
         model.parked |= model.leaving
         model.leaving = frozenset()
         model.state = ModelState.PARKED
-        self._set_granted(model)
+        model.count_granted()
         model.park_reason = None
         self._transition = None
         self._measure()
-        self._tell(EventKind.PARKED, model, "")
+        self._emit(EventKind.PARKED, model, "")
         self._replan()
 
     def on_woken(self, model_id: str, wake_seconds: float) -> None:
-        """Take a model that is wholly on the device again."""
+        """Take a model of which all blocks are on the device again."""
         model = self._expect(model_id, ModelState.WAKING)
         woken = [block for block in model.blocks if block.name in model.parked]
         self._ledger.convert(model_id, RESERVATION, [(block.name, block.nbytes) for block in woken])
@@ -363,52 +327,52 @@ class Scheduler:
         if copied_bytes:
             model.wake_s_per_byte = _mean(model.wake_s_per_byte, wake_seconds / copied_bytes)
         self._transition = None
-        self._settle_in(model)
-        self._tell(EventKind.WOKEN, model, f"{wake_seconds * 1e3:.0f} ms")
+        self._become_resident(model)
+        self._emit(EventKind.WOKEN, model, f"{wake_seconds * 1e3:.0f} ms")
         self._replan()
 
     def on_wake_failed(self, model_id: str, error: EngineError) -> None:
-        """Unload a model that could not be woken; those who wait for it get a fresh load."""
+        """Unload a model that could not be woken; its tickets get a fresh load."""
         model = self._expect(model_id, ModelState.WAKING)
         self._ledger.release(model_id, RESERVATION)
         model.state = ModelState.PARKED
-        self._set_granted(model)
+        model.count_granted()
         model.unload_reason = f"could not be woken: {error.message}"
         model.last_error = error.message
         self._transition = None
-        self._tell(EventKind.WAKE_FAILED, model, error.message)
+        self._emit(EventKind.WAKE_FAILED, model, error.message)
         self._replan()
 
     def on_unloaded(self, model_id: str) -> None:
-        """Give back what an unloaded model held, and measure what that freed."""
+        """Release the bytes of an unloaded model, and measure what that freed."""
         model = self._expect(model_id, ModelState.UNLOADING)
         self._leave(model)
         self._measure()
-        self._tell(EventKind.UNLOADED, model, "")
+        self._emit(EventKind.UNLOADED, model, "")
         self._replan()
 
     def on_model_failed(self, model_id: str, reason: str) -> None:
-        """Stop granting a resident model that died by itself; it leaves after its leases.
+        """Grant no more leases on a model that died; it leaves after its last lease.
 
-        Those who wait for it get a fresh load, unless it died before it served
-        anyone: then it counts as a failed load, or it would be loaded forever.
+        Its waiting tickets get a fresh load, unless it died before it served any request. That
+        counts as a failed load: otherwise the model would be loaded again and again.
         """
         model = self._models[model_id]
         if model.state in (ModelState.LOADING, ModelState.WAKING):
-            # The runtime may tell before the loop has seen the load itself end.
+            # The runtime may report this before the loop has seen the end of the load.
             model.failed_while_loading = reason
         elif model.state in (ModelState.RESIDENT, ModelState.PARKING, ModelState.PARKED):
             self._fail_resident(model, reason)
             self._replan()
 
     def on_timer(self) -> None:
-        """Look again; may be called at any time, for instance to notice other programs."""
+        """Plan again. May be called at any time, for instance to notice other programs."""
         self._asked_at = None
         if self._transition is None:
             self._measure()
         self._replan()
 
-    # What it tells.
+    # State that the engine reads; the rest is in `report`.
 
     @property
     def transition(self) -> str | None:
@@ -418,115 +382,30 @@ class Scheduler:
     @property
     def empty(self) -> bool:
         """Nothing waits, runs, moves or is resident."""
-        return not (self._tickets or self._leases) and all(
+        return not (self._queue or self._leases) and all(
             model.state is ModelState.ABSENT for model in self._models.values()
         )
 
-    def model(self, model_id: str) -> ModelStatus:
-        """One configured model, as it is now."""
-        return self._model_status(self._models[model_id], self._clock())
-
-    def models(self) -> tuple[ModelStatus, ...]:
-        """Every configured model, as it is now."""
-        now = self._clock()
-        return tuple(self._model_status(model, now) for model in self._models.values())
-
-    def wanted(self) -> tuple[str, ...]:
-        """The models that are there or being brought in, the most asked for first."""
-        now = self._clock()
-        there = (ModelState.LOADING, ModelState.WAKING, ModelState.RESIDENT, ModelState.PARKED)
-        models = [model for model in self._models.values() if model.state in there]
-        models.sort(key=lambda model: model.demand.read(now), reverse=True)
-        return tuple(model.config.id for model in models)
-
-    def queue(self) -> tuple[TicketStatus, ...]:
-        """Every waiting request, in the order in which they are considered."""
-        return tuple(self._line().values())
-
-    def ticket_status(self, ticket: Ticket) -> TicketStatus | None:
-        """Where a request stands, up to `LINE_MEMORY_S` ago; None once it waits no more.
-
-        Cheap enough for everyone who waits to ask once a second.
-        """
-        serial = self._serials.get(ticket)
-        if serial is None:
-            return None
-        now = self._clock()
-        if serial not in self._remembered_line or now > self._line_at + LINE_MEMORY_S:
-            self._remembered_line, self._line_at = self._line(), now
-        return self._remembered_line[serial]
-
-    def forecast(
-        self, model_id: str, *, working_bytes: int = 0, priority: Priority = Priority.NORMAL
-    ) -> Forecast:
-        """What would be done for one more request, if it came now. Changes nothing."""
-        now = self._clock()
-        model = self._models[model_id]
-        ticket = TicketView(
-            id=self._next_serial,
-            model=model_id,
-            working_bytes=working_bytes,
-            priority=priority,
-            enqueued_at=now,
-            deadline=math.inf,
-        )
-        outlook = forecast(self._snapshot(), ticket)
-        eta = EtaEstimator(self._models, now)
-        for view in service_order(
-            (*self._views.values(), ticket), now, self._config.max_overtake_s
-        ):
-            eta_s = eta.next(view)
-            if view is ticket:
-                break
-        return Forecast(
-            model=model_id,
-            fits=outlook.fits,
-            tier=model.tier,
-            wanted_bytes=outlook.wanted_bytes,
-            free_bytes=self._ledger.free_bytes,
-            evictions=outlook.evictions,
-            move_s=model.move_s,
-            eta_s=eta_s if outlook.fits else None,
-            reason=outlook.reason,
-        )
-
-    def _line(self) -> dict[int, TicketStatus]:
-        """Every waiting request by its serial number, in order."""
-        now = self._clock()
-        eta = EtaEstimator(self._models, now)
-        order = service_order(tuple(self._views.values()), now, self._config.max_overtake_s)
-        return {
-            view.id: TicketStatus(
-                request_id=self._tickets[view.id].request_id,
-                model=view.model,
-                operation=self._tickets[view.id].operation,
-                priority=self._tickets[view.id].priority.name.lower(),
-                position=position,
-                waited_s=now - view.enqueued_at,
-                eta_s=eta.next(view),
-            )
-            for position, view in enumerate(order, start=1)
-        }
-
-    # The decision, carried out.
+    # Plans, carried out.
 
     def _replan(self) -> None:
         """Carry out plans until one changes nothing."""
         if self._replanning:
-            # A callback came back with another event. The loop below is still running; what
-            # is left of its plan is from before this event and must not be acted on.
+            # A callback sent another event while the loop below still runs. The rest of its
+            # plan is older than this event and must not be acted on.
             self._stale = True
             return
         self._replanning = True
         try:
-            wake_at = self._settle()
+            wake_at = self._carry_out_plans()
         finally:
             self._replanning = False
         if wake_at is not None and wake_at != self._asked_at:
             self._asked_at = wake_at
             self._effects.call_at(wake_at)
 
-    def _settle(self) -> float | None:
+    def _carry_out_plans(self) -> float | None:
+        """Plan and act until a plan changes nothing; returns its `wake_at`."""
         measured = False
         while True:
             self._stale = False
@@ -540,7 +419,7 @@ class Scheduler:
             elif decision.transition is None:
                 return decision.wake_at
             elif not measured:
-                # Others may have taken or given memory since: decide again on what is true now.
+                # Other programs may have taken or freed memory since. Measure, then plan again.
                 self._measure()
                 measured = True
             else:
@@ -576,69 +455,65 @@ class Scheduler:
         if waking:
             model.state = ModelState.WAKING
             self._transition = f"waking {model.config.id}"
-            self._tell(EventKind.WAKE, model, format_size(wanted_bytes))
+            self._emit(EventKind.WAKE, model, format_size(wanted_bytes))
             self._effects.wake(model.config.id, model.parked)
         else:
             model.state = ModelState.LOADING
             self._prefetched = None
             self._transition = f"loading {model.config.id}"
-            self._tell(EventKind.LOAD, model, format_size(wanted_bytes))
+            self._emit(EventKind.LOAD, model, format_size(wanted_bytes))
             self._effects.load(model.config.id)
 
     def _begin_park(self, model: ScheduledModel, park: Park) -> None:
         model.state = ModelState.PARKING
         model.leaving = park.blocks
         self._transition = f"parking {model.config.id}: {park.reason}"
-        self._tell(EventKind.PARK, model, f"{', '.join(sorted(park.blocks))}: {park.reason}")
+        self._emit(EventKind.PARK, model, f"{', '.join(sorted(park.blocks))}: {park.reason}")
         self._effects.park(model.config.id, park.blocks, park.reason)
 
     def _begin_unload(self, model: ScheduledModel, reason: str) -> None:
         model.state = ModelState.UNLOADING
         model.idle_since = None
         self._transition = f"unloading {model.config.id}: {reason}"
-        self._tell(EventKind.UNLOAD, model, reason)
+        self._emit(EventKind.UNLOAD, model, reason)
         self._effects.unload(model.config.id, reason)
 
     def _leave(self, model: ScheduledModel) -> None:
         self._ledger.release_all(model.config.id)
-        model.state = ModelState.ABSENT
-        model.blocks = ()
-        model.parked = model.leaving = frozenset()
-        model.granted_bytes = model.host_bytes = 0
-        model.resident_since = model.idle_since = None
-        model.unload_reason = model.park_reason = model.failed_while_loading = None
+        model.clear()
         self._transition = None
 
     def _fail_resident(self, model: ScheduledModel, reason: str) -> None:
         model.unload_reason = f"failed: {reason}"
         model.last_error = reason
-        self._tell(EventKind.MODEL_FAILED, model, reason)
+        self._emit(EventKind.MODEL_FAILED, model, reason)
         if model.grants_since_load == 0:
             self._fail_waiting(model, reason)
 
     def _fail_waiting(self, model: ScheduledModel, reason: str) -> None:
-        """Fail everyone who waits for the model, and back off."""
-        # The files may be mended before the next try, so what was read of them is forgotten.
+        """Fail every ticket that waits for the model, and back off."""
+        # Somebody may repair the files before the next try, so forget what was read of them.
         model.needed_bytes = model.reload_s = None
         model.load_measured = model.overflowed = False
         model.last_error = reason
         backoff_s = min(LAST_BACKOFF_S, FIRST_BACKOFF_S * 2**model.failures)
         model.failures += 1
         model.blocked_until = self._clock() + backoff_s
-        self._tell(EventKind.LOAD_FAILED, model, reason)
+        self._emit(EventKind.LOAD_FAILED, model, reason)
         self._refuse_waiting(model, lambda _: LoadFailed(reason))
 
     def _refuse_waiting(
         self, model: ScheduledModel, error: Callable[[ScheduledModel], EngineError]
     ) -> None:
         # One error each: an exception raised in two tasks would mix their tracebacks.
-        for serial in [s for s, view in self._views.items() if view.model == model.config.id]:
-            if serial in self._tickets:  # a callback may have cancelled it
-                self._refuse(serial, error(model))
+        for view in self._queue.views():
+            # The callback of an earlier ticket may have cancelled this one.
+            if view.model == model.config.id and view.id in self._queue:
+                self._refuse(view.id, error(model))
 
     def _grant(self, serial: int) -> None:
         now = self._clock()
-        view, tier = self._views[serial], self._tiers[serial]
+        view, tier = self._queue.view(serial), self._queue.tier(serial)
         ticket = self._remove(serial)
         model = self._models[ticket.model_id]
         if ticket.keep_alive_s is not None:
@@ -662,44 +537,31 @@ class Scheduler:
         )
         self._leases[lease] = ticket.working_bytes
         self._exclusive_running = self._exclusive_running or ticket.exclusive
-        self._tell(EventKind.GRANT, model, "", ticket.request_id)
+        self._emit(EventKind.GRANT, model, "", ticket.request_id)
         ticket.on_granted(lease)
 
     def _refuse(self, serial: int, error: EngineError) -> None:
         ticket = self._remove(serial)
         model = self._models[ticket.model_id]
-        self._tell(EventKind.REFUSE, model, error.message, ticket.request_id)
+        self._emit(EventKind.REFUSE, model, error.message, ticket.request_id)
         ticket.on_refused(error)
 
     def _remove(self, serial: int) -> Ticket:
-        ticket = self._tickets.pop(serial)
-        del self._views[serial]
-        del self._tiers[serial]
-        del self._serials[ticket]
+        ticket = self._queue.remove(serial)
         self._models[ticket.model_id].waiting -= 1
         return ticket
 
     def _refusal_error(self, refusal: Refusal) -> EngineError:
-        model = self._models[self._tickets[refusal.ticket_id].model_id]
+        model = self._models[self._queue.view(refusal.ticket_id).model]
         message = f"The request for {model.config.id!r} was {refusal.reason}."
         if refusal.code is RefusalCode.DEADLINE:
-            return QueueTimeout(message, retry_after_s=self._retry_after_s(model))
+            return QueueTimeout(message, retry_after_s=retry_after_s(model))
         if refusal.code is RefusalCode.NOT_LOADED:
             return Conflict(f"The model {model.config.id!r} {refusal.reason}.", param="model")
         return InsufficientCapacity(f"The request for {model.config.id!r} {refusal.reason}.")
 
     def _shutting_down_error(self, model: ScheduledModel) -> ShuttingDown:
-        return ShuttingDown(
-            "The engine is shutting down.", retry_after_s=self._retry_after_s(model)
-        )
-
-    def _retry_after_s(self, model: ScheduledModel) -> float:
-        """When one more request for the model would be served, by measured service times."""
-        turns = (model.waiting + model.leases) / model.max_concurrency
-        wait_s = turns * (model.service_s or SHORTEST_RETRY_S)
-        if model.state is not ModelState.RESIDENT:
-            wait_s += model.move_s or 0.0
-        return min(LONGEST_RETRY_S, max(SHORTEST_RETRY_S, wait_s))
+        return ShuttingDown("The engine is shutting down.", retry_after_s=retry_after_s(model))
 
     def _measure(self) -> None:
         self._ledger.observe(self._effects.measure_external())
@@ -713,7 +575,7 @@ class Scheduler:
             free_bytes=self._ledger.free_bytes,
             max_overtake_s=self._config.max_overtake_s,
             models=tuple(model.view(now) for model in self._models.values()),
-            tickets=tuple(self._views.values()),
+            tickets=self._queue.views(),
             busy=self._transition is not None,
             exclusive_running=self._exclusive_running,
             draining=self._draining,
@@ -726,7 +588,7 @@ class Scheduler:
             raise RuntimeError(f"{model_id!r} is {model.state}, not {state}")
         return model
 
-    def _tell(
+    def _emit(
         self, kind: EventKind, model: ScheduledModel, reason: str, request_id: str | None = None
     ) -> None:
         if self._on_event is not None:
@@ -741,36 +603,6 @@ class Scheduler:
                     request_id,
                 )
             )
-
-    def _model_status(self, model: ScheduledModel, now: float) -> ModelStatus:
-        config = model.config
-        return ModelStatus(
-            id=config.id,
-            aliases=config.aliases,
-            runtime=config.runtime,
-            task=config.task,
-            source=config.source,
-            state=model.state,
-            tier=model.tier,
-            blocks=tuple(
-                BlockStatus(
-                    block.name, block.nbytes, "host" if block.name in model.parked else "device"
-                )
-                for block in model.blocks
-            ),
-            device_bytes=model.granted_bytes,
-            host_bytes=model.host_bytes,
-            estimated_bytes=model.needed_bytes,
-            estimated_load_s=model.reload_s,
-            estimated_wake_s=model.move_s if model.tier == "host" else None,
-            leases=model.leases,
-            waiting=model.waiting,
-            pinned=model.pinned,
-            keep_alive_s=model.keep_alive_s,
-            idle_s=None if model.idle_since is None else now - model.idle_since,
-            last_error=model.last_error,
-            created=self._created,
-        )
 
 
 def _mean(mean: float | None, sample: float) -> float:

@@ -1,4 +1,4 @@
-"""What happens to requests and models, for the log and the metrics."""
+"""Events of the scheduler, for the log and the metrics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class EventKind(StrEnum):
-    """What the scheduler did or learned."""
+    """The kinds of events."""
 
     GRANT = "grant"
     REFUSE = "refuse"
@@ -26,7 +26,7 @@ class EventKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SchedulerEvent:
-    """One thing that happened, for the log and the metrics."""
+    """One event, with the ledger's bytes at that moment."""
 
     kind: EventKind
     model: str

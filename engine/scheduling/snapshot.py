@@ -1,4 +1,4 @@
-"""What the planner decides from."""
+"""The input of the planner: a snapshot of models and tickets."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ class PartView:
     name: str
     nbytes: int
     wake_s: float
-    """What bringing it back takes."""
+    """Seconds of bringing it back."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """One configured model, as the decision sees it."""
+    """One configured model, as the planner sees it."""
 
     id: str
     state: ModelState
     resident_bytes: int
-    """Granted for its blocks on the device, and for what is being brought in."""
+    """Granted for the blocks on the device and for those being brought in."""
     needed_bytes: int | None
-    """What a load takes, as estimated or last measured; None while unknown."""
+    """Of a load, as estimated or last measured; None while unknown."""
     leases: int
     leased_working_bytes: int
     max_concurrency: int
@@ -42,20 +42,20 @@ class ModelView:
     unload_reason: str | None = None
     """Why the model must leave as soon as it is idle, pinned or not; None while it may stay."""
     park_reason: str | None = None
-    """Why it was asked to leave the device when it is idle; None while it was not."""
+    """Why the model must be parked as soon as it is idle; None while it may stay."""
     parts: tuple[PartView, ...] = ()
-    """Its blocks on the device that can be parked."""
+    """The blocks on the device that can be parked."""
     leaving_bytes: int = 0
     """Of the blocks that are being parked."""
     wake_s: float = 0.0
     """What bringing back everything that can be parked would take."""
     host_bytes: int = 0
-    """Of its host copy; what a load would make of it, while absent."""
+    """Of the host copy; while the model is absent, of the copy that a load would make."""
 
 
 @dataclass(frozen=True, slots=True)
 class TicketView:
-    """One waiting request, as the decision sees it."""
+    """One waiting ticket, as the planner sees it."""
 
     id: int
     model: str
@@ -64,23 +64,23 @@ class TicketView:
     """Lower is served first."""
     enqueued_at: float
     deadline: float
-    """When it is refused; `math.inf` for never."""
+    """When the ticket is refused; `math.inf` for never."""
     exclusive: bool = False
     no_evict: bool = False
     """No other model may leave for it."""
     if_loaded_only: bool = False
-    """It is refused rather than waiting for its model to be brought in."""
+    """Refuse it rather than bring its model in."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Everything the decision depends on. Times are seconds on one monotonic clock."""
+    """Everything that a plan depends on. Times are seconds on one monotonic clock."""
 
     now: float
     budget_bytes: int
     capacity_bytes: int
     free_bytes: int
-    """Capacity less granted; negative when others took what was granted."""
+    """Capacity less granted; negative when other programs took what was granted."""
     max_overtake_s: float
     models: tuple[ModelView, ...]
     tickets: tuple[TicketView, ...]
@@ -89,6 +89,6 @@ class Snapshot:
     """A model is being moved."""
     exclusive_running: bool = False
     draining: frozenset[str] = frozenset()
-    """`Plan.draining` of the plan before."""
+    """`Plan.draining` of the last plan."""
     host_free_bytes: int = 0
-    """For host copies."""
+    """Host memory left for host copies."""

@@ -15,9 +15,9 @@ from engine.scheduling.lease import Lease
 class Ticket:
     """A request that waits for a lease.
 
-    Exactly one of `on_granted` and `on_refused` is called, once, unless the
-    ticket is cancelled first. Neither may raise. `working_bytes` is the device
-    memory that the run needs beside the model; an `exclusive` ticket runs alone.
+    Exactly one of `on_granted` and `on_refused` is called, once, unless the ticket is
+    cancelled first. Neither may raise. `working_bytes` is the device memory that the run needs
+    beside the model. An `exclusive` ticket runs alone.
     """
 
     request_id: str
@@ -32,6 +32,6 @@ class Ticket:
     if_loaded_only: bool = False
     """Refuse it rather than bring its model in."""
     keep_alive_s: float | None = None
-    """How long its model may stay idle from its grant on; None leaves that as it is."""
+    """From the grant on, how long the model may stay idle; None changes nothing."""
     on_granted: Callable[[Lease], None]
     on_refused: Callable[[EngineError], None]

@@ -4,41 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from engine.scheduling.ticket import Ticket
+from engine.scheduling.ticket import Ticket
 
 
 class Stage(StrEnum):
     """What a request waits for."""
 
     STARTING = "starting"
-    """The engine, which still starts."""
+    """The start of the engine."""
     FETCHING = "fetching"
     """The model's files."""
     QUEUED = "queued"
     LOADING = "loading"
     WAKING = "waking"
     RUNNING = "running"
-    """Granted: the model works on its first event."""
+    """The model's first event; the lease is granted."""
 
 
 class Waiting:
-    """One request's way to its session. `Engine.open` writes it; `Engine.wait_status` reads it."""
+    """The way of one request: `Engine.open` writes it, `Engine.wait_status` reads it."""
 
     def __init__(self) -> None:
         self.stage = Stage.STARTING
         self.ticket: Ticket | None = None
-        """While the scheduler has it."""
+        """Set while the request is in the scheduler's queue."""
 
 
 @dataclass(frozen=True, slots=True)
 class WaitStatus:
-    """What can be told of a wait at one moment."""
+    """The state of a wait at one moment."""
 
     stage: Stage
     position: int | None = None
-    """Among all waiting requests; 1 is next. None where it is not in the queue."""
+    """Among all waiting requests; 1 is next. None outside the queue."""
     eta_s: float | None = None
-    """Seconds until it is granted, as far as can be told."""
+    """Seconds until the grant; None while unknown."""

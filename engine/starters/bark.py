@@ -1,14 +1,16 @@
 """The starter model of Bark: a folder like suno/bark-small, with two voices.
 
-The parts are instances of the transformers classes with small sizes and vocabularies; their
-parameters are those that the constructors draw from a seeded generator, so the same versions of
-transformers and torch always write the same bytes. Importing this module imports both.
+The parts are instances of the transformers classes with small sizes and vocabularies. Their
+constructors draw the parameters from a seeded generator, so the same versions of transformers
+and torch always write the same bytes. Importing this module imports both.
 """
 
 from __future__ import annotations
 
 import string
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -37,13 +39,13 @@ VOICES = ("v2/en_speaker_0", "v2/de_speaker_0")
 
 _CODEBOOK = 1024
 _SEMANTIC = 200
-"""Semantic tokens; the one after them is the end. Real Bark has 10,000."""
+"""The number of semantic tokens; the one after them is the end. Real Bark has 10,000."""
 _TEXT_OFFSET = 256
 _TEXT_PAD, _SEMANTIC_INFER, _TEXT_VOCABULARY = 500, 501, 512
 _COARSE_PAD = _SEMANTIC + 2 * _CODEBOOK
 
 
-def write_bark_starter(folder: Path) -> None:
+def _write_bark(folder: Path) -> None:
     """Write the starter model into an empty folder. Takes a second.
 
     Modules are constructed behind the gate; torch's random state is afterwards what it was.
@@ -57,8 +59,8 @@ def write_bark_starter(folder: Path) -> None:
         torch.random.default_generator.manual_seed(9)
         model = BarkModel(config).eval()
         for part in (model.semantic, model.coarse_acoustics):
-            # As they are initialised every token is as likely as the next: nothing to hear of
-            # the text. Sharper ones let it decide.
+            # As initialised, every token is as likely as any other, and the text decides
+            # nothing. Sharper logits let it decide.
             part.lm_head.weight.mul_(20.0)
         for layer in model.codec_model.quantizer.layers:
             layer.codebook.embed.normal_(std=5.0)  # zero until it is trained
@@ -122,7 +124,7 @@ def _generation() -> BarkGenerationConfig:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """Words as pieces of one character, as BERT's tokenizer spells what it does not know."""
+    """Words as pieces of one character, as BERT's tokenizer spells unknown words."""
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = string.ascii_lowercase + string.digits
     tokens = [*specials, *letters, *string.punctuation, *(f"##{letter}" for letter in letters)]
@@ -142,7 +144,7 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def _write_voices(folder: Path) -> None:
-    """What each of the three models is told that the speaker has said before."""
+    """For each of the three models, tokens that the speaker has supposedly said before."""
     random = np.random.Generator(np.random.PCG64(9))
     paths: dict[str, object] = {"repo_or_path": "roundhouse/tiny-bark"}
     for voice in VOICES:
@@ -157,3 +159,7 @@ def _write_voices(folder: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, prompt, allow_pickle=False)
     write_json(folder / "speaker_embeddings_path.json", paths)
+
+
+WRITERS: Mapping[str, Callable[[Path], None]] = MappingProxyType({"tiny-bark": _write_bark})
+"""The function that writes each model into an empty folder, by the model's name."""

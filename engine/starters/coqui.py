@@ -1,14 +1,15 @@
 """Starter models of Coqui TTS: VITS with one and with several speakers, and XTTS v2.
 
-Each folder has the files of a released model and is loaded by Coqui's own classes; their
-parameters are those that the constructors draw from a seeded generator, so the same versions of
-coqui-tts and torch always write the same bytes. Importing this module imports both (some 5 s).
+Each folder has the files of a released model, which Coqui's own classes load. The constructors
+draw the parameters from a seeded generator, so the same versions of coqui-tts and torch always
+write the same bytes. Importing this module imports both (some 5 s).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,46 +29,36 @@ from engine.process.gate import GATE
 from engine.starters.json_text import write_json
 
 VITS_SPEAKERS = ("p225", "p226", "p227")
-"""Of tiny-vits-multi; the names are VCTK's."""
+"""The speakers of tiny-vits-multi, with names of VCTK."""
 
 XTTS_SPEAKERS = ("Claribel Dervla", "Damien Black")
-"""Of tiny-xtts; the names are two of XTTS v2's own."""
+"""The speakers of tiny-xtts, two of XTTS v2's own."""
 
 _MAX_STORED = 40_000
-"""Numbers of a tensor that the file holds; the rest repeats them. XTTS's vocoder and speaker
-encoder have no settings for their sizes: 22 million parameters, whatever the rest is."""
+"""The most numbers of one tensor that the file holds; the rest repeats them. XTTS's vocoder and
+speaker encoder have no settings for their sizes: they always have 22 million parameters."""
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _ACCENTED = "àâäçéèêëîïñôöùûüß"
 
 
-def write_coqui_starter(name: str, folder: Path) -> None:
-    """Write the starter model `name`, one of `WRITERS`, into an empty folder. Takes a second.
+def _write(write: Callable[[Path], None], folder: Path) -> None:
+    """Write a starter model into an empty folder by `write`, from one seed. Takes a second.
 
     Modules are constructed behind the gate; torch's random state is afterwards what it was.
 
     Raises:
-        KeyError: there is no Coqui starter of that name.
         OSError: the folder cannot be written.
 
     """
-    write = WRITERS[name]
     with GATE.exclusive(), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.random.default_generator.manual_seed(7)
         write(folder)
 
 
-def _write_vits(folder: Path) -> None:
-    _write_any_vits(folder, ())
-
-
-def _write_vits_multi(folder: Path) -> None:
-    _write_any_vits(folder, VITS_SPEAKERS)
-
-
-def _write_any_vits(folder: Path, speakers: tuple[str, ...]) -> None:
+def _write_vits(folder: Path, *, name: str, speakers: tuple[str, ...]) -> None:
     config = VitsConfig(
-        run_name=folder.name.lstrip(".").rpartition("-")[0],
+        run_name=name,
         test_sentences=[],
         output_path="",
         languages=["en"],
@@ -109,7 +100,7 @@ def _write_any_vits(folder: Path, speakers: tuple[str, ...]) -> None:
     for section in (config, config.model_args):
         if speakers:
             section.speakers_file = "speakers.json"
-    # Before training the flow does nothing: its last layers are zero.
+    # An untrained flow does nothing, as its last layers are zero.
     for name, parameter in model.named_parameters():
         if name.startswith("flow.") and ".proj." in name:
             parameter.normal_(std=0.1)
@@ -144,7 +135,7 @@ def _write_xtts(folder: Path) -> None:
     model = Xtts(config)
     model.tokenizer = VoiceBpeTokenizer(str(folder / "vocab.json"))
     model.init_models()
-    # The end comes mostly after all 30 tokens, each 46 ms, and sometimes before.
+    # Mostly the end comes after all 30 tokens, each 46 ms, and sometimes before.
     model.gpt.mel_head.bias[config.model_args.gpt_stop_audio_token] = 0.0
     _write_checkpoint(folder / "model.pth", model, config)
     write_json(folder / "config.json", config.to_dict())
@@ -152,7 +143,7 @@ def _write_xtts(folder: Path) -> None:
 
 
 def _xtts_tokenizer(languages: list[str]) -> Tokenizer:
-    """Single characters after the language's tag, as XTTS's own spells what has no merge."""
+    """Single characters after the language's tag, as XTTS's own spells words without merges."""
     tags = [f"[{language}]" for language in languages]
     specials = ["[STOP]", "[UNK]", "[SPACE]", *tags, "[START]"]
     characters = [chr(code) for code in range(33, 127)] + list(_ACCENTED)
@@ -176,7 +167,7 @@ def _write_checkpoint(path: Path, model: Any, config: Any) -> None:
 
 
 def _repeating(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or of a large one so much of it as may be stored, seen in its whole shape."""
+    """The tensor; a large one as a stored part that is repeated to the whole shape."""
     kept = tensor.detach()
     if kept.is_floating_point():
         for dim in range(kept.dim()):
@@ -186,6 +177,12 @@ def _repeating(tensor: torch.Tensor) -> torch.Tensor:
 
 
 WRITERS: Mapping[str, Callable[[Path], None]] = MappingProxyType(
-    {"tiny-vits": _write_vits, "tiny-vits-multi": _write_vits_multi, "tiny-xtts": _write_xtts}
+    {
+        "tiny-vits": partial(_write, partial(_write_vits, name="tiny-vits", speakers=())),
+        "tiny-vits-multi": partial(
+            _write, partial(_write_vits, name="tiny-vits-multi", speakers=VITS_SPEAKERS)
+        ),
+        "tiny-xtts": partial(_write, _write_xtts),
+    }
 )
-"""What writes each model, by the names of `starter.SPEECH_STARTERS`."""
+"""The function that writes each model into an empty folder, by the model's name."""

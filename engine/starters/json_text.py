@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a document as the hub's repositories hold theirs: two spaces, letters as they are.
+    """Write a document as the hub's repositories do: two spaces, letters beyond ASCII unescaped.
 
     Raises:
         OSError: the file cannot be written.

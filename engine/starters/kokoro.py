@@ -1,8 +1,8 @@
 """A starter model of Kokoro: a folder like hexgrad/Kokoro-82M, with a voice of each kind.
 
 Kokoro's code fixes the sizes of its vocoder, so even the smallest has 59 million parameters. The
-large ones are overlapping windows on a few thousand random numbers, of which a file of torch
-holds only those. Importing this module imports torch and kokoro (some 5 s).
+large tensors are overlapping windows on a few thousand random numbers, and a file of torch holds
+only those numbers. Importing this module imports torch and kokoro (some 5 s).
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import io
 import json
 import math
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,18 +26,18 @@ VOICES = (
     *("am_adam", "am_echo", "am_michael", "am_onyx", "bf_emma", "bm_fable", "bm_george"),
     *("ef_dora", "ff_siwis", "hf_alpha", "if_sara", "pf_dora"),
 )
-"""Names of Kokoro-82M's voices: all that OpenAI's names are mapped to, and one of each language."""
+"""Voices of Kokoro-82M: all targets of OpenAI's names, and one of each language."""
 
 _PHONEMES = (
     ';:,.!?—…"()“” \u0303ʣʥʦʨᵝ\uab67AIOQSTWYᵊabcdefhijklmnopqrstuvwxyzɑɐɒæβɔɕçɖðʤəɚɛɜɟɡɥɨɪʝɯɰŋɳɲɴ'
     "øɸθœɹɾɻʁɽʂʃʈʧʊʋʌɣɤχʎʒʔˈˌːʰʲ↓→↗↘ᵻ"
 )
-"""Kokoro's vocabulary; here each has its place as its id."""
+"""Kokoro's vocabulary; here the id of each is its place."""
 
 _STYLE_WIDTH = 256
 _MAX_PHONEMES = 510
 _LARGE = 4096
-"""Parameters with more numbers than this are windows."""
+"""Tensors with more numbers than this are windows."""
 
 _CONFIG: dict[str, Any] = {
     # Fixed by the library's code or by its vocoder.
@@ -72,7 +74,7 @@ _CONFIG: dict[str, Any] = {
 }
 
 
-def write_kokoro_starter(folder: Path) -> None:
+def _write_kokoro(folder: Path) -> None:
     """Write the model into an empty folder. Takes about a second.
 
     The module is constructed behind the gate; torch's random state is afterwards what it was.
@@ -95,7 +97,7 @@ def write_kokoro_starter(folder: Path) -> None:
             module = KModel(repo_id="hexgrad/Kokoro-82M", config=_CONFIG, model=nothing)
         _make_it_speak(module)
         windows = _Windows()
-        # `module.` is before every key of the real file too.
+        # Every key of the real file begins with `module.` too.
         parts = {
             part: {
                 f"module.{name}": windows.like(tensor)
@@ -110,7 +112,7 @@ def write_kokoro_starter(folder: Path) -> None:
 
 
 def _make_it_speak(module: Any) -> None:
-    """Durations of a few frames (25 ms each) a phoneme, and samples that are loud but in range."""
+    """Give a phoneme a few frames (25 ms each), and make samples loud but in range."""
     duration = module.predictor.duration_proj.linear_layer
     duration.weight.mul_(8.0)
     duration.bias.fill_(-4.6)
@@ -120,17 +122,17 @@ def _make_it_speak(module: Any) -> None:
 
 
 class _Windows:
-    """Tensors that overlap in memory, a shared row of random numbers for each scale."""
+    """Tensors that overlap in memory: one shared row of random numbers for each scale."""
 
     def __init__(self) -> None:
         self._rows: dict[int, torch.Tensor] = {}
 
     def like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of the same shape and about the same spread; the same one if it is small."""
+        """A tensor of the same shape and about the same spread; a small one is copied."""
         if tensor.numel() <= _LARGE:
             return tensor.clone()
         scale = round(math.log2(float(tensor.std())))
-        # Neighbours along every dimension differ, and so do rows; a constant would say nothing.
+        # Neighbours along every dimension differ, and so do rows: constants would carry nothing.
         strides = [(1, 13, 7)[dimension] for dimension in range(tensor.dim())]
         needed = 1 + sum(
             (size - 1) * step for size, step in zip(tensor.shape, strides, strict=True)
@@ -143,6 +145,10 @@ class _Windows:
 
 
 def _voice() -> torch.Tensor:
-    """A style for every number of phonemes: (510, 1, 256), each a window on the one before."""
+    """A style for every number of phonemes: (510, 1, 256), each a shifted window on one row."""
     row = 0.1 * torch.randn(_MAX_PHONEMES + _STYLE_WIDTH)
     return row.as_strided((_MAX_PHONEMES, 1, _STYLE_WIDTH), (1, 1, 1))
+
+
+WRITERS: Mapping[str, Callable[[Path], None]] = MappingProxyType({"tiny-kokoro": _write_kokoro})
+"""The function that writes each model into an empty folder, by the model's name."""

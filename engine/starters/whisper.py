@@ -1,16 +1,17 @@
-"""The starter model that listens: a tiny multilingual Whisper as CTranslate2 keeps them.
+"""The starter model that listens: a tiny multilingual Whisper in CTranslate2's format.
 
-Nothing is trained, but it listens all the same: two sentences of fixed form, and the recording,
-the language, the task and the prompt decide which word stands at each place. That is done with
-weights that are random but for a few: the first half of the model's width says which place of
-the form comes next, the second half adds up what was heard and what was said before.
+It is not trained, but it does listen. It says two sentences of fixed form, and the recording,
+the language, the task and the prompt decide which word stands at each place. Almost all weights
+are random. The first half of the model's width says which place of the form comes next. The
+second half adds up the recording and the words before.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +24,7 @@ from tokenizers.trainers import BpeTrainer
 
 from engine.files.ctranslate2_file import write_variables
 from engine.starters.json_text import write_json
-
-Tensor = NDArray[np.float32]
-Weights = dict[str, Tensor]
+from engine.starters.tensors import RandomTensors, Tensor, Tensors
 
 LANGUAGES = """en zh de es ru ko fr ja pt tr pl ca nl ar sv it id hi fi vi he uk el ms cs ro da hu
 ta no th ur hr bg lt la mi ml cy sk te fa lv bn sr az sl kn et mk br eu is hy ne mn bs kk sq sw gl
@@ -45,20 +44,20 @@ FORM = [
     "<|startoftranscript|>", "language", "task", "<|0.00|>", *FIRST, "<|1.20|>", "<|1.40|>",
     *SECOND, "<|2.60|>", "<|endoftext|>",
 ]  # fmt: skip
-"""What follows what."""
+"""The places of an answer in their order."""
 
 WIDTH, HEADS, MELS, FRAMES, POSITIONS = 128, 2, 80, 1500, 448
 HALF = WIDTH // 2
 
 PLACE_GAIN = 120.0
-"""Logits by which a token that may come next exceeds all others."""
+"""Logits by which the tokens of the next place exceed all others."""
 CHOICE_GAIN = 5.0
-"""Standard deviation of the logits among those that may."""
+"""Standard deviation of the logits among the tokens of one place."""
 HEARD_GAIN = 2.5
 SAID_GAIN = 1.0
-"""How much the choice goes by the recording, and by the prompt and what was said."""
+"""How much the recording, and how much the prompt and the words before, decide the choice."""
 FOCUS = 6.0
-"""How far apart the moments of a recording are in weight."""
+"""How far apart the attention weights of the moments of a recording are."""
 SEED = 7
 
 SETTINGS: dict[str, NDArray[np.generic]] = {
@@ -77,7 +76,7 @@ SETTINGS: dict[str, NDArray[np.generic]] = {
 """The scalars that `ctranslate2.specs.WhisperSpec` of revision 3 writes."""
 
 
-def write_whisper_starter(folder: Path) -> None:
+def _write_whisper(folder: Path) -> None:
     """Write the model into an empty folder, in the format that faster-whisper loads.
 
     Raises:
@@ -87,7 +86,7 @@ def write_whisper_starter(folder: Path) -> None:
     tokenizer, words = _tokenizer()
     vocabulary = [*words, *_special_tokens(), *TIMESTAMPS]
     ids = {token: index for index, token in enumerate(vocabulary)}
-    random = np.random.Generator(np.random.PCG64(SEED))
+    random = RandomTensors(SEED)
     weights = {**_encoder(random), **_decoder(random, vocabulary)}
     write_variables(
         folder / "model.bin",
@@ -132,7 +131,7 @@ def _special_tokens() -> list[str]:
 
 
 def _tokenizer() -> tuple[Tokenizer, list[str]]:
-    """A byte-level BPE that knows every word of the form, and its tokens without the special."""
+    """A byte-level BPE that knows every word of the form, and its tokens without the specials."""
     trained = Tokenizer(BPE())
     trained.pre_tokenizer = ByteLevel(add_prefix_space=False)
     trainer = BpeTrainer(
@@ -141,7 +140,7 @@ def _tokenizer() -> tuple[Tokenizer, list[str]]:
     # Often enough to be merged until each is one token.
     trained.train_from_iterator([f" {place}" for place in FIRST + SECOND] * 3, trainer)
     model = json.loads(trained.to_str())["model"]
-    # CTranslate2 takes a model with an empty token for multilingual: it is in no other.
+    # CTranslate2 takes a model for multilingual if it has an empty token: no other has one.
     words = [*sorted(model["vocab"], key=model["vocab"].__getitem__), ""]
     tokenizer = Tokenizer(
         BPE(
@@ -158,15 +157,15 @@ def _tokenizer() -> tuple[Tokenizer, list[str]]:
     return tokenizer, words
 
 
-def _encoder(random: np.random.Generator) -> Weights:
+def _encoder(random: RandomTensors) -> Tensors:
     """Two convolutions that hear changes in pitch and time; the layer after them adds nothing."""
-    kernels = _normal(random, WIDTH, MELS, 3)
+    kernels = random.normal(WIDTH, MELS, 3)
     layer = "encoder/layer_0"
     return {
-        # Loudness alone says nothing.
+        # Without a mean, so that loudness alone has no effect.
         "encoder/conv1/weight": kernels - kernels.mean(axis=(1, 2), keepdims=True),
         "encoder/conv1/bias": np.zeros(WIDTH, np.float32),
-        "encoder/conv2/weight": _normal(random, WIDTH, WIDTH, 3, std=(3 * WIDTH) ** -0.5),
+        "encoder/conv2/weight": random.normal(WIDTH, WIDTH, 3, std=(3 * WIDTH) ** -0.5),
         "encoder/conv2/bias": np.zeros(WIDTH, np.float32),
         "encoder/position_encodings/encodings": _sinusoids(FRAMES),
         **_layer_norm("encoder/layer_norm"),
@@ -175,11 +174,11 @@ def _encoder(random: np.random.Generator) -> Weights:
     }
 
 
-def _decoder(random: np.random.Generator, vocabulary: Sequence[str]) -> Weights:
-    """One layer that listens to what was said and to the recording, and one for word times."""
+def _decoder(random: RandomTensors, vocabulary: Sequence[str]) -> Tensors:
+    """One layer that attends to the words before and the recording, and one for word times."""
     embeddings, projection = _token_weights(random, vocabulary)
     # In the second half, so that the place is not disturbed.
-    positions = _normal(random, POSITIONS, WIDTH, std=0.1)
+    positions = random.normal(POSITIONS, WIDTH, std=0.1)
     positions[:, :HALF] = 0
     weights = {
         "decoder/embeddings/weight": embeddings,
@@ -192,10 +191,10 @@ def _decoder(random: np.random.Generator, vocabulary: Sequence[str]) -> Weights:
         layer = f"decoder/layer_{index}"
         said, heard = _zeros(WIDTH), _zeros(WIDTH)
         if index == 0:
-            said[HALF:] = _normal(random, HALF, WIDTH, std=SAID_GAIN * WIDTH**-0.5)
-            heard[HALF:] = _normal(random, HALF, WIDTH, std=HEARD_GAIN * WIDTH**-0.5)
-        query = _normal(random, WIDTH, WIDTH, std=FOCUS * WIDTH**-0.5)
-        key = _normal(random, WIDTH, WIDTH, std=WIDTH**-0.5)
+            said[HALF:] = random.normal(HALF, WIDTH, std=SAID_GAIN * WIDTH**-0.5)
+            heard[HALF:] = random.normal(HALF, WIDTH, std=HEARD_GAIN * WIDTH**-0.5)
+        query = random.normal(WIDTH, WIDTH, std=FOCUS * WIDTH**-0.5)
+        key = random.normal(WIDTH, WIDTH, std=WIDTH**-0.5)
         # To all tokens alike, but to some moments of the recording more than to others.
         alike = np.concatenate([_zeros(2 * WIDTH), identity])
         weights |= _attention(f"{layer}/self_attention", alike, said)
@@ -205,19 +204,19 @@ def _decoder(random: np.random.Generator, vocabulary: Sequence[str]) -> Weights:
     return weights
 
 
-def _token_weights(random: np.random.Generator, vocabulary: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _token_weights(random: RandomTensors, vocabulary: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Embedding and projection: the code of a token's place, and of the place before it."""
     codes = _codes()
     embeddings = np.zeros((len(vocabulary), WIDTH), np.float32)
-    embeddings[:, HALF:] = _normal(random, len(vocabulary), HALF, std=0.5)
+    embeddings[:, HALF:] = random.normal(len(vocabulary), HALF, std=0.5)
     projection = np.zeros((len(vocabulary), WIDTH), np.float32)
     places: dict[str, int] = {}
     for place, choices in enumerate(FORM):
         places |= dict.fromkeys(_tokens_of(choices), place)
-    # Without timestamps the words begin where else the first timestamp would stand.
+    # Without timestamps, the words begin at the place of the first timestamp.
     places["<|notimestamps|>"] = places["<|0.00|>"]
     for index, token in enumerate(vocabulary):
-        choice = _normal(random, HALF, std=CHOICE_GAIN * HALF**-0.5)
+        choice = random.normal(HALF, std=CHOICE_GAIN * HALF**-0.5)
         if token not in places:
             continue
         place = places[token]
@@ -226,9 +225,9 @@ def _token_weights(random: np.random.Generator, vocabulary: Sequence[str]) -> tu
             projection[index, :HALF] = codes[place - 1] * (PLACE_GAIN / HALF)
             projection[index, HALF:] = choice
     english = vocabulary.index("<|en|>")
-    # So that it is the one that is mostly found.
+    # So that the detected language is mostly English.
     projection[english, :HALF] *= 1.5
-    # Else the task would be heard no louder than any word.
+    # Otherwise the task would have no more effect than any word.
     embeddings[vocabulary.index("<|translate|>"), HALF:] *= 6
     return embeddings, projection
 
@@ -260,7 +259,7 @@ def _sinusoids(length: int, longest: float = 10000.0) -> Tensor:
     return encodings
 
 
-def _attention(name: str, *linears: Tensor) -> Weights:
+def _attention(name: str, *linears: Tensor) -> Tensors:
     """Projections in (query, key and value together or apart) and out."""
     weights = _layer_norm(f"{name}/layer_norm")
     for index, weight in enumerate(linears):
@@ -268,8 +267,8 @@ def _attention(name: str, *linears: Tensor) -> Weights:
     return weights
 
 
-def _feed_forward(name: str) -> Weights:
-    """One that adds nothing."""
+def _feed_forward(name: str) -> Tensors:
+    """A feed-forward block that adds nothing."""
     return {
         **_layer_norm(f"{name}/layer_norm"),
         **_linear(f"{name}/linear_0", _zeros(WIDTH)),
@@ -277,11 +276,11 @@ def _feed_forward(name: str) -> Weights:
     }
 
 
-def _linear(name: str, weight: Tensor) -> Weights:
+def _linear(name: str, weight: Tensor) -> Tensors:
     return {f"{name}/weight": weight, f"{name}/bias": np.zeros(len(weight), np.float32)}
 
 
-def _layer_norm(name: str) -> Weights:
+def _layer_norm(name: str) -> Tensors:
     return {
         f"{name}/gamma": np.ones(WIDTH, np.float32),
         f"{name}/beta": np.zeros(WIDTH, np.float32),
@@ -292,5 +291,5 @@ def _zeros(outputs: int) -> Tensor:
     return np.zeros((outputs, WIDTH), np.float32)
 
 
-def _normal(random: np.random.Generator, *shape: int, std: float = 1.0) -> Tensor:
-    return random.standard_normal(shape, dtype=np.float32) * np.float32(std)
+WRITERS: Mapping[str, Callable[[Path], None]] = MappingProxyType({"tiny-whisper": _write_whisper})
+"""The function that writes each model into an empty folder, by the model's name."""

@@ -1,25 +1,25 @@
-"""What can keep a benchmark from being run; wrong answers of a server are counted instead.
+"""Errors that end a benchmark. Wrong answers of a server are counted instead.
 
 BenchError
-├── BadSetUp      the scenario cannot be run so: an unknown model, a peer that cannot do it
-├── NotStarted    a side did not come up, or died
-└── Void          the sides gave different answers, so that their figures cannot be compared
+├── BadSetUp      the scenario cannot run so: an unknown model, a peer without support for it
+├── NotStarted    a target did not start, or died
+└── InvalidRun    the targets gave different answers, so their figures cannot be compared
 """
 
 from __future__ import annotations
 
 
 class BenchError(Exception):
-    """Base of the tree; the message is for whoever ran the command."""
+    """Base of the tree. The command prints the message."""
 
 
 class BadSetUp(BenchError):
-    """The scenario cannot be run so."""
+    """The scenario cannot run so."""
 
 
 class NotStarted(BenchError):
-    """A side did not come up, or died; the message ends with what it said last."""
+    """A target did not start, or died. The message ends with the end of its log."""
 
 
-class Void(BenchError):
-    """The sides gave different answers to the same request."""
+class InvalidRun(BenchError):
+    """The targets gave different answers to the same request."""

@@ -1,8 +1,8 @@
-"""One HTTP request and its answer's bytes as they came, at the least cost for the client.
+"""One HTTP request and the bytes of its answer, at the least cost for the client.
 
-At 256 streams httpx takes 360 µs for each piece it hands over and so reads 2,800 a second at most:
-on a small machine it would be what is measured. A socket read costs 45 µs. So pieces are only
-noted while an answer comes, and understood when all have come.
+At 256 streams httpx takes 360 µs for each piece and so reads 2,800 a second at most. On a small
+machine the measurement would measure httpx. A socket read costs 45 µs. So this client only stores
+pieces while answers come, and parses them when all have come.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ CRLF = b"\r\n"
 
 
 class BadAnswer(Exception):
-    """What came is no whole HTTP answer; the message says what is wrong."""
+    """The bytes are not a complete HTTP answer. The message says what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """What was read from a connection, until the server closed it."""
+    """All bytes from a connection, until the server closed it."""
 
     sent_s: float
     """On the clock `time.perf_counter`."""
     pieces: tuple[tuple[float, bytes], ...]
     """Each with the seconds since the request was sent."""
     error: str | None = None
-    """Why the connection could not be used to its end."""
+    """Why the connection ended too early."""
 
     @property
     def end_s(self) -> float:
-        """When the last piece came, after the request was sent."""
+        """When the last piece came, since the request was sent."""
         return self.pieces[-1][0] if self.pieces else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """An answer without what frames it on the wire."""
+    """An answer without its framing on the wire."""
 
     status: int
     pieces: tuple[tuple[float, bytes], ...]
@@ -55,9 +55,9 @@ class Response:
 
 
 async def exchange(request: httpx.Request, timeout_s: float) -> Exchange:
-    """Send a request on a connection of its own and note all that comes back. Never raises OSError.
+    """Send a request on a connection of its own and store all that comes back.
 
-    The request's body must have been read.
+    The request's body must have been read. Never raises OSError.
     """
     url = request.url
     context = ssl.create_default_context() if url.scheme == "https" else None
@@ -82,7 +82,7 @@ async def exchange(request: httpx.Request, timeout_s: float) -> Exchange:
 
 
 def read_response(seen: Exchange) -> Response:
-    """Take the status and the body's pieces out of what was read.
+    """Take the status and the pieces of the body out of an exchange.
 
     Raises:
         BadAnswer: the connection failed, or the answer broke off or is not HTTP/1.
@@ -118,7 +118,7 @@ def read_response(seen: Exchange) -> Response:
 def events(response: Response) -> Iterator[tuple[float, bytes]]:
     """The data of each server-sent event and when its last byte came.
 
-    Only `data` of one line is known, which is what OpenAI's interface has.
+    `data` must be one line, as in OpenAI's interface.
     """
     rest = b""
     for at_s, piece in response.pieces:
@@ -132,14 +132,14 @@ def _wire(request: httpx.Request) -> bytes:
     path = request.url.raw_path.decode("ascii")
     head = [f"{request.method} {path} HTTP/1.1"]
     head += [f"{name}: {value}" for name, value in request.headers.items()]
-    # The end of the connection is then the end of the answer, and nothing has to be understood
-    # while others still come.
+    # The end of the connection is then the end of the answer, so nothing has to be parsed while
+    # other answers still come.
     head += ["connection: close", "", ""]
     return "\r\n".join(head).encode("latin-1") + request.content
 
 
 def _without(pieces: tuple[tuple[float, bytes], ...], nbytes: int) -> Iterator[tuple[float, bytes]]:
-    """The pieces less the first `nbytes` of all."""
+    """The pieces without the first `nbytes` bytes."""
     for at_s, piece in pieces:
         if left := piece[nbytes:]:
             yield at_s, left
@@ -147,7 +147,7 @@ def _without(pieces: tuple[tuple[float, bytes], ...], nbytes: int) -> Iterator[t
 
 
 class _Chunks:
-    """Takes the chunked transfer coding (RFC 9112, 7.1) off, piece by piece."""
+    """Decodes the chunked transfer coding (RFC 9112, 7.1), piece by piece."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -159,14 +159,14 @@ class _Chunks:
         """The data in a piece.
 
         Raises:
-            BadAnswer: this is no chunked coding.
+            BadAnswer: this is not a chunked coding.
 
         """
         data = b""
         while piece and not self.ended:
             if self._left:
                 taken, piece = piece[: self._left], piece[self._left :]
-                # The last two bytes of what is left are the line end, whole or in part.
+                # The last two bytes of the rest are the line end, whole or in part.
                 data += taken[: max(0, self._left - 2)]
                 self._left -= len(taken)
                 continue

@@ -1,4 +1,4 @@
-"""Figures of a measurement: what they mean, how they spread, and how two sides compare."""
+"""Figures of a measurement: meaning, spread, and comparison of two targets."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ class Figure:
     name: str
     unit: str
     higher_is_better: bool | None = False
-    """None: neither; it tells how to read the others."""
+    """None: neither. Such a figure explains the others."""
 
 
 def quantile(values: Sequence[float], share: float) -> float:
     """The value that `share` (0 to 1) of `values` are below, interpolated linearly.
 
-    Hyndman and Fan's type 7, which is numpy's and vLLM's. NaN where there are no values.
+    This is Hyndman and Fan's type 7, as in numpy and vLLM. No values give NaN.
     """
     if not values:
         return math.nan
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
-    # Between equal values there is nothing to weigh, and the difference of two infinities is none.
+    # Equal values need no interpolation, and the difference of two infinities is NaN.
     return low if low == high else low + (high - low) * (place - math.floor(place))
 
 
@@ -52,17 +52,17 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A figure of both sides, measured in pairs of neighbouring turns."""
+    """A figure of both targets, measured in pairs of neighbouring rounds."""
 
     figure: Figure
     ours: Spread
     peer: Spread
     ratio: Spread
-    """Of ours ÷ the peer's within each pair: what slows a whole pair down cancels out."""
+    """Of ours ÷ peer within each pair: a slowdown of the whole pair cancels out."""
 
     @classmethod
     def of(cls, figure: Figure, ours: Sequence[float], peer: Sequence[float]) -> Comparison:
-        """Compare two equally long series; the i-th values are of one pair.
+        """Compare two series of equal length. The i-th values are one pair.
 
         Raises:
             ValueError: the series differ in length.
@@ -76,13 +76,13 @@ class Comparison:
 
     @property
     def noisy(self) -> bool:
-        """Whether the spread of the ratio is wider than its distance from 1: no effect is shown."""
+        """Whether the ratio's spread exceeds its distance from 1, so that it shows no effect."""
         return not self.ratio.iqr <= abs(self.ratio.median - 1)
 
 
-def turns(repeats: int) -> list[tuple[int, int]]:
-    """In which order two sides take their turns: A B, B A, A B and so on.
+def round_order(repeats: int) -> list[tuple[int, int]]:
+    """The order of the rounds of two targets: A B, B A, A B and so on.
 
-    A drift of the machine (heat, other programs) so falls on both alike.
+    A drift of the machine (heat, other programs) then affects both equally.
     """
     return [(0, 1) if pair % 2 == 0 else (1, 0) for pair in range(repeats)]

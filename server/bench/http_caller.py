@@ -1,4 +1,4 @@
-"""Sends work to an OpenAI-compatible server and reads what it answers."""
+"""Sends requests to an OpenAI-compatible server and reads the answers."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from server.bench.work import (
 )
 
 POLL_S = 0.02
-"""How often a video's job is asked for: what its time may be too long by."""
+"""How often a video's job is polled, which is how much too long its time may be."""
 EXCERPT = 200
-"""Characters of a wrong answer that its error tells."""
+"""Characters of a wrong answer that its error shows."""
 
 
-def as_it_is(work: Work) -> Work:
-    """The request in OpenAI's words."""
+def unchanged(work: Work) -> Work:
+    """The request in OpenAI's format."""
     return work
 
 
 class HttpCaller:
-    """A client of a server: each request has a connection of its own."""
+    """A client of a server. Each request has a connection of its own."""
 
     def __init__(
         self,
@@ -48,18 +48,18 @@ class HttpCaller:
         api_key: str | None = None,
         *,
         timeout_s: float = 600.0,
-        adapt: Callable[[Work], Work] = as_it_is,
+        adapt: Callable[[Work], Work] = unchanged,
     ) -> None:
-        """`adapt` says a request in the words of a server that has others for it."""
+        """`adapt` translates a request for a server with fields of its own."""
         self.url = url.rstrip("/").removesuffix("/v1")
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout_s = timeout_s
         self._adapt = adapt
 
     async def call(self, streams: Streams) -> Answers:
-        """As `Caller.call`. Answers are understood when all have come, so that none delays another.
+        """As `Caller.call`. Answers are parsed when all have come, so none delays another.
 
-        All requests are made ready before the first is sent, for the same reason.
+        All requests are prepared before the first is sent, for the same reason.
         """
         ready = [[(work, self._request(self._adapt(work))) for work in each] for each in streams]
         began_cpu_s = time.process_time()
@@ -90,7 +90,7 @@ class HttpCaller:
         return request
 
     async def _video(self, request: httpx.Request) -> Exchange:
-        """Ask for a video, wait for its job and fetch the file, as one exchange."""
+        """Request a video, wait for its job and fetch the file, as one exchange."""
         sent_s = time.perf_counter()
         seen = await exchange(request, self._timeout_s)
         try:
@@ -115,7 +115,7 @@ class HttpCaller:
 
 
 def read_answer(work: Work, seen: Exchange) -> Answer:
-    """Understand what came; the answer's error tells where that is not possible."""
+    """Parse an exchange. The answer's error says why that is not possible."""
     try:
         return _read(work, seen)
     except BadAnswer as error:
@@ -133,7 +133,7 @@ def _read(work: Work, seen: Exchange) -> Answer:
     times_s = tuple(at_s for at_s, _ in response.pieces)
     audio_s, output = 0.0, ""
     if work.path == SPEECH:
-        audio_s = _sound_s(response.body)
+        audio_s = _audio_s(response.body)
         output = str(audio_s)
     elif work.path == TRANSCRIPTIONS:
         document = _document(response)
@@ -159,11 +159,11 @@ def _text(response: Response, seen: Exchange) -> Answer:
             ended = ended or choice.get("finish_reason") is not None
             if choice["text"]:
                 text.append(choice["text"])
-                if at_s not in times_s[-1:]:  # what one read brought is one piece
+                if at_s not in times_s[-1:]:  # the data of one read is one piece
                     times_s.append(at_s)
     if not ended:
         raise BadAnswer("the stream ended without saying so")
-    tokens = tokens or len(text)  # a token an event, where nobody says how many
+    tokens = tokens or len(text)  # one token per event, if the server sends no count
     return Answer(seen.sent_s, seen.end_s, tuple(times_s), tokens, output="".join(text))
 
 
@@ -177,18 +177,18 @@ def _document(response: Response) -> dict[str, Any]:
     _check_status(response)
     document = json.loads(response.body)
     if not isinstance(document, dict):
-        raise BadAnswer("the answer is no JSON object")
+        raise BadAnswer("the answer is not a JSON object")
     return document
 
 
-def _sound_s(data: bytes) -> float:
-    """Seconds of a sound file, by its samples: a streamed header cannot know them."""
+def _audio_s(data: bytes) -> float:
+    """Seconds of an audio file by its samples: the header of a stream does not know them."""
     with av.open(io.BytesIO(data)) as container:
         stream = container.streams.audio[0]
         return float(sum(frame.samples for frame in container.decode(stream)) / stream.rate)
 
 
 def _pixels(encoded: str) -> str:
-    """An image file's RGB bytes, base64 as the file was."""
+    """The RGB bytes of an image file, both in base64."""
     with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
         return base64.b64encode(image.convert("RGB").tobytes()).decode()

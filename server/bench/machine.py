@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""The machine and the versions of a measurement."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from engine.memory.nvidia_smi import MIB, read_gpus
+from server.packages import installed_version
 
 PACKAGES = (
     "roundhouse",
@@ -28,7 +28,7 @@ PACKAGES = (
     "httptools",
     "uvloop",
 )
-ASK_S = 10.0
+GIT_TIMEOUT_S = 10.0
 
 
 def describe() -> dict[str, Any]:
@@ -49,7 +49,7 @@ def describe() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """As the kernel names it."""
+    """The CPU's name from the kernel."""
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("model name", "Model"):
@@ -67,27 +67,24 @@ def gpus() -> list[str]:
 
 
 def commit() -> str:
-    """Of the checkout that this runs from, with `+` if files differ; empty outside of one."""
+    """The commit of this checkout, with `+` if files differ; empty outside of a checkout."""
     root = str(Path(__file__).resolve().parents[2])
-    name = _said("git", "-C", root, "rev-parse", "--short", "HEAD")
-    changed = _said("git", "-C", root, "status", "--porcelain", "--untracked-files=no")
+    name = _output("git", "-C", root, "rev-parse", "--short", "HEAD")
+    changed = _output("git", "-C", root, "status", "--porcelain", "--untracked-files=no")
     return f"{name}+" if changed else name
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that matter and are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    """The versions of the relevant packages that are installed."""
+    found = ((name, installed_version(name)) for name in PACKAGES)
+    return {name: version for name, version in found if version is not None}
 
 
-def _said(*command: str) -> str:
+def _output(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=True)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""How much memory a process and its descendants hold."""
+"""The memory of a process and its descendants."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KIB = 1024
 
 
 def tree(pid: int) -> list[psutil.Process]:
-    """The process and all its descendants; empty if it is gone."""
+    """The process and all its descendants; empty if it has ended."""
     try:
         root = psutil.Process(pid)
         return [root, *root.children(recursive=True)]
@@ -23,11 +23,11 @@ def tree(pid: int) -> list[psutil.Process]:
 
 
 def memory_of(pid: int) -> Memory:
-    """What the tree under `pid` holds now (Linux).
+    """The memory of the tree under `pid` now (Linux).
 
-    Neither PSS nor RSS compares one process with three fairly: PSS shrinks when any other program
-    maps the same libraries, RSS counts what the three share thrice. So file-backed pages are
-    counted once a file, as the largest that any process of the tree has of it.
+    Neither PSS nor RSS compares one process with three fairly. PSS shrinks when another program
+    maps the same libraries. RSS counts shared pages three times. So file-backed pages count once
+    for each file: the largest number that any process of the tree has of it.
     """
     pss = rss = anonymous = processes = 0
     files: defaultdict[str, int] = defaultdict(int)
@@ -35,7 +35,7 @@ def memory_of(pid: int) -> Memory:
         with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             sums = read_rollup(_read(process.pid, "smaps_rollup"))
             own_files = read_file_pages(_read(process.pid, "smaps"))
-            # Its share: what a forked child has in common with its parent counts once.
+            # Its share: pages that a forked child has in common with its parent count once.
             anonymous += sums["Pss_Anon"]
             pss += sums["Pss"]
             rss += sums["Rss"]
@@ -52,9 +52,9 @@ def read_rollup(text: str) -> dict[str, int]:
 
 
 def read_file_pages(text: str) -> dict[str, int]:
-    """Resident bytes that stand for a file or shared memory, by inode and path, of a `smaps`.
+    """Resident bytes of files and shared memory in a `smaps`, by inode and path.
 
-    Pages that the process wrote to privately are its own and not counted.
+    Pages that the process wrote to privately do not count.
     """
     files: defaultdict[str, int] = defaultdict(int)
     name = ""

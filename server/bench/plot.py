@@ -1,4 +1,4 @@
-"""The figures of a measurement as a picture."""
+"""The figures of a measurement as a bar chart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DIRECTIONS = {True: " (higher is better)", False: " (lower is better)", None: ""
 
 
 def draw(result: Result, path: Path) -> None:
-    """Draw a panel a figure, a bar a side, with the first and third quartile as whiskers.
+    """Draw one panel per figure and one bar per target; whiskers are the quartiles.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -26,7 +26,7 @@ def draw(result: Result, path: Path) -> None:
     picture = Figure(figsize=(4 * COLUMNS, 2.8 * rows), layout="constrained")
     grid = picture.subplots(rows, COLUMNS, squeeze=False)
     for axis, figure in zip(grid.flat, figures, strict=False):
-        for index, side in enumerate(result.sides):
+        for index, target in enumerate(result.targets):
             places, medians, below, above = [], [], [], []
             for place, case in enumerate(result.cases):
                 if (spread := case.spread(index, figure)) is not None:
@@ -34,10 +34,10 @@ def draw(result: Result, path: Path) -> None:
                     medians.append(spread.median)
                     below.append(spread.median - spread.q1)
                     above.append(spread.q3 - spread.median)
-            axis.bar(places, medians, WIDTH, yerr=(below, above), label=side.name, capsize=3)
+            axis.bar(places, medians, WIDTH, yerr=(below, above), label=target.name, capsize=3)
         axis.set_title(figure.name + DIRECTIONS[figure.higher_is_better], fontsize=9)
         axis.set_ylabel(figure.unit, fontsize=8)
-        middle = WIDTH * (len(result.sides) - 1) / 2
+        middle = WIDTH * (len(result.targets) - 1) / 2
         axis.set_xticks(
             [place + middle for place in range(len(result.cases))],
             [case.case.name for case in result.cases],

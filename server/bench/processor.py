@@ -1,4 +1,4 @@
-"""Whose processor time a turn was made of."""
+"""The CPU time that this process and other programs used during a round."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from server.bench.memory import tree
 
 @dataclass(frozen=True, slots=True)
 class ProcessorTime:
-    """Processor seconds that were used up to a moment."""
+    """CPU seconds used up to a moment."""
 
     machine_s: float
     """By all programs of the machine."""
     own_s: float
-    """By this process and its descendants, the sides that it started among them."""
+    """By this process and its descendants, which include the started targets."""
 
     @classmethod
     def now(cls) -> ProcessorTime:
-        """Up to now. The sides are descendants of this process."""
+        """The CPU seconds used up to now."""
         all_s = psutil.cpu_times()
         machine_s = all_s.user + all_s.nice + all_s.system + all_s.irq + all_s.softirq
         own_s = 0.0
@@ -34,6 +34,6 @@ class ProcessorTime:
         return cls(machine_s, own_s)
 
     def others_since(self, before: ProcessorTime) -> float:
-        """Seconds that other programs used since `before`; at least 0."""
+        """CPU seconds that other programs used since `before`, at least 0."""
         machine_s = self.machine_s - before.machine_s
         return max(0.0, machine_s - (self.own_s - before.own_s))

@@ -1,4 +1,4 @@
-"""What a measurement leaves: a JSON document and a table in Markdown."""
+"""The report of a measurement: a JSON document and a table in Markdown."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from server.bench.runner import CaseResult, Result
 
 
 def document(result: Result, machine: dict[str, Any], command: str) -> dict[str, Any]:
-    """All of it; the figures of each turn as they were measured."""
+    """The whole measurement, with the figures of each round."""
     return {
         "scenario": result.scenario.name,
         "command": command,
         "machine": machine,
         "sides": [
             {
-                "name": side.name,
-                "command": shlex.join(side.command),
-                "environment": dict(side.environment),
+                "name": target.name,
+                "command": shlex.join(target.command),
+                "environment": dict(target.environment),
             }
-            for side in result.sides
+            for target in result.targets
         ],
         "figures": [
             {
@@ -51,7 +51,7 @@ def _case(result: Result, case: CaseResult) -> dict[str, Any]:
         "streams": case.case.streams,
         "sides": [
             {
-                "turns": [_finite(turn) for turn in case.figures[index]],
+                "turns": [_finite(each) for each in case.figures[index]],
                 "summary": {
                     figure.name: _spread(spread)
                     for figure in result.scenario.figures
@@ -59,7 +59,7 @@ def _case(result: Result, case: CaseResult) -> dict[str, Any]:
                 },
                 "errors": dict(case.errors[index]),
             }
-            for index in range(len(result.sides))
+            for index in range(len(result.targets))
         ],
         "ratios": ratios,
         "other_programs_cores": case.others,
@@ -71,13 +71,13 @@ def _spread(spread: Spread) -> dict[str, float | None]:
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    """JSON knows no infinity and no NaN: null."""
+    """Infinity and NaN become null, as JSON has neither."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
-    """The head and the rows: medians, with the first and third quartile in parentheses."""
-    names = [side.name for side in result.sides]
+    """The head and the rows: medians, and the first and third quartile in parentheses."""
+    names = [target.name for target in result.targets]
     head = ["", "figure", *names]
     if len(names) == 2:
         head.append(f"{names[0]} ÷ {names[1]}")
@@ -95,7 +95,7 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(result: Result, machine: dict[str, Any], command: str, repeats: int) -> str:
-    """The table with all that is needed to take it again."""
+    """The table, and all that is needed to reproduce it."""
     head, rows = table(result)
     lines = [
         f"# roundhouse bench {result.scenario.name}",
@@ -104,18 +104,18 @@ def markdown(result: Result, machine: dict[str, Any], command: str, repeats: int
         "",
         f"    {command}",
         "",
-        f"Medians of {repeats} turns, first and third quartile in parentheses.",
+        f"Medians of {repeats} repeats, first and third quartile in parentheses.",
     ]
-    if len(result.sides) == 2:
+    if len(result.targets) == 2:
         lines[-1] += (
-            " Turns go A B B A; a ratio is the median of those within each pair, and ≈ marks one"
-            " whose quartiles are further apart than it is from 1."
+            " The order is A B B A. A ratio is the median of the ratios within each pair. ≈ marks a"
+            " ratio whose quartiles are further apart than it is from 1."
         )
     lines += ["", _row(head), _row(["---"] * len(head)), *map(_row, rows), ""]
-    for side in result.sides:
-        if side.command:
-            settings = " ".join(f"{key}={value}" for key, value in side.environment.items())
-            lines += [f"{side.name}:", "", f"    {settings} {shlex.join(side.command)}", ""]
+    for target in result.targets:
+        if target.command:
+            settings = " ".join(f"{key}={value}" for key, value in target.environment.items())
+            lines += [f"{target.name}:", "", f"    {settings} {shlex.join(target.command)}", ""]
     if warnings := result.warnings():
         lines += ["Warnings:", "", *(f"* {each}" for each in warnings), ""]
     return "\n".join(lines)
@@ -136,7 +136,7 @@ def machine_line(machine: dict[str, Any]) -> str:
 def write(
     folder: Path, result: Result, machine: dict[str, Any], command: str, repeats: int
 ) -> list[Path]:
-    """Write both into a folder, which is made if need be; returns their paths.
+    """Write both into a folder, which is created if it is missing. Returns their paths.
 
     Raises:
         OSError: it cannot be written.
@@ -172,7 +172,7 @@ def _ratio(comparison: Comparison | None) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits, and no exponent: 1251, 83.4, 0.52."""
+    """Three digits without an exponent: 1251, 83.4, 0.52."""
     if abs(value) >= 100:
         return f"{value:.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"

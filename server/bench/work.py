@@ -1,4 +1,4 @@
-"""What is asked of a side of a measurement, and what came of it."""
+"""The requests that a target of a measurement gets, and their answers."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ EMBEDDINGS = "/v1/embeddings"
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One request as OpenAI's interface has it."""
+    """One request in OpenAI's format."""
 
     path: str
     body: dict[str, Any]
-    """The fields, the model's name among them."""
+    """The fields, with the model's name."""
     file: bytes = b""
-    """A recording to send along."""
+    """A recording to send with it."""
 
     def document(self) -> dict[str, Any]:
-        """For the process that calls the bare library."""
+        """The JSON document for the process that calls the bare library."""
         return {"path": self.path, "body": self.body, "file": base64.b64encode(self.file).decode()}
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How one request was answered. All times are in seconds."""
+    """The answer to one request. All times are in seconds."""
 
     sent_s: float
-    """On the clock of the process that sent it."""
+    """On the clock of the process that sent the request."""
     end_s: float
-    """After it was sent."""
+    """Since the request was sent."""
     times_s: tuple[float, ...] = ()
-    """When each piece of output came, after it was sent."""
+    """When each piece of output came, since the request was sent."""
     tokens: int = 0
     """Of the answer."""
     audio_s: float = 0.0
-    """Seconds of sound, made or heard."""
+    """Seconds of audio, synthesized or transcribed."""
     output: str = ""
-    """The text, the pixels as base64, the seconds of sound; empty where only time counts."""
+    """The text, the pixels as base64, or the seconds of audio. Empty where only time counts."""
     error: str | None = None
-    """What was wrong with it; its other fields then mean nothing."""
+    """What was wrong with it. The other fields then mean nothing."""
 
     @property
     def first_s(self) -> float:
-        """When the first output came, after it was sent."""
+        """When the first output came, since the request was sent."""
         return self.times_s[0] if self.times_s else self.end_s
 
     @classmethod
     def read(cls, document: dict[str, Any]) -> Answer:
-        """From what `written` made."""
+        """The answer from the document of `written`."""
         return cls(**{**document, "times_s": tuple(document["times_s"])})
 
     def written(self) -> dict[str, Any]:
@@ -65,58 +65,58 @@ class Answer:
 
 
 Streams = Sequence[Sequence[Work]]
-"""Each inner series is sent one after the other; the series run beside each other."""
+"""The requests of each inner series are sent one after the other. The series run concurrently."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What came of a call, series by series."""
+    """The answers of a call, series by series."""
 
     each: list[Answer]
     client_cpu_s: float
-    """Processor time that sending and reading took of this process, while answers came."""
+    """CPU time that this process took to send and to read, while answers came."""
 
 
 class Caller(Protocol):
-    """Sends requests to one side."""
+    """Sends requests to one target."""
 
     async def call(self, streams: Streams) -> Answers:
-        """Send all. What goes wrong is told by each answer."""
+        """Send all. Each answer reports its own error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What a tree of processes holds, in bytes."""
+    """The memory of a tree of processes, in bytes."""
 
     total_bytes: int
-    """Anonymous memory, and each page of a file once however many of its processes map it."""
+    """Anonymous memory, and each page of a file once, however many processes map it."""
     pss_bytes: int
-    """The kernel's proportional set size: less where other programs map the same libraries."""
+    """The kernel's proportional set size: smaller if other programs map the same libraries."""
     rss_bytes: int
-    """Of all processes added up: shared pages count once for each."""
+    """The sum over all processes: shared pages count once for each process."""
     processes: int
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """One side's turn: its answers and what was measured around them."""
+class Round:
+    """One repeat of a case on one target: its answers and what was measured around them."""
 
     answers: tuple[Answer, ...]
     client_cpu_s: float
     """As in `Answers`."""
     first_token_s: float | None = None
-    """From the start of its process to its first output, where the turn began with a start."""
+    """From the start of its process to its first output, if the round began with a start."""
     memory: Memory | None = None
-    """Of its processes after the requests, where the turn began with a start."""
+    """Of its processes after the requests, if the round began with a start."""
 
     @property
     def good(self) -> tuple[Answer, ...]:
-        """The answers that are no errors."""
+        """The answers that are not errors."""
         return tuple(each for each in self.answers if each.error is None)
 
     @property
     def wall_s(self) -> float:
-        """From the first request sent to the last answer's end; 0 if none was good."""
+        """From the first request to the end of the last answer; 0 if no answer was good."""
         if not self.good:
             return 0.0
         began_s = min(each.sent_s for each in self.good)

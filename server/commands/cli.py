@@ -8,7 +8,6 @@ import os
 import platform
 import socket
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,18 +19,20 @@ from rich.table import Table
 
 from engine.config import ENV_CONFIG, EngineConfig
 from engine.errors import ConfigError
+from engine.files.source import STARTER, Source
 from engine.simulation.traces import BUILT_IN, generate, read_trace
 from engine.units import format_size
-from server.bench.command import bench
 from server.commands import doctor, models
-from server.commands.default_config import choose, look
-from server.commands.terminal import err, leave, out
+from server.commands.bench import bench
+from server.commands.default_config import choose, detect
+from server.commands.options import ApiKey, ConfigFile, first_key
+from server.commands.terminal import err, exit_with, out
+from server.exit_codes import BAD_CONFIG, FAILED
+from server.packages import installed_version
 from server.settings import ServerSettings, load_settings
 from server.supervision.heartbeat import Heartbeat
 from server.supervision.listener import listen
-from server.supervision.supervisor import BAD_CONFIG, SupervisorConfig, become
-
-STARTER = "starter:"
+from server.supervision.supervisor import SupervisorConfig, become
 
 app = typer.Typer(
     add_completion=False,
@@ -43,9 +44,7 @@ app = typer.Typer(
 
 @app.command()
 def serve(
-    config: Annotated[
-        Path | None, typer.Option(envvar=ENV_CONFIG, help="The configuration file.")
-    ] = None,
+    config: ConfigFile = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes any.")] = None,
     insecure: Annotated[
@@ -61,7 +60,7 @@ def serve(
     """Serve the configured models until Ctrl-C."""
     chosen = ""
     if config is None:
-        choice = choose(look(os.environ))
+        choice = choose(detect(os.environ))
         config, chosen = choice.path, f" ({choice.reason})"
         # What is started again later must not find another: the hub may be silent for a moment.
         os.environ[ENV_CONFIG] = str(config)
@@ -70,22 +69,24 @@ def serve(
     try:
         engine_config, settings = load_settings(config, os.environ, overrides)
     except ConfigError as error:
-        raise leave(error.message, BAD_CONFIG) from error
+        raise exit_with(error.message, BAD_CONFIG) from error
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    line = None
+    heartbeat = None
     if supervised is not None:
-        listener_descriptor, line_descriptor = map(int, supervised.split(","))
-        line = Heartbeat.adopt(line_descriptor)
+        listener_descriptor, channel_descriptor = map(int, supervised.split(","))
+        heartbeat = Heartbeat.adopt(channel_descriptor)
         listener = socket.socket(fileno=listener_descriptor)
         listener.set_inheritable(False)
     else:
         try:
             listener = listen(settings.host, settings.port)
         except OSError as error:
-            raise leave(f"cannot listen on {settings.host}:{settings.port}: {error}", 1) from error
+            raise exit_with(
+                f"cannot listen on {settings.host}:{settings.port}: {error}", FAILED
+            ) from error
         _introduce(engine_config, settings, f"{config}{chosen}", listener.getsockname()[1])
         if supervisor:
             # The same program once more, whatever it was started by.
@@ -98,24 +99,20 @@ def serve(
     from engine.engine import Engine
     from server.serve import run
 
-    if line is None:
+    if heartbeat is None:
         engine = Engine(engine_config)
     else:
-        engine = Engine(engine_config, restarts=line.restarts, restore=line.residents)
+        engine = Engine(engine_config, restarts=heartbeat.restarts, restore=heartbeat.residents)
     try:
-        run(engine, settings, listener, line)
+        run(engine, settings, listener, heartbeat)
     except ConfigError as error:
-        raise leave(error.message, BAD_CONFIG) from error
+        raise exit_with(error.message, BAD_CONFIG) from error
     except Exception as error:
         logging.getLogger(__name__).debug("the start failed", exc_info=error)
-        raise leave(f"the engine could not start: {error}", 1) from error
+        raise exit_with(f"the engine could not start: {error}", FAILED) from error
 
 
 Url = Annotated[str, typer.Option(help="A running server.")]
-ApiKey = Annotated[
-    str | None,
-    typer.Option(envvar="ROUNDHOUSE_API_KEYS", help="A key; of several the first is used."),
-]
 
 
 @app.command()
@@ -158,7 +155,7 @@ def simulate(
 ) -> None:
     """Serve a trace on a modelled machine, by this scheduler and by others."""
     from engine.simulation.comparison import compare
-    from engine.simulation.simulator import usual_config
+    from engine.simulation.driver import usual_config
     from server.commands.simulate import plot, tables
 
     try:
@@ -174,7 +171,7 @@ def simulate(
             policy, _ = load_settings(config, os.environ)
         comparison = compare(traced.within(policy), policy, serial_device=serial_device)
     except ConfigError as error:
-        raise leave(error.message, BAD_CONFIG) from error
+        raise exit_with(error.message, BAD_CONFIG) from error
     out.print(tables(comparison), highlight=False)
     try:
         if json_file is not None:
@@ -182,9 +179,9 @@ def simulate(
         if plot_file is not None:
             plot(comparison, plot_file)
     except ImportError as error:
-        raise leave("--plot needs matplotlib", 1) from error
+        raise exit_with("--plot needs matplotlib", FAILED) from error
     except (OSError, ValueError) as error:
-        raise leave(f"cannot write: {error}", 1) from error
+        raise exit_with(f"cannot write: {error}", FAILED) from error
 
 
 @app.command()
@@ -216,7 +213,7 @@ def _ask(
     has: str,
 ) -> dict[str, Any]:
     """The document that a running server answers, in which there is a key `has`."""
-    key = (api_key or "").split(",")[0].strip()
+    key = first_key(api_key)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
         answer = httpx.request(
@@ -224,25 +221,19 @@ def _ask(
         )
         document = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise leave(f"no Roundhouse answers at {url}: {error}", 1) from error
+        raise exit_with(f"no Roundhouse answers at {url}: {error}", FAILED) from error
     if answer.is_error:
         message = answer.reason_phrase
         if isinstance(document, dict) and isinstance(document.get("error"), dict):
             message = document["error"].get("message", message)
-        raise leave(f"{url}: {answer.status_code} {message}", 1)
+        raise exit_with(f"{url}: {answer.status_code} {message}", FAILED)
     if not isinstance(document, dict) or has not in document:
-        raise leave(f"what answers at {url} is no Roundhouse", 1)
+        raise exit_with(f"what answers at {url} is no Roundhouse", FAILED)
     return document
 
 
 def _version(*distributions: str) -> str:
-    # From the metadata: importing torch to ask would take seconds.
-    for name in distributions:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return "not installed"
+    return installed_version(*distributions) or "not installed"
 
 
 def _introduce(config: EngineConfig, settings: ServerSettings, source: str, port: int) -> None:
@@ -253,7 +244,7 @@ def _introduce(config: EngineConfig, settings: ServerSettings, source: str, port
         f"  keys: {'required' if settings.has_keys else 'none'}",
     ]
     lines += [f"  model: {' = '.join(model.names)} ({model.source})" for model in config.models]
-    if any(model.source.startswith(STARTER) for model in config.models):
+    if any(Source(model.source).scheme == STARTER for model in config.models):
         lines.append(
             "  Models whose source begins with starter: have random weights."
             " Their answers are meaningless; they only show that everything works."

@@ -1,54 +1,53 @@
-"""Which of the shipped configurations to serve where none is named, by what the machine has."""
+"""The choice of a shipped configuration by what the machine has, if the user names none."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import httpx
 
-from engine.config import EngineConfig, engine_config, engine_fields, read_sections
 from engine.memory.device import host_memory_bytes
 from engine.memory.nvidia_smi import read_gpus
 from engine.units import format_size
-from server.settings import STARTER_CONFIG, ServerSettings
+from server.packages import installed_version
+from server.settings import STARTER_CONFIG, read_engine_config
 
 GIB = 2**30
 
 HUB_TIMEOUT_S = 2.0
-"""How long the hub may take to answer: a start must not wait for a network that is not there."""
+"""How long the hub may take to answer. A start must not wait for a missing network."""
 
 DEFAULT_HUB = "https://huggingface.co"
 
 FOR_GPU = ((70 * GIB, "gpu-80gb"), (20 * GIB, "gpu-24gb"), (7 * GIB, "gpu-8gb"))
-"""From how many bytes of a card on each is served: some less than the name says, as cards have."""
+"""The least GPU memory for each: somewhat less than the name says, as GPUs have."""
 
 FOR_CPU = (15 * GIB, "cpu")
-"""The same of host memory; the file's own head asks for 16 GiB."""
+"""The same of host memory. The head of the file asks for 16 GiB."""
 
 STARTER = "starter"
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the choice depends on."""
+    """The facts that the choice depends on."""
 
     gpu_bytes: int | None = None
-    """Of the first card; None: there is none, or its driver fails."""
+    """Memory of the first GPU; None: there is none, or its driver fails."""
     host_bytes: int = 0
     torch_has_cuda: bool = True
-    """Whether the torch that is installed was built for a card."""
+    """Whether the installed torch was built for a GPU."""
     hub_answers: bool = False
     present: Mapping[str, int] = field(default_factory=dict)
-    """By configuration, how many of its models have their files here."""
+    """By configuration: how many of its models have their files here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A configuration, and why."""
+    """A configuration and the reason for it."""
 
     path: Path
     reason: str
@@ -69,7 +68,7 @@ def choose(facts: Facts) -> Choice:
     return Choice(STARTER_CONFIG.with_name(f"{name}.yaml"), reason)
 
 
-def look(environ: Mapping[str, str]) -> Facts:
+def detect(environ: Mapping[str, str]) -> Facts:
     """The facts of this machine. Takes as long as the slowest: `nvidia-smi`, or the hub's 2 s."""
     answer = _Probe(environ)
     try:
@@ -86,39 +85,26 @@ def look(environ: Mapping[str, str]) -> Facts:
 
 
 def torch_has_cuda() -> bool:
-    """Whether torch was built for a card, told by its version without importing it."""
-    try:
-        return "+cpu" not in metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        return False
+    """Whether torch was built for a GPU, by its version and without importing it."""
+    version = installed_version("torch")
+    return version is not None and "+cpu" not in version
 
 
 def hub_answers(environ: Mapping[str, str]) -> bool:
-    """Whether a hub is to be asked, and answers in two seconds."""
+    """Whether the hub may be asked, and answers within two seconds."""
     return _Probe(environ).wait()
-
-
-def read_engine_config(path: Path, environ: Mapping[str, str]) -> EngineConfig:
-    """The engine's part of a configuration, whatever its `server` section may lack.
-
-    Raises:
-        ConfigError: naming every key at fault.
-
-    """
-    fields = {"engine": engine_fields(), "server": list(ServerSettings.model_fields)}
-    return engine_config(read_sections(path, environ, fields))
 
 
 def _by_hardware(facts: Facts) -> tuple[str, str]:
     host = f"{format_size(facts.host_bytes)} of host memory"
     if facts.gpu_bytes is not None and facts.torch_has_cuda:
-        card = f"a GPU of {format_size(facts.gpu_bytes)}"
+        gpu = f"a GPU of {format_size(facts.gpu_bytes)}"
         for least_bytes, name in FOR_GPU:
             if facts.gpu_bytes >= least_bytes:
-                return name, card
-        why = f"{card} is too small for the models of gpu-8gb"
+                return name, gpu
+        why = f"{gpu} is too small for the models of gpu-8gb"
     elif facts.gpu_bytes is not None:
-        why = "there is a GPU, but the torch that is installed is built for the CPU"
+        why = "there is a GPU, but the installed torch is built for the CPU"
     else:
         why = "no GPU"
     least_bytes, name = FOR_CPU
@@ -129,19 +115,19 @@ def _by_hardware(facts: Facts) -> tuple[str, str]:
 
 def _present_models() -> dict[str, int]:
     from engine.catalog.downloads import sources_of
-    from engine.files import hub
+    from engine.files.hub.cache import present
 
     found = {}
     for name in (*(name for _, name in FOR_GPU), FOR_CPU[1]):
         config = read_engine_config(STARTER_CONFIG.with_name(f"{name}.yaml"), {})
         found[name] = sum(
-            all(hub.present(source) for source in sources_of(model)) for model in config.models
+            all(present(source) for source in sources_of(model)) for model in config.models
         )
     return found
 
 
 class _Probe:
-    """A question to the hub on a thread: looking a name up cannot be given a time limit."""
+    """A request to the hub on a thread, as the lookup of a name takes no timeout."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._answered = False

@@ -26,15 +26,11 @@ from engine.errors import ConfigError
 from engine.memory.device import host_memory_bytes
 from engine.memory.nvidia_smi import Gpu, read_gpus, read_processes
 from engine.units import format_size
-from server.commands.default_config import (
-    choose,
-    hub_answers,
-    look,
-    read_engine_config,
-    torch_has_cuda,
-)
+from server.commands.default_config import choose, detect, hub_answers, torch_has_cuda
+from server.commands.options import ConfigFile
 from server.commands.terminal import out
-from server.settings import ServerSettings, config_path, load_settings
+from server.exit_codes import FAILED
+from server.settings import ServerSettings, config_path, load_settings, read_engine_config
 
 GIB = 2**30
 
@@ -114,9 +110,7 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(
-    config: Annotated[
-        Path | None, typer.Option(envvar=ENV_CONFIG, help="The configuration file.")
-    ] = None,
+    config: ConfigFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON document.")] = False,
 ) -> None:
     """Look at this machine and the configuration, and tell what to do.
@@ -133,7 +127,7 @@ def doctor(
             table.add_row(each.what, state, escape(each.found), escape(each.advice))
         out.print(table)
     if any(each.state is State.BAD for each in findings):
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def examine(path: Path | None, environ: Mapping[str, str]) -> list[Finding]:
@@ -185,7 +179,7 @@ def _configuration(path: Path | None, environ: Mapping[str, str]) -> Finding:
 
 def _which_configuration(subject: Subject) -> Iterator[Finding]:
     if subject.path is None and not subject.environ.get(ENV_CONFIG):
-        choice = choose(look(subject.environ))
+        choice = choose(detect(subject.environ))
         yield Finding("choice", State.OK, f"without --config: {choice.path.name}, {choice.reason}")
 
 
@@ -360,14 +354,14 @@ def _shared_memory(_: Subject) -> Iterator[Finding]:
 
 
 def _disk(subject: Subject) -> Iterator[Finding]:
-    from engine.files import hub
+    from engine.files.hub.cache import cache_dir, free_disk_bytes
 
-    folder = hub.cache_dir()
+    folder = cache_dir()
     places = {"model cache": folder}
     if subject.config is not None:
         places["data"] = subject.config.data_dir
     for what, path in places.items():
-        free_bytes = hub.free_disk_bytes(path)
+        free_bytes = free_disk_bytes(path)
         little = free_bytes < (FREE_BYTES if path is folder else GIB)
         yield Finding(
             f"disk of the {what}",
@@ -461,7 +455,8 @@ def _cublas_12() -> str | None:
 
 def _hub(subject: Subject) -> Iterator[Finding]:
     from engine.catalog.downloads import sources_of
-    from engine.files.hub import endpoint, present
+    from engine.files.hub.cache import present
+    from engine.files.hub.client import endpoint
 
     config = subject.config
     sources = [] if config is None else [each for m in config.models for each in sources_of(m)]

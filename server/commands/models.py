@@ -26,7 +26,6 @@ from rich.progress import (
 from rich.table import Table
 
 from engine.config import (
-    ENV_CONFIG,
     EngineConfig,
     ModelConfig,
     engine_config,
@@ -34,20 +33,20 @@ from engine.config import (
 )
 from engine.errors import ConfigError, EngineError, LoadFailed, ModelNotFound
 from engine.units import format_size
-from server.commands.default_config import read_engine_config
-from server.commands.terminal import complain, err, leave, out, say
-from server.settings import STARTER_CONFIG, config_path
-from server.supervision.supervisor import BAD_CONFIG
+from server.commands.options import ConfigFile
+from server.commands.terminal import err, exit_with, out, print_error, print_line
+from server.exit_codes import BAD_CONFIG, FAILED, INTERRUPTED
+from server.settings import STARTER_CONFIG, config_path, read_engine_config
 
 if TYPE_CHECKING:
     # They bring numpy, which the other commands need not wait for.
     from engine.catalog.model_files import Files
-    from engine.files.hub import FetchProgress, HubSource, Listing
+    from engine.files.hub.fetch import FetchProgress
+    from engine.files.hub.listing import Listing
+    from engine.files.hub.selection import HubSource
 
-INTERRUPTED = 130
 DAY_S = 86_400.0
 
-Config = Annotated[Path | None, typer.Option(envvar=ENV_CONFIG, help="The configuration file.")]
 AllowPickle = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Take pickled weights where there are no others."),
@@ -66,7 +65,7 @@ def pull(
         list[str] | None, typer.Argument(help="Ids of the configuration, or owner/name of a hub.")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every configured model.")] = False,
-    config: Config = None,
+    config: ConfigFile = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
     """Fetch models from the hub ahead of their first request; what broke off goes on."""
@@ -74,7 +73,7 @@ def pull(
 
     configured = _read(config)
     if bool(models) is every:
-        raise leave("name the models to pull, or --all", BAD_CONFIG)
+        raise exit_with("name the models to pull, or --all", BAD_CONFIG)
     names = models or [model.id for model in configured.models]
     failed = False
     for name in names:
@@ -82,22 +81,22 @@ def pull(
             model, sources = _find(name, configured, allow_pickle)
             if not sources:
                 assert model is not None
-                say(f"{name}: nothing to fetch, its files are {_locally(model)}")
+                print_line(f"{name}: nothing to fetch, its files are {_locally(model)}")
                 continue
             _fetch(name, sources)
         except EngineError as error:
             failed = True
-            complain(f"{name}: {error.message}")
+            print_error(f"{name}: {error.message}")
         except KeyboardInterrupt:
-            raise leave("stopped; the next pull goes on from here", INTERRUPTED) from None
+            raise exit_with("stopped; the next pull goes on from here", INTERRUPTED) from None
     if every and not any(sources_of(model) for model in configured.models):
-        say("no configured model comes from a hub")
+        print_line("no configured model comes from a hub")
     if failed:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def ls(
-    config: Config = None,
+    config: ConfigFile = None,
     every: Annotated[
         bool, typer.Option("--all", help="Also what else is in the hub's cache.")
     ] = False,
@@ -119,7 +118,7 @@ def ls(
 
 def rm(
     model: Annotated[str, typer.Argument(help="Id of the configuration, or owner/name.")],
-    config: Config = None,
+    config: ConfigFile = None,
     yes: Yes = False,
 ) -> None:
     """Delete the files of a model that were fetched from a hub."""
@@ -134,9 +133,9 @@ def rm(
             found += tuple(each for each in other_repos(configured) if each.source == model)
             found = found[:1]
     except EngineError as error:
-        raise leave(error.message, 1) from error
+        raise exit_with(error.message, FAILED) from error
     if not found:
-        raise leave(f"nothing of {model} is on this disk", 1)
+        raise exit_with(f"nothing of {model} is on this disk", FAILED)
     _remove(found, yes=yes)
 
 
@@ -144,7 +143,7 @@ def prune(
     keep_days: Annotated[
         float, typer.Option(min=0, help="Keep what was used in the last so many days.")
     ] = 30.0,
-    config: Config = None,
+    config: ConfigFile = None,
     every: Annotated[
         bool,
         typer.Option("--all", help="Also models of the hub's cache that are not configured."),
@@ -158,7 +157,7 @@ def prune(
     configured = _read(config)
     found = unused_repos(configured, time.time() - keep_days * DAY_S, unconfigured=every)
     if not found:
-        say(f"everything was used in the last {keep_days:g} days")
+        print_line(f"everything was used in the last {keep_days:g} days")
         return
     if dry_run:
         _list(found)
@@ -168,7 +167,7 @@ def prune(
 
 def add(
     repo: Annotated[str, typer.Argument(help="owner/name of a hub.")],
-    config: Config = None,
+    config: ConfigFile = None,
     model_id: Annotated[
         str | None, typer.Option("--id", help="The name in requests; by itself the repository's.")
     ] = None,
@@ -179,15 +178,15 @@ def add(
     from engine.catalog.config_file import replace_text, with_model
     from engine.catalog.downloads import sources_of
     from engine.catalog.recognition import free_id, recognise, weight_bytes
-    from engine.files import hub
+    from engine.files.hub.listing import list_repo
 
     path = config_path(config, os.environ)
     if path == STARTER_CONFIG:
-        raise leave("name the file to write to with --config or ROUNDHOUSE_CONFIG", BAD_CONFIG)
+        raise exit_with("name the file to write to with --config or ROUNDHOUSE_CONFIG", BAD_CONFIG)
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         taken = frozenset(_names(text))
-        listing = hub.list_repo(repo)
+        listing = list_repo(repo)
         entry = recognise(listing).entry(model_id or free_id(repo, taken), repo)
         model = parse_section(ModelConfig, entry, f"models[{entry['id']}]")
         nbytes = weight_bytes(listing, model) if not allow_pickle else 0
@@ -198,13 +197,13 @@ def add(
             _fetch(model.id, sources_of(model, allow_pickle=allow_pickle))
         replace_text(path, changed)
     except (ConfigError, OSError) as error:
-        raise leave(f"{path}: {error}", BAD_CONFIG) from error
+        raise exit_with(f"{path}: {error}", BAD_CONFIG) from error
     except EngineError as error:
-        raise leave(error.message, 1) from error
+        raise exit_with(error.message, FAILED) from error
     except KeyboardInterrupt:
-        raise leave("stopped; nothing was added", INTERRUPTED) from None
+        raise exit_with("stopped; nothing was added", INTERRUPTED) from None
     size = f", {format_size(nbytes)}" if nbytes else ""
-    say(f"added {model.id} to {path}: {model.runtime}, {model.task}{size}")
+    print_line(f"added {model.id} to {path}: {model.runtime}, {model.task}{size}")
     out.print(yaml.safe_dump([entry], sort_keys=False), markup=False, highlight=False, end="")
 
 
@@ -212,7 +211,7 @@ def _read(config: Path | None) -> EngineConfig:
     try:
         return read_engine_config(config_path(config, os.environ), os.environ)
     except ConfigError as error:
-        raise leave(error.message, BAD_CONFIG) from error
+        raise exit_with(error.message, BAD_CONFIG) from error
 
 
 def _find(
@@ -233,23 +232,25 @@ def _find(
 def _unconfigured(repo: str, allow_pickle: bool) -> Sequence[HubSource]:
     from engine.catalog.downloads import sources_of
     from engine.catalog.recognition import recognise
-    from engine.files import hub
-    from engine.files.hub import HubSource
+    from engine.files.hub.listing import list_repo
+    from engine.files.hub.selection import HubSource
     from engine.model_folder import WANTED_FILES
 
-    listing: Listing = hub.list_repo(repo)
+    listing: Listing = list_repo(repo)
     try:
         entry = recognise(listing).entry("pulled", repo)
     except LoadFailed as error:
         # A part of a pipeline, or a LoRA: no model by itself.
-        complain(f"{repo}: {error.message}; fetching its safetensors files")
+        print_error(f"{repo}: {error.message}; fetching its safetensors files")
         return (HubSource(repo, WANTED_FILES, allow_pickle=allow_pickle),)
     return sources_of(parse_section(ModelConfig, entry, "models"), allow_pickle=allow_pickle)
 
 
 def _locally(model: ModelConfig) -> str:
-    starter = model.source.startswith("starter:")
-    return "built at the first request" if starter else f"in {model.source}"
+    from engine.model_folder import is_built_here
+
+    built = is_built_here(model.source)
+    return "built at the first request" if built else f"in {model.source}"
 
 
 def _fetch(name: str, sources: Sequence[HubSource]) -> None:
@@ -270,7 +271,7 @@ def _fetch(name: str, sources: Sequence[HubSource]) -> None:
 
         folders = pull_sources(sources, tell, threading.Event())
     for source, folder in zip(sources, folders, strict=True):
-        say(f"{name}: {source.repo} is in {folder}")
+        print_line(f"{name}: {source.repo} is in {folder}")
 
 
 def _every_repo(config: EngineConfig) -> tuple[Files, ...]:
@@ -312,14 +313,14 @@ def _remove(found: Sequence[Files], *, yes: bool) -> None:
 
     _list(found)
     if not yes and not typer.confirm("Delete these?"):
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
     freed = 0
     for each in found:
         try:
             freed += remove(each.source)
         except (EngineError, OSError) as error:
-            raise leave(f"cannot delete {each.source}: {error}", 1) from error
-    say(f"{format_size(freed)} deleted")
+            raise exit_with(f"cannot delete {each.source}: {error}", FAILED) from error
+    print_line(f"{format_size(freed)} deleted")
 
 
 def _names(text: str) -> list[str]:

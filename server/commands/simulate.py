@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.simulation.comparison import OURS, Comparison
-from engine.simulation.simulator import Move, Outcome
+from engine.simulation.outcome import Move, Outcome
 from engine.units import format_size
 
 if TYPE_CHECKING:

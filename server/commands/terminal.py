@@ -9,17 +9,17 @@ out = Console()
 err = Console(stderr=True)
 
 
-def say(message: str) -> None:
+def print_line(message: str) -> None:
     """Print a line of the result, as it is."""
     out.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
     """Print what is wrong, as it is."""
     err.print(f"roundhouse: {message}", highlight=False, markup=False, soft_wrap=True)
 
 
-def leave(message: str, code: int) -> typer.Exit:
+def exit_with(message: str, code: int) -> typer.Exit:
     """Complain, and return what ends the command with that exit status when it is raised."""
-    complain(message)
+    print_error(message)
     return typer.Exit(code)

@@ -1,8 +1,10 @@
-"""The engine itself: what it holds, would do and did, and the orders an admin may give."""
+"""The engine's status, its plan for a request, its events, and the actions of an admin."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
@@ -10,10 +12,10 @@ from fastapi import APIRouter, Request, Response
 from engine.errors import InvalidRequest
 from engine.requests import Priority
 from server.auth import PLAN_PATH
-from server.body import read_object
+from server.connection import ConnectedResponse
 from server.documents import engine_document, events_document, model_document
-from server.event_stream import EventsResponse
-from server.forms import Fields
+from server.event_stream import send_events
+from server.forms import query_fields, read_json
 from server.schemas.engine import EventsQuery, PlanBody
 from server.settings import ServerSettings
 
@@ -24,15 +26,12 @@ LAST_EVENT_ID = "last-event-id"
 
 
 def engine_router(engine: Engine, settings: ServerSettings) -> APIRouter:
-    """`/v1/engine`: status, `plan`, `events`, and orders to a model.
+    """`/v1/engine`: status, `plan`, `events`, and actions on a model.
 
-    An order, `POST /v1/engine/models/{id}/load|unload|park|pin|unpin`, answers with the model as it
-    is once the order is carried out.
+    An action, `POST /v1/engine/models/{id}/load|unload|park|pin|unpin`, answers with the model
+    after the action.
     """
     router = APIRouter(tags=["engine"])
-
-    def model(name: str) -> dict[str, Any]:
-        return model_document(engine.model_status(name), name)
 
     @router.get("/v1/engine")
     async def status() -> dict[str, Any]:
@@ -40,8 +39,7 @@ def engine_router(engine: Engine, settings: ServerSettings) -> APIRouter:
 
     @router.post(PLAN_PATH)
     async def plan(request: Request) -> dict[str, Any]:
-        fields = Fields(await read_object(request, settings.max_body_bytes), typed=True)
-        body = PlanBody.of(fields)
+        body = PlanBody.of(await read_json(request, settings.max_body_bytes))
         forecast = await engine.plan(
             body.model,
             working_bytes=body.working_bytes,
@@ -51,43 +49,38 @@ def engine_router(engine: Engine, settings: ServerSettings) -> APIRouter:
 
     @router.get("/v1/engine/events", response_model=None)
     async def events(request: Request) -> Response | dict[str, Any]:
-        query = EventsQuery.of(Fields(dict(request.query_params), typed=False))
+        query = EventsQuery.of(query_fields(request))
         accepted = request.headers.get("accept", "")
         if query.stream or "text/event-stream" in accepted:
-            return EventsResponse(engine.events, _begin(request, query))
+            return ConnectedResponse(partial(send_events, engine.events, _begin(request, query)))
         page = engine.events.after(query.after or 0)
         return events_document(page, query.limit, newest=query.after is None)
 
-    @router.post("/v1/engine/models/{name:path}/load")
-    async def load(name: str) -> dict[str, Any]:
-        await engine.load(name)
-        return model(name)
+    def add(action: str, act: Callable[[str], Awaitable[None]]) -> None:
+        async def endpoint(name: str) -> dict[str, Any]:
+            await act(name)
+            return model_document(engine.model_status(name), name)
 
-    @router.post("/v1/engine/models/{name:path}/unload")
-    async def unload(name: str) -> dict[str, Any]:
-        await engine.unload(name)
-        return model(name)
+        router.add_api_route(
+            f"/v1/engine/models/{{name:path}}/{action}", endpoint, methods=["POST"], name=action
+        )
 
-    @router.post("/v1/engine/models/{name:path}/park")
-    async def park(name: str) -> dict[str, Any]:
-        await engine.park(name)
-        return model(name)
-
-    @router.post("/v1/engine/models/{name:path}/pin")
-    async def pin(name: str) -> dict[str, Any]:
+    async def pin(name: str) -> None:
         engine.pin(name)
-        return model(name)
 
-    @router.post("/v1/engine/models/{name:path}/unpin")
-    async def unpin(name: str) -> dict[str, Any]:
+    async def unpin(name: str) -> None:
         engine.unpin(name)
-        return model(name)
 
+    add("load", engine.load)
+    add("unload", engine.unload)
+    add("park", engine.park)
+    add("pin", pin)
+    add("unpin", unpin)
     return router
 
 
 def _begin(request: Request, query: EventsQuery) -> int | None:
-    """The id to go on after: what a reconnecting client names goes before the query."""
+    """The id to continue after. The header of a client that reconnects goes before the query."""
     named = request.headers.get(LAST_EVENT_ID)
     if named is None:
         return query.after

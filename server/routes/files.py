@@ -1,4 +1,4 @@
-"""The files of models: what they take, pulling and deleting them, adding LoRAs."""
+"""The files of models: their sizes, pulls, deletion, and new LoRAs."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import asyncio
 import logging
 from contextlib import aclosing
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.datastructures import UploadFile
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
 from engine.catalog.downloads import NO_PROGRESS, Pulls, sources_of
 from engine.catalog.loras import MAX_LORA_BYTES, add, check_name, folder_of
 from engine.catalog.model_files import Files, files_of, removable, remove
 from engine.errors import Conflict, EngineError, InvalidRequest
-from engine.files.hub import FetchProgress
+from engine.files.hub.fetch import FetchProgress
 from engine.status import ModelState
 from server.body import stream_body
-from server.connection import run_while_connected
+from server.connection import ConnectedResponse
 from server.errors import Failure
 from server.forms import is_form, parse_form
+from server.schemas.fields import model_name
 from server.sse import EventStream, event_frame
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ PROGRESS_INTERVAL_S = 0.5
 MAX_IGNORED_BYTES = 2**16
 
 SPOOL_BYTES = 2**20
-"""An upload beyond this is kept on disk while it comes."""
+"""A larger upload is kept on disk while it comes."""
 
 
 def files_router(engine: Engine) -> APIRouter:
@@ -51,8 +53,9 @@ def files_router(engine: Engine) -> APIRouter:
     async def pull(name: str, request: Request) -> Response:
         model = engine.config.find(name)
         async for _ in stream_body(request, MAX_IGNORED_BYTES):
-            pass  # there is nothing to say, but some clients send an empty object
-        return PullResponse(pulls, model)
+            pass  # the request has no fields, but some clients send an empty object
+        request_id: str = request.state.request_id
+        return ConnectedResponse(partial(_send_pull, pulls, model, request_id))
 
     @router.delete("/v1/engine/models/{name:path}/files")
     async def delete_files(name: str) -> dict[str, Any]:
@@ -77,44 +80,33 @@ def files_router(engine: Engine) -> APIRouter:
     return router
 
 
-class PullResponse(Response):
-    """Server-sent events of a pull: `pull.progress`, then `pull.completed` or `error`.
+async def _send_pull(pulls: Pulls, model: ModelConfig, request_id: str, send: Send) -> None:
+    """Send the events of a pull: `pull.progress`, then `pull.completed` or `error`.
 
-    The pull stops when the last client that follows it leaves. What fails is told by the last
-    event, as the hub is asked only after the stream has begun.
+    The pull stops when the last client that follows it leaves. The hub is asked only after the
+    stream has begun, so the last event reports an error.
     """
 
-    def __init__(self, pulls: Pulls, model: ModelConfig) -> None:
-        super().__init__()
-        self._pulls = pulls
-        self._model = model
+    def frame(kind: str, progress: FetchProgress) -> str:
+        return event_frame({"type": kind, "model": model.id, **asdict(progress)}).data
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until the pull has ended or the client leaves."""
-        request_id: str = scope["state"]["request_id"]
-        await run_while_connected(self._send_events(send, request_id), receive)
-
-    async def _send_events(self, send: Send, request_id: str) -> None:
-        stream = EventStream(send)
-        await stream.begin({})
-        last = NO_PROGRESS
-        try:
-            async with aclosing(self._pulls.follow(self._model, PROGRESS_INTERVAL_S)) as progress:
-                async for last in progress:
-                    await stream.send(self._frame("pull.progress", last))
-            await stream.send(self._frame("pull.completed", last))
-        except EngineError as error:
-            logger.warning("the pull of %s failed: %s", self._model.id, error)
-            document = {"type": "error", **Failure.of(error).openai_document()}
-            await stream.send(event_frame({**document, "request_id": request_id}).data)
-        await stream.end()
-
-    def _frame(self, kind: str, progress: FetchProgress) -> str:
-        return event_frame({"type": kind, "model": self._model.id, **asdict(progress)}).data
+    stream = EventStream(send)
+    await stream.begin({})
+    last = NO_PROGRESS
+    try:
+        async with aclosing(pulls.follow(model, PROGRESS_INTERVAL_S)) as progress:
+            async for last in progress:
+                await stream.send(frame("pull.progress", last))
+        await stream.send(frame("pull.completed", last))
+    except EngineError as error:
+        logger.warning("the pull of %s failed: %s", model.id, error)
+        document = {"type": "error", **Failure.of(error).openai_document()}
+        await stream.send(event_frame({**document, "request_id": request_id}).data)
+    await stream.end()
 
 
 async def _add_lora(request: Request, engine: Engine) -> dict[str, Any]:
-    """A form with `model`, `file` and perhaps `name`, by itself the file's own."""
+    """Add the LoRA of a form with `model`, `file` and maybe `name`, by default the file's name."""
     if not is_form(request):
         raise InvalidRequest("Send the file as multipart/form-data.", status=415)
     try:
@@ -125,12 +117,10 @@ async def _add_lora(request: Request, engine: Engine) -> dict[str, Any]:
         unknown = next((key for key in form if key not in ("model", "name", "file")), None)
         if unknown is not None:
             raise InvalidRequest(f"Unknown parameter: '{unknown}'.", param=unknown)
-        file, model_name = form.get("file"), form.get("model")
+        file = form.get("file")
         if not isinstance(file, UploadFile):
             raise InvalidRequest("Missing required parameter: 'file'.", param="file")
-        if not isinstance(model_name, str) or not model_name:
-            raise InvalidRequest("You must name a model, as a string.", param="model")
-        model = engine.config.find(model_name)
+        model = engine.config.find(model_name(form.get("model")))
         folder_of(model)
         name = check_name(str(form.get("name") or file.filename or ""))
         path = await asyncio.to_thread(add, model, name, file.file)
@@ -163,7 +153,7 @@ def _files_document(engine: Engine) -> dict[str, Any]:
 
 def _document(files: Files) -> dict[str, Any]:
     document = asdict(files)
-    del document["path"]  # users need not know how this machine's disk is laid out
+    del document["path"]  # clients need not know the folders of this machine
     return document
 
 

@@ -7,28 +7,30 @@ import base64
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
 from engine.errors import EngineError, NotFound, RuntimeFailed
 from engine.events import Frame, Speech, Word
-from engine.media.audio_output import ENCODINGS, AudioEncoder
+from engine.media.audio_output import ENCODINGS, AudioEncoder, AudioFormat
 from engine.requests import Priority, SpeechRequest
-from server.body import read_object
-from server.connection import run_while_connected
-from server.forms import Fields
+from server.answer import stream_answer
+from server.connection import ConnectedResponse
+from server.forms import read_json
 from server.headers import answer_headers
 from server.schemas.audio import NO_USAGE, SpeechBody, words_document
 from server.schemas.scheduling_options import take_scheduling_options
 from server.settings import ServerSettings
-from server.sse import event_frame, stream_answer
+from server.sse import BodyStream, event_frame
 
 if TYPE_CHECKING:
-    from engine.engine import Engine, Session
+    from engine.engine import Engine
     from engine.media.voices import VoiceStore
+    from engine.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -41,103 +43,89 @@ def speech_router(engine: Engine, voices: VoiceStore, settings: ServerSettings) 
         try:
             return voices.sample(voice)
         except NotFound:
-            return None  # then it is a name, which the model knows or refuses
+            return None  # then it is a name of the model's own, or a wrong one
 
     @router.post("/v1/audio/speech", response_model=None)
     async def speech(request: Request) -> Response:
-        fields = Fields(await read_object(request, settings.max_body_bytes), typed=True)
+        fields = await read_json(request, settings.max_body_bytes)
         scheduling = take_scheduling_options(request.headers, fields, default=Priority.INTERACTIVE)
         body = SpeechBody.of(fields)
         sample = None if body.voice is None else await asyncio.to_thread(cloned, body.voice)
         speech_request = body.to_request(
             sample, request_id=request.state.request_id, scheduling=scheduling
         )
-        return SpeechResponse(engine, speech_request, body)
+        audio_format = body.response_format
+        if body.stream_format == "sse":
+            frames = partial(_frames, audio_format)
+            return ConnectedResponse(partial(stream_answer, engine, speech_request, frames))
+        return ConnectedResponse(partial(_send_audio, engine, speech_request, audio_format))
 
     return router
 
 
-class SpeechResponse(Response):
-    """The answer to one request: opened, sent and closed while the client stays.
+async def _send_audio(
+    engine: Engine, request: SpeechRequest, audio_format: AudioFormat, send: Send
+) -> None:
+    """Send bare audio while the model makes it.
 
-    Whatever fails before the first sentence is encoded is raised and becomes an ordinary error
-    response. Bare audio that fails later ends without its last chunk, so that the client sees
-    that something is missing: it has no other place to tell.
+    An error after the first sentence ends the response without its last chunk. So the client sees
+    that something is missing: bare audio has no other place for an error.
+
+    Raises:
+        Exception: an error before the first sentence was encoded.
+
     """
+    stream = BodyStream(send, ENCODINGS[audio_format].media_type)
+    session = await engine.open(request)
+    try:
+        complete = await _send_pieces(session, audio_format, stream, request.request_id)
+    finally:
+        await session.close()
+    if complete:
+        await stream.end()
 
-    def __init__(self, engine: Engine, request: SpeechRequest, body: SpeechBody) -> None:
-        super().__init__()
-        self._engine = engine
-        self._request = request
-        self._body_asked = body
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        """Run the request, giving it up when the client leaves."""
-        await run_while_connected(self._answer(send), receive)
-
-    async def _answer(self, send: Send) -> None:
-        if self._body_asked.stream_format == "sse":
-            await stream_answer(self._engine, self._request, self._frames, send)
-            return
-        session = await self._engine.open(self._request)
+async def _send_pieces(
+    session: Session, audio_format: AudioFormat, stream: BodyStream, request_id: str
+) -> bool:
+    """Send all but the end of the response; False if the audio is not complete."""
+    async with aclosing(_encoded(audio_format, session)) as pieces:
+        first, _ = await anext(pieces)
+        await stream.begin(answer_headers(session))
+        await stream.send(first)
         try:
-            complete = await self._send_audio(session, send)
-        finally:
-            await session.close()
-        if complete:
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send_audio(self, session: Session, send: Send) -> bool:
-        """Send all but the end of the response; False if the audio is not whole."""
-        async with aclosing(self._encoded(session)) as pieces:
-            first, _ = await anext(pieces)
-            head = Response(
-                headers={**answer_headers(session), "cache-control": "no-cache"},
-                media_type=ENCODINGS[self._body_asked.response_format].media_type,
-            )
-            del head.headers["content-length"]
-            await send({"type": "http.response.start", "status": 200, "headers": head.raw_headers})
-            await _send_piece(send, first)
-            try:
-                async for piece, _ in pieces:
-                    await _send_piece(send, piece)
-            except Exception as error:
-                expected = isinstance(error, EngineError)
-                request_id = self._request.request_id
-                logger.error("speech %s failed: %s", request_id, error, exc_info=not expected)
-                return False
-        return True
-
-    async def _frames(self, session: Session) -> AsyncGenerator[Frame, None]:
-        async with aclosing(self._encoded(session)) as pieces:
-            async for piece, words in pieces:
-                if words:
-                    yield event_frame(
-                        {"type": "speech.audio.words", "words": words_document(words)}
-                    )
-                if piece:
-                    audio = base64.b64encode(piece).decode()
-                    yield event_frame({"type": "speech.audio.delta", "audio": audio})
-        yield event_frame({"type": "speech.audio.done", "usage": NO_USAGE})
-
-    async def _encoded(
-        self, session: Session
-    ) -> AsyncGenerator[tuple[bytes, tuple[Word, ...]], None]:
-        """What can be sent after each piece of speech, maybe nothing, and the piece's words."""
-        encoder = None
-        async with aclosing(session.events()) as events:
-            async for event in events:
-                if isinstance(event, Speech):
-                    if encoder is None:
-                        audio_format = self._body_asked.response_format
-                        encoder = AudioEncoder(audio_format, event.sample_rate)
-                    yield await asyncio.to_thread(encoder.encode, event.samples), event.words
-        if encoder is None:
-            raise RuntimeFailed("The model gave no speech.")
-        # The session ended with its events: the device is free while the rest is encoded.
-        yield await asyncio.to_thread(encoder.finish), ()
+            async for piece, _ in pieces:
+                await stream.send(piece)
+        except Exception as error:
+            expected = isinstance(error, EngineError)
+            logger.error("speech %s failed: %s", request_id, error, exc_info=not expected)
+            return False
+    return True
 
 
-async def _send_piece(send: Send, piece: bytes) -> None:
-    if piece:
-        await send({"type": "http.response.body", "body": piece, "more_body": True})
+async def _frames(audio_format: AudioFormat, session: Session) -> AsyncGenerator[Frame, None]:
+    async with aclosing(_encoded(audio_format, session)) as pieces:
+        async for piece, words in pieces:
+            if words:
+                yield event_frame({"type": "speech.audio.words", "words": words_document(words)})
+            if piece:
+                audio = base64.b64encode(piece).decode()
+                yield event_frame({"type": "speech.audio.delta", "audio": audio})
+    yield event_frame({"type": "speech.audio.done", "usage": NO_USAGE})
+
+
+async def _encoded(
+    audio_format: AudioFormat, session: Session
+) -> AsyncGenerator[tuple[bytes, tuple[Word, ...]], None]:
+    """The bytes that each piece of speech completes, maybe none, and the words of the piece."""
+    encoder = None
+    async with aclosing(session.events()) as events:
+        async for event in events:
+            if isinstance(event, Speech):
+                if encoder is None:
+                    encoder = AudioEncoder(audio_format, event.sample_rate)
+                yield await asyncio.to_thread(encoder.encode, event.samples), event.words
+    if encoder is None:
+        raise RuntimeFailed("The model gave no speech.")
+    # The session ended with its events: the device is free while the rest is encoded.
+    yield await asyncio.to_thread(encoder.finish), ()

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
-from starlette.types import Receive, Scope, Send
 
-from engine.errors import InvalidRequest
 from engine.events import Frame
 from engine.requests import TextOperation, TextRequest
-from server.body import read_object
-from server.connection import run_while_connected
-from server.forms import Fields
-from server.media import refuse_foreign_media
+from server.answer import stream_answer
+from server.connection import ConnectedResponse
+from server.forms import read_json
+from server.media import check_media_urls
+from server.schemas.fields import model_name
 from server.schemas.scheduling_options import take_scheduling_options
 from server.settings import ServerSettings
-from server.sse import stream_answer
 
 if TYPE_CHECKING:
-    from engine.engine import Engine, Session
+    from engine.engine import Engine
+    from engine.session import Session
 
 _PATHS = {
     "/v1/chat/completions": TextOperation.CHAT,
@@ -51,7 +51,11 @@ def text_router(engine: Engine, settings: ServerSettings) -> APIRouter:
 
     def add(path: str, operation: TextOperation) -> None:
         async def endpoint(request: Request) -> Response:
-            return TextResponse(engine, await read_text_request(request, operation, settings))
+            text_request = await read_text_request(request, operation, settings)
+            streams = operation in _STREAMING and text_request.body.get("stream") is True
+            return ConnectedResponse(
+                partial(stream_answer, engine, text_request, _frames, shows_wait=streams)
+            )
 
         router.add_api_route(
             path, endpoint, methods=["POST"], name=operation.value, response_model=None
@@ -65,48 +69,23 @@ def text_router(engine: Engine, settings: ServerSettings) -> APIRouter:
 async def read_text_request(
     request: Request, operation: TextOperation, settings: ServerSettings
 ) -> TextRequest:
-    """Body and headers as the engine's request.
+    """The engine's request from body and headers.
 
     Raises:
-        InvalidRequest: naming the field or header at fault.
+        InvalidRequest: naming the wrong field or header.
 
     """
-    body = await read_object(request, settings.max_body_bytes)
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise InvalidRequest("You must name a model, as a string.", param="model")
-    refuse_foreign_media(body, settings.allowed_media_hosts)
-    scheduling = take_scheduling_options(request.headers, Fields(body, typed=True))
+    fields = await read_json(request, settings.max_body_bytes)
+    model = model_name(fields.values.get("model"))
+    check_media_urls(fields.values, settings.allowed_media_hosts)
+    scheduling = take_scheduling_options(request.headers, fields)
     return TextRequest(
         model=model,
         operation=operation,
-        body=body,
+        body=fields.values,
         request_id=request.state.request_id,
         scheduling=scheduling,
     )
-
-
-class TextResponse(Response):
-    """The answer to one request: opened, sent and closed while the client stays.
-
-    Whatever fails before the first byte is raised and becomes an ordinary error response.
-    """
-
-    def __init__(self, engine: Engine, request: TextRequest) -> None:
-        super().__init__()
-        self._engine = engine
-        self._request = request
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the request, giving it up when the client leaves."""
-        await run_while_connected(self._answer(scope, receive, send), receive)
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = self._request
-        tells = request.operation in _STREAMING and request.body.get("stream") is True
-        document = await stream_answer(self._engine, request, _frames, send, tells=tells)
-        if document is not None:
-            await document(scope, receive, send)
 
 
 def _frames(session: Session) -> AsyncGenerator[Frame, None]:

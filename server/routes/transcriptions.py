@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
-from starlette.types import Receive, Scope, Send
 
 from engine.errors import RuntimeFailed
-from engine.events import Frame, Heard, Segment
-from engine.requests import Priority, TranscriptionRequest
-from server.connection import run_while_connected
+from engine.events import Event, Frame, Heard, Segment
+from engine.requests import Priority
+from server.answer import stream_answer, whole_answer
+from server.connection import ConnectedResponse
 from server.forms import read_fields
-from server.headers import answer_headers
 from server.schemas.audio import (
     RecordingBody,
     TranscriptionBody,
@@ -25,11 +24,12 @@ from server.schemas.audio import (
 )
 from server.schemas.scheduling_options import take_scheduling_options
 from server.settings import ServerSettings
-from server.sse import event_frame, stream_answer
+from server.sse import event_frame
 from server.subtitles import srt, vtt
 
 if TYPE_CHECKING:
-    from engine.engine import Engine, Session
+    from engine.engine import Engine
+    from engine.session import Session
 
 _PATHS: dict[str, type[RecordingBody]] = {
     "/v1/audio/transcriptions": TranscriptionBody,
@@ -51,7 +51,12 @@ def transcriptions_router(engine: Engine, settings: ServerSettings) -> APIRouter
             transcription_request = body.to_request(
                 request_id=request.state.request_id, scheduling=scheduling
             )
-            return TranscriptionResponse(engine, transcription_request, body)
+            if body.streams:
+                return ConnectedResponse(
+                    partial(stream_answer, engine, transcription_request, _deltas)
+                )
+            render = partial(_render, body)
+            return ConnectedResponse(lambda _: whole_answer(engine, transcription_request, render))
 
         router.add_api_route(
             path, endpoint, methods=["POST"], name=kind.operation.value, response_model=None
@@ -62,62 +67,32 @@ def transcriptions_router(engine: Engine, settings: ServerSettings) -> APIRouter
     return router
 
 
-class TranscriptionResponse(Response):
-    """The answer to one request: opened, sent and closed while the client stays.
+async def _render(body: RecordingBody, events: Sequence[Event]) -> Response:
+    """The transcript in the requested format.
 
-    Whatever fails before the first byte is raised and becomes an ordinary error response.
+    Raises:
+        RuntimeFailed: the model gave no transcript.
+
     """
-
-    def __init__(self, engine: Engine, request: TranscriptionRequest, body: RecordingBody) -> None:
-        super().__init__()
-        self._engine = engine
-        self._request = request
-        self._body_asked = body
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the request, giving it up when the client leaves."""
-        await run_while_connected(self._answer(scope, receive, send), receive)
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._body_asked.streams:
-            await stream_answer(self._engine, self._request, _deltas, send)
-        else:
-            await self._send_whole(scope, receive, send)
-
-    async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        session = await self._engine.open(self._request)
-        began_s = time.perf_counter()
-        heard, segments = None, []
-        async with aclosing(session.events()) as events:
-            async for event in events:
-                if isinstance(event, Heard):
-                    heard = event
-                elif isinstance(event, Segment):
-                    segments.append(event)
-        if heard is None:
-            raise RuntimeFailed("The model gave no transcript.")
-        ran_ms = (time.perf_counter() - began_s) * 1e3
-        response = self._rendered(heard, segments)
-        response.headers.update(answer_headers(session, ran_ms))
-        await response(scope, receive, send)
-
-    def _rendered(self, heard: Heard, segments: list[Segment]) -> Response:
-        body = self._body_asked
-        match body.response_format:
-            case "json":
-                return JSONResponse(body.document(heard, segments))
-            case "verbose_json":
-                return JSONResponse(body.verbose_document(heard, segments))
-            case "text":
-                return PlainTextResponse(f"{transcript_text(segments)}\n")
-            case "srt":
-                return PlainTextResponse(srt(segments))
-            case "vtt":
-                return PlainTextResponse(vtt(segments), media_type="text/vtt")
+    heard = next((event for event in reversed(events) if isinstance(event, Heard)), None)
+    segments = [event for event in events if isinstance(event, Segment)]
+    if heard is None:
+        raise RuntimeFailed("The model gave no transcript.")
+    match body.response_format:
+        case "json":
+            return JSONResponse(body.document(heard, segments))
+        case "verbose_json":
+            return JSONResponse(body.verbose_document(heard, segments))
+        case "text":
+            return PlainTextResponse(f"{transcript_text(segments)}\n")
+        case "srt":
+            return PlainTextResponse(srt(segments))
+        case "vtt":
+            return PlainTextResponse(vtt(segments), media_type="text/vtt")
 
 
 async def _deltas(session: Session) -> AsyncGenerator[Frame, None]:
-    """Each segment's text as soon as it is known, then the whole, which is all of them."""
+    """The text of each segment as soon as it is known, then the whole text."""
     text = ""
     async with aclosing(session.events()) as events:
         async for event in events:

@@ -1,4 +1,4 @@
-"""OpenAI's Videos API: videos are made by jobs, which outlive the connection."""
+"""OpenAI's Videos API. Jobs make the videos, and outlive the connection."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
 from engine.requests import Priority
-from server.forms import Fields, read_fields
+from server.forms import query_fields, read_fields
 from server.image_io import decode_pictures
 from server.schemas.scheduling_options import take_scheduling_options
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery, video_document
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def videos_router(jobs: Jobs, settings: ServerSettings) -> APIRouter:
-    """`/v1/videos`: create, list, retrieve, content, delete; and cancel, which is ours."""
+    """`/v1/videos`: create, list, retrieve, content, delete; and cancel, an addition of ours."""
     router = APIRouter(tags=["videos"])
 
     def document(job: Job) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def videos_router(jobs: Jobs, settings: ServerSettings) -> APIRouter:
 
     @router.get("/v1/videos")
     async def list_videos(request: Request) -> dict[str, Any]:
-        query = VideoListQuery.of(_query(request))
+        query = VideoListQuery.of(query_fields(request))
         listed, has_more = jobs.list(limit=query.limit, after=query.after, order=query.order)
         return {
             "object": "list",
@@ -58,9 +58,9 @@ def videos_router(jobs: Jobs, settings: ServerSettings) -> APIRouter:
 
     @router.api_route("/v1/videos/{video_id}/content", methods=["GET", "HEAD"])
     async def content(video_id: str, request: Request) -> Response:
-        query = VideoContentQuery.of(_query(request))
+        query = VideoContentQuery.of(query_fields(request))
         path = await asyncio.to_thread(jobs.content, video_id, query.variant)
-        # `private`: what a key was needed for must not stay in a shared cache.
+        # `private`: a response that needed a key must not stay in a shared cache.
         return FileResponse(path, headers={"cache-control": "private"})
 
     @router.delete("/v1/videos/{video_id}")
@@ -73,7 +73,3 @@ def videos_router(jobs: Jobs, settings: ServerSettings) -> APIRouter:
         return document(await jobs.cancel(video_id))
 
     return router
-
-
-def _query(request: Request) -> Fields:
-    return Fields(dict(request.query_params), typed=False)

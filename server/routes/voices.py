@@ -1,4 +1,4 @@
-"""The voices of speech models, and those that clients add: OpenAI's, with a list and a delete."""
+"""The voices of speech models and of clients: OpenAI's endpoint, with a list and a delete."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 
 from engine.config import ModelConfig
 from engine.errors import InvalidRequest, LoadFailed
-from server.forms import Fields, read_fields
+from server.forms import query_fields, read_fields
 from server.schemas.audio import VoiceBody, VoicesQuery, cloned_voice_document, voice_document
 from server.settings import ServerSettings
 
@@ -25,7 +25,7 @@ def voices_router(engine: Engine, voices: VoiceStore, settings: ServerSettings) 
     """`/v1/audio/voices`: create, list, delete."""
     router = APIRouter(tags=["audio"])
 
-    def asked_models(name: str | None) -> list[ModelConfig]:
+    def speech_models(name: str | None) -> list[ModelConfig]:
         if name is None:
             return [model for model in engine.config.models if model.task == "speech"]
         model = engine.config.find(name)
@@ -35,9 +35,9 @@ def voices_router(engine: Engine, voices: VoiceStore, settings: ServerSettings) 
 
     @router.get("/v1/audio/voices")
     async def list_voices(request: Request) -> dict[str, Any]:
-        query = VoicesQuery.of(Fields(dict(request.query_params), typed=False))
+        query = VoicesQuery.of(query_fields(request))
         data = []
-        for model in asked_models(query.model):
+        for model in speech_models(query.model):
             try:
                 known = await engine.voices(model.id)
             except LoadFailed as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -19,7 +20,7 @@ from engine.requests import (
 )
 from engine.runtimes.base import Voice
 from server.languages import LANGUAGES
-from server.schemas.fields import Body, Prompt, RequiredPrompt, Seed
+from server.schemas.fields import Body, ModelName, Prompt, RequiredPrompt, Seed, as_list, single
 
 MAX_INPUT_CHARS = 500_000
 """Some nine hours of speech. What a model takes at once is its runtime's to say, and is less."""
@@ -31,8 +32,7 @@ NO_USAGE = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
 
 
 def _read_file(value: Any) -> bytes:
-    if isinstance(value, list) and len(value) == 1:  # how a file of a form arrives
-        value = value[0]
+    value = single(value)
     if not isinstance(value, bytes):
         raise ValueError("it is one uploaded file of a multipart form")
     if not value:
@@ -51,10 +51,6 @@ def _read_chunking(value: Any) -> bool:
     return True
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 AudioFile: TypeAlias = Annotated[bytes, PlainValidator(_read_file)]
 """The bytes of an upload that is not empty."""
 
@@ -69,7 +65,7 @@ Language: TypeAlias = Annotated[str, Field(min_length=2, max_length=MAX_LANGUAGE
 class SpeechBody(Body):
     """`POST /v1/audio/speech`."""
 
-    model: str = Field(min_length=1)
+    model: ModelName
     input: str = Field(min_length=1, max_length=MAX_INPUT_CHARS)
     voice: VoiceName | None = None
     response_format: AudioFormat = "mp3"
@@ -161,7 +157,7 @@ class RecordingBody(Body):
     operation: ClassVar[TranscriptionOperation]
 
     file: AudioFile
-    model: str = Field(min_length=1)
+    model: ModelName
     prompt: Prompt | None = None
     response_format: Literal["json", "text", "srt", "vtt", "verbose_json"] = "json"
     temperature: float = Field(default=0.0, ge=0, le=1)
@@ -216,15 +212,15 @@ class TranscriptionBody(RecordingBody):
 
     language: Language | None = None
     stream: bool = False
-    include: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
+    include: Annotated[list[str], BeforeValidator(as_list)] = Field(default_factory=list)
     timestamp_granularities: Annotated[
-        list[Literal["word", "segment"]], BeforeValidator(_as_list)
+        list[Literal["word", "segment"]], BeforeValidator(as_list)
     ] = Field(default_factory=list)
     chunking_strategy: Annotated[bool, PlainValidator(_read_chunking)] = False
     """True: by a voice activity detector."""
     keywords: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]],
-        BeforeValidator(_as_list),
+        BeforeValidator(as_list),
         Field(max_length=100),
     ] = Field(default_factory=list)
     """OpenAI's newer name of what `hotwords` is."""
@@ -263,19 +259,14 @@ class TranscriptionBody(RecordingBody):
         return self.stream
 
     def to_request(self, *, request_id: str, scheduling: SchedulingOptions) -> TranscriptionRequest:
-        """As the engine takes it."""
-        return TranscriptionRequest(
-            model=self.model,
-            audio=self.file,
-            request_id=request_id,
-            operation=self.operation,
+        """The engine's form of it."""
+        request = super().to_request(request_id=request_id, scheduling=scheduling)
+        return replace(
+            request,
             language=self.language,
-            prompt=self.prompt,
-            temperature=self.temperature,
             word_times="word" in self.timestamp_granularities,
             vad=self.vad or self.chunking_strategy,
             hotwords=", ".join(self.keywords) or self.hotwords,
-            scheduling=scheduling,
         )
 
     def document(self, heard: Heard, segments: Sequence[Segment]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, PlainValidator
 
 from engine.units import parse_size
-from server.schemas.fields import Body
+from server.schemas.fields import Body, ModelName
 from server.schemas.scheduling_options import PriorityField
 
 MAX_EVENTS = 1000
@@ -16,7 +16,7 @@ MAX_EVENTS = 1000
 class PlanBody(Body):
     """`POST /v1/engine/plan`: the request that is asked about."""
 
-    model: str = Field(min_length=1)
+    model: ModelName
     priority: PriorityField = None
     working_bytes: Annotated[int, PlainValidator(parse_size)] = 0
     """What its run needs beside the model: bytes, or a size such as `2GiB`."""

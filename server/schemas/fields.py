@@ -17,13 +17,15 @@ MAX_PROMPT_CHARS = 32_000
 """OpenAI's limit for its newest models."""
 
 MAX_SIDE = 16_383
-"""Pixels; the most that WebP can hold, and beyond what models can do."""
+"""Pixels: the limit of WebP, and more than any model can do."""
+
+MODEL_MISSING = "You must name a model, as a string."
 
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 
 class Body(BaseModel):
-    """The parameters of one request. An unknown one is an error; null stands for the default."""
+    """The parameters of one request. An unknown one is an error; null means the default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -32,7 +34,7 @@ class Body(BaseModel):
         """Check the fields.
 
         Raises:
-            InvalidRequest: naming the first field at fault.
+            InvalidRequest: naming the first wrong field.
 
         """
         values = {name: value for name, value in fields.values.items() if value is not None}
@@ -55,11 +57,33 @@ def _describe(error: ErrorDetails, param: str) -> str:
     if error["type"] == "extra_forbidden":
         return f"Unknown parameter: '{param}'."
     if param == "model":
-        return "You must name a model, as a string."
+        return MODEL_MISSING
     if error["type"] == "missing":
         return f"Missing required parameter: '{param}'."
     message = error["msg"].removeprefix("Value error, ")
     return f"Invalid value for '{param}': {message}."
+
+
+def model_name(value: Any) -> str:
+    """The value of a field `model` that no schema checks.
+
+    Raises:
+        InvalidRequest: it is not a name.
+
+    """
+    if not isinstance(value, str) or not value:
+        raise InvalidRequest(MODEL_MISSING, param="model")
+    return value
+
+
+def as_list(value: Any) -> Any:
+    """A list for a field that also takes one item without a list."""
+    return [value] if isinstance(value, bytes | str) else value
+
+
+def single(value: Any) -> Any:
+    """The item of a list of one: a file of a form arrives as such a list."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _read_size(value: Any) -> tuple[int, int] | None:
@@ -75,8 +99,7 @@ def _read_size(value: Any) -> tuple[int, int] | None:
 
 
 def _read_picture(value: Any) -> bytes | str:
-    if isinstance(value, list) and len(value) == 1:  # how a file of a form arrives
-        value = value[0]
+    value = single(value)
     if isinstance(value, dict):
         if "file_id" in value:
             raise ValueError("this server keeps no files; send a data: URL as image_url")
@@ -87,7 +110,7 @@ def _read_picture(value: Any) -> bytes | str:
 
 
 def _read_json(value: Any) -> Any:
-    # A form has no other way to say what it does not know.
+    # A form writes a list of objects as JSON text.
     return from_json(value) if isinstance(value, str) else value
 
 
@@ -100,22 +123,25 @@ class Lora(BaseModel):
     weight: float = Field(default=1.0, ge=-10, le=10)
 
     def choice(self) -> LoraChoice:
-        """As the engine takes it."""
+        """The engine's form of it."""
         return LoraChoice(self.name, self.weight)
 
+
+ModelName: TypeAlias = Annotated[str, Field(min_length=1)]
+"""An id or an alias of `/v1/models`."""
 
 Size: TypeAlias = Annotated[tuple[int, int] | None, PlainValidator(_read_size)]
 """Width and height in pixels; None for "auto"."""
 
 PictureField: TypeAlias = Annotated[bytes | str, PlainValidator(_read_picture)]
-"""The bytes of a file, or text: a `data:` URL or base64; also OpenAI's reference objects."""
+"""The bytes of a file, or text: a `data:` URL or base64. OpenAI's reference objects work too."""
 
 Loras: TypeAlias = Annotated[list[Lora], BeforeValidator(_read_json), Field(max_length=16)]
 
 Prompt: TypeAlias = Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
 RequiredPrompt: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS)]
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
-"""What a torch generator takes, with room for the seeds of further images."""
+"""The range of a torch generator, with room for the seeds of more images."""
 Steps: TypeAlias = Annotated[int, Field(ge=1, le=1000)]
 """Diffusion models are trained with at most 1000 time steps."""
 Guidance: TypeAlias = Annotated[float, Field(ge=0, le=100)]

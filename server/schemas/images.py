@@ -15,12 +15,14 @@ from server.schemas.fields import (
     Body,
     Guidance,
     Loras,
+    ModelName,
     PictureField,
     Prompt,
     RequiredPrompt,
     Seed,
     Size,
     Steps,
+    as_list,
 )
 
 MAX_IMAGES = 10
@@ -44,12 +46,8 @@ _NO_USAGE = {
 _DALL_E_QUALITIES = {"standard": "medium", "hd": "high"}
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, bytes | str) else value
-
-
 Sources: TypeAlias = Annotated[
-    list[PictureField], BeforeValidator(_as_list), Field(min_length=1, max_length=MAX_SOURCES)
+    list[PictureField], BeforeValidator(as_list), Field(min_length=1, max_length=MAX_SOURCES)
 ]
 
 
@@ -60,7 +58,7 @@ class ImageBody(Body):
     """The first word in the names of the stream's events."""
     operation: ClassVar[ImageOperation]
 
-    model: str = Field(min_length=1)
+    model: ModelName
     prompt: Prompt = ""
     n: int = Field(default=1, ge=1, le=MAX_IMAGES)
     size: Size = None

@@ -48,7 +48,7 @@ def _header(name: str) -> str:
     return HEADER_PREFIX + name.replace("_", "-")
 
 
-class TermsBody(Body):
+class SchedulingBody(Body):
     """The fields of `SchedulingOptions` as a body has them; null stands for the default."""
 
     priority: PriorityField = None
@@ -60,13 +60,13 @@ class TermsBody(Body):
     no_evict: bool = False
 
 
-class TermsHeaders(TermsBody):
+class SchedulingHeaders(SchedulingBody):
     """The same as headers, as in `x-roundhouse-keep-alive`."""
 
     model_config = ConfigDict(alias_generator=_header)
 
 
-_FIELDS = tuple(TermsBody.model_fields)
+_FIELDS = tuple(SchedulingBody.model_fields)
 _HEADERS = tuple(_header(name) for name in _FIELDS)
 
 
@@ -84,10 +84,10 @@ def take_scheduling_options(
     named: dict[str, Any] = {}
     in_headers = {name: headers[name] for name in _HEADERS if name in headers}
     if in_headers:
-        named |= _named(TermsHeaders.of(Fields(in_headers, typed=False)))
+        named |= _named(SchedulingHeaders.of(Fields(in_headers, typed=False)))
     in_body = {name: fields.values.pop(name) for name in _FIELDS if name in fields.values}
     if in_body:
-        named |= _named(TermsBody.of(Fields(in_body, typed=fields.typed)))
+        named |= _named(SchedulingBody.of(Fields(in_body, typed=fields.typed)))
     return SchedulingOptions(
         priority=named.get("priority", default),
         timeout_s=named.get("timeout"),
@@ -97,5 +97,5 @@ def take_scheduling_options(
     )
 
 
-def _named(scheduling: TermsBody) -> dict[str, Any]:
+def _named(scheduling: SchedulingBody) -> dict[str, Any]:
     return {name: getattr(scheduling, name) for name in scheduling.model_fields_set}

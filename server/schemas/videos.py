@@ -14,6 +14,7 @@ from server.schemas.fields import (
     Body,
     Guidance,
     Loras,
+    ModelName,
     PictureField,
     Prompt,
     Seed,
@@ -22,7 +23,7 @@ from server.schemas.fields import (
 )
 
 if TYPE_CHECKING:
-    from engine.jobs.queue import QueuePlace
+    from engine.jobs.queue_place import QueuePlace
 
 MAX_SECONDS = 600.0
 """Far beyond what video models can do; a model refuses what is too long for it."""
@@ -60,7 +61,7 @@ Motion: TypeAlias = Annotated[int, BeforeValidator(_read_motion), Field(ge=0, le
 class VideoBody(Body):
     """`POST /v1/videos`."""
 
-    model: str = Field(min_length=1)
+    model: ModelName
     prompt: Prompt = ""
     size: Size = None
     seconds: Seconds | None = None

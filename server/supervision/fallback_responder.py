@@ -1,6 +1,6 @@
-"""Answers for the time in which nobody serves: 503 and when to come again.
+"""Answers 503 with `Retry-After` while no process serves.
 
-Only the standard library, as it is part of the supervisor.
+Standard library only, as it is part of the supervisor.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 MAX_HEAD_BYTES = 2**16
 MAX_CONNECTIONS = 256
-"""Beyond, the oldest connection is closed."""
+"""With more connections the oldest is closed."""
 TIMEOUT_S = 10.0
-"""How long a connection may take to send its head, and then to take its answer."""
+"""Seconds that a connection has to send its head and to take its answer."""
 
 _READ_BYTES = 2**16
 
@@ -28,35 +28,35 @@ class _Connection:
 
 
 class FallbackResponder:
-    """Takes connections off a listener, while it is on, and answers each once.
+    """Accepts connections of a listener while it is on, and answers each once.
 
-    It shares the listener with the process that serves: turn it off once that takes connections.
+    It shares the listener with the process that serves. Turn it off before that process accepts.
     """
 
     def __init__(self, selector: selectors.BaseSelector, listener: socket.socket) -> None:
-        """`selector`'s owner calls the `data` of each event that comes. Begins turned off."""
+        """The owner of `selector` calls the `data` of each event. Begins turned off."""
         self._selector = selector
         self._listener = listener
         self._connections: dict[_Connection, None] = {}  # in the order they came
         self.on = False
         self.retry_after_s = 1
-        """What clients are told."""
+        """The `Retry-After` of the answers."""
 
     def turn_on(self) -> None:
-        """Take connections from now on."""
+        """Accept connections from now on."""
         if not self.on:
             self._listener.setblocking(False)
             self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
             self.on = True
 
     def turn_off(self) -> None:
-        """Take no more; those taken get their answers."""
+        """Accept no more. Accepted connections get their answers."""
         if self.on:
             self._selector.unregister(self._listener)
             self.on = False
 
     def on_time(self, elapsed_s: float) -> None:
-        """Close the connections whose patience is at its end."""
+        """Close the connections that have reached the timeout."""
         for connection in tuple(self._connections):
             connection.open_s += elapsed_s
             if connection.open_s > TIMEOUT_S:
@@ -93,7 +93,7 @@ class FallbackResponder:
             self._close(connection)
             return
         if connection.answered:
-            return  # its body: closing with bytes unread would reset the connection, answer and all
+            return  # its body: a close with unread bytes would reset the connection and its answer
         connection.head += data
         if b"\r\n\r\n" in connection.head:
             self._answer(connection)
@@ -103,7 +103,7 @@ class FallbackResponder:
     def _answer(self, connection: _Connection) -> None:
         connection.answered = True
         try:
-            # So short that the buffer of a new connection always takes it whole.
+            # The answer is short, so the buffer of a new connection always takes it whole.
             connection.socket.send(answer(connection.head, self.retry_after_s))
             connection.socket.shutdown(socket.SHUT_WR)
         except OSError:
@@ -116,10 +116,10 @@ class FallbackResponder:
 
 
 def answer(head: bytes, retry_after_s: int) -> bytes:
-    """The whole response to a request with this head, as its client expects errors."""
+    """The whole response to a request with this head, in the envelope of its API."""
     method, _, rest = head.partition(b" ")
     path = rest.partition(b" ")[0].partition(b"?")[0]
-    if path == b"/ping":  # to RunPod: still being initialised
+    if path == b"/ping":  # for RunPod: still initializing
         return b"HTTP/1.1 204 No Content\r\nconnection: close\r\n\r\n"
     message = "The server is being restarted."
     document: dict[str, object]

@@ -9,7 +9,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A bound and listening socket.
 
     Raises:
-        OSError: the address is taken, unknown or forbidden.
+        OSError: the address is in use, unknown or forbidden.
 
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -1,11 +1,10 @@
-"""The parent of the process that serves: starts it, listens to its heart, starts it again.
+"""The parent of the process that serves: starts it, reads its heartbeat, restarts it.
 
-Only the standard library and `server.supervision.fallback_responder`: what is not imported
-cannot break, and takes no memory (13 MB, where the command line alone has 68). For that,
-`roundhouse serve` becomes this program once it listens (`become`), and this one runs the same
-command once more with the listener handed down. The socket stays open while nobody serves:
-clients that connect in the seconds of a restart wait in its queue, and are answered by the next
-process.
+It imports only the standard library, `server.exit_codes` and the fallback responder. What is not
+imported cannot break and takes no memory: 13 MB, where the command line alone takes 68. So
+`roundhouse serve` becomes this program once it listens (`become`). This program runs the same
+command again and passes the listener to it. The socket stays open while no process serves. Clients
+that connect during a restart wait in its queue, and the next process answers them.
 """
 
 from __future__ import annotations
@@ -24,49 +23,47 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
+from server.exit_codes import BAD_CONFIG, FAILED, INTERRUPTED
 from server.supervision.fallback_responder import FallbackResponder
 
 logger = logging.getLogger("server.supervision.supervisor")  # also as a program
 
-CANNOT_START = 1
-BAD_CONFIG = 2
-INTERRUPTED = 130
-
 TICK_S = 0.5
-"""How long to wait for something to happen before looking at the time."""
+"""The longest wait for an event before the supervisor checks the time."""
 FIRST_PAUSE_S = 1.0
 LAST_PAUSE_S = 60.0
 STEADY_S = 60.0
-"""Who was ready for so long has recovered: the next restart is at once, as the first one."""
+"""A process that was ready for so long has recovered. Its next restart is immediate, as the first
+one."""
 STACKS_S = 0.5
-"""What a hung process gets to write down where it hangs, before it is killed."""
+"""Time for a hung process to write its stacks before it is killed."""
 STOP_S = 30.0
-"""What a process gets beyond its drain to unload its models, before it is killed."""
+"""Time beyond the drain for a process to unload its models before it is killed."""
 MAX_MESSAGE_BYTES = 2**17
-"""Of one message on the line: some hundreds of model ids of the greatest length."""
+"""Size of a message on the channel: some hundreds of model ids of the greatest length."""
 
 
 @dataclass(frozen=True, slots=True)
 class SupervisorConfig:
-    """What the supervisor is told, as one JSON argument."""
+    """The configuration of the supervisor, passed as one JSON argument."""
 
     command: tuple[str, ...]
-    """What to run; two descriptors are added to it: `--supervised LISTENER,LINE`."""
+    """The command to run. It gets two descriptors: `--supervised LISTENER,CHANNEL`."""
     listener: int
     """The descriptor of the listening socket."""
     hang_s: float
-    """Of silence, once it was ready."""
+    """Seconds without a heartbeat that count as a hang, once the process was ready."""
     stall_s: float
-    """Of silence, before."""
+    """The same before it was ready."""
     drain_s: float
     log_level: str = "INFO"
 
 
 def become(config: SupervisorConfig, listener: socket.socket) -> NoReturn:
-    """Turn this process into the supervisor. Returns only by an exception.
+    """Replace this process with the supervisor. Returns only by an exception.
 
     Raises:
-        OSError: the interpreter cannot be run.
+        OSError: the interpreter cannot be executed.
 
     """
     listener.set_inheritable(True)
@@ -77,7 +74,7 @@ def become(config: SupervisorConfig, listener: socket.socket) -> NoReturn:
 
 
 class Child:
-    """One process that serves, and what it told."""
+    """One process that serves, and its reports."""
 
     def __init__(self, config: SupervisorConfig, hello: dict[str, Any]) -> None:
         """Start it.
@@ -86,16 +83,16 @@ class Child:
             OSError: it cannot be started.
 
         """
-        # Datagrams in order, and an end: a message is never torn.
-        self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.line.setblocking(False)
-        self.line.send(json.dumps(hello).encode())
+        # Ordered datagrams with an end of file: a message is never split.
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.channel.setblocking(False)
+        self.channel.send(json.dumps(hello).encode())
         try:
             self.process = subprocess.Popen(
                 [*config.command, "--supervised", f"{config.listener},{theirs.fileno()}"],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(config.listener, theirs.fileno()),
-                # Or a Ctrl-C would reach it twice, and the second one ends it at once.
+                # Otherwise a Ctrl-C would reach it twice, and the second one ends it at once.
                 process_group=0,
             )
         finally:
@@ -103,21 +100,21 @@ class Child:
         self.beaten = False
         self.ready = False
         self.silent_s = 0.0
-        """Since its last beat, or its start."""
+        """Since its last heartbeat, or its start."""
         self.steady_s = 0.0
         """Since it was ready."""
         self.residents: list[str] = []
         self.fault: str | None = None
-        """Why it will end, by its own word or by ours."""
+        """Why it will end, by its own report or by our decision."""
         self.dying_s: float | None = None
-        """Since it was told to write down its stacks."""
+        """Since it was asked to write its stacks."""
         self.killed = False
 
     def read(self) -> bool:
-        """Take the messages that are there; False if no more will come."""
+        """Read the queued messages; False if no more will come."""
         while True:
             try:
-                data = self.line.recv(MAX_MESSAGE_BYTES)
+                data = self.channel.recv(MAX_MESSAGE_BYTES)
             except BlockingIOError:
                 return True
             except OSError:
@@ -134,7 +131,7 @@ class Child:
             self.silent_s = 0.0
 
     def replace(self, why: str) -> None:
-        """Begin to end it: its stacks first."""
+        """Begin to end it. It writes its stacks first."""
         if self.dying_s is None:
             self.fault = self.fault or why
             self.dying_s = 0.0
@@ -157,7 +154,7 @@ class Child:
 
 
 class Supervisor:
-    """Keeps one child serving until it is told to stop, or there is no use in it."""
+    """Keeps one child serving until a signal stops it, or a restart has no use."""
 
     def __init__(
         self,
@@ -165,7 +162,7 @@ class Supervisor:
         listener: socket.socket,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`listener` is what `config` names."""
+        """`listener` is the socket that `config` names."""
         self._config = config
         self._clock = clock
         self._selector = selectors.DefaultSelector()
@@ -173,9 +170,9 @@ class Supervisor:
         self._child: Child | None = None
         self._ever_ready = False
         self._failures = 0
-        """Restarts in a row without a steady time between."""
+        """Restarts in a row without a steady time between them."""
         self._waits_s = 0.0
-        """Until the next start, while there is no child."""
+        """Until the next start, if there is no child."""
         self._restarts: dict[str, Any] = {"count": 0, "reason": None, "at": None}
         self._residents: list[str] = []
         self._signals: list[int] = []
@@ -184,7 +181,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise, and return the exit status."""
-        with self._wakened_by_signals():
+        with self._woken_by_signals():
             try:
                 self._start()
                 then = self._clock()
@@ -192,8 +189,8 @@ class Supervisor:
                     for key, _ in self._selector.select(TICK_S):
                         key.data()
                     now = self._clock()
-                    # Had this process stood still, so would the child have: it gets no blame.
-                    status = self._turn(min(now - then, 2 * TICK_S))
+                    # If this process was suspended, so was the child. That is not a hang.
+                    status = self._step(min(now - then, 2 * TICK_S))
                     then = now
                     if status is not None:
                         return status
@@ -202,7 +199,7 @@ class Supervisor:
                 if self._child is not None:
                     self._child.kill()
 
-    def _turn(self, elapsed_s: float) -> int | None:
+    def _step(self, elapsed_s: float) -> int | None:
         self._fallback.on_time(elapsed_s)
         while self._signals:
             self._on_signal(self._signals.pop(0))
@@ -220,13 +217,13 @@ class Supervisor:
         child.on_time(elapsed_s)
         limit_s = self._config.hang_s if child.ready else self._config.stall_s
         if self._stopping_s is not None:
-            # The interpreter's own end is silent, and giving much memory back takes long.
+            # The exit of the interpreter sends no heartbeat, and freeing much memory takes long.
             self._stopping_s += elapsed_s
             if self._stopping_s > self._config.drain_s + STOP_S:
                 self._replace(child, "it does not end")
         elif child.silent_s > limit_s:
             self._replace(child, f"it has given no sign of life for {child.silent_s:.0f} s")
-        # Nobody waits longer in the queue than it takes to find a hang.
+        # No client waits longer in the queue than the time to find a hang.
         if child.silent_s > self._config.hang_s:
             self._refuse(self._config.hang_s)
         else:
@@ -245,31 +242,31 @@ class Supervisor:
     def _start(self) -> None:
         hello = {"pid": os.getpid(), "restarts": self._restarts, "residents": self._residents}
         child = Child(self._config, hello)
-        self._selector.register(child.line, selectors.EVENT_READ, lambda: self._hear(child))
+        self._selector.register(child.channel, selectors.EVENT_READ, lambda: self._read(child))
         self._child = child
         self._fallback.turn_off()
 
-    def _hear(self, child: Child) -> None:
-        # Once it has ended the line stays readable, and would wake the selector for ever.
-        if not child.read() and child.line in self._selector.get_map():
-            self._selector.unregister(child.line)
+    def _read(self, child: Child) -> None:
+        # Once the child has ended the channel stays readable, and would wake the selector forever.
+        if not child.read() and child.channel in self._selector.get_map():
+            self._selector.unregister(child.channel)
 
     def _on_exit(self, child: Child, code: int) -> int | None:
-        child.read()  # its last word
+        child.read()  # its last message
         self._ever_ready = self._ever_ready or child.ready
-        if child.line in self._selector.get_map():
-            self._selector.unregister(child.line)
-        child.line.close()
+        if child.channel in self._selector.get_map():
+            self._selector.unregister(child.channel)
+        child.channel.close()
         self._child = None
-        reason = child.fault or _words(code)
+        reason = child.fault or _reason(code)
         if self._stopping_s is not None:
             return self._stopped(child, code)
-        if code == BAD_CONFIG or (code == CANNOT_START and not self._ever_ready):
-            return code  # it said why, and would say so again
+        if code == BAD_CONFIG or (code == FAILED and not self._ever_ready):
+            return code  # it has reported why, and the next start would end the same way
         if child.steady_s >= STEADY_S:
             self._failures = 0
         self._failures += 1
-        # What was loaded may be what ends it each time.
+        # The loaded models may be what ends it each time.
         self._residents = child.residents if self._failures == 1 else []
         self._waits_s = pause_s(self._failures)
         self._restarts = {
@@ -292,7 +289,7 @@ class Supervisor:
             return INTERRUPTED
         if child.fault is not None:
             return 1
-        if code < 0:  # before it took signals itself there was nothing to drain
+        if code < 0:  # a signal before it handled signals: there was nothing to drain
             return 1 if child.beaten else 0
         return code
 
@@ -310,8 +307,8 @@ class Supervisor:
             self._child.process.send_signal(number)
 
     @contextmanager
-    def _wakened_by_signals(self) -> Iterator[None]:
-        """Note SIGTERM and SIGINT, and wake the selector for them and for the end of the child."""
+    def _woken_by_signals(self) -> Iterator[None]:
+        """Store SIGTERM and SIGINT, and wake the selector for them and for the child's end."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         theirs.setblocking(False)
@@ -335,14 +332,14 @@ class Supervisor:
 
 
 def pause_s(failures: int) -> float:
-    """Seconds to wait after so many failures in a row, 1 or more: none at first, then doubling."""
+    """Seconds to wait after `failures` failures in a row, at least 1: first none, then doubling."""
     if failures == 1:
         return 0.0
     return min(LAST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(failures - 2, 16))
 
 
-def _words(code: int) -> str:
-    """An exit status, for people."""
+def _reason(code: int) -> str:
+    """An exit status in words."""
     if code >= 0:
         return f"it ended with status {code}"
     try:
@@ -353,7 +350,7 @@ def _words(code: int) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Supervise as the config say that are the only argument."""
+    """Supervise by the `SupervisorConfig` that is the only argument."""
     raw = json.loads(arguments[0])
     config = SupervisorConfig(**{**raw, "command": tuple(raw["command"])})
     logging.basicConfig(

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
+from engine.admission import WORKING_MARGIN
 from engine.config import EngineConfig, ModelConfig
-from engine.engine import WORKING_MARGIN, Engine
+from engine.engine import Engine
 from engine.events import ImageResult
 from engine.requests import ImageOperation, ImageRequest
 from engine.runtimes.diffusers.runtime import DiffusersRuntime

@@ -12,12 +12,14 @@ import pytest
 import pytest_asyncio
 from PIL import Image
 
-from engine.engine import OUT_OF_MEMORY_FACTOR, WORKING_MARGIN, Engine
+from engine.admission import OUT_OF_MEMORY_FACTOR, WORKING_MARGIN
+from engine.engine import Engine
 from engine.errors import LoadFailed, ModelNotFound, NotLoaded, OutOfDeviceMemory
 from engine.events import Event, ImageResult, PartialImage, Progress, WorkingMemory
+from engine.memory.block import Block, Estimate
 from engine.process.switches import QUICK_SWITCH_S
 from engine.requests import ImageOperation, ImageRequest, Request
-from engine.runtimes.base import Block, Estimate, Prepared
+from engine.runtimes.base import Prepared
 from engine.runtimes.registry import REGISTRY
 from engine.scheduling.waiting import Stage, Waiting, WaitStatus
 from engine.status import ModelState

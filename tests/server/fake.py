@@ -18,9 +18,10 @@ from engine.config import EngineConfig, ModelConfig, Section
 from engine.engine import Engine
 from engine.errors import LoadFailed
 from engine.events import Document, Event, Frame
+from engine.memory.block import Block, Estimate
 from engine.memory.device import Device
 from engine.requests import Request, TextRequest
-from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
+from engine.runtimes.base import LoadedModel, Prepared, Runtime
 
 MODEL_BYTES = 1000
 DEVICE_BYTES = 10_000

@@ -159,5 +159,5 @@ async def test_a_client_that_leaves_is_let_go(http: httpx.AsyncClient, engine: E
     async with following(http):
         pass
     await http.post(CHAT, json={"model": "small"})
-    while any("EventsResponse" in repr(task) for task in asyncio.all_tasks()):
+    while any("ConnectedResponse" in repr(task) for task in asyncio.all_tasks()):
         await http.get("/v1/engine")

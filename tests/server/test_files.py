@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from safetensors.numpy import save
 
 from engine.engine import Engine
-from engine.files.hub import PARTIAL
+from engine.files.hub.cache import PARTIAL
 from server.settings import ServerSettings
 from tests.hub import Hub, point_client_at, serving
 from tests.server.fake import FakeRuntime, fake_engine

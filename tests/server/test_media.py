@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from engine.errors import InvalidRequest
-from server.media import refuse_foreign_media
+from server.media import check_media_urls
 
 ALLOWED = ("images.example",)
 
@@ -45,7 +45,7 @@ FOREIGN = "http://10.0.0.1/secret"
 )
 def test_foreign_url_is_refused_and_named(body: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        refuse_foreign_media(body, ALLOWED)
+        check_media_urls(body, ALLOWED)
     assert caught.value.param == param
 
 
@@ -68,7 +68,7 @@ def test_foreign_url_is_refused_and_named(body: dict[str, Any], param: str) -> N
 )
 def test_urls_that_only_look_allowed(url: str) -> None:
     with pytest.raises(InvalidRequest):
-        refuse_foreign_media(chat({"image_url": {"url": url}}), ALLOWED)
+        check_media_urls(chat({"image_url": {"url": url}}), ALLOWED)
 
 
 @pytest.mark.parametrize(
@@ -86,4 +86,4 @@ def test_urls_that_only_look_allowed(url: str) -> None:
     ],
 )
 def test_what_is_never_fetched_or_allowed_passes(body: dict[str, Any]) -> None:
-    refuse_foreign_media(body, ALLOWED)
+    check_media_urls(body, ALLOWED)

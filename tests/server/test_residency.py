@@ -17,13 +17,14 @@ from fastapi import FastAPI
 from PIL import Image
 from pydantic import SecretStr
 
-from engine import engine as engine_module
+from engine import admission
 from engine.config import ModelConfig
 from engine.engine import Engine
 from engine.errors import RuntimeFailed
 from engine.events import Event, ImageResult, WorkingMemory
+from engine.memory.block import Block, Estimate
 from engine.requests import Priority, Request, SchedulingOptions
-from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared
+from engine.runtimes.base import LoadedModel, Prepared
 from engine.status import ModelState
 from server.app import create_app
 from server.settings import ServerSettings
@@ -340,7 +341,7 @@ class TestIfLoadedOnly:
             fetched.wait(TIMEOUT_S)
             return Estimate((Block("weights", HALF_BYTES),), 0.1)
 
-        monkeypatch.setattr(engine_module, "SIZE_TIMEOUT_S", 0.01)
+        monkeypatch.setattr(admission, "SIZE_TIMEOUT_S", 0.01)
         monkeypatch.setattr(runtime, "estimate", estimate)
         runtime.working_bytes = 1
         body = {"model": "small", "if_loaded_only": True, "timeout": 5}

@@ -24,7 +24,6 @@ from engine.errors import InvalidRequest, LoadFailed
 from engine.events import Event, Frame, Heard, ImageResult, Segment, Speech
 from engine.requests import ImageRequest, SpeechRequest, TextOperation, TranscriptionRequest
 from engine.runtimes.base import LoadedModel
-from server import sse
 from server.app import create_app
 from server.settings import ServerSettings
 from tests.server.fake import FakeRuntime, fake_engine, listening
@@ -88,8 +87,8 @@ def engine(runtime: Loading, tmp_path: Path) -> Engine:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever waits tells so almost at once, and then only once."""
-    monkeypatch.setattr(sse, "GRACE_S", 0.01)
-    monkeypatch.setattr(sse, "PROGRESS_INTERVAL_S", 3600.0)
+    monkeypatch.setattr("server.answer.GRACE_S", 0.01)
+    monkeypatch.setattr("server.answer.PROGRESS_INTERVAL_S", 3600.0)
 
 
 @pytest.fixture
@@ -124,7 +123,7 @@ def chat(model: str = "small", **extra: object) -> dict[str, object]:
 async def test_a_load_is_told_until_it_ends(
     http: httpx.AsyncClient, runtime: Loading, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sse, "PROGRESS_INTERVAL_S", 0.01)
+    monkeypatch.setattr("server.answer.PROGRESS_INTERVAL_S", 0.01)
     async with http.stream("POST", CHAT, json=chat()) as response:
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -195,7 +194,7 @@ async def test_what_is_granted_in_time_keeps_its_status(
 async def test_a_failure_within_the_grace_keeps_its_status(
     http: httpx.AsyncClient, runtime: Loading, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sse, "GRACE_S", 3600.0)
+    monkeypatch.setattr("server.answer.GRACE_S", 3600.0)
     response = await http.post(CHAT, json=chat(timeout=0.05))
     assert (response.status_code, response.json()["error"]["code"]) == (503, "queue_timeout")
     runtime.error = LoadFailed("the file is torn")

@@ -19,11 +19,12 @@ from engine.errors import InvalidRequest, LoadFailed, reason
 from engine.files.pickled import load_pickled
 from engine.files.safetensors_header import DTYPE_BYTES, tensor_sizes, weight_bytes
 from engine.media.sentences import split_sentences
+from engine.memory.block import Block, Estimate
 from engine.memory.device import Device
 from engine.model_folder import WANTED_FILES, local_folder, present_folder
 from engine.process.gate import GATE
 from engine.requests import Request, SpeechRequest
-from engine.runtimes.base import Block, Estimate, Prepared, Voice
+from engine.runtimes.base import Prepared, Voice
 from engine.runtimes.common.speech import (
     SpeechModel,
     SpeechOptions,

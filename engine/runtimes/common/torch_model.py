@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from engine.config import ModelConfig
 from engine.errors import EngineError, LoadFailed, OutOfDeviceMemory, reason
 from engine.events import Event
+from engine.memory.block import Block
 from engine.memory.device import Device
-from engine.runtimes.base import Block, LoadedModel, Prepared, Runtime
+from engine.runtimes.base import LoadedModel, Prepared, Runtime
 from engine.runtimes.common.compute_thread import ComputeThread
 from engine.runtimes.common.thread_run import Emit, ThreadRun, run_on_thread
 from engine.runtimes.common.torch_errors import torch_error

@@ -19,11 +19,12 @@ from engine.config import ModelConfig, Section
 from engine.errors import InvalidRequest, LoadFailed
 from engine.files.pickled import load_pickled
 from engine.media.sentences import split_sentences
+from engine.memory.block import Block, Estimate
 from engine.memory.device import Device
 from engine.model_folder import local_folder, present_folder
 from engine.process.gate import GATE
 from engine.requests import Request, SpeechRequest
-from engine.runtimes.base import Block, Estimate, Prepared, Voice
+from engine.runtimes.base import Prepared, Voice
 from engine.runtimes.common.speech import (
     SpeechModel,
     SpeechOptions,

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Collection, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -26,10 +26,7 @@ from engine.memory.host_memory import HostMemory
 from engine.process.gate import GATE
 from engine.runtimes.common.torch_run import TorchParts, named_tensors
 from engine.runtimes.diffusers.loras import Loras
-from engine.runtimes.diffusers.runtime import OFFLOADED
-
-if TYPE_CHECKING:
-    from engine.runtimes.diffusers.runtime import DiffusersOptions
+from engine.runtimes.diffusers.options import OFFLOADED, DiffusersOptions
 
 
 class Pipeline(TorchParts):

@@ -18,9 +18,9 @@ from engine.events import Event, ImageResult, PartialImage, Progress, VideoResul
 from engine.process.gate import GATE
 from engine.requests import ImageRequest, VideoRequest
 from engine.runtimes.common.torch_run import TorchRun
+from engine.runtimes.diffusers.families import check_size, family_of
 from engine.runtimes.diffusers.pipeline import Pipeline
 from engine.runtimes.diffusers.previews import decode_latents, preview_steps
-from engine.runtimes.diffusers.runtime import check_size, family_of
 
 
 class Run(TorchRun):

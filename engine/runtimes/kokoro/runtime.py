@@ -24,11 +24,12 @@ from pydantic import Field, field_validator
 from engine.config import ModelConfig, Section
 from engine.errors import InvalidRequest, LoadFailed
 from engine.media.sentences import split_sentences
+from engine.memory.block import Block, Estimate
 from engine.memory.device import Device
 from engine.model_folder import local_folder, present_folder
 from engine.process.gate import GATE
 from engine.requests import Request
-from engine.runtimes.base import Block, Estimate, Prepared, Voice
+from engine.runtimes.base import Prepared, Voice
 from engine.runtimes.common.speech import check_no_clone, check_speech
 from engine.runtimes.common.thread_run import Emit, ThreadRun
 from engine.runtimes.common.torch_model import TorchModel, TorchRuntime

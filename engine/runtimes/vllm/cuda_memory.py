@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
+from engine.memory.block import Block
 from engine.memory.host_memory import SLAB_BYTES, HostMemory, HostMemoryFull
-from engine.runtimes.base import Block
 from engine.runtimes.vllm.park import KV_CACHE, WEIGHTS, WORKSPACE
 from vllm.device_allocator import alloc_conf, cumem
 from vllm.v1.worker.gpu_worker import Worker

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError, InvalidRequest, RuntimeFailed
 from engine.events import Document, Event, Frame
+from engine.memory.block import Block
 from engine.requests import TextOperation, TextRequest
-from engine.runtimes.base import Block, LoadedModel, Prepared
+from engine.runtimes.base import LoadedModel, Prepared
 from engine.runtimes.common.torch_errors import torch_error
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.stream_pace import PACE, READ_BY_PARSER

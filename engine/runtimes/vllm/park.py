@@ -29,10 +29,10 @@ from typing import Any, Protocol
 
 import torch
 
+from engine.memory.block import Block
 from engine.memory.host_memory import HostMemory, HostMemoryFull
 from engine.memory.slabs import SharedMemory
 from engine.memory.weights import Weights
-from engine.runtimes.base import Block
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,

@@ -26,11 +26,13 @@ from engine.errors import (
     OutOfDeviceMemory,
     reason,
 )
+from engine.files.source import starter_source
+from engine.memory.block import Block, Estimate
 from engine.memory.device import CudaDevice, Device
-from engine.model_folder import STARTER_PREFIX, local_folder
+from engine.model_folder import local_folder
 from engine.process.gate import GATE
 from engine.requests import Request, TextOperation, TextRequest
-from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
+from engine.runtimes.base import LoadedModel, Prepared, Runtime
 from engine.runtimes.common.compute_thread import ComputeThread
 from engine.runtimes.common.torch_errors import is_out_of_memory
 from engine.runtimes.vllm.checkpoint import Checkpoint
@@ -158,7 +160,7 @@ class VllmRuntime(Runtime):
         """
         model = ModelConfig(
             id="warm-up",
-            source=f"{STARTER_PREFIX}tiny-llama",
+            source=starter_source("tiny-llama"),
             options={"dtype": "float32", "max_model_len": 512, "kv_cache": "16MiB"},
         )
         loaded = await self.load(model, lambda reason: log.error("warm-up failed: %s", reason))

@@ -39,10 +39,11 @@ from engine.errors import (
 )
 from engine.events import Event
 from engine.files.ctranslate2_file import Variable, read_variables, weight_bytes
+from engine.memory.block import Block, Estimate
 from engine.memory.device import Device
 from engine.model_folder import local_folder, present_folder
 from engine.requests import Request, TranscriptionRequest
-from engine.runtimes.base import Block, Estimate, LoadedModel, Prepared, Runtime
+from engine.runtimes.base import LoadedModel, Prepared, Runtime
 from engine.runtimes.common.thread_run import run_on_thread
 from engine.units import Duration
 

@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 
 from server.bench.figures import Figure, quantile
 from server.bench.scenarios.scenario import Case, Peer, Scenario
-from server.bench.work import IMAGES, Streams, Turn, Work
+from server.bench.work import IMAGES, Round, Streams, Work
 
-ROUNDS = 8
+REQUESTS = 8
 SIZES = ("128x128", "256x256", "512x512")
 SAMPLE_SEED = 1 << 20
-"""Beyond any turn's."""
+"""Larger than the seed of any round."""
 LEVELS = 1
-"""How far a byte of a picture may differ: with several threads torch itself is no more exact."""
+"""The largest difference of a byte of two equal images: torch is no more exact on many threads."""
 
 
 class Images(Scenario):
-    """Pictures of the model's default steps."""
+    """Images with the model's default number of steps."""
 
     name = "images"
     models = ("tiny-sdxl-turbo",)
@@ -31,8 +31,8 @@ class Images(Scenario):
 
     def streams(self, case: Case, seed: int) -> Streams:
         """One series."""
-        rounds = self._settings.rounds or ROUNDS
-        return [[self._work(case.name, seed * rounds + turn) for turn in range(rounds)]]
+        requests = self._settings.requests or REQUESTS
+        return [[self._work(case.name, seed * requests + number) for number in range(requests)]]
 
     def _work(self, size: str, seed: int) -> Work:
         body = {
@@ -44,9 +44,9 @@ class Images(Scenario):
         }
         return Work(IMAGES, body)
 
-    def measure(self, turn: Turn) -> Mapping[str, float]:
-        """From the request to the whole answer."""
-        taken_ms = [each.end_s * 1e3 for each in turn.good]
+    def measure(self, round_: Round) -> Mapping[str, float]:
+        """The time from the request to the end of the answer."""
+        taken_ms = [each.end_s * 1e3 for each in round_.good]
         return {"image": quantile(taken_ms, 0.5), "image p95": quantile(taken_ms, 0.95)}
 
     def samples(self) -> Sequence[Work]:
@@ -54,7 +54,7 @@ class Images(Scenario):
         return [self._work(size, SAMPLE_SEED) for size in SIZES]
 
     def alike(self, ours: str, peer: str) -> bool:
-        """Whether all bytes of the pixels are within a level."""
+        """Whether all bytes of the pixels differ by a level at most."""
         one, other = (base64.b64decode(each) for each in (ours, peer))
         return len(one) == len(other) and all(
             abs(a - b) <= LEVELS for a, b in zip(one, other, strict=True)

@@ -1,4 +1,4 @@
-"""Text: streams of tokens, so many at once."""
+"""Text: concurrent streams of tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from server.bench.figures import Figure, quantile
 from server.bench.scenarios.scenario import Case, Peer, Scenario
-from server.bench.work import COMPLETIONS, Streams, Turn, Work
+from server.bench.work import COMPLETIONS, Round, Streams, Work
 
 TEXT = (
     "the engine waits in a roundhouse while another locomotive stands on its turntable and "
@@ -23,16 +23,16 @@ SHARES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 
 
 def prompt(key: str, words: int) -> str:
-    """`key` and words by chance, the same for the same key.
+    """`key` and random words, the same for the same key.
 
-    A key of its own for each request keeps prefix caches from answering.
+    A unique key for each request keeps prefix caches from answering.
     """
     chosen = random.Random(key)
     return " ".join([key, *(chosen.choice(WORDS) for _ in range(words))])
 
 
 def completion(model: str, text: str, output_tokens: int) -> Work:
-    """A greedy completion of exactly so many tokens, streamed."""
+    """A greedy, streamed completion of exactly `output_tokens` tokens."""
     body = {
         "model": model,
         "prompt": text,
@@ -46,7 +46,7 @@ def completion(model: str, text: str, output_tokens: int) -> Work:
 
 
 class Llm(Scenario):
-    """Streams that each send their next request when the last is answered."""
+    """Streams that each send a request when the one before is answered."""
 
     name = "llm"
     models = ("tiny-llama",)
@@ -65,10 +65,12 @@ class Llm(Scenario):
         return tuple(Case(f"{n} stream{'s' if n > 1 else ''}", n) for n in numbers)
 
     def streams(self, case: Case, seed: int) -> Streams:
-        """Two requests a stream, eight of a single one, one of each of very many."""
-        rounds = self._settings.rounds or (1 if case.streams > 256 else max(2, 8 // case.streams))
+        """Eight requests of a single stream, two of each of several, one of each of many."""
+        requests = self._settings.requests or (
+            1 if case.streams > 256 else max(2, 8 // case.streams)
+        )
         return [
-            [self._work(f"{stream} {turn} {seed} {case.name}") for turn in range(rounds)]
+            [self._work(f"{stream} {number} {seed} {case.name}") for number in range(requests)]
             for stream in range(case.streams)
         ]
 
@@ -78,22 +80,24 @@ class Llm(Scenario):
             self._models[0], prompt(key, settings.prompt_words), settings.output_tokens
         )
 
-    def measure(self, turn: Turn) -> Mapping[str, float]:
-        """Tokens of all streams over the time from the first request to the last answer."""
-        first_ms = [each.first_s * 1e3 for each in turn.good]
+    def measure(self, round_: Round) -> Mapping[str, float]:
+        """The throughput counts from the first request of all streams to their last answer."""
+        first_ms = [each.first_s * 1e3 for each in round_.good]
         gaps_ms = [
-            (after - before) * 1e3 for each in turn.good for before, after in pairwise(each.times_s)
+            (after - before) * 1e3
+            for each in round_.good
+            for before, after in pairwise(each.times_s)
         ]
-        tokens = sum(each.tokens for each in turn.good)
-        pieces = sum(len(each.times_s) for each in turn.good)
+        tokens = sum(each.tokens for each in round_.good)
+        pieces = sum(len(each.times_s) for each in round_.good)
         return {
-            "tokens": tokens / turn.wall_s,
+            "tokens": tokens / round_.wall_s,
             **{f"TTFT {name}": quantile(first_ms, share) for name, share in SHARES.items()},
             **{f"ITL {name}": quantile(gaps_ms, share) for name, share in SHARES.items()},
             "tokens a piece": tokens / max(1, pieces),
-            "client CPU": 100 * turn.client_cpu_s / turn.wall_s,
+            "client CPU": 100 * round_.client_cpu_s / round_.wall_s,
         }
 
     def samples(self) -> Sequence[Work]:
-        """A few prompts, each alone: what is greedy must be the same text."""
+        """A few prompts, each alone: greedy decoding must give the same text."""
         return [self._work(f"{number} sample") for number in range(SAMPLES)]

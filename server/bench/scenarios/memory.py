@@ -1,4 +1,4 @@
-"""What the processes of a server hold after the same use."""
+"""The memory of a server's processes after the same load."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from server.bench.figures import Figure
 from server.bench.scenarios.llm import Llm
 from server.bench.scenarios.scenario import Case, Peer
-from server.bench.work import Turn
+from server.bench.work import Round
 
 STREAMS = (16,)
 MB = 1e6
 
 
 class MemoryUse(Llm):
-    """Streams of text, then a look at all processes of the side."""
+    """Streams of text, then the memory of all processes of the target."""
 
     name = "memory"
     starts = True
@@ -30,12 +30,12 @@ class MemoryUse(Llm):
         """One for each number of streams."""
         return tuple(Case(f"after {n} streams", n) for n in self._settings.streams or STREAMS)
 
-    def measure(self, turn: Turn) -> Mapping[str, float]:
-        """As the runner saw it."""
-        assert turn.memory is not None  # the scenario starts its sides
+    def measure(self, round_: Round) -> Mapping[str, float]:
+        """The memory that the runner measured."""
+        assert round_.memory is not None  # the scenario starts its targets
         return {
-            "memory": turn.memory.total_bytes / MB,
-            "PSS": turn.memory.pss_bytes / MB,
-            "RSS": turn.memory.rss_bytes / MB,
-            "processes": turn.memory.processes,
+            "memory": round_.memory.total_bytes / MB,
+            "PSS": round_.memory.pss_bytes / MB,
+            "RSS": round_.memory.rss_bytes / MB,
+            "processes": round_.memory.processes,
         }

@@ -1,4 +1,4 @@
-"""Everything at once, in less memory than all models take."""
+"""All kinds of requests at once, in less memory than all models take."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from server.bench.work import (
     IMAGES,
     SPEECH,
     TRANSCRIPTIONS,
+    Round,
     Streams,
-    Turn,
     Work,
 )
 
 CLIENTS = 8
-ROUNDS = 5
+REQUESTS = 5
 RECORDING_S = 5
 SHARES = (6, 4, 3, 2, 2, 2)
-"""How often each model is asked for: most for text, as in a real house."""
+"""How often each model is requested: most often for text, as in practice."""
 
 
 class Mixed(Scenario):
-    """Clients that each ask for something of another kind when the last is answered."""
+    """Clients that each send a request of a random kind when the one before is answered."""
 
     name = "mixed"
     models = (
@@ -51,13 +51,13 @@ class Mixed(Scenario):
         return tuple(Case(f"{n} clients", n) for n in self._settings.streams or (CLIENTS,))
 
     def streams(self, case: Case, seed: int) -> Streams:
-        """A trace drawn from the seed."""
-        rounds = self._settings.rounds or ROUNDS
+        """A random trace from the seed."""
+        requests = self._settings.requests or REQUESTS
         chance = random.Random(seed)
         return [
             [
                 self._work(chance.choices(range(len(SHARES)), SHARES)[0], chance.randrange(1 << 30))
-                for _ in range(rounds)
+                for _ in range(requests)
             ]
             for _ in range(case.streams)
         ]
@@ -80,11 +80,11 @@ class Mixed(Scenario):
                 options = {"language": "en", "response_format": "verbose_json"}
                 return Work(TRANSCRIPTIONS, {"model": model, **options}, tone(RECORDING_S))
 
-    def measure(self, turn: Turn) -> Mapping[str, float]:
-        """Of all kinds together."""
-        taken_s = [each.end_s for each in turn.good]
+    def measure(self, round_: Round) -> Mapping[str, float]:
+        """The figures of all kinds together."""
+        taken_s = [each.end_s for each in round_.good]
         return {
-            "requests": len(turn.good) / turn.wall_s,
+            "requests": len(round_.good) / round_.wall_s,
             "request p50": quantile(taken_s, 0.5),
             "request p95": quantile(taken_s, 0.95),
             "longest": max(taken_s),

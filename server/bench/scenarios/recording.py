@@ -1,4 +1,4 @@
-"""A recording to transcribe: made here, so that nothing has to be fetched."""
+"""A recording to transcribe. It is made here, so nothing has to be downloaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from array import array
 from math import pi, sin
 
 RATE = 16_000
-"""Hertz; what transcription models take."""
+"""Hertz, as transcription models expect."""
 TONE_HZ = 220.0
 LOUDNESS = 8000.0
 
@@ -17,9 +17,9 @@ def tone(seconds: int) -> bytes:
     """A tone that comes and goes every second, as a WAV file of 16 bits."""
     samples = array("h", bytes(2 * seconds * RATE))
     for number in range(len(samples)):
-        turn = 2 * pi * number / RATE
-        if sin(turn) > 0:
-            samples[number] = int(LOUDNESS * sin(TONE_HZ * turn))
+        angle = 2 * pi * number / RATE
+        if sin(angle) > 0:
+            samples[number] = int(LOUDNESS * sin(TONE_HZ * angle))
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
         writer.setnchannels(1)

@@ -1,4 +1,4 @@
-"""What a scenario is: requests, and what is made of their answers. All of it is pure."""
+"""The base of scenarios: their requests, and figures from the answers. All of it is pure."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from enum import StrEnum
 from typing import ClassVar
 
 from server.bench.figures import Figure
-from server.bench.work import Streams, Turn, Work
+from server.bench.work import Round, Streams, Work
 
 
 class Peer(StrEnum):
-    """What the server can be measured against."""
+    """What the server can be compared with."""
 
     VLLM_SERVE = "vllm-serve"
     TRANSFORMERS_SERVE = "transformers-serve"
@@ -30,31 +30,31 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the command line may change of a scenario."""
+    """The options of the command line for a scenario."""
 
     streams: tuple[int, ...] = ()
-    """Numbers of concurrent streams; empty takes the scenario's own."""
+    """Numbers of concurrent streams. Empty takes the scenario's default."""
     output_tokens: int = 64
     prompt_words: int = 16
-    rounds: int = 0
-    """Requests of each stream in a turn; 0 takes the scenario's own."""
+    requests: int = 0
+    """Requests of each stream in a round. 0 takes the scenario's default."""
 
 
 class Scenario(ABC):
-    """A kind of load, and the figures that are taken of it."""
+    """A kind of load, and its figures."""
 
     name: ClassVar[str]
     figures: ClassVar[tuple[Figure, ...]]
     models: ClassVar[tuple[str, ...]]
-    """The models of the starter configuration that it asks."""
+    """The models of the starter configuration that it requests."""
     peers: ClassVar[frozenset[Peer]] = frozenset()
     starts: ClassVar[bool] = False
-    """Each turn starts its side anew, alone on the machine, and stops it."""
+    """Whether each round starts its target, alone on the machine, and stops it."""
     memory: ClassVar[str | None] = None
-    """What our server may use, where the scenario needs it to be short of memory."""
+    """The memory budget of our server, for a scenario that needs too little memory."""
 
     def __init__(self, models: Sequence[str], settings: Settings) -> None:
-        """`models` are the names to ask for, as many as the class's."""
+        """`models` are the names to request, as many as the class has."""
         self._models = tuple(models)
         self._settings = settings
 
@@ -64,14 +64,14 @@ class Scenario(ABC):
 
     @abstractmethod
     def streams(self, case: Case, seed: int) -> Streams:
-        """The requests of one turn. Both sides of a pair get those of the same seed."""
+        """The requests of one round. Both rounds of a pair have the same seed."""
 
     @abstractmethod
-    def measure(self, turn: Turn) -> Mapping[str, float]:
-        """The figures of one turn that had good answers."""
+    def measure(self, round_: Round) -> Mapping[str, float]:
+        """The figures of one round that had good answers."""
 
     def samples(self) -> Sequence[Work]:
-        """Requests that both sides must answer alike, sent one by one; none: nothing to compare."""
+        """Requests that both targets must answer equally, sent one by one. None: no check."""
         return ()
 
     def alike(self, ours: str, peer: str) -> bool:

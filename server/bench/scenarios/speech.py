@@ -1,4 +1,4 @@
-"""Speech: how soon it begins, and how much faster than real time it is made."""
+"""Speech: the time to its first byte, and its real-time factor."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 
 from server.bench.figures import Figure, quantile
 from server.bench.scenarios.scenario import Case, Peer, Scenario
-from server.bench.work import SPEECH, Streams, Turn, Work
+from server.bench.work import SPEECH, Round, Streams, Work
 
-ROUNDS = 4
+REQUESTS = 4
 SENTENCES = (3, 10)
 SEED = 7
 SAME_S = 0.001
-"""By how much the lengths of the same speech may differ."""
+"""The largest difference in length of the same speech."""
 
 
 class Speech(Scenario):
-    """Texts of some sentences, one after the other."""
+    """Texts of several sentences, one after the other."""
 
     name = "speech"
     models = ("tiny-vits",)
@@ -32,9 +32,9 @@ class Speech(Scenario):
         return tuple(Case(f"{number} sentences", number) for number in SENTENCES)
 
     def streams(self, case: Case, seed: int) -> Streams:  # noqa: ARG002
-        """One series, each as long as the others and drawn from the same seed."""
-        rounds = self._settings.rounds or ROUNDS
-        return [[self._work(case.streams) for _ in range(rounds)]]
+        """One series of requests, all for the same text and the same seed."""
+        requests = self._settings.requests or REQUESTS
+        return [[self._work(case.streams) for _ in range(requests)]]
 
     def _work(self, sentences: int) -> Work:
         text = " ".join(
@@ -50,12 +50,12 @@ class Speech(Scenario):
         }
         return Work(SPEECH, body)
 
-    def measure(self, turn: Turn) -> Mapping[str, float]:
-        """The real-time factor is the time of making over that of listening: below 1 is faster."""
+    def measure(self, round_: Round) -> Mapping[str, float]:
+        """The real-time factor is synthesis time ÷ length of the audio: below 1 is faster."""
         return {
-            "time to first byte": quantile([each.first_s * 1e3 for each in turn.good], 0.5),
-            "speech": quantile([each.end_s * 1e3 for each in turn.good], 0.5),
-            "real-time factor": quantile([each.end_s / each.audio_s for each in turn.good], 0.5),
+            "time to first byte": quantile([each.first_s * 1e3 for each in round_.good], 0.5),
+            "speech": quantile([each.end_s * 1e3 for each in round_.good], 0.5),
+            "real-time factor": quantile([each.end_s / each.audio_s for each in round_.good], 0.5),
         }
 
     def samples(self) -> Sequence[Work]:
@@ -63,5 +63,5 @@ class Speech(Scenario):
         return [self._work(number) for number in SENTENCES]
 
     def alike(self, ours: str, peer: str) -> bool:
-        """Whether both speak equally long; `Answer.output` of a sound is its seconds."""
+        """Whether both have the same length: `Answer.output` of audio is its seconds."""
         return abs(float(ours) - float(peer)) <= SAME_S

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from server.bench.figures import Figure
 from server.bench.scenarios.llm import Llm
 from server.bench.scenarios.scenario import Case, Peer
-from server.bench.work import Streams, Turn
+from server.bench.work import Round, Streams
 
 
 class Startup(Llm):
-    """One request, sent from the start on until it is taken."""
+    """One request, sent again from the start of the process until it is answered."""
 
     name = "startup"
     starts = True
@@ -23,10 +23,10 @@ class Startup(Llm):
         return (Case("start"),)
 
     def streams(self, case: Case, seed: int) -> Streams:  # noqa: ARG002
-        """A short one."""
+        """One short request."""
         return [[self._work(f"{seed} start")]]
 
-    def measure(self, turn: Turn) -> Mapping[str, float]:
-        """As the runner saw it."""
-        assert turn.first_token_s is not None  # the scenario starts its sides
-        return {"start to first token": turn.first_token_s}
+    def measure(self, round_: Round) -> Mapping[str, float]:
+        """The time that the runner measured."""
+        assert round_.first_token_s is not None  # the scenario starts its targets
+        return {"start to first token": round_.first_token_s}

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from server.bench.figures import Figure, quantile
 from server.bench.scenarios.recording import tone
 from server.bench.scenarios.scenario import Case, Peer, Scenario
-from server.bench.work import TRANSCRIPTIONS, Streams, Turn, Work
+from server.bench.work import TRANSCRIPTIONS, Round, Streams, Work
 
-ROUNDS = 8
+REQUESTS = 8
 SECONDS = 20
 
 
 class Transcription(Scenario):
-    """The same recording again and again."""
+    """The same recording, repeatedly."""
 
     name = "transcription"
     models = ("tiny-whisper",)
@@ -27,7 +27,7 @@ class Transcription(Scenario):
 
     def streams(self, case: Case, seed: int) -> Streams:  # noqa: ARG002
         """One series."""
-        return [[self._work()] * (self._settings.rounds or ROUNDS)]
+        return [[self._work()] * (self._settings.requests or REQUESTS)]
 
     def _work(self) -> Work:
         body = {
@@ -37,11 +37,11 @@ class Transcription(Scenario):
         }
         return Work(TRANSCRIPTIONS, body, tone(SECONDS))
 
-    def measure(self, turn: Turn) -> Mapping[str, float]:
-        """The real-time factor is the time of hearing over the recording's: below 1 is faster."""
+    def measure(self, round_: Round) -> Mapping[str, float]:
+        """The real-time factor is transcription time ÷ recording length: below 1 is faster."""
         return {
-            "transcription": quantile([each.end_s * 1e3 for each in turn.good], 0.5),
-            "real-time factor": quantile([each.end_s / each.audio_s for each in turn.good], 0.5),
+            "transcription": quantile([each.end_s * 1e3 for each in round_.good], 0.5),
+            "real-time factor": quantile([each.end_s / each.audio_s for each in round_.good], 0.5),
         }
 
     def samples(self) -> Sequence[Work]:
@@ -49,5 +49,5 @@ class Transcription(Scenario):
         return [self._work()]
 
     def alike(self, ours: str, peer: str) -> bool:
-        """Whether the words are the same; OpenAI's interface has no space before the first."""
+        """Whether the words are the same. OpenAI's interface has no space before the first."""
         return ours.strip() == peer.strip()

@@ -1,4 +1,4 @@
-"""Videos: a job each, from the request to the file."""
+"""Videos: one job each, from the request to the file."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from server.bench.figures import Figure, quantile
 from server.bench.scenarios.scenario import Case, Scenario
-from server.bench.work import VIDEOS, Streams, Turn, Work
+from server.bench.work import VIDEOS, Round, Streams, Work
 
-ROUNDS = 3
+REQUESTS = 3
 
 
 class Video(Scenario):
@@ -20,13 +20,13 @@ class Video(Scenario):
 
     def streams(self, case: Case, seed: int) -> Streams:  # noqa: ARG002
         """One series."""
-        rounds = self._settings.rounds or ROUNDS
+        requests = self._settings.requests or REQUESTS
         bodies = (
-            {"model": self._models[0], "prompt": "a red train", "seed": seed * rounds + turn}
-            for turn in range(rounds)
+            {"model": self._models[0], "prompt": "a red train", "seed": seed * requests + number}
+            for number in range(requests)
         )
         return [[Work(VIDEOS, body) for body in bodies]]
 
-    def measure(self, turn: Turn) -> Mapping[str, float]:
-        """From the request for the job to the last byte of its file."""
-        return {"video": quantile([each.end_s for each in turn.good], 0.5)}
+    def measure(self, round_: Round) -> Mapping[str, float]:
+        """The time from the request for the job to the last byte of its file."""
+        return {"video": quantile([each.end_s for each in round_.good], 0.5)}

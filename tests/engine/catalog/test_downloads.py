@@ -22,16 +22,11 @@ from engine.catalog.downloads import Pulls, pull, sources_of
 from engine.catalog.model_files import files_of, other_repos, removable, remove, unused_repos
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import Conflict, LoadFailed, NotFound
-from engine.files import hub as hub_module
-from engine.files.hub import (
-    PARTIAL,
-    FetchCancelledError,
-    FetchProgress,
-    HubSource,
-    choose,
-    fetch,
-    present,
-)
+from engine.files.hub import cache as hub_cache
+from engine.files.hub import fetch as hub_fetch
+from engine.files.hub.cache import PARTIAL, present
+from engine.files.hub.fetch import FetchCancelledError, FetchProgress, fetch
+from engine.files.hub.selection import HubSource, choose
 from engine.memory.device import CpuDevice
 from engine.model_folder import WANTED_FILES, local_folder, present_folder
 from engine.runtimes.diffusers.runtime import DiffusersRuntime
@@ -56,7 +51,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def cache(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(hub_module, "RETRY_S", 0.01)
+    monkeypatch.setattr(hub_fetch, "RETRY_S", 0.01)
     return point_client_at(hub, tmp_path, monkeypatch)
 
 
@@ -122,7 +117,8 @@ class TestFetch:
         half = len(WEIGHTS) // 2
         hub.stall["model.safetensors"] = half
         code = (
-            "from engine.files.hub import HubSource, fetch\n"
+            "from engine.files.hub.fetch import fetch\n"
+            "from engine.files.hub.selection import HubSource\n"
             f"fetch(HubSource({REPO!r}, ('model.safetensors',)),"
             " lambda now: print(now.done_bytes, flush=True))"
         )
@@ -177,7 +173,7 @@ class TestDisk:
     def test_too_little_room_is_told_before_anything_is_written(
         self, hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(hub_module, "free_disk_bytes", lambda _: 2**20)
+        monkeypatch.setattr(hub_cache, "free_disk_bytes", lambda _: 2**20)
         with pytest.raises(LoadFailed, match=r"needs 2\.9 MiB more .* 1\.0 MiB are free"):
             fetch(SOURCE)
         assert not cache.exists()
@@ -187,32 +183,32 @@ class TestDisk:
         self, hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         fetch(SOURCE)
-        monkeypatch.setattr(hub_module, "free_disk_bytes", lambda _: 0)
+        monkeypatch.setattr(hub_cache, "free_disk_bytes", lambda _: 0)
         fetch(SOURCE)
 
     def test_a_disk_that_fills_up_in_the_middle(
         self, hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        write = hub_module._write_all
+        write = hub_fetch._write_all
 
         def full(file: IO[bytes], data: bytes) -> None:
             if file.tell() > 1_000_000:
                 raise OSError(errno.ENOSPC, "No space left on device")
             write(file, data)
 
-        monkeypatch.setattr(hub_module, "_write_all", full)
+        monkeypatch.setattr(hub_fetch, "_write_all", full)
         with pytest.raises(LoadFailed, match=r"is full: model\.safetensors of me/tiny"):
             fetch(SOURCE)
         assert nothing_is_registered(cache)
         assert not partial(cache).exists(), "the disk stays full"
-        monkeypatch.setattr(hub_module, "_write_all", write)
+        monkeypatch.setattr(hub_fetch, "_write_all", write)
         assert (fetch(SOURCE) / "model.safetensors").read_bytes() == WEIGHTS
 
     def test_all_repositories_of_a_model_count(
         self, hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         hub.repos["me/other"] = {"model.safetensors": b"x" * 3_000_000}
-        monkeypatch.setattr(hub_module, "free_disk_bytes", lambda _: 4_000_000)
+        monkeypatch.setattr(hub_cache, "free_disk_bytes", lambda _: 4_000_000)
         sources = (SOURCE, HubSource("me/other", WANTED_FILES))
         with pytest.raises(LoadFailed, match="me/tiny and me/other needs"):
             pull(sources, lambda _: None, threading.Event())

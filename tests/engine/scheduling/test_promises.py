@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import EngineError, LoadFailed
+from engine.memory.block import Block, Estimate
 from engine.requests import Priority
-from engine.runtimes.base import Block, Estimate
 from engine.scheduling.lease import Lease
 from engine.scheduling.ledger import Change, Ledger
 from engine.scheduling.scheduler import Scheduler
@@ -308,7 +308,7 @@ class World:
         self.run()
         waiting = [visit for visit in self.visits if visit.outcome == "waiting"]
         assert not waiting, "neither granted, refused nor cancelled"
-        assert self.scheduler.queue() == ()
+        assert self.scheduler.report.queue() == ()
         self.scheduler.on_drain()
         self.run()
         assert self.scheduler.empty
@@ -546,7 +546,7 @@ def test_a_model_state_is_told_truly_at_every_step() -> None:
     world = World(models)
 
     def after_step() -> None:
-        for model in world.scheduler.models():
+        for model in world.scheduler.report.models():
             there = model.id in world.loaded_at
             absent = model.state in (ModelState.ABSENT, ModelState.LOADING)
             assert absent != there

@@ -20,8 +20,8 @@ from engine.errors import (
     QueueTimeout,
     ShuttingDown,
 )
+from engine.memory.block import Block
 from engine.requests import Priority
-from engine.runtimes.base import Block
 from engine.scheduling.lease import Lease
 from engine.scheduling.ledger import Ledger
 from engine.scheduling.scheduler import Scheduler
@@ -63,7 +63,7 @@ class Bench:
         return first
 
     def model(self, model_id: str) -> ModelStatus:
-        return next(each for each in self.scheduler.models() if each.id == model_id)
+        return next(each for each in self.scheduler.report.models() if each.id == model_id)
 
     def kinds(self) -> list[EventKind]:
         return [event.kind for event in self.events]
@@ -319,7 +319,7 @@ def test_a_ticket_that_waited_its_time_is_refused(bench: Bench) -> None:
     assert isinstance(late.error, QueueTimeout)
     assert late.error.retry_after_s >= 1
     assert patient.waits
-    assert [each.waited_s for each in bench.scheduler.queue()] == [5]
+    assert [each.waited_s for each in bench.scheduler.report.queue()] == [5]
 
 
 def test_what_can_never_fit_is_refused(bench: Bench) -> None:
@@ -346,7 +346,7 @@ def test_cancelling_lets_a_load_finish_and_leaks_nothing(bench: Bench) -> None:
     bench.scheduler.on_estimate("a", estimate(50))
     bench.scheduler.on_cancel(only.ticket)
     bench.scheduler.on_cancel(only.ticket)
-    assert bench.scheduler.queue() == ()
+    assert bench.scheduler.report.queue() == ()
     bench.loaded("a", 50)
     assert only.waits, "a cancelled ticket was answered"
     assert bench.model("a").state is ModelState.RESIDENT
@@ -677,10 +677,10 @@ def test_a_wake_takes_what_was_measured_for_a_byte(parked: Bench) -> None:
     parked.ask("a")
     parked.scheduler.on_unloaded("b")
     parked.scheduler.on_woken("a", 5.0)
-    forecast = parked.scheduler.forecast("a")
+    forecast = parked.scheduler.report.forecast("a")
     assert (forecast.tier, forecast.move_s) == ("device", 0.0)
     parked.ask("b", timeout_s=1.0)
-    assert parked.scheduler.forecast("b").move_s == 2.0
+    assert parked.scheduler.report.forecast("b").move_s == 2.0
 
 
 def test_a_model_that_cannot_be_woken_is_loaded_afresh(parked: Bench) -> None:
@@ -750,18 +750,18 @@ def test_positions_and_the_time_to_come(bench: Bench) -> None:
     bench.ask("a")
     second, third, other = bench.ask("a"), bench.ask("a"), bench.ask("b")
     bench.scheduler.on_estimate("b", estimate(60, load_seconds=7.0))
-    etas = [status.eta_s for status in bench.scheduler.queue()]
+    etas = [status.eta_s for status in bench.scheduler.report.queue()]
     assert etas == [4.0, 8.0, 7.0]
-    status = bench.scheduler.ticket_status(third.ticket)
+    status = bench.scheduler.report.ticket_status(third.ticket)
     assert status is not None
     assert (status.position, status.eta_s) == (2, 8.0)
-    forecast = bench.scheduler.forecast("b")
+    forecast = bench.scheduler.report.forecast("b")
     assert (forecast.fits, forecast.tier, forecast.wanted_bytes) == (True, "disk", 60)
     assert [eviction.model for eviction in forecast.evictions] == ["a"]
-    assert bench.scheduler.ticket_status(running.ticket) is None
+    assert bench.scheduler.report.ticket_status(running.ticket) is None
     bench.scheduler.on_cancel(second.ticket)
     bench.clock.now += 1.0
-    status = bench.scheduler.ticket_status(third.ticket)
+    status = bench.scheduler.report.ticket_status(third.ticket)
     assert status is not None
     assert status.position == 1
     assert other.waits
@@ -887,7 +887,7 @@ def test_status_tells_what_is(bench: Bench) -> None:
     bench.ask("a", request_id="batch", priority=Priority.BATCH)
     bench.clock.now += 1
     bench.ask("a", request_id="now", priority=Priority.INTERACTIVE)
-    assert [(t.request_id, t.position, t.priority) for t in bench.scheduler.queue()] == [
+    assert [(t.request_id, t.position, t.priority) for t in bench.scheduler.report.queue()] == [
         ("now", 1, "interactive"),
         ("batch", 2, "batch"),
     ]

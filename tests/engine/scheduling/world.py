@@ -8,8 +8,8 @@ from typing import Any
 
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import EngineError
+from engine.memory.block import Block, Estimate
 from engine.requests import Priority
-from engine.runtimes.base import Block, Estimate
 from engine.scheduling.lease import Lease
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.ticket import Ticket

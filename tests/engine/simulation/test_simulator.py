@@ -19,7 +19,9 @@ from engine.requests import Priority
 from engine.simulation.baselines import fifo_lru
 from engine.simulation.clairvoyant import clairvoyant, lower_bound_s
 from engine.simulation.comparison import FIFO_LRU, FIFO_LRU_DISK, OURS, compare
-from engine.simulation.simulator import Machine, Move, Outcome, Tier, Waits, simulate, usual_config
+from engine.simulation.driver import simulate, usual_config
+from engine.simulation.machine import Machine, Tier
+from engine.simulation.outcome import Move, Outcome, Waits
 from engine.simulation.traces import (
     BUILT_IN,
     Trace,

@@ -21,7 +21,8 @@ from safetensors import safe_open
 
 from engine.errors import ConfigError, LoadFailed
 from engine.starters import registry
-from engine.starters.registry import FORMAT, STARTERS, Starter, ensure_starter
+from engine.starters.language import VOCABULARY_SIZE
+from engine.starters.registry import FORMAT, LANGUAGE_STARTERS, Starter, ensure_starter
 from tests.conftest import StarterDir
 
 DECODERS = ("tiny-llama", "tiny-qwen")
@@ -74,7 +75,7 @@ def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Com
 
 def with_write(write: Callable[[Path], None]) -> Starter:
     """tiny-embed, written by another function."""
-    return dataclasses.replace(STARTERS["tiny-embed"], write=write)
+    return dataclasses.replace(LANGUAGE_STARTERS["tiny-embed"], write=write)
 
 
 @pytest.fixture(scope="session")
@@ -82,40 +83,41 @@ def tokenizer_of(starter_dir: StarterDir) -> Any:
     """Loads a starter model's tokenizer as any user of transformers would, once."""
     from transformers import AutoTokenizer
 
-    loaded = {name: AutoTokenizer.from_pretrained(starter_dir(name)) for name in STARTERS}
+    loaded = {name: AutoTokenizer.from_pretrained(starter_dir(name)) for name in LANGUAGE_STARTERS}
     return loaded.__getitem__
 
 
 def test_another_process_writes_the_same_bytes(starter_dir: StarterDir, tmp_path: Path) -> None:
     build_all = (
-        "import sys, pathlib; from engine.starters.registry import STARTERS, ensure_starter\n"
-        "for name in reversed(STARTERS): ensure_starter(name, pathlib.Path(sys.argv[1]))"
+        "import sys, pathlib\n"
+        "from engine.starters.registry import LANGUAGE_STARTERS, ensure_starter\n"
+        "for name in reversed(LANGUAGE_STARTERS): ensure_starter(name, pathlib.Path(sys.argv[1]))"
     )
     built = run_python(build_all, str(tmp_path), PYTHONHASHSEED="7")
     assert built.returncode == 0, built.stderr
-    for name in STARTERS:
+    for name in LANGUAGE_STARTERS:
         assert contents(tmp_path / "starter" / FORMAT / name) == contents(starter_dir(name))
 
 
-@pytest.mark.parametrize("name", STARTERS)
+@pytest.mark.parametrize("name", LANGUAGE_STARTERS)
 def test_the_card_says_that_the_weights_are_random(name: str, starter_dir: StarterDir) -> None:
     card = (starter_dir(name) / "README.md").read_text(encoding="utf-8")
-    assert f"# {name}\n\n{STARTERS[name].summary}" in card
+    assert f"# {name}\n\n{LANGUAGE_STARTERS[name].summary}" in card
     assert "The weights are random numbers" in card
 
 
-@pytest.mark.parametrize("name", STARTERS)
+@pytest.mark.parametrize("name", LANGUAGE_STARTERS)
 def test_the_weights_are_of_the_declared_type_and_vocabulary(
     name: str, starter_dir: StarterDir, tokenizer_of: Any
 ) -> None:
     config = json.loads((starter_dir(name) / "config.json").read_text(encoding="utf-8"))
-    assert config["vocab_size"] == len(tokenizer_of(name)) == registry.VOCABULARY_SIZE
+    assert config["vocab_size"] == len(tokenizer_of(name)) == VOCABULARY_SIZE
     with safe_open(starter_dir(name) / "model.safetensors", framework="np") as file:
         assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F32"}  # noqa: SIM118
         assert file.metadata() == {"format": "pt"}
 
 
-@pytest.mark.parametrize("name", STARTERS)
+@pytest.mark.parametrize("name", LANGUAGE_STARTERS)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_survives_the_tokenizer(name: str, tokenizer_of: Any, text: str) -> None:
     """Qwen's, as the real one does, reads text in its canonical composition (NFC)."""
@@ -134,7 +136,8 @@ def test_qwen_composes_what_it_reads(tokenizer_of: Any) -> None:
 
 def test_each_tokenizer_frames_a_text_as_its_kind_does(tokenizer_of: Any) -> None:
     framed = {
-        name: tokenizer_of(name).decode(tokenizer_of(name).encode("hello")) for name in STARTERS
+        name: tokenizer_of(name).decode(tokenizer_of(name).encode("hello"))
+        for name in LANGUAGE_STARTERS
     }
     assert framed == {
         "tiny-llama": "<|begin_of_text|>hello",
@@ -143,7 +146,7 @@ def test_each_tokenizer_frames_a_text_as_its_kind_does(tokenizer_of: Any) -> Non
     }
 
 
-@pytest.mark.parametrize("name", STARTERS)
+@pytest.mark.parametrize("name", LANGUAGE_STARTERS)
 def test_transformers_finds_every_weight_it_wants(name: str, starter_dir: StarterDir) -> None:
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -250,7 +253,7 @@ def test_two_that_build_at_once_get_one_whole_folder(
     both_are_building = threading.Barrier(2, timeout=30)
 
     def write(folder: Path) -> None:
-        STARTERS["tiny-embed"].write(folder)
+        LANGUAGE_STARTERS["tiny-embed"].write(folder)
         both_are_building.wait()
 
     monkeypatch.setattr(registry, "STARTERS", {"tiny-embed": with_write(write)})

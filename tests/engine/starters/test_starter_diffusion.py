@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from engine.errors import LoadFailed
 from engine.process.gate import GATE
-from engine.starters.registry import DIFFUSION_STARTERS, FORMAT, STARTERS, ensure_starter
+from engine.starters.registry import DIFFUSION_STARTERS, FORMAT, LANGUAGE_STARTERS, ensure_starter
 from tests.conftest import StarterDir
 
 pytestmark = pytest.mark.slow
@@ -122,10 +122,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_each_name_is_registered_and_can_be_written() -> None:
-    from engine.starters.diffusion import WRITERS
+    from engine.starters.diffusion.writers import WRITERS
 
     assert WRITERS.keys() == DIFFUSION_STARTERS.keys()
-    assert not STARTERS.keys() & DIFFUSION_STARTERS.keys()
+    assert not LANGUAGE_STARTERS.keys() & DIFFUSION_STARTERS.keys()
     assert PIPELINES.keys() <= DIFFUSION_STARTERS.keys()
 
 
@@ -416,8 +416,8 @@ def test_modules_are_constructed_behind_the_gate(name: str, tmp_path: Path) -> N
 def test_without_the_libraries_a_build_is_a_failed_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "engine.starters.diffusion", None)
-    with pytest.raises(LoadFailed, match=r"cannot build starter:tiny-sd15: .*starter_diffusion"):
+    monkeypatch.setitem(sys.modules, "engine.starters.diffusion.writers", None)
+    with pytest.raises(LoadFailed, match=r"cannot build starter:tiny-sd15: .*diffusion\.writers"):
         ensure_starter("tiny-sd15", tmp_path)
     assert not list((tmp_path / "starter" / FORMAT).iterdir())
 

@@ -23,20 +23,21 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from server.bench import plot, report
-from server.bench.errors import BadSetUp, NotStarted, Void
+from server.bench.errors import BadSetUp, InvalidRun, NotStarted
 from server.bench.exchange import BadAnswer, Exchange, events, exchange, read_response
-from server.bench.figures import Comparison, Figure, Spread, quantile, turns
+from server.bench.figures import Comparison, Figure, Spread, quantile, round_order
 from server.bench.http_caller import HttpCaller, read_answer
-from server.bench.launches import SetUp, choose_models, ours, read_overrides, vllm_serve
 from server.bench.memory import memory_of, read_file_pages, read_rollup
 from server.bench.processor import ProcessorTime
 from server.bench.runner import Result as Measured
-from server.bench.runner import run, turn_count
+from server.bench.runner import round_count, run
 from server.bench.scenarios import SCENARIOS
 from server.bench.scenarios.llm import Llm, completion
 from server.bench.scenarios.scenario import Case, Scenario, Settings
-from server.bench.sides import Launch, Server, Side
-from server.bench.work import COMPLETIONS, Answer, Answers, Streams, Turn, Work
+from server.bench.set_up import SetUp, choose_models, read_overrides
+from server.bench.target_commands import ours, vllm_serve
+from server.bench.targets import Command, Server, Target
+from server.bench.work import COMPLETIONS, Answer, Answers, Round, Streams, Work
 from server.commands import cli
 from server.settings import load_settings
 from tests.http_thread import running
@@ -89,7 +90,7 @@ class TestFigures:
         assert compared.noisy
 
     def test_turns_go_a_b_b_a(self) -> None:
-        assert [side for pair in turns(3) for side in pair] == [0, 1, 1, 0, 0, 1]
+        assert [target for pair in round_order(3) for target in pair] == [0, 1, 1, 0, 0, 1]
 
 
 def chunked(*pieces: bytes) -> bytes:
@@ -276,7 +277,7 @@ def answered(sent_s: float, *times_s: float, tokens: int = 0) -> Answer:
 class TestScenarios:
     def test_figures_of_text(self) -> None:
         llm = Llm(["m"], Settings())
-        turn = Turn(
+        round_ = Round(
             (
                 answered(10.0, 0.1, 0.2, 0.4, tokens=6),
                 answered(10.5, 0.3, 0.5),
@@ -284,8 +285,8 @@ class TestScenarios:
             ),
             client_cpu_s=0.25,
         )
-        figures = llm.measure(turn)
-        assert turn.wall_s == pytest.approx(1.0)
+        figures = llm.measure(round_)
+        assert round_.wall_s == pytest.approx(1.0)
         assert figures["tokens"] == pytest.approx(8)
         assert figures["TTFT p50"] == pytest.approx(200)
         assert figures["ITL p50"] == pytest.approx(200)
@@ -325,21 +326,21 @@ class TestScenarios:
     def test_what_is_measured_is_what_was_announced(self, name: str) -> None:
         scenario = SCENARIOS[name](SCENARIOS[name].models, Settings())
         answers = tuple(Answer(0.0, 1.0, (0.5, 1.0), 2, audio_s=2.0) for _ in range(4))
-        turn = Turn(answers, 0.1, first_token_s=1.0, memory=memory_of(os.getpid()))
-        assert list(scenario.measure(turn)) == [each.name for each in scenario.figures]
+        round_ = Round(answers, 0.1, first_token_s=1.0, memory=memory_of(os.getpid()))
+        assert list(scenario.measure(round_)) == [each.name for each in scenario.figures]
 
     def test_the_second_of_two_finds_its_model(self) -> None:
-        swap = SCENARIOS["swap"](["a", "b"], Settings(rounds=2))
+        swap = SCENARIOS["swap"](["a", "b"], Settings(requests=2))
         (series,) = swap.streams(swap.cases()[0], 0)
         assert [work.body["model"] for work in series] == ["a", "a", "b", "b"]
         figures = swap.measure(
-            Turn(tuple(answered(0.0, each) for each in (0.5, 0.1, 0.7, 0.3)), 0.0)
+            Round(tuple(answered(0.0, each) for each in (0.5, 0.1, 0.7, 0.3)), 0.0)
         )
         assert figures == pytest.approx({"TTFT with a swap": 600, "TTFT without": 200, "swap": 400})
 
 
-class Fixed(Side):
-    """A side that answers at once, `wall_s` after it was asked."""
+class Fixed(Target):
+    """A target that answers at once, `wall_s` after it was asked."""
 
     def __init__(
         self, name: str, log: list[str], walls_s: Sequence[float], says: str = "x"
@@ -374,8 +375,8 @@ class Plain(Scenario):
     def streams(self, case: Case, seed: int) -> Streams:
         return [[Work(COMPLETIONS, {"model": "any", "seed": seed})]]
 
-    def measure(self, turn: Turn) -> Mapping[str, float]:
-        return {"time": turn.wall_s, "rate": 1 / turn.wall_s, "turns": 1}
+    def measure(self, round_: Round) -> Mapping[str, float]:
+        return {"time": round_.wall_s, "rate": 1 / round_.wall_s, "turns": 1}
 
     def samples(self) -> Sequence[Work]:
         return [Work(COMPLETIONS, {})]
@@ -386,14 +387,14 @@ def measured(
 ) -> tuple[Measured, list[str]]:
     """Both sides' walls: of the sample where there are two, of the warm-up, of each turn."""
     log: list[str] = []
-    sides: list[Side] = [Fixed("ours", log, ours)]
+    targets: list[Target] = [Fixed("ours", log, ours)]
     if peer is not None:
-        sides.append(Fixed("peer", log, peer, **says))
+        targets.append(Fixed("peer", log, peer, **says))
     told: list[str] = []
     plain = Plain(["any"], Settings())
-    result = asyncio.run(run(plain, sides, repeats, told.append))
+    result = asyncio.run(run(plain, targets, repeats, told.append))
     starts = [each for each in told if each.endswith(": starting")]
-    assert len(told) - len(starts) <= turn_count(plain, len(sides), repeats)
+    assert len(told) - len(starts) <= round_count(plain, len(targets), repeats)
     return result, log
 
 
@@ -414,7 +415,7 @@ class TestRunner:
         assert result.errors == 0
 
     def test_different_answers_are_void(self) -> None:
-        with pytest.raises(Void, match=r"'x'.*'y'"):
+        with pytest.raises(InvalidRun, match=r"'x'.*'y'"):
             measured([1] * 5, [1] * 5, repeats=3, says="y")
 
     def test_errors_are_counted_and_end_the_case(self) -> None:
@@ -435,8 +436,8 @@ class TestRunner:
                 raise AssertionError
 
         log: list[str] = []
-        sides = [Hanging("ours", log, [])]
-        task = asyncio.create_task(run(Plain(["any"], Settings()), sides, 1, lambda what: None))
+        targets = [Hanging("ours", log, [])]
+        task = asyncio.create_task(run(Plain(["any"], Settings()), targets, 1, lambda what: None))
         with pytest.raises(asyncio.CancelledError):
             await task
         assert log == ["ours up", "ours down"]
@@ -603,7 +604,7 @@ class TestLaunches:
             2048,
         )
         peer = vllm_serve(set_up)
-        line = " ".join(peer.command)
+        line = " ".join(peer.arguments)
         for part in (
             f"serve {set_up.model_folders[0]}",
             "--served-model-name tiny-llama",
@@ -614,9 +615,9 @@ class TestLaunches:
             "--enforce-eager",
         ):
             assert part in line
-        assert str(set_up.config_path) in ours(set_up).command
-        for launch in (ours(set_up), peer):
-            assert launch.environment["OMP_NUM_THREADS"] == "2"
+        assert str(set_up.config_path) in ours(set_up).arguments
+        for each in (ours(set_up), peer):
+            assert each.environment["OMP_NUM_THREADS"] == "2"
         # Else it would take a number of its own.
         assert peer.environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
         alone = vllm_serve(replace(set_up, environment={}))
@@ -629,11 +630,11 @@ class TestLaunches:
             choose_models(config, ["tiny-llama"], read_overrides([pair]))
 
     async def test_a_side_that_dies_says_why(self, tmp_path: Path) -> None:
-        launch = Launch("dead", (sys.executable, "-c", "raise SystemExit('no steam')"), {})
-        side = Server(launch, tmp_path, 10.0)
+        command = Command("dead", (sys.executable, "-c", "raise SystemExit('no steam')"), {})
+        target = Server(command, tmp_path, 10.0)
         with pytest.raises(NotStarted, match="dead ended with status 1: no steam"):
-            await side.start()
-        await side.stop()
+            await target.start()
+        await target.stop()
 
     async def test_stopping_ends_grandchildren_too(self, tmp_path: Path) -> None:
         """As `vllm serve` leaves its engine when it is killed."""
@@ -646,11 +647,13 @@ class TestLaunches:
         )
         told = tmp_path / "pid"
         os.mkfifo(told)  # so that reading waits for what is written
-        side = Server(Launch("family", (sys.executable, "-c", code, str(told)), {}), tmp_path, 10.0)
-        side.spawn()
+        target = Server(
+            Command("family", (sys.executable, "-c", code, str(told)), {}), tmp_path, 10.0
+        )
+        target.spawn()
         child = int(await asyncio.to_thread(told.read_text))
-        assert side.pid is not None and memory_of(side.pid).processes == 2
-        await side.stop()
+        assert target.pid is not None and memory_of(target.pid).processes == 2
+        await target.stop()
         assert memory_of(child).total_bytes == 0
 
 
@@ -736,9 +739,9 @@ def test_a_real_server(server: RealServer, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     one, four = json.loads((tmp_path / "llm.json").read_text())["cases"]
     for case in (one, four):
-        (side,) = case["sides"]
-        (figures,) = side["turns"]
-        assert side["errors"] == {}
+        (target,) = case["sides"]
+        (figures,) = target["turns"]
+        assert target["errors"] == {}
         assert figures["tokens"] > 0
         assert 0 < figures["TTFT p50"] <= figures["TTFT p99"]
         assert 0 < figures["ITL p50"] <= figures["ITL p99"]

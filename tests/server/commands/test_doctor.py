@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from engine.config import ENV_PREFIX
-from engine.files.hub import HubSource, fetch
+from engine.files.hub.fetch import fetch
+from engine.files.hub.selection import HubSource
 from engine.memory.nvidia_smi import Gpu, GpuProcess, read_gpus, read_processes
 from server.commands import cli, default_config, doctor, terminal
 from server.commands.default_config import GIB, Facts, choose, hub_answers
@@ -98,14 +99,14 @@ class TestChoice:
             point_client_at(hub, tmp_path, monkeypatch)
             hub.repos["BAAI/bge-small-en-v1.5"] = {"model.safetensors": b"x"}
             fetch(HubSource("BAAI/bge-small-en-v1.5", ("*.safetensors",)))
-            found = default_config.look({"HF_ENDPOINT": hub.url})
+            found = default_config.detect({"HF_ENDPOINT": hub.url})
         assert found.gpu_bytes == 23034 * 2**20
         assert found.hub_answers
         assert found.present == {"gpu-80gb": 0, "gpu-24gb": 0, "gpu-8gb": 1, "cpu": 1}
 
     def test_a_broken_driver_is_no_card(self, driver: Driver) -> None:
         driver("echo Failed to initialize NVML; exit 255")
-        assert default_config.look({"HF_HUB_OFFLINE": "1"}).gpu_bytes is None
+        assert default_config.detect({"HF_HUB_OFFLINE": "1"}).gpu_bytes is None
 
 
 class TestHubProbe:
@@ -269,7 +270,7 @@ class TestDoctor:
         assert "every configured model" in found(path)["models"].found
 
     def test_little_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("engine.files.hub.free_disk_bytes", lambda _: 2**20)
+        monkeypatch.setattr("engine.files.hub.cache.free_disk_bytes", lambda _: 2**20)
         findings = found(config_file(tmp_path))
         assert findings["disk of the model cache"].state is State.WARN
         assert findings["disk of the data"].state is State.WARN

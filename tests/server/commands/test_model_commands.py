@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from engine.catalog.config_file import with_model
 from engine.config import ENV_CONFIG, EngineConfig
 from engine.errors import ConfigError
-from engine.files.hub import PARTIAL
+from engine.files.hub.cache import PARTIAL
 from engine.runtimes.registry import runtime_class
 from server.commands import cli, terminal
 from tests.hub import Hub, etag, point_client_at, serving
@@ -143,14 +143,14 @@ class TestPull:
         environ = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
         environ |= {"HF_HUB_OFFLINE": "0", "ROUNDHOUSE_CONFIG": str(config)}
         code = (
-            "import os, signal, engine.files.hub\n"
-            "tell = engine.files.hub.Fetch._tell\n"
+            "import os, signal, engine.files.hub.fetch\n"
+            "tell = engine.files.hub.fetch.Fetch._tell\n"
             "def told(fetch):\n"
             "    tell(fetch)\n"
             f"    if fetch.missing_bytes <= {len(WEIGHTS) - half}:\n"
-            "        engine.files.hub.Fetch._tell = tell\n"
+            "        engine.files.hub.fetch.Fetch._tell = tell\n"
             "        print('half', flush=True)\n"
-            "engine.files.hub.Fetch._tell = told\n"
+            "engine.files.hub.fetch.Fetch._tell = told\n"
             "def stop(*_):\n"
             "    print('stopping', flush=True)\n"
             "    raise KeyboardInterrupt\n"

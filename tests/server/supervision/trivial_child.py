@@ -1,6 +1,6 @@
 """A process under the supervisor that does, at its nth start, what the nth word of a script says.
 
-    python -m tests.server.supervision.trivial_child RECORD WORD... --supervised LISTENER,LINE
+    python -m tests.server.supervision.trivial_child RECORD WORD... --supervised LISTENER,CHANNEL
 
 It appends a line of JSON to the file RECORD at each start. The last word is that of all later
 starts as well. A word is one or more acts with commas between.
@@ -22,26 +22,26 @@ from server.supervision.heartbeat import Heartbeat
 
 
 def main(record: Path, words: list[str], supervised: str) -> None:
-    listener_descriptor, line_descriptor = map(int, supervised.split(","))
-    line = Heartbeat.adopt(line_descriptor)
-    told = {"pid": os.getpid(), "residents": line.residents, **asdict(line.restarts)}
+    listener_descriptor, channel_descriptor = map(int, supervised.split(","))
+    heartbeat = Heartbeat.adopt(channel_descriptor)
+    told = {"pid": os.getpid(), "residents": heartbeat.residents, **asdict(heartbeat.restarts)}
     with record.open("a") as file:
         file.write(json.dumps(told) + "\n")
-    for word in words[min(line.restarts.count, len(words) - 1)].split(","):
-        act(word, line, socket.socket(fileno=os.dup(listener_descriptor)))
+    for word in words[min(heartbeat.restarts.count, len(words) - 1)].split(","):
+        act(word, heartbeat, socket.socket(fileno=os.dup(listener_descriptor)))
 
 
-def act(word: str, line: Heartbeat, listener: socket.socket) -> None:
+def act(word: str, heartbeat: Heartbeat, listener: socket.socket) -> None:
     what, _, value = word.partition(":")
     match what:
         case "beats":
             for _ in range(int(value)):
-                beat(line)
+                beat(heartbeat)
         case "beats-until-steady":
             while not Path(sys.argv[1]).with_suffix(".steady").exists():
-                beat(line)
+                beat(heartbeat)
         case "starts":
-            line.beat(ready=False, residents=[])
+            heartbeat.beat(ready=False, residents=[])
         case "exit":
             os._exit(int(value))
         case "signal":
@@ -49,7 +49,7 @@ def act(word: str, line: Heartbeat, listener: socket.socket) -> None:
         case "tell":  # the supervisor
             os.kill(os.getppid(), int(value))
         case "fault":
-            line.report(value)
+            heartbeat.report(value)
             os._exit(70)
         case "wait":
             Path(sys.argv[1]).with_suffix(".gate").read_text()
@@ -69,16 +69,18 @@ def act(word: str, line: Heartbeat, listener: socket.socket) -> None:
             connection.close()
 
 
-def beat(line: Heartbeat) -> None:
+def beat(heartbeat: Heartbeat) -> None:
     """Give a sign of life, and wait until it is taken."""
-    line.beat(ready=True, residents=["most", "less"])
-    while unread_bytes(line):
+    heartbeat.beat(ready=True, residents=["most", "less"])
+    while unread_bytes(heartbeat):
         pass
 
 
-def unread_bytes(line: Heartbeat) -> int:
+def unread_bytes(heartbeat: Heartbeat) -> int:
     """What the supervisor has not taken yet."""
-    return int.from_bytes(fcntl.ioctl(line._line, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    return int.from_bytes(
+        fcntl.ioctl(heartbeat._channel, termios.TIOCOUTQ, bytes(4)), sys.byteorder
+    )
 
 
 if __name__ == "__main__":

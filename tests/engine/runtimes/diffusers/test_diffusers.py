@@ -680,15 +680,15 @@ async def test_a_grant_is_the_measured_peak_from_the_second_run_of_a_shape_on(
     prepared = engine.prepare(request)
     await events(engine, request)
     model = engine.config.find("tiny-sdxl-turbo")
-    assert engine._estimates is not None
-    measured = engine._estimates.working_bytes(model, prepared.shape)
+    assert engine._admission.estimates is not None
+    measured = engine._admission.estimates.working_bytes(model, prepared.shape)
     assert measured is not None and measured != prepared.working_bytes
-    granted = engine._working_bytes(model, prepared)
+    granted = engine._admission.working_bytes(model, prepared)
     assert measured <= granted <= measured * 1.1
     loaded = engine._residency.loaded["tiny-sdxl-turbo"]
     loaded.model.measured.clear()  # type: ignore[attr-defined]
     await events(engine, request)
-    again = engine._estimates.working_bytes(model, prepared.shape)
+    again = engine._admission.estimates.working_bytes(model, prepared.shape)
     assert again is not None and abs(again - granted) <= 0.1 * granted
 
 

@@ -1,4 +1,4 @@
-"""The sides of a measurement: a server at an address, one that is started here, a bare library."""
+"""The targets of a measurement: a server at a URL, a server started here, a bare library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,42 +20,42 @@ import psutil
 
 from engine.config import ENV_PREFIX
 from server.bench.errors import NotStarted
-from server.bench.http_caller import HttpCaller, as_it_is
+from server.bench.http_caller import HttpCaller, unchanged
 from server.bench.memory import tree
 from server.bench.work import Answer, Answers, Caller, Streams, Work
 
 START_S = 300.0
 STOP_S = 60.0
 POLL_S = 0.05
-LAST_WORDS = 1500
-"""Characters of a dead side's log that its error tells."""
+LOG_CHARS = 1500
+"""Characters of a dead target's log that its error shows."""
 
 
-class Side(ABC):
-    """One of the things compared."""
+class Target(ABC):
+    """One of the programs to compare."""
 
     name: str
     command: tuple[str, ...] = ()
-    """How it was started; empty: it was there."""
+    """The command that started it. Empty: it was not started here."""
     environment: Mapping[str, str]
-    """What was set for it beside the environment of this process."""
+    """Variables that were set on top of this process's environment."""
     caller: Caller
     pid: int | None = None
 
     @abstractmethod
     async def start(self) -> None:
-        """Start it and return when it can be asked.
+        """Start it and return when it takes requests.
 
         Raises:
-            NotStarted: it did not come up.
+            NotStarted: it did not start.
 
         """
 
     @abstractmethod
     async def stop(self) -> None:
-        """End it and all its processes; whoever was there before stays."""
+        """End it and all its processes. A target that was not started here keeps running."""
 
-    def check(self) -> None:  # noqa: B027 - one that was there is not ours to watch
+    def check(self) -> None:  # noqa: B027 - one that was not started here is not ours to watch
         """Return if it still runs.
 
         Raises:
@@ -64,7 +64,7 @@ class Side(ABC):
         """
 
 
-class Address(Side):
+class Address(Target):
     """A server that somebody else started."""
 
     def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
@@ -73,37 +73,37 @@ class Address(Side):
         self.caller = HttpCaller(url, api_key, timeout_s=timeout_s)
 
     async def start(self) -> None:
-        """Nothing to do: what is wrong with it shows in its answers."""
+        """Nothing to do: its answers show what is wrong."""
 
     async def stop(self) -> None:
         """Nothing to do."""
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
-    """How to start a process to measure."""
+class Command:
+    """The command that starts a process to measure."""
 
     name: str
-    command: tuple[str, ...]
+    arguments: tuple[str, ...]
     """`{port}` in it becomes a free port."""
     environment: Mapping[str, str]
     ready_path: str = "/health"
-    """Answers with 200 when the server can be asked."""
-    adapt: Callable[[Work], Work] = as_it_is
-    """Says a request in the server's own words."""
+    """Answers 200 when the server takes requests."""
+    adapt: Callable[[Work], Work] = unchanged
+    """Translates a request for a server with fields of its own."""
 
 
-class Started(Side):
-    """A process that is started here and ended afterwards, with all that it started."""
+class Started(Target):
+    """A process that is started here and ended afterwards, with its descendants."""
 
-    def __init__(self, launch: Launch, folder: Path) -> None:
-        """Its output goes to a file in `folder`."""
-        self.name = launch.name
-        self.environment = launch.environment
+    def __init__(self, command: Command, folder: Path) -> None:
+        """The output goes to a file in `folder`."""
+        self.name = command.name
+        self.environment = command.environment
         self.port = _free_port()
-        self.command = tuple(part.format(port=self.port) for part in launch.command)
-        self.log_path = folder / f"{launch.name}.log"
-        self._launch = launch
+        self.command = tuple(part.format(port=self.port) for part in command.arguments)
+        self.log_path = folder / f"{command.name}.log"
+        self._command = command
         self._process: subprocess.Popen[bytes] | None = None
 
     def spawn(self, *, pipes: bool = False) -> subprocess.Popen[bytes]:
@@ -115,24 +115,24 @@ class Started(Side):
                 stdout=subprocess.PIPE if pipes else log,
                 stderr=log,
                 env={**_environment(), **self.environment},
-                # Its own group: Ctrl-C reaches this process, which then ends it in order.
+                # A group of its own: Ctrl-C reaches only this process, which then ends it in order.
                 start_new_session=True,
             )
         self.pid = self._process.pid
         return self._process
 
     def check(self) -> None:
-        """As `Side.check`."""
+        """As `Target.check`."""
         if self._process is not None and (status := self._process.poll()) is not None:
-            raise NotStarted(f"{self.name} ended with status {status}: {self.last_words()}")
+            raise NotStarted(f"{self.name} ended with status {status}: {self.log_end()}")
 
-    def last_words(self) -> str:
+    def log_end(self) -> str:
         """The end of its log."""
         text = self.log_path.read_text(encoding="utf-8", errors="replace")
-        return text[-LAST_WORDS:].strip()
+        return text[-LOG_CHARS:].strip()
 
     async def stop(self) -> None:
-        """SIGTERM, and SIGKILL for what is left after a minute."""
+        """Send SIGTERM, and SIGKILL to what is left after a minute."""
         if self._process is None:
             return
         family = tree(self._process.pid)
@@ -147,6 +147,7 @@ class Started(Side):
         for each in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
+        await asyncio.to_thread(_wait_for_end, left)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -157,14 +158,14 @@ class Started(Side):
 class Server(Started):
     """An OpenAI-compatible server."""
 
-    def __init__(self, launch: Launch, folder: Path, timeout_s: float) -> None:
-        """`timeout_s` is for each request."""
-        super().__init__(launch, folder)
+    def __init__(self, command: Command, folder: Path, timeout_s: float) -> None:
+        """`timeout_s` applies to each request."""
+        super().__init__(command, folder)
         self.url = f"http://127.0.0.1:{self.port}"
-        self.caller = HttpCaller(self.url, timeout_s=timeout_s, adapt=launch.adapt)
+        self.caller = HttpCaller(self.url, timeout_s=timeout_s, adapt=command.adapt)
 
     async def start(self) -> None:
-        """As `Side.start`, asking as a load balancer does."""
+        """As `Target.start`; polls like a load balancer."""
         self.spawn()
         deadline = time.monotonic() + START_S
         async with httpx.AsyncClient(timeout=START_S) as client:
@@ -172,9 +173,9 @@ class Server(Started):
                 self.check()
                 if time.monotonic() > deadline:
                     await self.stop()
-                    raise NotStarted(f"{self.name} is not ready: {self.last_words()}")
+                    raise NotStarted(f"{self.name} is not ready: {self.log_end()}")
                 with contextlib.suppress(httpx.TransportError):
-                    answer = await client.get(self.url + self._launch.ready_path)
+                    answer = await client.get(self.url + self._command.ready_path)
                     if answer.status_code == 200:
                         return
                 await asyncio.sleep(POLL_S)
@@ -182,7 +183,7 @@ class Server(Started):
     async def first_answer(self, work: Work) -> float:
         """Start it, send a request until it is answered, and return the seconds to its first token.
 
-        Counted from before the process is made, on this process's clock.
+        This process's clock counts, from before the start of the process.
 
         Raises:
             NotStarted: it died, or gave no answer in time.
@@ -197,47 +198,62 @@ class Server(Started):
                 return answer.sent_s + answer.first_s - began_s
             if time.perf_counter() - began_s > START_S:
                 await self.stop()
-                raise NotStarted(f"{self.name}: {answer.error}: {self.last_words()}")
+                raise NotStarted(f"{self.name}: {answer.error}: {self.log_end()}")
             await asyncio.sleep(POLL_S)
 
 
 class BareLibrary(Started):
-    """A process that calls the library itself and is told what to do by lines of JSON."""
+    """A process that calls the library directly and reads its requests as lines of JSON."""
 
-    def __init__(self, launch: Launch, folder: Path) -> None:
-        super().__init__(launch, folder)
+    def __init__(self, command: Command, folder: Path) -> None:
+        super().__init__(command, folder)
         self.caller = self
 
     async def start(self) -> None:
-        """As `Side.start`."""
+        """As `Target.start`."""
         self.spawn(pipes=True)
-        await asyncio.to_thread(self._line)
+        await asyncio.to_thread(self._read_line)
 
     async def call(self, streams: Streams) -> Answers:
         """As `Caller.call`."""
-        asked = [[work.document() for work in series] for series in streams]
-        answers = await asyncio.to_thread(self._ask, json.dumps(asked))
+        requests = [[work.document() for work in series] for series in streams]
+        answers = await asyncio.to_thread(self._send, json.dumps(requests))
         return Answers([Answer.read(each) for each in json.loads(answers)], client_cpu_s=0.0)
 
-    def _ask(self, line: str) -> str:
+    def _send(self, line: str) -> str:
         assert self._process is not None and self._process.stdin is not None  # started
         try:
             self._process.stdin.write(line.encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise NotStarted(f"{self.name} ended: {self.last_words()}") from None
-        return self._line()
+            raise NotStarted(f"{self.name} ended: {self.log_end()}") from None
+        return self._read_line()
 
-    def _line(self) -> str:
+    def _read_line(self) -> str:
         assert self._process is not None and self._process.stdout is not None  # started
         line = self._process.stdout.readline()
         if not line:
-            raise NotStarted(f"{self.name} ended: {self.last_words()}")
+            raise NotStarted(f"{self.name} ended: {self.log_end()}")
         return line.decode()
 
 
+def _wait_for_end(processes: Sequence[psutil.Process]) -> None:
+    """Wait for killed processes. The kernel may keep one for a while, so not for ever."""
+    deadline = time.monotonic() + STOP_S
+    while any(map(_runs, processes)) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether a process has not ended; one that nobody has collected yet has ended."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _environment() -> dict[str, str]:
-    """This process's, less what would configure a server: keys that nobody would send, say."""
+    """This process's environment without what would configure a server, such as API keys."""
     return {key: value for key, value in os.environ.items() if not key.startswith(ENV_PREFIX)}
 
 

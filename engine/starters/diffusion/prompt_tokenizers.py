@@ -40,7 +40,7 @@ aerial view of a river through a dark forest in autumn, drone video, slow motion
 waves breaking on the beach at sunset, the camera moves from left to right, loop
 low quality, blurry, bad anatomy, watermark, text, worst quality, deformed, ugly
 """
-"""What the tokenizers of prompts are learned from."""
+"""The text from which the tokenizers of prompts are learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 _CLIP_BOS = "<|startoftext|>"
 CLIP_EOS = "<|endoftext|>"
-"""What ends a text, and pads it where nothing else is said."""
+"""The token that ends a text, and by default pads it."""
 
 _CLIP_POSITIONS = 77
 
@@ -65,7 +65,7 @@ _CLIP_POSITIONS = 77
 def clip_vocabulary() -> ClipVocabulary:
     """CLIP's order: the bytes, the bytes that end a word, one token a merge, the two specials.
 
-    The end of a text is the highest id, by which the encoder finds it.
+    The end of a text is the highest id: so the encoder finds it.
     """
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = Lowercase()
@@ -80,8 +80,8 @@ def clip_vocabulary() -> ClipVocabulary:
     trainer = BpeTrainer(
         vocab_size=4 * len(letters),
         initial_alphabet=letters,
-        # Named here, or they get their ids, which decide between merges as frequent as each
-        # other, in the random order of a hash table.
+        # Ids decide between merges of the same frequency. Endings not named here would get
+        # theirs in the random order of a hash table.
         special_tokens=endings,
         end_of_word_suffix="</w>",
         show_progress=False,
@@ -134,12 +134,12 @@ _LLAMA_ROLES: Mapping[str, str] = MappingProxyType(
 _T5_PIECES, _T5_SENTINELS = 212, 100
 
 T5_VOCABULARY = _T5_PIECES + _T5_SENTINELS
-"""How many tokens a T5 encoder has to know."""
+"""The number of tokens that a T5 encoder must know."""
 
 
 @cache
 def _t5_pieces() -> bytes:
-    """A SentencePiece model as T5 uses it: padding, end and unknown are its first three pieces."""
+    """A SentencePiece model for T5: its first three pieces are padding, end and unknown."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_CAPTIONS.strip().splitlines()),
@@ -188,9 +188,9 @@ def write_t5_tokenizer(folder: Path, *, max_length: int, fast: bool) -> None:
 def llama_bpe() -> Tokenizer:
     """Llama 3's kind of tokenizer, as HunyuanVideo's pipeline needs it.
 
-    The pipeline wraps a prompt in an instruction and drops the first 95 tokens, which is what
-    the instruction is in Llama 3's. This one has a token for each word of it and one for
-    each line break, which makes 96: none of the prompt is lost.
+    The pipeline wraps a prompt in an instruction and drops the first 95 tokens, the length of
+    the instruction in Llama 3's tokenizer. Here each word of it is a token and so is each line
+    break, which makes 96: none of the prompt is lost.
     """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)

@@ -1,0 +1,309 @@
+"""How a request gets in: its files, its lease, its first event, and a second try alone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping
+
+from prometheus_client import Histogram
+
+from engine.config import ModelConfig
+from engine.errors import (
+    Conflict,
+    EngineError,
+    NotLoaded,
+    OutOfDeviceMemory,
+    QueueTimeout,
+    RuntimeFailed,
+)
+from engine.events import Document, Event, WorkingMemory
+from engine.memory.block import Estimate
+from engine.requests import Request, SchedulingOptions
+from engine.residency import Residency
+from engine.runtimes.base import Prepared, Runtime
+from engine.scheduling.estimates import EstimateStore
+from engine.scheduling.lease import Lease
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.ticket import Ticket
+from engine.scheduling.waiting import Stage, Waiting
+from engine.session import Peak, Session, Timings
+from engine.status import COMPLETE
+
+log = logging.getLogger(__name__)
+
+SIZE_TIMEOUT_S = 1.0
+"""How long a refusal may wait for the sizes that it reports."""
+
+WORKING_MARGIN = 0.05
+"""The share above the last measured peak that a run is granted: allocators differ between runs."""
+
+OUT_OF_MEMORY_FACTOR = 1.5
+"""By how much the grant of a shape grows after it ran out of device memory."""
+
+
+class Admission:
+    """Turns requests into sessions. Belongs to one engine and lives on its event loop."""
+
+    def __init__(
+        self,
+        runtimes: Mapping[str, Runtime],
+        residency: Residency,
+        scheduler: Scheduler,
+        clock: Callable[[], float],
+        request_seconds: Histogram,
+    ) -> None:
+        """`request_seconds` has the labels model and phase (`queue`, `load`, `run`)."""
+        self.estimates: EstimateStore | None = None
+        """What was measured before. Set once, when the device is open."""
+        self._runtimes = runtimes
+        self._residency = residency
+        self._scheduler = scheduler
+        self._clock = clock
+        self._request_seconds = request_seconds
+        self._fetches: dict[str, asyncio.Task[Estimate]] = {}
+        self._with_files: set[str] = set()
+        """Models whose files are known to be here."""
+
+    async def open(
+        self, model: ModelConfig, request: Request, timeout_s: float, waiting: Waiting
+    ) -> Session:
+        """Bring the request's model in if need be, and wait for the first event.
+
+        `waiting` is kept up to date during the call. `timeout_s` bounds each wait: for the
+        files, then for the grant.
+
+        Raises:
+            EngineError: whatever can go wrong before the first byte.
+
+        """
+        runtime = self._runtimes[model.runtime]
+        prepared = runtime.prepare(model, request)
+        waiting.stage = Stage.FETCHING
+        if request.scheduling.if_loaded_only:
+            await self.check_loaded(model)
+        if prepared.working_bytes and not await self._has_files(model, timeout_s):
+            # Only now do the files say what a run takes, and what it cannot do.
+            prepared = runtime.prepare(model, request)
+
+        async def alone() -> Session:
+            return await self._attempt(model, prepared, timeout_s, waiting, exclusive=True)
+
+        try:
+            session = await self._attempt(model, prepared, timeout_s, waiting, exclusive=False)
+        except OutOfDeviceMemory as error:
+            log.warning("%s: %s; trying once more, alone", request.request_id, error)
+            return await alone()
+        session.again = alone
+        return session
+
+    async def check_loaded(self, model: ModelConfig) -> None:
+        """Return if the model is there, or is being brought in for others.
+
+        Raises:
+            NotLoaded: it is not; the error has the cost of bringing it in.
+
+        """
+        if self._scheduler.report.model(model.id).state not in COMPLETE:
+            raise await self._not_loaded(model)
+
+    async def know_size(self, model: ModelConfig, timeout_s: float) -> None:
+        """Give the scheduler the model's estimate, if it has none yet.
+
+        Raises:
+            LoadFailed: the model's files are missing or unreadable.
+            QueueTimeout: they take longer to come. Fetching them goes on.
+
+        """
+        if self._scheduler.report.model(model.id).estimated_bytes is not None:
+            return
+        estimate = self.estimates.get(model) if self.estimates is not None else None
+        if estimate is None:
+            estimate = (await self._fetched(model, timeout_s)).result()
+        self._scheduler.on_estimate(model.id, estimate)
+
+    def working_bytes(self, model: ModelConfig, prepared: Prepared) -> int:
+        """The measured peak of the last run of that shape and a margin, otherwise the estimate."""
+        measured = None
+        if prepared.shape and self.estimates is not None:
+            measured = self.estimates.working_bytes(model, prepared.shape)
+        if measured is None:
+            return prepared.working_bytes
+        return int(measured * (1 + WORKING_MARGIN))
+
+    async def lease(
+        self,
+        model: ModelConfig,
+        *,
+        request_id: str,
+        operation: str,
+        working_bytes: int = 0,
+        scheduling: SchedulingOptions,
+        timeout_s: float,
+        waiting: Waiting,
+        exclusive: bool = False,
+        ignore_backoff: bool = False,
+    ) -> Lease:
+        """Queue a ticket and wait for its grant; the model is there then.
+
+        `waiting` is kept up to date during the call. With `ignore_backoff` a model that lately
+        failed to load is tried at once.
+
+        Raises:
+            EngineError: the ticket was refused.
+
+        """
+        granted: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+
+        def on_granted(lease: Lease) -> None:
+            if granted.cancelled():
+                lease.release()
+            else:
+                granted.set_result(lease)
+
+        def on_refused(error: EngineError) -> None:
+            if not granted.cancelled():
+                granted.set_exception(error)
+
+        ticket = Ticket(
+            request_id=request_id,
+            model_id=model.id,
+            operation=operation,
+            working_bytes=working_bytes,
+            priority=scheduling.priority,
+            timeout_s=timeout_s,
+            exclusive=exclusive,
+            keep_alive_s=scheduling.keep_alive_s,
+            if_loaded_only=scheduling.if_loaded_only,
+            no_evict=scheduling.no_evict,
+            on_granted=on_granted,
+            on_refused=on_refused,
+        )
+        self._scheduler.on_request(ticket, ignore_backoff=ignore_backoff)
+        waiting.stage, waiting.ticket = Stage.QUEUED, ticket
+        try:
+            lease = await granted
+        except asyncio.CancelledError:
+            if granted.done() and not granted.cancelled() and granted.exception() is None:
+                granted.result().release()  # granted in the very moment the caller left
+            self._scheduler.on_cancel(ticket)
+            raise
+        except Conflict:  # only `if_loaded_only` is refused so; the caller gets the cost as well
+            raise await self._not_loaded(model) from None
+        waiting.stage, waiting.ticket = Stage.RUNNING, None
+        return lease
+
+    async def _not_loaded(self, model: ModelConfig) -> NotLoaded:
+        # Reading the sizes takes moments where the files are here; otherwise they stay unknown.
+        with contextlib.suppress(EngineError):
+            await self.know_size(model, SIZE_TIMEOUT_S)
+        forecast = self._scheduler.report.forecast(model.id)
+        return NotLoaded(
+            f"The model {model.id!r} is not loaded, and the request is for a loaded one only.",
+            tier=forecast.tier,
+            load_s=forecast.move_s,
+            evicts=tuple(eviction.model for eviction in forecast.evictions),
+        )
+
+    async def _has_files(self, model: ModelConfig, timeout_s: float) -> bool:
+        """Whether the model's files were read before; otherwise wait until they are here.
+
+        Raises:
+            QueueTimeout: they take longer to come. Fetching them goes on.
+
+        """
+        if model.id in self._with_files:
+            return True
+        task = await self._fetched(model, timeout_s)
+        if task.exception() is None:  # otherwise the load fails, and gives the same reason
+            self._with_files.add(model.id)
+        return False
+
+    async def _fetched(self, model: ModelConfig, timeout_s: float) -> asyncio.Task[Estimate]:
+        task = self._fetches.get(model.id)
+        if task is None:
+            estimate = self._runtimes[model.runtime].estimate
+            task = asyncio.create_task(asyncio.to_thread(estimate, model))
+            self._fetches[model.id] = task
+            task.add_done_callback(lambda _: self._fetches.pop(model.id))
+        await asyncio.wait([task], timeout=timeout_s)
+        if not task.done():
+            message = f"The files of the model {model.id!r} are still being fetched."
+            raise QueueTimeout(message, retry_after_s=10.0)
+        return task
+
+    async def _attempt(
+        self,
+        model: ModelConfig,
+        prepared: Prepared,
+        timeout_s: float,
+        waiting: Waiting,
+        *,
+        exclusive: bool,
+    ) -> Session:
+        request = prepared.request
+        lease = await self.lease(
+            model,
+            request_id=request.request_id,
+            operation=request.operation.value,
+            working_bytes=self.working_bytes(model, prepared),
+            scheduling=request.scheduling,
+            timeout_s=timeout_s,
+            exclusive=exclusive,
+            waiting=waiting,
+        )
+        granted_at = self._clock()
+        peak = Peak()
+        events = self._residency.loaded[model.id].run(prepared)
+        if prepared.shape:
+            events = self._measured(model, prepared, events, peak)
+        try:
+            try:
+                first = await anext(events)
+            except StopAsyncIteration:
+                raise RuntimeFailed("The model gave no answer.") from None
+            if isinstance(first, Document):
+                await events.aclose()
+        except BaseException:
+            await events.aclose()
+            lease.release()
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                # A library may answer a cancellation with an error of its own.
+                raise asyncio.CancelledError from None
+            raise
+        run_s = self._clock() - granted_at
+        if isinstance(first, Document):
+            lease.release()
+        queue_s = lease.timings.queued_s - lease.timings.load_s
+        for phase, seconds in (("queue", queue_s), ("load", lease.timings.load_s), ("run", run_s)):
+            self._request_seconds.labels(model.id, phase).observe(seconds)
+        timings = Timings(
+            queue_s * 1e3, lease.timings.load_s * 1e3, run_s * 1e3, lease.timings.tier
+        )
+        return Session(model, first, events, lease, timings, peak)
+
+    async def _measured(
+        self,
+        model: ModelConfig,
+        prepared: Prepared,
+        events: AsyncGenerator[Event, None],
+        peak: Peak,
+    ) -> AsyncGenerator[Event, None]:
+        """The events of a run, without its measured peak, which is remembered for the next run."""
+        assert self.estimates is not None  # a run needs a loaded model, a load the estimates
+        remember = self.estimates.put_working_bytes
+        async with contextlib.aclosing(events):
+            try:
+                async for event in events:
+                    if isinstance(event, WorkingMemory):
+                        peak.nbytes = event.nbytes
+                        await asyncio.to_thread(remember, model, prepared.shape, event.nbytes)
+                    else:
+                        yield event
+            except OutOfDeviceMemory:
+                granted = self.working_bytes(model, prepared)
+                more = int(granted * OUT_OF_MEMORY_FACTOR)
+                await asyncio.to_thread(remember, model, prepared.shape, more)
+                raise

@@ -1,0 +1,205 @@
+"""The checks of a request for images or a video, and the defaults that they fill in."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import TypeVar
+
+from engine.errors import InvalidRequest
+from engine.files.safetensors_header import DTYPE_BYTES
+from engine.requests import ImageOperation, ImageRequest, VideoRequest
+from engine.runtimes.base import Prepared
+from engine.runtimes.diffusers.families import Family, check_size, size_text
+from engine.runtimes.diffusers.files import lora_files
+from engine.runtimes.diffusers.options import MAX_STEPS, DiffusersOptions
+
+DECODER_COPIES = 3
+"""Tensors of full size alive at once in a VAE decoder's last block: input, normalised, output."""
+
+MAX_SEED = 2**32 - 1
+
+TILE_PIXELS = 512 * 512
+"""What a VAE with tiling decodes at once, at most."""
+
+ImageOrVideo = TypeVar("ImageOrVideo", ImageRequest, VideoRequest)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestChecks:
+    """What is known of a model while its requests are checked."""
+
+    model_id: str
+    options: DiffusersOptions
+    family: Family
+    decoder_channels: int
+    """Of the VAE's decoder at full size."""
+
+    def image(self, request: ImageRequest) -> Prepared:
+        """Check a request for images.
+
+        Raises:
+            InvalidRequest: naming the field at fault.
+
+        """
+        options = self.options
+        family = self.family
+        if not 1 <= request.n <= options.max_n:
+            raise InvalidRequest(f"n must be from 1 to {options.max_n}.", param="n")
+        if request.operation is not ImageOperation.GENERATION and not request.images:
+            raise InvalidRequest("An image to start from is needed.", param="image")
+        if len(request.images) > 1 and not family.many_images:
+            raise InvalidRequest(
+                f"The model {self.model_id!r} starts from one image, not {len(request.images)}.",
+                param="image",
+            )
+        if request.mask is not None and not request.images:
+            raise InvalidRequest("A mask needs an image.", param="mask")
+        if request.mask is not None and request.mask.size != request.images[0].size:
+            raise InvalidRequest(
+                f"The mask is {size_text(request.mask.size)} pixels, the image"
+                f" {size_text(request.images[0].size)}.",
+                param="mask",
+            )
+        if request.control_image is not None and options.controlnet is None:
+            raise InvalidRequest(
+                f"The model {self.model_id!r} has no ControlNet.", param="control_image"
+            )
+        if request.control_image is not None and request.images:
+            raise InvalidRequest("Give an image or a control image.", param="control_image")
+        if request.reference_image is not None and options.ip_adapter is None:
+            raise InvalidRequest(
+                f"The model {self.model_id!r} has no IP-Adapter.", param="reference_image"
+            )
+        if request.images and request.width is None and request.height is None:
+            width, height = _fit(request.images[0].size, family.size_multiple, options.max_pixels)
+            request = replace(request, width=width, height=height)
+        filled = self._fill(request)
+        if filled.images:
+            filled = self._fill_strength(request, filled)
+        shape = f"{filled.operation}-{filled.width}x{filled.height}"
+        parts = (("mask", filled.mask), ("partial", filled.partial_images),
+                 ("control", filled.control_image), ("image", filled.images))  # fmt: skip
+        shape += "".join(f"-{name}" for name, there in parts if there)
+        return self._prepared(filled, shape, frames=1)
+
+    def _fill_strength(self, asked: ImageRequest, filled: ImageRequest) -> ImageRequest:
+        strength = self.options.strength if filled.strength is None else filled.strength
+        if not 0 < strength <= 1:
+            raise InvalidRequest("strength must be above 0, at most 1.", param="strength")
+        # An image-to-image run takes steps × strength steps, and fails if that is none.
+        least = ceil(1 / strength)
+        assert filled.steps is not None
+        if asked.steps is not None and asked.steps < least:
+            raise InvalidRequest(
+                f"With a strength of {strength} it takes at least {least} steps.", param="steps"
+            )
+        return replace(filled, strength=strength, steps=max(filled.steps, least))
+
+    def video(self, request: VideoRequest) -> Prepared:
+        """Check a request for a video.
+
+        Raises:
+            InvalidRequest: naming the field at fault.
+
+        """
+        options = self.options
+        fps = options.fps if request.fps is None else request.fps
+        if not 1 <= fps <= 120:
+            raise InvalidRequest("fps must be from 1 to 120.", param="fps")
+        param, frames = "num_frames", request.num_frames
+        if frames is None and request.seconds is not None:
+            param, frames = "seconds", round(request.seconds * fps)
+        if frames is None:
+            frames = options.num_frames
+        if not 1 <= frames <= options.max_frames:
+            raise InvalidRequest(
+                f"The model {self.model_id!r} makes 1 to {options.max_frames} frames"
+                f" ({options.max_frames / fps:g} seconds at {fps} a second), not {frames}.",
+                param=param,
+            )
+        if request.motion is not None and not 0 <= request.motion <= 255:
+            raise InvalidRequest("motion must be from 0 to 255.", param="motion")
+        filled = replace(self._fill(request), fps=fps, num_frames=frames, seconds=frames / fps)
+        shape = f"video-{filled.width}x{filled.height}x{frames}"
+        if filled.image is not None:
+            shape += "-image"
+        return self._prepared(filled, shape, frames=frames)
+
+    def _fill(self, request: ImageOrVideo) -> ImageOrVideo:
+        """Size, steps, guidance and seed, checked; and the adapters."""
+        options = self.options
+        width = options.width if request.width is None else request.width
+        height = options.height if request.height is None else request.height
+        check_size((width, height), self.family)
+        if width * height > options.max_pixels:
+            raise InvalidRequest(
+                f"{size_text((width, height))} is more than the {options.max_pixels} pixels that"
+                f" the model {self.model_id!r} may make.",
+                param="size",
+            )
+        profile = options.profile(request.quality)
+        steps = profile.steps if request.steps is None else request.steps
+        if not 1 <= steps <= MAX_STEPS:
+            raise InvalidRequest(f"steps must be from 1 to {MAX_STEPS}.", param="steps")
+        guidance = profile.guidance if request.guidance is None else request.guidance
+        if not 0 <= guidance <= 100:
+            raise InvalidRequest("guidance must be from 0 to 100.", param="guidance")
+        seed = random.randrange(MAX_SEED) if request.seed is None else request.seed
+        if not 0 <= seed <= MAX_SEED:
+            raise InvalidRequest(f"seed must be from 0 to {MAX_SEED}.", param="seed")
+        self._check_loras(request)
+        return replace(
+            request, width=width, height=height, steps=steps, guidance=guidance, seed=seed
+        )
+
+    def _check_loras(self, request: ImageRequest | VideoRequest) -> None:
+        if not request.loras:
+            return
+        known = lora_files(self.options.loras).keys() | self.options.lora_sources.keys()
+        for index, choice in enumerate(request.loras):
+            if choice.name not in known:
+                there = ", ".join(sorted(known)) or "none"
+                raise InvalidRequest(
+                    f"The model {self.model_id!r} has no LoRA {choice.name!r}; there is {there}.",
+                    param=f"loras[{index}].name",
+                )
+            if not -10 <= choice.weight <= 10:
+                raise InvalidRequest(
+                    "The weight of a LoRA must be from -10 to 10.", param=f"loras[{index}].weight"
+                )
+        names = [choice.name for choice in request.loras]
+        if len(set(names)) < len(names):
+            raise InvalidRequest("A LoRA is named twice.", param="loras")
+
+    def _prepared(
+        self, request: ImageRequest | VideoRequest, shape: str, *, frames: int
+    ) -> Prepared:
+        """The request with an estimate from the decoder, whose last block is the peak."""
+        options = self.options
+        assert request.width is not None and request.height is not None
+        family = self.family
+        at_once = int(options.call.get("decode_chunk_size", family.frames_at_once or frames))
+        pixels = request.width * request.height
+        decoded = min(pixels, TILE_PIXELS) if options.vae_tiling else pixels
+        item_bytes = DTYPE_BYTES[options.vae_dtype or options.dtype]
+        widest = self.decoder_channels * item_bytes * DECODER_COPIES
+        working = decoded * min(frames, at_once) * widest // family.decoder_scale**2
+        working += pixels * frames * 3
+        assert request.guidance is not None
+        if request.guidance > 1:
+            shape += "-guided"  # the denoiser then has twice the batch
+        if request.loras:
+            shape += "-" + "+".join(sorted(choice.name for choice in request.loras))
+        return Prepared(request, None, working_bytes=working, shape=shape)
+
+
+def _fit(size: tuple[int, int], multiple: int, max_pixels: int) -> tuple[int, int]:
+    """The largest size that the family can do, at most the image's and at most `max_pixels`."""
+    width, height = size
+    scale = min(1.0, (max_pixels / (width * height)) ** 0.5)
+    return (
+        max(multiple, int(width * scale) // multiple * multiple),
+        max(multiple, int(height * scale) // multiple * multiple),
+    )

@@ -1,0 +1,106 @@
+"""A request that runs: its first event is here, the others follow."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+
+from engine.config import ModelConfig
+from engine.errors import OutOfDeviceMemory
+from engine.events import Event, Frame, Progress
+from engine.scheduling.lease import Lease
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where a request's time went, in milliseconds."""
+
+    queue_ms: float
+    load_ms: float
+    run_ms: float
+    """To the first event of a stream; the whole run of a document."""
+    tier: str
+    """Where the model was when the request came: `device`, `host` or `disk`."""
+
+
+@dataclass(slots=True)
+class Peak:
+    """Peak device bytes of a run above its model's blocks; None until they are measured."""
+
+    nbytes: int | None = None
+
+
+class Session:
+    """A request that runs: its first event is here already, so it has not failed so far."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        first: Event,
+        rest: AsyncGenerator[Event, None],
+        lease: Lease,
+        timings: Timings,
+        peak: Peak,
+    ) -> None:
+        self.model = model
+        self.first = first
+        self.timings = timings
+        self.peak = peak
+        self.again: Callable[[], Awaitable[Session]] | None = None
+        """How to run the request once more after it ran out of device memory."""
+        self._rest = rest
+        self._lease = lease
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """The whole run, `first` included. Closing it cancels the work.
+
+        A run that gave no more than progress before it ran out of device memory is tried once
+        more, alone.
+
+        Raises:
+            EngineError: the run failed part-way.
+
+        """
+        given = False
+        try:
+            event = self.first
+            while True:
+                given = given or not isinstance(event, Progress)
+                yield event
+                try:
+                    event = await anext(self._rest)
+                except StopAsyncIteration:
+                    return
+                except OutOfDeviceMemory as error:
+                    if given or self.again is None:
+                        raise
+                    log.warning("%s; trying once more, alone", error)
+                    await self.close()
+                    second, self.again = await self.again(), None
+                    self._rest, self._lease, self.peak = second._rest, second._lease, second.peak
+                    event = second.first
+        finally:
+            await self.close()
+
+    async def frames(self) -> AsyncGenerator[Frame, None]:
+        """The stream of a text model. Closing it cancels the work.
+
+        Raises:
+            EngineError: the run failed part-way.
+
+        """
+        async with contextlib.aclosing(self.events()) as events:
+            async for event in events:
+                if isinstance(event, Frame):
+                    yield event
+
+    async def close(self) -> None:
+        """Stop what still runs and end the lease."""
+        try:
+            await self._rest.aclose()
+        finally:
+            self._lease.release()
