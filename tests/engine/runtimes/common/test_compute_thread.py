@@ -12,6 +12,8 @@ from threadpoolctl import threadpool_limits
 
 from engine.runtimes.common.compute_thread import ComputeThread
 
+pytestmark = pytest.mark.slow
+
 WAIT_S = 10.0
 
 
