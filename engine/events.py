@@ -1,4 +1,4 @@
-"""What a caller gets back from a request: the events of its run."""
+"""The events of a run: what a caller gets back from a request."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Samples: TypeAlias = "NDArray[np.float32]"
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """The whole answer as one JSON document (UTF-8)."""
+    """The whole response as one JSON document (UTF-8)."""
 
     body: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One piece of a streamed answer: complete server-sent-event text, ready for the wire."""
+    """One piece of a streamed response: the text of a server-sent event, ready for the wire."""
 
     data: str
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is, 0 to 1."""
+    """The progress of a run, 0 to 1."""
 
     done: float
 
@@ -68,7 +68,7 @@ class VideoResult:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """A word and when it is spoken, in seconds from the beginning."""
+    """A word and its times, in seconds from the beginning."""
 
     text: str
     start_s: float
@@ -84,12 +84,12 @@ class Speech:
     sample_rate: int
     """Hertz."""
     words: tuple[Word, ...] = ()
-    """Counted from the beginning of the whole, if asked for and known."""
+    """With times from the beginning of the whole speech, if requested and known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What a recording is; the first event of a transcription run."""
+    """Language and duration of a recording; the first event of a transcription run."""
 
     language: str
     duration_s: float
@@ -115,9 +115,9 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class WorkingMemory:
-    """How many device bytes a run took at its peak, above the model's blocks.
+    """The peak device bytes of a run, above the model's blocks.
 
-    For the engine, which remembers it for the next run of that shape; not passed on.
+    The engine keeps it for the next run of that shape, and does not pass it on.
     """
 
     nbytes: int
@@ -135,6 +135,6 @@ Event: TypeAlias = (
     | Segment
     | WorkingMemory
 )
-"""Of a text model either exactly one `Document` or one or more `Frame`s; of image and video models
-any number of `Progress` and `PartialImage`, then the result; of a speech model `Speech`; of a
-transcription model `Heard` and any number of `Segment`."""
+"""Text models give one `Document`, or one or more `Frame`s. Image and video models give any number
+of `Progress` and `PartialImage`, then the result. Speech models give `Speech`. Transcription models
+give `Heard` and any number of `Segment`."""

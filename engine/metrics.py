@@ -21,11 +21,11 @@ class StatusCollector(Collector):
         self._status = status
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing to check for duplicates; lets the status be asked for only when scraped."""
+        """Describe nothing: then registration does not ask for the status, only a scrape does."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """Ledger, residency and queue as they are now."""
+        """The ledger, the residency and the queue at this moment."""
         status = self._status()
         ledger = status.ledger
         yield GaugeMetricFamily(
@@ -87,7 +87,7 @@ class StatusCollector(Collector):
 
 
 class EngineMetrics:
-    """Counts what the scheduler tells."""
+    """Counts the events of the scheduler and the seconds of requests."""
 
     def __init__(self, status: Callable[[], EngineStatus]) -> None:
         self.registry = CollectorRegistry()
@@ -147,7 +147,7 @@ class EngineMetrics:
         self._began: dict[str, float] = {}
 
     def residual(self, model_id: str, nbytes: int) -> None:
-        """Take what an unload did not give back."""
+        """Take the bytes that an unload did not free."""
         self._residual_bytes.labels(model_id).set(nbytes)
 
     def count(self, event: SchedulerEvent, now: float) -> None:

@@ -1,4 +1,4 @@
-"""What a caller asks of the engine."""
+"""The requests that the engine serves."""
 
 from __future__ import annotations
 
@@ -21,23 +21,22 @@ class Priority(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulingOptions:
-    """How a request is scheduled: its place in the queue, and what it may move."""
+    """How a request is scheduled: its priority, its timeout, and which models may move for it."""
 
     priority: Priority = Priority.NORMAL
     timeout_s: float | None = None
     """Seconds to wait for a grant; None takes the configured default."""
     keep_alive_s: float | None = None
-    """Seconds the model stays once idle, from this request on; infinity is for ever, 0 lets it
-    leave at once, and None leaves it as it is."""
+    """From this request on, how many seconds the model stays once it is idle. Infinity is for ever;
+    with 0 it leaves at once; None changes nothing."""
     if_loaded_only: bool = False
-    """Refuse at once, with `NotLoaded`, what would have to load the model."""
+    """Refuse the request at once, with `NotLoaded`, if the model would have to be loaded."""
     no_evict: bool = False
-    """Make no other model leave for this one: wait until there is room by itself, until the
-    timeout at most."""
+    """No other model may leave for this one. The request waits for room until its timeout."""
 
 
 class TextOperation(StrEnum):
-    """What can be asked of a language or embedding model."""
+    """The operations of a language or embedding model."""
 
     CHAT = "chat"
     COMPLETION = "completion"
@@ -53,10 +52,9 @@ class TextOperation(StrEnum):
 class TextRequest:
     """One request to a language or embedding model.
 
-    `body` is the decoded JSON document as it came; the runtime checks it
-    against its own wire schema (`Runtime.prepare`), because for text the wire
-    format *is* the library's: vLLM parses and renders the OpenAI and Anthropic
-    documents itself.
+    `body` is the decoded JSON document of the client. The runtime checks it against its own wire
+    schema (`Runtime.prepare`). For text the wire format *is* that of the library: vLLM parses and
+    renders the OpenAI and Anthropic documents.
     """
 
     model: str
@@ -67,7 +65,7 @@ class TextRequest:
 
 
 class ImageOperation(StrEnum):
-    """What can be asked of an image model."""
+    """The operations of an image model."""
 
     GENERATION = "image_generation"
     EDIT = "image_edit"
@@ -75,13 +73,13 @@ class ImageOperation(StrEnum):
 
 
 class VideoOperation(StrEnum):
-    """What can be asked of a video model."""
+    """The operations of a video model."""
 
     GENERATION = "video_generation"
 
 
 class Quality(StrEnum):
-    """Which of the model's profiles of steps and guidance to use; AUTO is the model's choice."""
+    """The profile of steps and guidance; AUTO takes the model's default."""
 
     AUTO = "auto"
     LOW = "low"
@@ -91,7 +89,7 @@ class Quality(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LoraChoice:
-    """One adapter of the model's LoRA folder and how strongly it acts (1.0: as trained)."""
+    """One adapter of the model's LoRA folder, and its weight (1.0: as trained)."""
 
     name: str
     weight: float = 1.0
@@ -99,7 +97,7 @@ class LoraChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRequest:
-    """One request to an image model. What is None takes the model's default."""
+    """One request to an image model. Fields that are None take the model's defaults."""
 
     model: str
     operation: ImageOperation
@@ -115,26 +113,26 @@ class ImageRequest:
     steps: int | None = None
     guidance: float | None = None
     seed: int | None = None
-    """Of the first image; the one after it takes the next number, and so on."""
+    """The seed of the first image; each further image takes the next number."""
     images: tuple[Image, ...] = ()
-    """RGB; what an edit or variation starts from."""
+    """RGB; an edit or variation starts from these."""
     mask: Image | None = None
     """Greyscale of the size of the first image; white is painted anew."""
     strength: float | None = None
     """How far an edit may leave its image: above 0, at most 1 (all noise)."""
     control_image: Image | None = None
-    """RGB; what the model's ControlNet follows."""
+    """RGB; the input of the model's ControlNet."""
     reference_image: Image | None = None
-    """RGB; what the model's IP-Adapter follows."""
+    """RGB; the input of the model's IP-Adapter."""
     loras: tuple[LoraChoice, ...] = ()
     partial_images: int = 0
-    """Previews to give on the way, evenly spread over the steps."""
+    """The number of previews, evenly spread over the steps."""
     scheduling: SchedulingOptions = SchedulingOptions()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoRequest:
-    """One request to a video model. What is None takes the model's default."""
+    """One request to a video model. Fields that are None take the model's defaults."""
 
     model: str
     request_id: str
@@ -142,7 +140,7 @@ class VideoRequest:
     prompt: str = ""
     negative_prompt: str | None = None
     image: Image | None = None
-    """RGB; the first frame, for models that start from one."""
+    """RGB; the first frame, for image-to-video models."""
     width: int | None = None
     height: int | None = None
     """Pixels."""
@@ -150,25 +148,25 @@ class VideoRequest:
     seconds: float | None = None
     """Another way to give `num_frames`: times `fps`, rounded."""
     fps: int | None = None
-    """Frames a second of the file; a model that knows about time is told too."""
+    """Frames per second of the file; models that take a frame rate get it as well."""
     quality: Quality = Quality.AUTO
     steps: int | None = None
     guidance: float | None = None
     seed: int | None = None
     motion: int | None = None
-    """SVD's motion bucket, 0 to 255: how much moves."""
+    """SVD's motion bucket, 0 to 255: the amount of motion."""
     loras: tuple[LoraChoice, ...] = ()
     scheduling: SchedulingOptions = SchedulingOptions(priority=Priority.BATCH)
 
 
 class SpeechOperation(StrEnum):
-    """What can be asked of a speech model."""
+    """The operations of a speech model."""
 
     SPEECH = "speech"
 
 
 class TranscriptionOperation(StrEnum):
-    """What can be asked of a transcription model."""
+    """The operations of a transcription model."""
 
     TRANSCRIPTION = "transcription"
     TRANSLATION = "translation"
@@ -177,7 +175,7 @@ class TranscriptionOperation(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeechRequest:
-    """One request to a speech model. What is None takes the model's default."""
+    """One request to a speech model. Fields that are None take the model's defaults."""
 
     model: str
     text: str
@@ -186,13 +184,13 @@ class SpeechRequest:
     voice: str | None = None
     """A voice of the model, an alias that its configuration maps to one, or a blend `a+b`."""
     voice_sample: Path | None = None
-    """A recording to clone the voice of, for models that can; goes before `voice`."""
+    """A recording of the voice to clone, for models that can; it overrides `voice`."""
     language: str | None = None
     """ISO 639-1, with or without a region, as in `en` or `en-gb`."""
     speed: float = 1.0
     """0.25 to 4; 1 is the model's own."""
     word_times: bool = False
-    """Whether to tell when each word is spoken, where the model knows."""
+    """Whether to report the times of words, where the model knows them."""
     seed: int | None = None
     scheduling: SchedulingOptions = SchedulingOptions(priority=Priority.INTERACTIVE)
 
@@ -207,14 +205,14 @@ class TranscriptionRequest:
     request_id: str
     operation: TranscriptionOperation = TranscriptionOperation.TRANSCRIPTION
     language: str | None = None
-    """ISO 639-1; None lets the model find out."""
+    """ISO 639-1; None: the model detects it."""
     prompt: str | None = None
-    """Text that went before, which the model goes on from."""
+    """Text before the recording, as context for the model."""
     temperature: float = 0.0
-    """0 to 1; at 0 the model rises it by itself where it is unsure."""
+    """0 to 1; at 0 the model raises it where it is unsure."""
     word_times: bool = False
     vad: bool = False
-    """Leave out what is not speech before the model hears it."""
+    """Remove everything but speech before the transcription."""
     hotwords: str | None = None
     """Words to expect."""
     scheduling: SchedulingOptions = SchedulingOptions(priority=Priority.INTERACTIVE)

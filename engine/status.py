@@ -1,4 +1,4 @@
-"""What the engine tells about itself: frozen snapshots, safe to render anywhere."""
+"""The status of the engine: frozen snapshots, safe to render anywhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class ModelState(StrEnum):
-    """Where a model is in its life."""
+    """The states of a model."""
 
     ABSENT = "absent"
     """On disk only."""
@@ -26,7 +26,7 @@ COMPLETE = (ModelState.LOADING, ModelState.WAKING, ModelState.RESIDENT)
 
 
 class EngineState(StrEnum):
-    """Where the engine is in its life."""
+    """The states of the engine."""
 
     STARTING = "starting"
     READY = "ready"
@@ -36,7 +36,7 @@ class EngineState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class BlockStatus:
-    """One part of a model and where its bytes are."""
+    """One block of a model, and the tier of its bytes."""
 
     name: str
     nbytes: int
@@ -54,17 +54,17 @@ class ModelStatus:
     source: str
     state: ModelState
     tier: str
-    """`device` while all of it is there, `host` while some of it is parked, else `disk`."""
+    """`device` while all of it is there, `host` while some of it is parked, otherwise `disk`."""
     blocks: tuple[BlockStatus, ...]
     device_bytes: int
     host_bytes: int
-    """Of the host copy."""
+    """Bytes of the host copy."""
     estimated_bytes: int | None
-    """What a load is expected to take; None while the files have not been read."""
+    """Expected bytes of a load; None while the files have not been read."""
     estimated_load_s: float | None
     """From disk."""
     estimated_wake_s: float | None
-    """Of what is parked now; None while nothing is."""
+    """Of the blocks that are parked now; None while none is."""
     leases: int
     waiting: int
     pinned: bool
@@ -88,16 +88,16 @@ class TicketStatus:
     """1 is next."""
     waited_s: float
     eta_s: float | None
-    """Seconds until it is expected to be served; None while nothing tells."""
+    """Seconds until it is expected to be served; None while unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Eviction:
-    """What would leave the device."""
+    """A model, or blocks of one, that would leave the device."""
 
     model: str
     blocks: tuple[str, ...]
-    """Those that would be parked; none: the model would be unloaded."""
+    """Blocks that would be parked; empty: the model would be unloaded."""
     nbytes: int
     reason: str
 
@@ -108,17 +108,17 @@ class Forecast:
 
     model: str
     fits: bool
-    """Whether it could ever be served."""
+    """Whether the request can ever be served."""
     tier: str
     """Where the model is: `device`, `host` or `disk`."""
     wanted_bytes: int | None
-    """To bring onto the device, working memory included; None while the files were not read."""
+    """To bring onto the device, with the working memory; None while the files are not read."""
     free_bytes: int
     evictions: tuple[Eviction, ...]
     move_s: float | None
-    """Loading or waking; 0 while it is there, None while nothing tells."""
+    """Seconds of the load or wake; 0 while the model is there, None while unknown."""
     eta_s: float | None
-    """Until it would be served, everything that is ahead of it included."""
+    """Seconds until it would be served, with everything ahead of it."""
     reason: str
     """In words."""
 
@@ -141,7 +141,7 @@ class LedgerStatus:
     total_bytes: int
     budget_bytes: int
     external_bytes: int
-    """Measured use that no entry accounts for: other programs and this process's own overhead."""
+    """Measured bytes in use without an entry: other programs, and this process's overhead."""
     capacity_bytes: int
     granted_bytes: int
     free_bytes: int
@@ -151,7 +151,7 @@ class LedgerStatus:
 
 @dataclass(frozen=True, slots=True)
 class HostStatus:
-    """The memory of the host copies."""
+    """The host memory for host copies."""
 
     budget_bytes: int
     used_bytes: int
@@ -159,13 +159,13 @@ class HostStatus:
 
 @dataclass(frozen=True, slots=True)
 class Restarts:
-    """How often this process had to be started again since the command was."""
+    """The restarts of this process since the start of the command."""
 
     count: int = 0
     reason: str | None = None
-    """Why the last time, in words."""
+    """Why it was restarted last, in words."""
     at: float | None = None
-    """Unix seconds of the last time."""
+    """Unix seconds of the last restart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,5 +180,5 @@ class EngineStatus:
     models: tuple[ModelStatus, ...]
     queue: tuple[TicketStatus, ...]
     transition: str | None
-    """What is being moved, in words."""
+    """The transition under way, in words."""
     restarts: Restarts = field(default_factory=Restarts)

@@ -1,4 +1,4 @@
-"""Pickled checkpoints, read in the one way that runs no code."""
+"""Pickled checkpoints, read in the only way that runs no code."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from engine.errors import LoadFailed, reason
 
 
 def load_pickled(path: Path, *, device: str = "cpu") -> Any:
-    """The tensors and plain containers of a file; with the device `meta`, only their shapes.
+    """The tensors and plain containers of a file. The device `meta` gives only their shapes.
 
     Imports torch.
 
     Raises:
-        LoadFailed: missing, damaged, or it holds something that would have to be executed.
+        LoadFailed: the file is missing or damaged, or holds what would have to be executed.
 
     """
     import torch
@@ -30,5 +30,5 @@ def load_pickled(path: Path, *, device: str = "cpu") -> Any:
             f"{path.parent.name}/{path.name}: damaged, or it holds more than tensors; objects that"
             " would have to be executed are not read"
         ) from error
-    except Exception as error:  # torch raises whatever damaged bytes lead it to
+    except Exception as error:  # damaged bytes make torch raise errors of many types
         raise LoadFailed(f"{path.parent.name}/{path.name}: {reason(error)}") from error

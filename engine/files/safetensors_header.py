@@ -1,4 +1,4 @@
-"""The sizes of the tensors in safetensors files, read from their headers alone."""
+"""The sizes of the tensors in safetensors files, read from their headers only."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes per element of each dtype a model may be run in."""
 
 TensorSizes = dict[str, tuple[str, int]]
-"""Safetensors dtype and number of elements of each tensor, by its name."""
+"""Safetensors dtype and number of elements of each tensor, by the tensor's name."""
 
 
 def tensor_sizes(paths: Iterable[Path]) -> TensorSizes:
-    """What the files hold. Reads no weight.
+    """The tensors in the files. It reads no weight.
 
-    The format: eight bytes of little-endian header length, then the header as JSON
+    The format is eight bytes of little-endian header length, then the header as JSON
     (https://github.com/huggingface/safetensors#format).
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: a file is truncated or no safetensors file.
+        ValueError: a file is truncated, or is not a safetensors file.
 
     """
     found: TensorSizes = {}
@@ -42,7 +42,7 @@ def tensor_sizes(paths: Iterable[Path]) -> TensorSizes:
 def weight_bytes(
     tensors: Mapping[str, tuple[str, int]], item_bytes: int, *, as_stored: bool = False
 ) -> int:
-    """Bytes of all tensors with floating-point ones at `item_bytes`, or all as they are stored."""
+    """Bytes of all tensors. Those of floats have `item_bytes` an element, unless `as_stored`."""
     total = 0
     for kind, count in tensors.values():
         stored = as_stored or kind not in FLOAT_TYPES

@@ -1,30 +1,25 @@
 """Jobs: video requests that outlive their connection, and the process.
 
-A job is committed to disk before it is acknowledged. A kill at any moment leaves either an
-unfinished job, which the next start puts back in the queue, or a completed one with whole files:
-files are written under other names, synced and renamed, and only then is the job called completed.
+A job is committed to disk before it is acknowledged. A kill at any moment leaves one of two
+things. An unfinished job is put back in the queue by the next start. A completed job has whole
+files: they are written under other names, synced and renamed before the job is completed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import math
-import re
 import secrets
-import shutil
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from PIL import Image
+from PIL.Image import Image
 
 from engine.engine import Engine
 from engine.errors import (
@@ -40,77 +35,51 @@ from engine.errors import (
     RuntimeFailed,
     ShuttingDown,
 )
-from engine.events import ImageResult, Progress, VideoResult
+from engine.events import VideoResult
+from engine.jobs.first_frame import first_frame_request
+from engine.jobs.input_images import InputImages
+from engine.jobs.queue_place import QueuePlace, queue_place
+from engine.jobs.records import JobRecords
+from engine.jobs.request_codec import from_json, left_s, to_json
 from engine.jobs.store import Job, JobError, JobState, JobStore
-from engine.media.mp4 import write_mp4, write_thumbnail
-from engine.media.outputs import Outputs, sync
-from engine.requests import (
-    ImageOperation,
-    ImageRequest,
-    LoraChoice,
-    Quality,
-    SchedulingOptions,
-    VideoRequest,
-)
+from engine.jobs.video import SUFFIXES, VideoMaker, save_video
+from engine.media.outputs import Outputs
+from engine.requests import VideoRequest
 from engine.status import EngineState
-
-__all__ = ["Job", "JobError", "JobState", "Jobs", "QueuePlace"]
 
 log = logging.getLogger(__name__)
 
 FOLDER = "jobs"
-"""Under `data_dir`: a folder for each unfinished job that came with an image."""
-
-FIRST_FRAME_SHARE = 0.2
-"""How much of a job's progress making its first frame is, where an image model makes it."""
+"""Under `data_dir`. It has a folder for each unfinished job that came with an image."""
 
 PROGRESS_EVERY_S = 1.0
-"""How often progress is written to disk, at most."""
+"""The shortest interval between writes of a job's progress to disk."""
 
 PRUNE_EVERY_S = 600.0
-"""How often the age of outputs is looked at while nothing else happens."""
+"""The interval between checks of the age of outputs."""
 
 BACKOFF_S = 1.0
-"""The wait before the second attempt; each later one is four times as long."""
+"""The wait before the second attempt; each later wait is four times as long."""
 
 MAX_ATTEMPTS = 3
 
 RETRIED = (OutOfDeviceMemory, RuntimeFailed, LoadFailed)
-"""What another attempt may mend. `Overloaded` is no attempt: the job did not begin."""
-
-_ID = re.compile(r"video_[0-9a-f]{32}")
-_INPUT_IMAGE = "input.png"
-_SUFFIXES = {"video": ".mp4", "thumbnail": ".webp"}
-_HANDLED_APART = frozenset(
-    {"model", "request_id", "operation", "image", "loras", "scheduling", "terms"}
-)
-"""Of a request's fields and of the keys of a record."""
+"""Errors that another attempt may cure. After `Overloaded` no attempt counts: none began."""
 
 Sleep = Callable[[float], Awaitable[None]]
 T = TypeVar("T")
-ResultT = TypeVar("ResultT", ImageResult, VideoResult)
-
-
-@dataclass(frozen=True, slots=True)
-class QueuePlace:
-    """Where a queued job stands."""
-
-    position: int
-    """Queued jobs that go before it; 0 is the next."""
-    eta_s: float | None
-    """Seconds until it is expected to be completed; None while a model's duration is unknown."""
 
 
 @dataclass(slots=True)
 class _Run:
-    """The attempt of a job that is being made."""
+    """The current attempt of a job."""
 
     task: asyncio.Task[None]
     interruptible: bool = True
-    """Not once the frames are there: to write them takes seconds, to make them again minutes."""
+    """False once the frames are there: writing them takes seconds, making them again minutes."""
     interrupted: bool = False
     written_at: float = -math.inf
-    """When its progress was written to disk."""
+    """When the progress was last written to disk."""
     run_s: float = 0.0
 
 
@@ -129,8 +98,8 @@ class Jobs:
     ) -> None:
         """Touches no disk.
 
-        `max_running` jobs at a time are handed to the engine, whose scheduler does the rest.
-        `clock` gives unix seconds; `sleep` waits out the time between attempts.
+        At most `max_running` jobs at a time are handed to the engine, whose scheduler orders
+        them. `clock` gives Unix seconds; `sleep` waits between attempts.
         """
         self._engine = engine
         self._outputs = outputs
@@ -138,43 +107,42 @@ class Jobs:
         self._max_attempts = max_attempts
         self._clock = clock
         self._sleep = sleep
-        self._folder = engine.config.data_dir / FOLDER
-        self._store: JobStore | None = None
-        self._writer: ThreadPoolExecutor | None = None
+        self._images = InputImages(engine.config.data_dir / FOLDER)
+        self._records = JobRecords()
         self._changing = asyncio.Lock()
         """Held by `start` and `stop`."""
         self._serving = False
-        """Between the end of `start` and the beginning of `stop`."""
+        """True from the end of `start` to the beginning of `stop`."""
         self._live: dict[str, Job] = {}
-        """The jobs that have not ended, oldest first; newer than their records."""
+        """The jobs that have not ended, oldest first. These are newer than their records."""
         self._runs: dict[str, _Run] = {}
         self._delays: dict[str, asyncio.Task[None]] = {}
-        """Queued jobs that wait for the time of their next attempt."""
+        """Of queued jobs that wait for the time of their next attempt."""
         self._suspects: set[str] = set()
-        """Jobs that ran when the process died. Each runs alone, so that one that kills the process
-        every time uses up its own attempts and not those of the job beside it."""
+        """Jobs that ran when the process died. Each runs alone: a job that kills the process every
+        time must use up its own attempts, and not those of a job beside it."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._pruning: asyncio.Task[None] | None = None
         self._one_ended = asyncio.Event()
-        """Set, and replaced, each time a job has ended."""
+        """Set and replaced whenever a job has ended."""
 
     async def start(self) -> None:
         """Open the records and put unfinished jobs back in the queue.
 
-        Call it once the engine has started, or a process killed while it starts counts as an
-        attempt of the jobs that wait for it.
+        Call it once the engine has started. Otherwise a process that is killed during the start
+        counts as an attempt of the jobs that wait for it.
 
         Raises:
             ConfigError: the records cannot be used; they are left as they are.
 
         """
         async with self._changing:
-            self._writer = ThreadPoolExecutor(1, thread_name_prefix="jobs")
             try:
-                self._store = await self._write(JobStore, self._engine.config.data_dir)
-                for job in await self._write(self._store.unfinished):
-                    await self._take_up(self._store, job)
-                await asyncio.to_thread(self._remove_leftovers)
+                await self._records.open(self._engine.config.data_dir)
+                store = self._records.store
+                for job in await self._records.write(store.unfinished):
+                    await self._take_up(store, job)
+                await asyncio.to_thread(self._images.open, self._live.keys())
             except BaseException:
                 await self._close()
                 raise
@@ -192,20 +160,21 @@ class Jobs:
         elif job.attempts < self._max_attempts:
             self._suspects.add(job.id)
             self._live[job.id] = _queued(job)
-            await self._write(store.update, self._live[job.id])
+            await self._records.write(store.update, self._live[job.id])
         else:
             message = f"The process ended {job.attempts} times while this job ran."
             await self._end(job, JobState.FAILED, JobError(RuntimeFailed.code, message))
 
     async def stop(self) -> None:
-        """Interrupt what runs. Unfinished jobs stay for the next start, and lose no attempt.
+        """Interrupt all runs. Unfinished jobs stay for the next start, and lose no attempt.
 
-        Call it before the engine drains, which would wait for the jobs. A video whose frames are
-        there already is still written, which takes seconds.
+        Call it before the engine drains: that would wait for the jobs. A video of which the
+        frames are there is still written; that takes seconds.
         """
         async with self._changing:
-            if self._store is None:
+            if not self._records.opened:
                 return
+            store = self._records.store
             self._serving = False
             for delay in self._delays.values():
                 delay.cancel()
@@ -217,16 +186,11 @@ class Jobs:
                 await asyncio.wait(self._tasks)
             for job in list(self._live.values()):
                 if job.state is JobState.IN_PROGRESS:
-                    await self._write(self._store.update, _queued(job, attempts=job.attempts - 1))
+                    await self._records.write(store.update, _queued(job, attempts=job.attempts - 1))
             await self._close()
 
     async def _close(self) -> None:
-        writer, store = self._writer, self._store
-        self._writer = self._store = None  # who prunes now finds nobody to tell
-        if writer is not None:
-            await asyncio.to_thread(writer.shutdown)
-        if store is not None:
-            store.close()
+        await self._records.close()
         self._live.clear()
         self._suspects.clear()
         self._wake_waiters()
@@ -234,17 +198,17 @@ class Jobs:
     async def submit(self, request: VideoRequest) -> Job:
         """Check a request and queue it. The job is on disk when this returns.
 
-        `request_id` is not used. Without a timeout a job waits as long as it must; with one it
-        fails if it is not granted the device within that time of its creation.
+        `request_id` is not used. Without a timeout a job waits as long as it must. With one it
+        fails if it has no grant within that time of its creation.
 
         Raises:
             ModelNotFound: there is no such model.
             InvalidRequest: naming the field at fault.
-            NotLoaded: its scheduling options ask for a loaded model, and it is not.
+            NotLoaded: the scheduling options ask for a loaded model, and it is not loaded.
             Overloaded: too many jobs wait, or the engine starts or shuts down.
 
         """
-        store = self._opened()
+        store = self._records.store
         if self._closing:
             raise ShuttingDown("No new jobs are taken at this moment.", retry_after_s=5.0)
         if len(self._live) >= self._engine.config.max_queue:
@@ -259,15 +223,15 @@ class Jobs:
             await self._engine.check_loaded(model.id)
         if not isinstance(prepared, VideoRequest):
             raise InvalidRequest(f"{model.id!r} makes no videos.", param="model")
-        if prepared.seed is None:  # so that every attempt makes the same video
+        if prepared.seed is None:  # every attempt must make the same video
             prepared = replace(prepared, seed=secrets.randbelow(2**32))
-        first_frame = self._first_frame_request(prepared)
+        first_frame = first_frame_request(model, prepared)
         if first_frame is not None:
             self._engine.prepare(first_frame)
         job = Job(
             id=job_id,
             model=model.id,
-            request=_to_json(prepared),
+            request=to_json(prepared),
             priority=prepared.scheduling.priority,
             state=JobState.QUEUED,
             progress=0.0,
@@ -282,15 +246,15 @@ class Jobs:
             NotFound: there is none.
 
         """
-        store = self._opened()
+        store = self._records.store
         return self._live.get(job_id) or store.get(job_id)
 
     async def ended(self, job_id: str) -> Job:
         """Wait until the job has ended and its record says so on disk.
 
         Raises:
-            NotFound: there is none, or it was deleted meanwhile.
-            Overloaded: the jobs were stopped meanwhile.
+            NotFound: there is none, or it was deleted during the wait.
+            Overloaded: the jobs were stopped during the wait.
 
         """
         while job_id in self._live:
@@ -310,14 +274,11 @@ class Jobs:
             NotFound: there is no job `after`.
 
         """
-        jobs, has_more = self._opened().list(limit=limit, after=after, order=order)
+        jobs, has_more = self._records.store.list(limit=limit, after=after, order=order)
         return [self._live.get(job.id, job) for job in jobs], has_more
 
     def place(self, job_id: str) -> QueuePlace | None:
         """Where a job stands in the queue; None when it is not queued.
-
-        The time is the mean duration of each model's last jobs, one job after the other: they
-        share one device.
 
         Raises:
             NotFound: there is none.
@@ -326,28 +287,15 @@ class Jobs:
         job = self.get(job_id)
         if job.state is not JobState.QUEUED:
             return None
-        queued = sorted(
-            (each for each in self._live.values() if each.state is JobState.QUEUED),
-            key=lambda each: each.priority,
-        )
-        position = queued.index(job)
+        queued = [each for each in self._live.values() if each.state is JobState.QUEUED]
         running = [self._live[each] for each in self._runs if each in self._live]
-        ahead = [*running, *queued[: position + 1]]
-        store = self._opened()
-        mean_s = {model: store.mean_run_s(model) for model in {each.model for each in ahead}}
-        eta_s = 0.0
-        for each in ahead:
-            duration_s = mean_s[each.model]
-            if duration_s is None:
-                return QueuePlace(position, None)
-            eta_s += duration_s * (1 - each.progress)
-        return QueuePlace(position, eta_s)
+        return queue_place(job, queued, running, self._records.store.mean_run_s)
 
     async def cancel(self, job_id: str) -> Job:
-        """Stop a job and keep its record. One that has ended stays as it is.
+        """Stop a job and keep its record. A job that has ended stays as it is.
 
-        Returns once the run has let go of the device. A video that is only being written is not
-        stopped: the job comes back completed.
+        Returns once the run has ended on the device. A video that is already being written is not
+        stopped: the job is returned as completed.
 
         Raises:
             NotFound: there is none.
@@ -357,7 +305,9 @@ class Jobs:
         return await self._uninterrupted(self._cancel(job_id))
 
     async def delete(self, job_id: str) -> Job:
-        """Stop a job if it has not ended, and remove its record and files. Returns the last record.
+        """Stop a job if it has not ended, and remove its record and files.
+
+        Returns the last record.
 
         Raises:
             NotFound: there is none.
@@ -379,7 +329,7 @@ class Jobs:
             raise Conflict(f"The job {job_id!r} is not completed yet: it is {job.state}.")
         if job.state is not JobState.COMPLETED:
             raise NotFound(f"The job {job_id!r} made no video: it is {job.state}.")
-        path = self._outputs.find(job_id + _SUFFIXES[variant])
+        path = self._outputs.find(job_id + SUFFIXES[variant])
         if path is None or (job.expires_at is not None and self._clock() >= job.expires_at):
             raise NotFound(f"The files of the job {job_id!r} have expired.")
         return path
@@ -389,31 +339,20 @@ class Jobs:
         stopped = self._engine.state in (EngineState.DRAINING, EngineState.STOPPED)
         return stopped or not self._serving
 
-    def _opened(self) -> JobStore:
-        if self._store is None:
-            raise _not_served()
-        return self._store
-
-    async def _write(self, function: Callable[..., T], *args: Any) -> T:
-        """Call a writing method of the store on the one thread that may; in order of the calls."""
-        if self._writer is None:
-            raise _not_served()
-        return await asyncio.get_running_loop().run_in_executor(self._writer, function, *args)
-
     async def _uninterrupted(self, work: Coroutine[Any, Any, T]) -> T:
-        """Finish what was begun, even if the caller leaves: memory and disk must agree."""
+        """Finish the work even if the caller leaves: memory and disk must agree."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
 
-    async def _insert(self, store: JobStore, job: Job, image: Image.Image | None) -> Job:
+    async def _insert(self, store: JobStore, job: Job, image: Image | None) -> Job:
         try:
             if image is not None:
-                await asyncio.to_thread(_save_image, self._folder / job.id, image)
-            await self._write(store.insert, job)
+                await asyncio.to_thread(self._images.save, job.id, image)
+            await self._records.write(store.insert, job)
         except BaseException:
-            await asyncio.to_thread(shutil.rmtree, self._folder / job.id, ignore_errors=True)
+            await asyncio.to_thread(self._images.remove, job.id)
             raise
         self._live[job.id] = job
         self._dispatch()
@@ -440,7 +379,7 @@ class Jobs:
             )
             run = _Run(asyncio.create_task(self._run(job.id), name=job.id))
             self._runs[job.id] = run
-            # Not a `finally` of the coroutine: one cancelled before its first step has none.
+            # Not a `finally` of the coroutine: cancelled before its first step, it runs none.
             run.task.add_done_callback(partial(self._on_run_ended, job.id))
 
     def _on_run_ended(self, job_id: str, task: asyncio.Task[None]) -> None:
@@ -453,9 +392,9 @@ class Jobs:
     async def _run(self, job_id: str) -> None:
         run = self._runs[job_id]
         try:
-            # On disk before it begins: an attempt that kills the process must count.
-            await self._write(self._opened().update, self._live[job_id])
-            result = await self._generate(self._live[job_id], run)
+            # Written before the attempt begins: one that kills the process must count.
+            await self._records.write(self._records.store.update, self._live[job_id])
+            result = await self._make(self._live[job_id], run)
             await self._finish(self._live[job_id], run, result)
         except EngineError as error:
             run.interruptible = False
@@ -467,68 +406,21 @@ class Jobs:
             reason = JobError(EngineError.code, "The video could not be made.")
             await self._end(self._live[job_id], JobState.FAILED, reason)
 
-    async def _generate(self, job: Job, run: _Run) -> VideoResult:
+    async def _make(self, job: Job, run: _Run) -> VideoResult:
         image = None
         if job.request["image"]:
-            image = await asyncio.to_thread(_load_image, self._folder / job.id)
-        request = _from_json(job, image, self._clock())
-        begin = 0.0
-        first_frame = self._first_frame_request(request)
-        if first_frame is not None:
-            begin = FIRST_FRAME_SHARE
-            made = await self._collect(run, job.id, first_frame, ImageResult, 0.0, begin)
-            request = replace(request, image=made.images[0])
-        result = await self._collect(run, job.id, request, VideoResult, begin, 1.0)
-        return result
-
-    def _first_frame_request(self, request: VideoRequest) -> ImageRequest | None:
-        """What makes the image that the video starts from, where the model is set up so."""
-        model = self._engine.config.find(request.model)
-        image_model = getattr(model.options, "first_frame_model", None)
-        if image_model is None or request.image is not None:
-            return None
-        return ImageRequest(
-            model=image_model,
-            operation=ImageOperation.GENERATION,
-            request_id=request.request_id,
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            width=request.width,
-            height=request.height,
-            seed=request.seed,
-            # Whether it is loaded, and how long it stays, was said of the video's model.
-            scheduling=replace(request.scheduling, if_loaded_only=False, keep_alive_s=None),
-        )
-
-    async def _collect(
-        self,
-        run: _Run,
-        job_id: str,
-        request: ImageRequest | VideoRequest,
-        kind: type[ResultT],
-        begin: float,
-        end: float,
-    ) -> ResultT:
-        """The result of a run whose progress is the job's from `begin` to `end`."""
-        session = await self._engine.open(request)
-        opened_at = self._clock()
-        result: ResultT | None = None
-        async with aclosing(session.events()) as events:
-            async for event in events:
-                if isinstance(event, Progress):
-                    await self._on_progress(run, job_id, begin + (end - begin) * event.done)
-                elif isinstance(event, kind):
-                    result = event
-        if result is None:
-            raise RuntimeFailed(f"{request.model!r} ended without a result.")
-        run.run_s += session.timings.run_ms / 1e3 + max(0.0, self._clock() - opened_at)
+            image = await asyncio.to_thread(self._images.load, job.id)
+        request = from_json(job, image, self._clock())
+        maker = VideoMaker(self._engine, partial(self._on_progress, run, job.id), self._clock)
+        result = await maker.make(request)
+        run.run_s = maker.run_s
         return result
 
     async def _on_progress(self, run: _Run, job_id: str, progress: float) -> None:
         self._live[job_id] = replace(self._live[job_id], progress=progress)
         if self._clock() - run.written_at >= PROGRESS_EVERY_S:
             run.written_at = self._clock()
-            await self._write(self._opened().update, self._live[job_id])
+            await self._records.write(self._records.store.update, self._live[job_id])
 
     async def _finish(self, job: Job, run: _Run, result: VideoResult) -> None:
         run.interruptible = False
@@ -542,7 +434,7 @@ class Jobs:
             "seed": result.seed,
         }
         with self._outputs.held(job.id):
-            await asyncio.to_thread(self._save, job.id, result)
+            await asyncio.to_thread(save_video, self._outputs, job.id, result)
             now = self._clock()
             await asyncio.to_thread(self._outputs.prune, now)
             expires_at = now + self._outputs.max_age_s
@@ -555,18 +447,8 @@ class Jobs:
             )
             await self._end(job, JobState.COMPLETED)
 
-    def _save(self, job_id: str, result: VideoResult) -> None:
-        def thumbnail(path: Path) -> None:
-            write_thumbnail(path, result.frames[0])
-
-        def video(path: Path) -> None:
-            write_mp4(path, result.frames, result.fps)
-
-        self._outputs.add(job_id + _SUFFIXES["thumbnail"], thumbnail)
-        self._outputs.add(job_id + _SUFFIXES["video"], video)
-
     async def _on_error(self, job: Job, error: EngineError) -> None:
-        too_late = isinstance(error, QueueTimeout) and _left_s(job, self._clock()) == 0
+        too_late = isinstance(error, QueueTimeout) and left_s(job, self._clock()) == 0
         if self._closing or (isinstance(error, Overloaded) and not too_late):
             job = _queued(job, attempts=job.attempts - 1)
             delay_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
@@ -581,7 +463,7 @@ class Jobs:
         if not self._closing:
             log.warning("%s: %s; once more in %.0f s", job.id, error, delay_s)
             self._delays[job.id] = asyncio.create_task(self._delay(job.id, delay_s))
-        await self._write(self._opened().update, job)
+        await self._records.write(self._records.store.update, job)
 
     async def _delay(self, job_id: str, delay_s: float) -> None:
         await self._sleep(delay_s)
@@ -606,16 +488,17 @@ class Jobs:
 
     async def _delete(self, job_id: str) -> Job:
         job = await self._cancel(job_id)
-        # The record first: files without one are found and removed, one without files is a lie.
-        await self._write(self._opened().delete, job_id)
+        # The record first: files without a record are found and removed, but a record without
+        # files would be false.
+        await self._records.write(self._records.store.delete, job_id)
         await asyncio.to_thread(self._outputs.remove, job_id)
         return job
 
     async def _end(self, job: Job, state: JobState, error: JobError | None = None) -> Job:
         job = replace(job, state=state, error=error, completed_at=int(self._clock()))
         self._live[job.id] = job
-        await self._write(self._opened().update, job)
-        await asyncio.to_thread(shutil.rmtree, self._folder / job.id, ignore_errors=True)
+        await self._records.write(self._records.store.update, job)
+        await asyncio.to_thread(self._images.remove, job.id)
         del self._live[job.id]
         self._wake_waiters()
         return job
@@ -630,25 +513,8 @@ class Jobs:
             await asyncio.sleep(PRUNE_EVERY_S)
 
     def _on_removed(self, stems: frozenset[str]) -> None:
-        """Any thread; not awaited, because who prunes has no use for the outcome."""
-        store, writer = self._store, self._writer
-        if store is None or writer is None:
-            return
-        expire = partial(store.expire, stems, int(self._clock()))
-        with suppress(RuntimeError):  # shut down meanwhile; that the file is gone says the same
-            writer.submit(expire).add_done_callback(_log_failure)
-
-    def _remove_leftovers(self) -> None:
-        """Remove the folders of jobs that were never committed, or ended as the process died."""
-        self._folder.mkdir(mode=0o700, exist_ok=True)
-        sync(self._folder.parent)
-        for path in self._folder.glob("video_*"):
-            if _ID.fullmatch(path.name) and path.name not in self._live:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _not_served() -> Overloaded:
-    return Overloaded("Jobs are not served at this moment.", retry_after_s=5.0)
+        """Note that files are gone. Called from any thread."""
+        self._records.expire(stems, int(self._clock()))
 
 
 def _queued(job: Job, *, attempts: int | None = None) -> Job:
@@ -659,63 +525,3 @@ def _queued(job: Job, *, attempts: int | None = None) -> Job:
         started_at=None,
         attempts=job.attempts if attempts is None else attempts,
     )
-
-
-def _to_json(request: VideoRequest) -> dict[str, Any]:
-    fields = [field.name for field in dataclasses.fields(request)]
-    values = {name: getattr(request, name) for name in fields if name not in _HANDLED_APART}
-    if values["seconds"] is None and request.num_frames and request.fps:
-        values["seconds"] = request.num_frames / request.fps
-    loras = [dataclasses.asdict(lora) for lora in request.loras]
-    scheduling = dataclasses.asdict(request.scheduling)
-    del scheduling["priority"]  # has a column of its own
-    return {**values, "loras": loras, "terms": scheduling, "image": request.image is not None}
-
-
-def _from_json(job: Job, image: Image.Image | None, now: float) -> VideoRequest:
-    values = {name: value for name, value in job.request.items() if name not in _HANDLED_APART}
-    if values["num_frames"] is not None:  # `seconds` is only another way to say so
-        values["seconds"] = None
-    values["quality"] = Quality(values["quality"])
-    return VideoRequest(
-        **values,
-        model=job.model,
-        request_id=job.id,
-        image=image,
-        loras=tuple(LoraChoice(**lora) for lora in job.request["loras"]),
-        scheduling=SchedulingOptions(
-            **{**_scheduling(job), "priority": job.priority, "timeout_s": _left_s(job, now)}
-        ),
-    )
-
-
-def _scheduling(job: Job) -> dict[str, Any]:
-    scheduling: dict[str, Any] = job.request.get("terms", {})  # early records have none
-    return scheduling
-
-
-def _left_s(job: Job, now: float) -> float:
-    """Seconds until the job has waited too long, 0 at least; `now` in Unix seconds."""
-    timeout_s = _scheduling(job).get("timeout_s")
-    return math.inf if timeout_s is None else max(0.0, job.created_at + timeout_s - now)
-
-
-def _save_image(folder: Path, image: Image.Image) -> None:
-    folder.mkdir(mode=0o700)
-    path = folder / _INPUT_IMAGE
-    image.save(path, compress_level=1)  # lossless at any level; higher ones take seconds
-    sync(path)
-    sync(folder)
-    sync(folder.parent)
-
-
-def _load_image(folder: Path) -> Image.Image:
-    with Image.open(folder / _INPUT_IMAGE) as image:
-        image.load()
-        return image
-
-
-def _log_failure(done: Future[None]) -> None:
-    error = done.exception()
-    if error is not None:
-        log.error("cannot note that outputs expired", exc_info=error)

@@ -1,4 +1,4 @@
-"""What is kept of jobs on disk: one SQLite file."""
+"""The store of jobs: one SQLite file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCHEMA_VERSION = 1
 """`PRAGMA user_version` of the file. A new version adds its step to `_migrate`."""
 
 DURATIONS = 20
-"""Finished jobs of a model that its mean duration is taken from."""
+"""How many completed jobs of a model its mean duration is taken from."""
 
 _BUSY_TIMEOUT_S = 5.0
 
@@ -92,37 +92,37 @@ class Job:
     model: str
     """The id of the model, also where the request named an alias."""
     request: dict[str, Any]
-    """What was asked, as JSON, with the model's defaults filled in: the fields of `VideoRequest`
-    that say what to make; `image` is whether one was given. Once the job is completed, sizes,
-    frames, fps and seed are those of the file."""
+    """The request as JSON, with the model's defaults filled in (`request_codec.py`). `image` is
+    whether one was given. Once the job is completed, sizes, frames, fps and seed are those of the
+    file."""
     priority: Priority
     state: JobState
     progress: float
     """0 to 1."""
     created_at: int
     started_at: int | None = None
-    """When the attempt that runs, or the last one, was handed to the engine."""
+    """When the current or last attempt was handed to the engine."""
     completed_at: int | None = None
-    """When it ended, in whichever way."""
+    """When it ended: completed, failed or cancelled."""
     expires_at: int | None = None
-    """When its files go, or went; None without files or without a limit on their age."""
+    """When its files are removed, or were; None without files or without a limit on their age."""
     error: JobError | None = None
     attempts: int = 0
-    """How often it was begun."""
+    """How many attempts began."""
     run_s: float | None = None
-    """Seconds that the completed run took, without waiting for its turn or for the model."""
+    """Seconds of the completed run, without waiting for a turn or for the model."""
 
 
 class JobStore:
     """The records of all jobs. Every method blocks on the disk.
 
-    What was written is on disk when the method returns. Writing methods may be called from one
-    thread at a time, reading ones (`get`, `list`, `mean_run_s`) from any: each side has its own
+    What a method writes is on disk when it returns. Writing methods may be called from one thread
+    at a time, reading ones (`get`, `list`, `mean_run_s`) from any. Each side has its own
     connection, and in WAL mode a reader never waits for a writer.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open or create the file in `folder`, and keep other processes from doing so.
+        """Open or create the file in `folder`, and lock it against other processes.
 
         Raises:
             ConfigError: the file is damaged, newer than this program, in use by another process,
@@ -138,7 +138,8 @@ class JobStore:
             raise ConfigError(f"data_dir: {folder}: {error.strerror or error}") from error
         connections: list[sqlite3.Connection] = []
         try:
-            # Two processes would run every job twice. The lock goes with the process, even killed.
+            # Two processes would run every job twice. The lock ends with the process, also by a
+            # kill.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._writer = _connect(path, connections)
             _migrate(self._writer, path)
@@ -159,7 +160,7 @@ class JobStore:
             raise
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file and unlock it."""
         with self._reading:
             self._reader.close()
         self._writer.close()
@@ -183,7 +184,7 @@ class JobStore:
         self._writer.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
 
     def expire(self, job_ids: Iterable[str], now: int) -> None:
-        """Note that the files of these jobs are gone. Ids that are none are passed over."""
+        """Note that the files of these jobs are gone. Unknown ids are skipped."""
         self._writer.executemany(
             "UPDATE jobs SET expires_at = ? WHERE id = ? AND state = 'completed'"
             " AND (expires_at IS NULL OR expires_at > ?)",
@@ -244,7 +245,7 @@ class JobStore:
         return mean
 
     def _read(self, query: str, values: tuple[Any, ...]) -> Rows:
-        with self._reading:  # of several threads; each holds it for microseconds
+        with self._reading:  # several threads read; each holds it for microseconds
             return self._reader.execute(query, values).fetchall()
 
 

@@ -1,4 +1,4 @@
-"""Speech as a file or stream that players know, encoded piece by piece while it is made."""
+"""Speech as a file or stream for players, encoded piece by piece while it is made."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ AudioFormat: TypeAlias = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How one format is made."""
+    """How one format is encoded."""
 
     media_type: str
     muxer: str
-    """FFmpeg's name, as is `codec`."""
+    """FFmpeg's name, like `codec`."""
     codec: str
     sample_rate: int | None = None
     """Hertz; None keeps the model's."""
     bit_rate: int | None = None
-    """Bits a second of lossy formats: beyond what is needed for one voice to be transparent."""
+    """Bits a second of lossy formats: more than one voice needs to be transparent."""
 
 
-# MP3 and ADTS have no place for the length of the encoder's run-in and of the last frame's padding,
-# unless the file is written again at its end. Both are counted in samples, so that what they add
-# to a stream is shortest at the highest rate: at 48 kHz at most 48 ms of silence for MP3 (1105 to
-# 2303 samples) and 43 ms for AAC (1024 to 2047); Kokoro's 24 kHz would double that.
+# MP3 and ADTS cannot record the length of the encoder's run-in and of the last frame's padding,
+# unless the file is written again at its end. Both have a fixed number of samples, so they are
+# shortest at the highest rate. At 48 kHz MP3 adds at most 48 ms of silence (1105 to 2303 samples)
+# and AAC at most 43 ms (1024 to 2047). Kokoro's 24 kHz would double that.
 ENCODINGS: Mapping[AudioFormat, Encoding] = MappingProxyType(
     {
         "mp3": Encoding("audio/mpeg", "mp3", "libmp3lame", 48_000, 128_000),
@@ -51,25 +51,26 @@ ENCODINGS: Mapping[AudioFormat, Encoding] = MappingProxyType(
 )
 
 _MUXER_OPTIONS = {
-    # No name and version of the library in the file, which leaves WAV with the 44 bytes of header
-    # that simple readers count on.
+    # Keeps the library's name and version out of the file. WAV then has the header of 44 bytes that
+    # simple readers expect.
     "fflags": "+bitexact",
-    # Ogg gathers packets to pages, of a second if not told. Microseconds.
+    # Microseconds. Ogg gathers packets to pages, by default of a second.
     "page_duration": "100000",
 }
 
 
 class AudioEncoder:
-    """One stream of mono audio. Not to be shared by threads, but for any thread.
+    """One stream of mono audio. Any thread may use it, but only one at a time.
 
-    Opus, FLAC, WAV and PCM have exactly the samples that came in (rounded, where the rate
-    changes); MP3 and AAC add at most 50 ms of silence, see above. FLAC, WAV and PCM have 16 bits.
-    WAV and FLAC are written without going back to the header, so it cannot hold the length: WAV's
-    sizes are 0xFFFFFFFF and FLAC's number of samples is 0, as both are where audio is streamed.
+    Opus, FLAC, WAV and PCM have exactly the samples that came in, rounded if the rate changes. MP3
+    and AAC add at most 50 ms of silence, see above. FLAC, WAV and PCM have 16 bits.
+
+    The header of WAV and FLAC is written once, at the start, so it cannot hold the length. WAV's
+    sizes are 0xFFFFFFFF and FLAC's number of samples is 0, as is usual for streamed audio.
     """
 
     def __init__(self, audio_format: AudioFormat, sample_rate: int) -> None:
-        """`sample_rate` in hertz is what the samples come with.
+        """`sample_rate` in hertz is the rate of the samples that come in.
 
         Raises:
             ValueError: the rate is below 1.
@@ -96,9 +97,9 @@ class AudioEncoder:
             self._stream.bit_rate = encoding.bit_rate
 
     def encode(self, samples: Samples) -> bytes:
-        """What can be sent after these samples; less than they are, as encoders look ahead.
+        """The bytes that are ready after these samples. Encoders look ahead, so some stay inside.
 
-        Beyond -1 and 1 the samples are clipped.
+        Samples beyond -1 and 1 are clipped.
 
         Raises:
             ValueError: not one row of float32.
@@ -116,14 +117,14 @@ class AudioEncoder:
         return self._sink.take()
 
     def finish(self) -> bytes:
-        """The rest. Nothing can be encoded afterwards."""
+        """The remaining bytes. Nothing can be encoded afterwards."""
         self._container.mux(self._stream.encode(None))
         self._container.close()
         return self._sink.take()
 
 
 class _Sink:
-    """What FFmpeg writes to. Having no `seek`, it is written from front to back."""
+    """The file that FFmpeg writes to. It has no `seek`, so FFmpeg writes it front to back."""
 
     def __init__(self) -> None:
         self._held = bytearray()
@@ -134,7 +135,7 @@ class _Sink:
         return len(data)
 
     def take(self) -> bytes:
-        """All that was written since the last call."""
+        """The bytes written since the last call."""
         held = bytes(self._held)
         self._held.clear()
         return held

@@ -1,4 +1,4 @@
-"""Video files that a browser plays: H.264 in MP4, and a picture to show before it plays."""
+"""Video files for browsers: H.264 in MP4, and a picture to show before the video plays."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ THUMBNAIL_PX = 512
 """The longest side of a thumbnail, at most."""
 
 _BT709 = 1
-"""Of primaries, transfer and matrix alike (ITU-T H.273)."""
+"""The number for primaries, transfer and matrix alike (ITU-T H.273)."""
 
 
 def write_mp4(path: Path, frames: Frames, fps: int) -> None:
-    """Write every frame, and `fps` of them a second, to `path` whatever its suffix.
+    """Write every frame to `path`, at `fps` frames a second, whatever the suffix of `path`.
 
-    4:2:0 in BT.709, which every browser plays; the index comes first, so that playing can begin
-    before the file has arrived. The file is whole when this returns.
+    The file is 4:2:0 in BT.709, which every browser plays. The index comes first, so that playing
+    can begin before the whole file has arrived. The file is complete when this returns.
 
     Raises:
         ValueError: not RGB bytes of (frames, height, width, 3), no frame, an odd width or height

@@ -22,17 +22,19 @@ FOLDER = "outputs"
 """Under `data_dir`."""
 
 TOKEN_BYTES = 32
-"""Randomness in a name given by `put`: knowing the name is the permission to read the file."""
+"""Randomness in a name made by `put`. Knowing the name is the permission to read the file."""
 
 _GIVEN_NAME = re.compile(r"[A-Za-z0-9_-]{43}\.[a-z0-9]{1,8}")  # 43 characters hold 32 bytes
 _UNFINISHED = ".part"
 
 
 class Outputs:
-    """Finished files, oldest out first. Threads may share it; every method blocks on the disk.
+    """Finished files; the oldest leave first.
 
-    Files with the same name up to the first dot belong together (a video and its thumbnail) and
-    leave together.
+    Threads may share it. Every method blocks on the disk.
+
+    Files with the same name up to the first dot belong together, such as a video and its thumbnail.
+    They leave together.
     """
 
     def __init__(self, config: EngineConfig, *, clock: Callable[[], float] = time.time) -> None:
@@ -40,14 +42,14 @@ class Outputs:
         self.max_bytes = config.max_data
         self.max_age_s = config.max_data_age
         self.on_removed: Callable[[frozenset[str]], None] = _ignore
-        """Told the stems of the files that `prune` took, on the thread that called it."""
+        """Called with the stems of the files that `prune` deleted, on the thread of that call."""
         self._folder = config.data_dir / FOLDER
         self._clock = clock
         self._lock = threading.Lock()
         self._held: set[str] = set()
 
     def put(self, data: bytes, suffix: str) -> str:
-        """Keep `data` under a new name that nobody can guess, and return the name.
+        """Keep `data` under a new name that cannot be guessed, and return the name.
 
         `suffix` is a file extension with its dot: `.png`.
 
@@ -69,10 +71,10 @@ class Outputs:
         return name
 
     def path(self, name: str) -> Path:
-        """The file that `put` named so.
+        """The file with this name, which `put` made.
 
         Raises:
-            NotFound: `put` gave no such name, or the file has expired.
+            NotFound: `put` made no such name, or the file has expired.
 
         """
         if _GIVEN_NAME.fullmatch(name):
@@ -83,9 +85,9 @@ class Outputs:
         raise NotFound("There is no such file, or it has expired.")
 
     def add(self, name: str, write: Callable[[Path], None]) -> None:
-        """Keep what `write` writes to the path it is given; whole and on disk, or not at all.
+        """Keep the file that `write` writes to a given path, whole and on disk, or not at all.
 
-        Replaces a file of the same name.
+        It replaces a file of the same name.
 
         Raises:
             OSError: the disk is full or cannot be written.
@@ -96,7 +98,7 @@ class Outputs:
         try:
             write(unfinished)
             now = self._clock()
-            os.utime(unfinished, (now, now))  # ages are counted by our clock
+            os.utime(unfinished, (now, now))  # ages are measured by our clock
             sync(unfinished)
             unfinished.replace(self._folder / name)
         except BaseException:
@@ -105,18 +107,18 @@ class Outputs:
         sync(self._folder)
 
     def find(self, name: str) -> Path | None:
-        """The file that was added under this name, unless it was pruned. For trusted names."""
+        """The file that was added under this name, unless it was pruned. For trusted names only."""
         path = self._folder / name
         return path if path.is_file() else None
 
     def remove(self, stem: str) -> None:
-        """Delete the files that belong to `stem`, if there are any. For trusted names."""
+        """Delete the files that belong to `stem`, if there are any. For trusted names only."""
         for path in self._folder.glob(f"{stem}.*"):
             path.unlink(missing_ok=True)
 
     @contextmanager
     def held(self, stem: str) -> Iterator[None]:
-        """Keep the files that belong to `stem` from being pruned meanwhile."""
+        """Keep the files that belong to `stem` from being pruned inside the context."""
         with self._lock:
             self._held.add(stem)
         try:
@@ -126,9 +128,9 @@ class Outputs:
                 self._held.discard(stem)
 
     def prune(self, now: float) -> None:
-        """Delete what is older than the limit, then the oldest until the rest fits.
+        """Delete files older than the limit, then the oldest until the rest fits.
 
-        `now` is in unix seconds. What cannot be deleted is logged and stays.
+        `now` is in unix seconds. A file that cannot be deleted is logged and stays.
         """
         removed: set[str] = set()
         with self._lock:
@@ -159,11 +161,11 @@ class Outputs:
 
 
 def _ignore(stems: frozenset[str]) -> None:
-    """Nobody wants to know."""
+    """By default nothing listens."""
 
 
 def sync(path: Path) -> None:
-    """Return once the file or folder is on disk, so that it outlives a power cut."""
+    """Write the file or folder to the disk, so that it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Text as the sentences to speak one after the other."""
+"""Text cut into sentences that are spoken one after the other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _CLAUSE_END = re.compile(r"[,;:—–](?=\s)|[、，；：]")
 """Where a sentence that is too long is cut first. `1,000` and `12:30` have no space there."""
 
 _OPEN_END = r"(?:^\W*\d{1,3}|\b(?:e\.g|i\.e|cf)|(?<![\w.])[^\W\d_a-z])\.\s*$"
-"""What the library takes for an end and is none: `1.` of a list, `e.g.`, an initial."""
+"""What the library mistakes for an end: `1.` of a list, `e.g.`, an initial."""
 
 _OPEN_ENDS = {
     "": re.compile(_OPEN_END),
@@ -23,12 +23,14 @@ _OPEN_ENDS = {
 def split_sentences(text: str, language: str, *, max_chars: int) -> list[str]:
     """The sentences of a text in order, each of at most `max_chars` characters.
 
-    `language` is ISO 639-1 with or without a region (`en-gb` counts as `en`); it decides which
-    abbreviations end no sentence. White space becomes single spaces: a line break alone ends no
-    sentence, an empty line does. A sentence that is too long is cut after the last comma or the
-    like that fits, else at the last space, else anywhere. Together the sentences have every
-    character of the text but white space; what has neither letter nor digit goes with the
-    sentence before it, if there is one in its paragraph.
+    `language` is ISO 639-1 with or without a region; `en-gb` counts as `en`. It decides which
+    abbreviations do not end a sentence. White space becomes single spaces. A line break alone does
+    not end a sentence, but an empty line does.
+
+    A sentence that is too long is cut after the last comma or similar mark that fits. Without one
+    it is cut at the last space, otherwise anywhere. Together the sentences have every character of
+    the text but white space. A piece without letter or digit joins the sentence before it, if
+    there is one in its paragraph.
 
     Raises:
         ValueError: `max_chars` is below 1.

@@ -1,4 +1,4 @@
-"""The device that holds the models: how much it has, and how much others use of it."""
+"""The device that holds the models: its memory, and how much of it is external."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ CGROUP = Path("/sys/fs/cgroup")
 M_ARENA_MAX = -8
 """glibc's number for the setting, from its malloc.h."""
 ARENAS = 1
-"""Heaps that threads share, instead of glibc's eight a core. Every model has threads of its own,
-and what one of them leaves in a heap of its own is no use to the next: 52 MB after a dozen loads
-and runs of a tiny Whisper; 24 MB with two heaps, none with one."""
+"""Heaps that threads share, instead of glibc's eight a core. Every model has its own threads, and
+memory that one thread leaves in its own heap is no use to the next. After a dozen loads and runs of
+a tiny Whisper that was 52 MB, with two heaps 24 MB, and with one heap nothing."""
 
 
 class Device(ABC):
@@ -35,34 +35,34 @@ class Device(ABC):
 
     @abstractmethod
     def external_bytes(self) -> int:
-        """Bytes in use now that no model of ours accounts for. Cheap; measured at every call."""
+        """Bytes in use now by anything but our models. Cheap, and measured at every call."""
 
     @abstractmethod
     def own_bytes(self) -> int:
-        """Bytes that this process uses now beyond what it used before its first model. Cheap."""
+        """Bytes that this process uses now, less those before its first model. Cheap."""
 
     def check(self) -> None:  # noqa: B027 - host memory has no state that could be lost
-        """Do something trivial on the device, and return once it is done. Inside `GATE.step()`.
+        """Do a trivial computation on the device and wait for it. Call it inside `GATE.step()`.
 
         Raises:
-            Exception: whatever the device's library says. Nothing works there any more: of CUDA's
-                errors those that a trivial call meets are sticky, and last as long as the process.
+            Exception: any error of the device's library. Nothing works there any more: the CUDA
+                errors that a trivial call meets are sticky, and last as long as the process.
 
         """
 
     def set_baseline(self) -> None:  # noqa: B027 - only host memory mixes libraries with models
-        """Take what the process uses now, after the imports and before any model, for its own."""
+        """Count what the process uses now, after the imports and before any model, as external."""
 
     def release_weights(self) -> None:  # noqa: B027 - the C library gives large blocks back at once
-        """Hand the memory of parked weights back to the device, where an allocator keeps it."""
+        """Give the memory of parked weights back to the device, if an allocator keeps it."""
 
     @abstractmethod
     def release_cached(self) -> None:
-        """Hand memory that an allocator keeps for later back to the device."""
+        """Give memory that an allocator keeps for later back to the device."""
 
 
 class CpuDevice(Device):
-    """Host memory, within the limit of the container if there is one."""
+    """Host memory, or as much of it as the container's limit allows."""
 
     kind: ClassVar[str] = "cpu"
 
@@ -78,26 +78,26 @@ class CpuDevice(Device):
             self._libc.mallopt(M_ARENA_MAX, ARENAS)
 
     def set_baseline(self) -> None:
-        """Take the process as it is now for the part that is no model."""
+        """Record the process's memory now, as the part that is not a model."""
         self._baseline_bytes = self._process.memory_info().rss
 
     def external_bytes(self) -> int:
-        """What other processes use, and this process before its first model."""
+        """The memory of other processes, and of this process before its first model."""
         memory = psutil.virtual_memory()
         used_bytes = memory.total - memory.available
         if self._limit_bytes is not None:
-            # Page cache of files counts towards the limit but is given up on demand.
+            # The page cache of files counts towards the limit, but is freed on demand.
             cache_bytes = _cgroup_stat("inactive_file")
             used_bytes = (_cgroup_number("memory.current") or used_bytes) - cache_bytes
         others_bytes = max(0, used_bytes - self._process.memory_info().rss)
         return others_bytes + self._baseline_bytes
 
     def own_bytes(self) -> int:
-        """The process's memory less what it was at `set_baseline`."""
+        """The process's memory, less its memory at `set_baseline`."""
         return int(self._process.memory_info().rss - self._baseline_bytes)
 
     def release_cached(self) -> None:
-        """Give the C allocator's free pages back to the system (glibc keeps them otherwise)."""
+        """Give the C allocator's free pages back to the system. Otherwise glibc keeps them."""
         if self._libc is not None:
             self._libc.malloc_trim(0)
 
@@ -117,32 +117,32 @@ class CudaDevice(Device):
         self.name = torch.cuda.get_device_name()
         self.total_bytes = torch.cuda.mem_get_info()[1]
         self.unmapped_bytes: Callable[[], int] = lambda: 0
-        """Of what torch takes for reserved, the bytes that are only addresses."""
-        # Made now: a check must need no memory. Its stream goes before the models' kernels, so that
-        # it waits for the one that runs and not for all that are queued.
+        """Bytes that torch counts as reserved, but that are only addresses."""
+        # Made now, so that a check needs no memory. Its stream has priority over the models'
+        # kernels: a check waits for the kernel that runs, and not for those in the queue.
         self._checked = torch.zeros(1, device="cuda")
         self._checks = torch.cuda.Stream(priority=-1)
 
     def check(self) -> None:
-        """Add two numbers on a stream of its own."""
+        """Add two numbers on a separate stream."""
         with self._torch.cuda.stream(self._checks):
             self._checked.add_(1)
         self._checks.synchronize()
 
     def external_bytes(self) -> int:
-        """What the card reports as used beyond what our allocator reserved.
+        """Bytes that the GPU reports as used, beyond those that our allocator reserved.
 
-        The CUDA context, loaded kernels and graphs are in here with other programs.
+        They include the CUDA context, loaded kernels and graphs, besides other programs.
         """
         free_bytes, total_bytes = self._torch.cuda.mem_get_info()
         return max(0, int(total_bytes - free_bytes) - self.own_bytes())
 
     def own_bytes(self) -> int:
-        """What torch holds of the card; the others' libraries keep their own counts."""
+        """What torch holds of the GPU. Other libraries keep their own counts."""
         return int(self._torch.cuda.memory_reserved()) - self.unmapped_bytes()
 
     def release_weights(self) -> None:
-        """Empty torch's caching allocator: other libraries allocate beside it."""
+        """Empty torch's caching allocator, because other libraries allocate beside it."""
         self._torch.cuda.empty_cache()
 
     def release_cached(self) -> None:
@@ -151,7 +151,7 @@ class CudaDevice(Device):
 
 
 def open_device(kind: str) -> Device:
-    """The device that the configuration names; `auto` takes a GPU where one answers.
+    """The device that the configuration names. `auto` takes a GPU if one answers.
 
     May import torch (seconds).
 
@@ -165,7 +165,7 @@ def open_device(kind: str) -> Device:
 
 
 def host_memory_bytes() -> int:
-    """Memory of the machine, or of the container where that is less."""
+    """Memory of the machine, or of the container if that is less."""
     total_bytes = psutil.virtual_memory().total
     return min(total_bytes, _cgroup_number("memory.max") or total_bytes)
 

@@ -1,4 +1,4 @@
-"""What `nvidia-smi` tells of the cards, without importing torch."""
+"""What `nvidia-smi` reports about the GPUs, without importing torch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import subprocess
 from dataclasses import dataclass
 
 TIMEOUT_S = 20.0
-"""A driver that was not used for a while takes seconds to wake up; a broken one never does."""
+"""A driver that was idle for a while takes seconds to wake up. A broken driver never does."""
 
 MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One NVIDIA card."""
+    """One NVIDIA GPU."""
 
     index: int
     name: str
@@ -26,19 +26,19 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class GpuProcess:
-    """A program that computes on a card."""
+    """A program that computes on a GPU."""
 
     pid: int
     name: str
     used_bytes: int | None
-    """None where the driver does not tell, as in a container."""
+    """None if the driver does not report it, as in a container."""
 
 
 def read_gpus() -> tuple[Gpu, ...]:
-    """The cards, none where there is no driver.
+    """The GPUs; none if there is no driver.
 
     Raises:
-        OSError: `nvidia-smi` is there and fails; the message is its own.
+        OSError: `nvidia-smi` failed. The message is its own.
 
     """
     rows = _query("--query-gpu=index,name,driver_version,memory.total,memory.free")
@@ -49,10 +49,10 @@ def read_gpus() -> tuple[Gpu, ...]:
 
 
 def read_processes() -> tuple[GpuProcess, ...]:
-    """The programs on the cards, as far as this container sees them.
+    """The programs on the GPUs, as far as this container sees them.
 
     Raises:
-        OSError: `nvidia-smi` is there and fails; the message is its own.
+        OSError: `nvidia-smi` failed. The message is its own.
 
     """
     rows = _query("--query-compute-apps=pid,process_name,used_memory")

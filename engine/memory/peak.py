@@ -1,4 +1,4 @@
-"""How much memory a piece of torch code takes at its peak, on the thread that runs it.
+"""The peak memory of a piece of torch code, on the thread that runs it.
 
 Importing this module imports torch.
 """
@@ -15,15 +15,15 @@ from torch.utils._pytree import tree_leaves
 
 
 class TensorPeak(TorchDispatchMode):  # type: ignore[misc]
-    """A context that counts the bytes of the tensors made in it while they live.
+    """A context that counts the bytes of the tensors made in it, while they live.
 
-    The counters of an allocator are one for the whole process; other models run beside this one.
-    What an operation needs only within itself is not seen. A dispatch mode costs some
-    microseconds an operation: measure once a shape, not every run.
+    An allocator has one counter for the whole process, where other models run beside this one. The
+    context does not see the memory that an operation uses only inside itself. A dispatch mode costs
+    some microseconds an operation, so measure once a shape and not every run.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
-        """`known` tensors (weights) exist already; a view of one is nothing new."""
+        """`known` tensors (weights) exist already. A view of one takes no memory."""
         super().__init__()
         self.nbytes = 0
         """The peak so far."""
@@ -34,7 +34,7 @@ class TensorPeak(TorchDispatchMode):  # type: ignore[misc]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run the operation, then count what came out."""
+        """Run the operation, then count its results."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):

@@ -1,21 +1,18 @@
-"""The gate: what everybody in this process shares, and who may touch it.
+"""The gate: it owns the state that the whole process shares.
 
-Native libraries were written to be alone in a process. They set torch's default
-dtype while they build a module, seed the global generators, keep "the current
-config" in module globals, and freeze or thaw the whole heap. One process that
-runs several of them needs one owner for that state:
+Native libraries were written to be alone in a process. They set torch's default dtype while they
+build a module, seed the global generators, keep "the current config" in module globals, and
+freeze or thaw the whole heap. A process with several of them needs one owner of that state:
 
-* work that only *reads* it, a decode or denoising step, takes `Gate.step()`;
-  many at a time;
-* work that *changes* it, building a module or capturing a graph, takes
-  `Gate.exclusive()`; one at a time, no step beside it, and every registered
-  piece of state is put back on the way out;
-* the long, harmless part in the middle of such work, moving bytes, is wrapped
-  in `Gate.yielded()`: the state is put back and the steps go on meanwhile. No
-  other exclusive work begins meanwhile: what a library has patched to build a module
-  is no state that can be put back.
+* Work that only *reads* it (a decode step, a denoising step) takes `Gate.step()`. Many steps run
+  at a time.
+* Work that *changes* it (building a module, capturing a graph) takes `Gate.exclusive()`. It runs
+  alone, without any step beside it. At its end every registered variable is restored.
+* The long, harmless part in the middle of such work (moving bytes) is wrapped in
+  `Gate.yielded()`. The state is restored and steps go on during that part. Other exclusive work
+  still waits: what a library has patched to build a module cannot be restored.
 
-A step of many parts, a denoising run, calls `Gate.pause()` between them.
+A step of many parts (a denoising run) calls `Gate.pause()` between them.
 """
 
 from __future__ import annotations
@@ -29,14 +26,14 @@ from typing import Any
 from engine.process.shared_state import SharedState
 
 HOLD_S = 0.02
-"""How long exclusive work keeps steps waiting before `Gate.breathe` lets them through."""
+"""How long exclusive work makes steps wait before `Gate.breathe` lets them through."""
 
 
 class Gate:
-    """A lock with many steppers or one exclusive holder.
+    """A lock for many steps or one exclusive holder.
 
-    A waiting exclusive holder goes before new steps, but the steps that waited
-    while it held the gate go before the next one: neither starves.
+    Waiting exclusive work goes before new steps. The steps that waited while it held the gate go
+    before the next exclusive work. So neither starves.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -44,7 +41,7 @@ class Gate:
         self._clock = clock
         self._changed = threading.Condition()
         self._stepping: set[int] = set()
-        self._waiting: set[int] = set()  # threads that wait for anybody
+        self._waiting: set[int] = set()  # threads that wait at the gate
         self._steps_waiting = 0
         self._turns = 0  # steps that go before the next exclusive holder
         self._holder: int | None = None
@@ -52,8 +49,8 @@ class Gate:
         self._holds = 0
         self._depth = 0
         self.exclusive_waiting = 0
-        """Threads that wait for `exclusive`; to be read without the lock, for a first look."""
-        self._owner: int | None = None  # of exclusive work under way, though it may have yielded
+        """Threads that wait for `exclusive`. `pause` reads it without the lock, as a quick test."""
+        self._owner: int | None = None  # of exclusive work under way, even while it has yielded
         self._outside: dict[str, Any] = {}
 
     @property
@@ -63,11 +60,11 @@ class Gate:
 
     @property
     def hold(self) -> int | None:
-        """A number that each hold of the gate has for itself; None while nobody holds it."""
+        """The number of the current exclusive hold, new for each; None while there is none."""
         return None if self._holder is None else self._holds
 
     def waits(self, thread: int) -> bool:
-        """Whether a thread, by its `threading.get_ident`, waits for others to leave the gate."""
+        """Whether a thread, by its `threading.get_ident`, waits at the gate."""
         return thread in self._waiting
 
     @contextmanager
@@ -80,17 +77,17 @@ class Gate:
             self._leave_step()
 
     def pause(self) -> None:
-        """Let exclusive work that waits go first, in the middle of a long step."""
-        if self.exclusive_waiting:  # read without the lock: a late look costs one part more
+        """In the middle of a long step, let waiting exclusive work go first."""
+        if self.exclusive_waiting:  # without the lock: a stale value costs one more part
             self._leave_step()
             self._enter_step()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Change process-wide state: alone, and put back afterwards. A thread may nest it.
+        """Change process-wide state alone; it is restored at the end. A thread may nest it.
 
         Raises:
-            RuntimeError: called in a step, which it would wait for.
+            RuntimeError: called in a step; it would wait for that step for ever.
 
         """
         if self.held:
@@ -110,9 +107,9 @@ class Gate:
 
     @contextmanager
     def yielded(self) -> Iterator[None]:
-        """Let steps go on in the middle of exclusive work, with the state as they expect it.
+        """Let steps go on in the middle of exclusive work, with the state that they expect.
 
-        Outside of exclusive work this does nothing.
+        Outside exclusive work this does nothing.
         """
         if not self.held:
             yield
@@ -125,16 +122,16 @@ class Gate:
             yield
         finally:
             self._acquire()
-            # What others changed for good meanwhile is what must be put back in the end.
+            # What others changed for good during the yield is what the end must restore.
             self._outside = self.state.save()
             self._depth = depth
             self.state.restore(inside)
 
     def breathe(self) -> None:
-        """Let the steps that wait have their turn, if the calling thread has held it for `HOLD_S`.
+        """Let waiting steps take their turn if the calling thread has held the gate for `HOLD_S`.
 
-        Cheap otherwise, and nothing outside of exclusive work: call it anywhere in the
-        middle of long work.
+        Otherwise it is cheap, and outside exclusive work it does nothing. So call it anywhere in
+        the middle of long work.
         """
         if self.held and self._clock() - self._held_since_s > HOLD_S:
             with self.yielded():
@@ -163,8 +160,8 @@ class Gate:
         if me in self._stepping:
             raise RuntimeError("exclusive work was asked for in the middle of a step")
         with self._changed:
-            # Behind other exclusive work under way this does not hold up steps: that would be
-            # for as long as it takes, not for one part of it.
+            # While this waits for other exclusive work it must not hold up steps: they would wait
+            # for the whole of that work, not for one part of it.
             self._waiting.add(me)
             while self._owner not in (None, me):
                 self._changed.wait()

@@ -1,4 +1,4 @@
-"""Whether this process can still do what it is there for."""
+"""The health check: whether this process can still serve requests."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from engine.process.watchdog import WATCHDOG
 log = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 1.0
-"""Seconds between two looks at the calls under way."""
+"""Interval between checks of the native calls under way."""
 CHECK_S = 5.0
-"""Seconds between two checks of the device while nothing fails."""
+"""Interval between checks of the device while nothing fails."""
 
 
 async def wait_for_fault(
     device: Device, recheck: asyncio.Event, hang_s: float, stall_s: float
 ) -> str:
-    """Return, in words, what no request can be served with any more; as long as all is well, wait.
+    """Wait for a fault with which no request can be served any more; return it in words.
 
-    The calls under way are looked at as `Watchdog.look` says. The device is asked for something
-    trivial again and again, and at once when `recheck` is set: after an illegal access or a failed
-    assertion on a GPU each later call fails, whatever the first error's text was.
+    `Watchdog.check` watches the calls under way. The device runs a trivial call again and again,
+    and at once when `recheck` is set. After an illegal access or a failed assertion on a GPU every
+    later call fails, whatever the text of the first error was.
     """
     checks = asyncio.create_task(_check(device, recheck))
     try:
@@ -33,7 +33,7 @@ async def wait_for_fault(
             await asyncio.wait([checks], timeout=POLL_INTERVAL_S)
             if checks.done():
                 return checks.result()
-            if (fault := WATCHDOG.look(hang_s, stall_s)) is not None:
+            if (fault := WATCHDOG.check(hang_s, stall_s)) is not None:
                 return fault
     finally:
         checks.cancel()
@@ -54,6 +54,6 @@ async def _check(device: Device, recheck: asyncio.Event) -> str:
 
 
 def _touch(device: Device) -> None:
-    # At the gate: while a graph is captured no other thread may synchronise.
+    # At the gate: no other thread may synchronise while a graph is captured.
     with GATE.step(), WATCHDOG.watch("a trivial call of the device", computes=False):
         device.check()

@@ -13,9 +13,9 @@ _gc_collect, _gc_freeze, _gc_unfreeze = gc.collect, gc.freeze, gc.unfreeze
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Make no garbage collections while much is made that stays: imports.
+    """Run no garbage collections during imports: what these make stays.
 
-    They look through ever more objects to find nothing: a sixth of a start's processor time.
+    Collections would scan ever more objects and find nothing: a sixth of a start's processor time.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -27,23 +27,23 @@ def uncollected() -> Iterator[None]:
 
 
 def _leave_heap() -> None:
-    """Stand in for `gc.freeze` and `gc.unfreeze` once the heap is ours."""
+    """Replaces `gc.freeze` and `gc.unfreeze` while this module owns the heap."""
 
 
 def _collect_outside_gate(generation: int = 2) -> int:
-    """Stand in for `gc.collect`: not while everybody waits at the gate; an unload collects."""
+    """Replaces `gc.collect`. Inside the gate, while others wait, it skips: an unload collects."""
     return 0 if GATE.held else _gc_collect(generation)
 
 
 def freeze_heap() -> None:
-    """Take what is imported out of the garbage collector's sight, for good.
+    """Exclude all imported objects from garbage collection, for good.
 
-    With the runtimes imported the heap holds some 685,000 objects and one full
-    collection stops every thread for 0.3 s; a vLLM load makes several. vLLM
-    freezes and thaws the heap itself around every engine: its freeze would
-    make a dead engine's cycles immortal, its thaw would bring the stall back,
-    so both are turned off, and collections inside the gate are left out.
-    Call after the imports, before any load, and again when more has been made that stays.
+    With the runtimes imported the heap holds some 685,000 objects. One full collection stops every
+    thread for 0.3 s, and a vLLM load makes several. vLLM also freezes and thaws the heap around
+    every engine. Its freeze would make a dead engine's cycles immortal, and its thaw would bring
+    the stall back. So both are turned off, and collections inside the gate are skipped.
+
+    Call it after the imports and before any load, and again after more objects that stay.
     """
     _gc_collect()
     _gc_freeze()
@@ -52,6 +52,6 @@ def freeze_heap() -> None:
 
 
 def thaw_heap() -> None:
-    """Undo `freeze_heap`; an engine that stops leaves the process as it found it."""
+    """Undo `freeze_heap`: an engine that stops leaves the process as it found it."""
     gc.collect, gc.freeze, gc.unfreeze = _gc_collect, _gc_freeze, _gc_unfreeze
     gc.unfreeze()

@@ -1,4 +1,4 @@
-"""What libraries may log."""
+"""The log levels of the native libraries."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-"""Variables that the libraries read as they are imported."""
+"""Variables that the libraries read during their import."""
 QUIET_LOGGERS = ("torch._library.triton",)
 
 
 def quiet_libraries() -> None:
-    """Have shared libraries tell errors only. Call before any of them is imported.
+    """Make the libraries log errors only. Call it before any of them is imported.
 
-    What they warn of here is a choice of ours, or nothing that an operator could mend: that there
-    is no Triton, no torchvision, and how the memory of a CPU is bound. Variables that the operator
-    set are left as they are.
+    Their warnings are about choices of this project, or about what an operator cannot change: no
+    Triton, no torchvision, and how the memory of a CPU is bound. Variables that the operator set
+    stay as they are.
     """
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)

@@ -1,10 +1,12 @@
 """Random numbers of one thread, for libraries that draw from torch's global generator.
 
-The global generator is one for the process: two models that draw from it at once change each
-other's numbers, and seeding it for one run seeds it for all. `torch.random.fork_rng` is no help:
-what it puts back is global as well. So in the modules that draw, and in no others, the name `torch`
-is given to a stand-in, which draws from the thread's own generator inside of `seeded` and is torch
-itself otherwise. The numbers are those that torch gives after `manual_seed`.
+The process has one global generator. Two models that draw from it at once change each other's
+numbers, and a seed for one run seeds all runs. `torch.random.fork_rng` does not help: what it
+restores is global as well.
+
+So in the modules that draw, and only there, the name `torch` is bound to a stand-in. Inside
+`seeded` it draws from the thread's own generator; otherwise it is torch itself. The numbers are
+those that torch gives after `manual_seed`.
 
 Importing this module imports torch.
 """
@@ -24,12 +26,12 @@ _thread = threading.local()
 
 
 class _Torch(ModuleType):
-    """Torch, but what is drawn comes from the thread's generator where it has one."""
+    """Torch, except that draws use the thread's generator where it has one."""
 
     def __init__(self) -> None:
         super().__init__(torch.__name__)
-        # Found at once, and not by way of `__getattr__`, which was a twentieth of Bark's time.
-        # Built-in functions and types alone: of what others replace, the modules use nothing.
+        # Found without `__getattr__`, which took a twentieth of Bark's time. Built-in functions and
+        # types only: the modules use none of the attributes that other code replaces.
         kept = (BuiltinFunctionType, type, torch.dtype)
         self.__dict__.update(
             (name, value)
@@ -62,9 +64,9 @@ _TORCH = _Torch()
 
 
 def draw_by_thread(*module_names: str) -> None:
-    """Have what these modules draw through the name `torch` come from the thread's generator.
+    """Bind the name `torch` of these modules to the stand-in; imports the modules.
 
-    Imports them. Without `seeded` they draw as before. Call again as you like.
+    Without `seeded` they draw as before. It may be called again.
     """
     for name in module_names:
         module = import_module(name)
@@ -74,7 +76,7 @@ def draw_by_thread(*module_names: str) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Give the calling thread a generator of its own, of each device that it draws on."""
+    """Give the calling thread a generator of its own for each device that it draws on."""
     _thread.seed, _thread.generators = seed, {}
     try:
         yield

@@ -1,4 +1,4 @@
-"""The process-wide variables that exclusive work may change, saved and put back."""
+"""The process-wide variables that exclusive work may change, to save and restore."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class SharedState:
         }
 
     def register(self, name: str, get: Callable[[], Any], put: Callable[[Any], None]) -> None:
-        """Add a variable to what is saved and put back."""
+        """Add a variable that `save` and `restore` cover."""
         self._variables[name] = (get, put)
 
     def __contains__(self, name: str) -> bool:
@@ -27,6 +27,6 @@ class SharedState:
         return {name: get() for name, (get, _) in self._variables.items()}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Put back what `save` returned; variables registered since are left alone."""
+        """Restore what `save` returned. Variables registered since then are left alone."""
         for name, value in saved.items():
             self._variables[name][1](value)

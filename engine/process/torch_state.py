@@ -1,4 +1,4 @@
-"""What torch and NumPy keep for the whole process, as a part of the shared state."""
+"""The process-wide variables of torch and NumPy, as a part of the shared state."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from engine.process.gate import GATE, Gate
 
 
 def share_torch_state(gate: Gate = GATE) -> None:
-    """Register what torch and NumPy keep for the whole process. Call once torch is imported.
+    """Register the process-wide variables of torch and NumPy. Call it once torch is imported.
 
-    From then on the gate breathes at every submodule that a module under construction gets.
+    From then on the gate breathes at every submodule that is added to a module.
     """
     if "torch.rng" in gate.state:
         return
@@ -25,11 +25,11 @@ def share_torch_state(gate: Gate = GATE) -> None:
 
     gate.state.register("torch.default_dtype", torch.get_default_dtype, torch.set_default_dtype)
     gate.state.register("torch.rng", torch.get_rng_state, torch.set_rng_state)
-    # vLLM's CPU worker replaces the function itself by one that only warns.
+    # vLLM's CPU worker replaces the function by one that only warns.
     set_num_threads = torch.set_num_threads
 
     def put_num_threads(number: int) -> None:
-        # It is the calling thread's, but setting it also tells what later threads begin with.
+        # The value is the calling thread's, but setting it also sets the default of new threads.
         if torch.get_num_threads() != number:
             set_num_threads(number)
 

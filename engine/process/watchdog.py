@@ -1,13 +1,13 @@
-"""The watchdog: which native calls are under way, and whether each of them gets on.
+"""The watchdog: the native calls under way, and whether each of them makes progress.
 
-A call that never returns shows nowhere else: the event loop answers, the thread that steps the
-models answers as soon as the call ends, and only its own client waits for ever. So everything
-that calls a library for a request says so (`Watchdog.watch`) and counts what it gets done.
+A call that never returns is visible nowhere else. The event loop answers. The thread that steps the
+models would answer once the call ends. Only the call's own client waits for ever. So all code that
+calls a library for a request announces it (`Watchdog.watch`) and counts its progress.
 
-That a call gets no further is no proof: one layer of a large model can take half a minute on a
-CPU, a compiler minutes, a file on a slow disk as well. What tells them apart is the processor: work
-burns it, a call that waits for what never comes does not. Where a dead GPU is waited for by
-spinning, `Device.check` tells.
+Missing progress alone is not a hang. One layer of a large model can take half a minute on a CPU; a
+compiler takes minutes, and so does a file on a slow disk. Processor time makes the difference:
+work uses it, and a call that waits for ever does not. A call that waits for a dead GPU by spinning
+does use it; `Device.check` finds that case.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ import psutil
 from engine.process.gate import GATE, Gate
 
 COMPUTES_SHARE = 0.05
-"""Of one core: a call whose thread uses less of the time between two looks is idle."""
+"""Share of one core. A call of which the thread uses less between two checks is idle."""
 
 MAX_INTERVAL_S = 3.0
-"""What counts at most of the time between two looks. More has passed if the whole process stood
-still (a suspended machine, a frozen container), and its calls with it."""
+"""The most that counts of the time between two checks. More passes when the whole process stood
+still, and its calls with it: a suspended machine, a frozen container."""
 
 _CPU_TICKS_PER_S = sysconf("SC_CLK_TCK")
 
 
 class Work(Protocol):
-    """What a watched call gets done."""
+    """The work of a watched call."""
 
     progress: int
-    """Differs whenever the work has got further. Read by other threads."""
+    """Changes with every progress of the work. Read by other threads."""
 
 
 class Usage(Protocol):
-    """How much processor time was used so far, in seconds."""
+    """Processor time used so far, in seconds."""
 
     def thread_s(self, native_id: int) -> float:
         """By one thread of this process."""
@@ -55,11 +55,11 @@ class Usage(Protocol):
         """By this process."""
 
     def children_s(self) -> float:
-        """By the processes that it started and that still run: compilers."""
+        """By its child processes that still run: compilers."""
 
 
 class SystemUsage:
-    """As Linux tells it."""
+    """Processor time as Linux reports it."""
 
     def thread_s(self, native_id: int) -> float:
         """User and system time; 0 for a thread that has ended."""
@@ -71,7 +71,7 @@ class SystemUsage:
         return self._fields(native_id)[:1] == ["D"]
 
     def _fields(self, native_id: int) -> list[str]:
-        """From the state on, the third field of proc(5)'s `stat`: names may hold blanks."""
+        """Fields of proc(5)'s `stat` from the third (the state) on; the name may have blanks."""
         try:
             text = Path(f"/proc/self/task/{native_id}/stat").read_text()
         except OSError:
@@ -83,12 +83,12 @@ class SystemUsage:
         return time.process_time()
 
     def children_s(self) -> float:
-        """Of the whole tree below."""
+        """Of all descendants."""
         used_s = 0.0
         for child in psutil.Process().children(recursive=True):
             try:
                 times = child.cpu_times()
-            except psutil.Error:  # it has just ended
+            except psutil.Error:  # the child has just ended
                 continue
             used_s += times.user + times.system
         return used_s
@@ -100,13 +100,13 @@ class _Call:
     work: Work | None
     thread: int
     native_id: int | None
-    """Whose processor time counts; None: that of the whole process."""
+    """The thread of which the processor time counts; None: the whole process."""
     computes: bool
     seen: int
     silent_s: float = 0.0
-    """Since it was last seen to get on."""
+    """Since its last progress."""
     idle_s: float = 0.0
-    """Since it was last seen to get on or to compute."""
+    """Since its last progress or processor time."""
     used_s: float | None = None
     children_s: float | None = None
 
@@ -116,7 +116,7 @@ class _Call:
 
 
 class Watchdog:
-    """Every native call under way. `watch` from any thread, `look` from one."""
+    """Every native call under way. Call `watch` from any thread, `check` from one."""
 
     def __init__(
         self,
@@ -124,12 +124,12 @@ class Watchdog:
         clock: Callable[[], float] = time.monotonic,
         usage: Usage | None = None,
     ) -> None:
-        """Calls that wait at `gate` are not under way."""
+        """Calls that wait at `gate` do not count as under way."""
         self._gate = gate
         self._clock = clock
         self._usage = usage or SystemUsage()
         self._calls: set[_Call] = set()
-        self._looked_at: float | None = None
+        self._checked_at: float | None = None
         self._hold: int | None = None
         self._held_s = 0.0
 
@@ -137,10 +137,10 @@ class Watchdog:
     def watch(
         self, what: str, work: Work | None = None, *, helpers: bool = False, computes: bool = True
     ) -> Iterator[None]:
-        """Watch a call that the calling thread makes. `what` names it for people.
+        """Watch a call that the calling thread makes. `what` names it in a fault.
 
-        With `helpers` the library computes on threads of its own while this one waits. A call that
-        never `computes` for long is hung once it takes long, whatever the processor does.
+        With `helpers` the library computes on threads of its own while this one waits. Without
+        `computes` processor time does not count: such a call hangs as soon as it takes long.
         """
         native_id = None if helpers else threading.get_native_id()
         seen = 0 if work is None else work.progress
@@ -151,15 +151,15 @@ class Watchdog:
         finally:
             self._calls.discard(call)
 
-    def look(self, hang_s: float, stall_s: float) -> str | None:
-        """Why something here will never end, or None. Call it about once a second.
+    def check(self, hang_s: float, stall_s: float) -> str | None:
+        """The reason why a call never ends, in words, or None. Call it about once a second.
 
-        A call hangs that for `hang_s` got no further and did not compute, or for `stall_s` got no
-        further at all; so does exclusive work that held the gate for `stall_s`.
+        A call hangs if for `hang_s` it made no progress and did not compute, or if for `stall_s` it
+        made no progress at all. Exclusive work hangs if it held the gate for `stall_s`.
         """
         now = self._clock()
-        elapsed_s = 0.0 if self._looked_at is None else min(now - self._looked_at, MAX_INTERVAL_S)
-        self._looked_at = now
+        elapsed_s = 0.0 if self._checked_at is None else min(now - self._checked_at, MAX_INTERVAL_S)
+        self._checked_at = now
         for call in tuple(self._calls):
             progress = 0 if call.work is None else call.work.progress
             if progress != call.seen or self._gate.waits(call.thread):
@@ -180,7 +180,7 @@ class Watchdog:
         return None
 
     def _computed(self, call: _Call, elapsed_s: float) -> bool:
-        """Whether it worked since the last look, or waits for a disk, or for a compiler."""
+        """Whether it computed since the last check, or waits for a disk or a compiler."""
         usage, least_s = self._usage, COMPUTES_SHARE * elapsed_s
         used_s = usage.process_s() if call.native_id is None else usage.thread_s(call.native_id)
         before_s, call.used_s = call.used_s, used_s

@@ -1,1 +1,1 @@
-"""What the scheduler would do with a trace of requests, without a device."""
+"""The real scheduler on a trace of requests, without a device."""

@@ -1,13 +1,13 @@
-"""What most servers do, on the modelled machine: first in, first out, least recently used out.
+"""The baseline on the modelled machine: FIFO admission, LRU eviction, as most servers do.
 
-Requests are admitted strictly in order of arrival, whatever their priority: the first of the queue
-holds up the rest until it runs. If its model is not there, idle models leave, the least
-recently used first, until it fits; then it is brought in. Admitted requests run side by
-side, up to the concurrency of their models.
+Requests are admitted strictly in order of arrival, whatever their priority. The first of the queue
+holds up the rest until it runs. If its model is not there, idle models leave, the least recently
+used first, until it fits. Then it is brought in. Admitted requests run side by side, up to the
+concurrency of their models.
 
-Everything else is as for the engine itself: the same seconds for each transition, one
-at a time, runs going on beside it; the same host memory, so that a model that left comes back from
-its host copy where there was room for one; the same timeouts.
+All other rules are those of the engine. Each transition takes the same seconds, one at a time, with
+runs going on beside it. Host memory is the same, so an evicted model comes back from its host copy
+where there was room for one. The timeouts are the same.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _FifoLru:
             self._serve()
 
     def _serve(self) -> None:
-        """Admit what can be admitted, and begin what the first of the queue needs."""
+        """Admit requests while possible, then start what the first of the queue needs."""
         machine = self._machine
         while self._queue:
             index = self._queue[0]

@@ -1,23 +1,23 @@
-"""How early a trace could end at all, by someone who knows every request beforehand.
+"""The clairvoyant bound: how early a trace could end if every request were known beforehand.
 
 `clairvoyant` gives the shortest makespan of any schedule that the modelled machine allows, whatever
-it lets wait: exactly where the trace is small, else a lower bound. It may bring models in
-before anyone asks for them, but not before the first arrival.
+requests it lets wait. It is exact where the trace is small, otherwise a lower bound. The schedule
+may bring models in before a request asks for them, but not before the first arrival.
 
 The bound is the largest of these, with T counted from the first arrival. W(m, t) is the seconds
 of runs of model m that come at t or later, c its concurrency, b its bytes, B the budget.
 
-1. *One model.* T ≥ t + W(m, t) / c for every t; at first it is absent: T ≥ load + W(m, 0) / c.
-2. *One transition at a time.* Every model asked for is loaded once and runs after that. Of all
+1. *One model.* T ≥ t + W(m, t) / c for every t. At first m is absent: T ≥ load + W(m, 0) / c.
+2. *One transition at a time.* Every requested model is loaded once and runs after that. Of all
    orders of loads, longest runs first ends earliest (Jackson's rule for 1 || L_max, Management
    Science Research Project 43, UCLA 1955): T ≥ load(1) + … + load(k) + W(k, 0) / c for every k.
 3. *Bytes.* At every moment the models on the device have at most B bytes, so for every dual
    feasible function f (Σ x ≤ 1 ⇒ Σ f(x) ≤ 1; Fekete and Schepers, "New classes of fast lower
    bounds for bin packing problems", Mathematical Programming 91, 2001) the integral of Σ f(b / B)
    over the models on the device from t to T is at most T − t. A model is there while it comes in
-   and while it runs: T ≥ t + Σ f(b / B) · (return + W(m, t) / c). At t = 0 nothing is there, and
-   `return` is the load; later it is the quickest way in, and what is there already at t saves
-   at most the longest. Where requests that do not count came first, it is so at t = 0 too.
+   and while it runs: T ≥ t + Σ f(b / B) · (return + W(m, t) / c). At t = 0 no model is there, and
+   `return` is the load. Later `return` is the quickest way in, and the models that are there at t
+   save at most the longest one. If requests that do not count came first, that holds at t = 0 too.
 4. *A serial device.* T ≥ t + Σ W(m, t); and in 1 to 3 concurrency saves nothing, c = 1.
 
 In 1 to 3 W / c is never less than the longest single run.
@@ -33,23 +33,23 @@ from dataclasses import dataclass
 from engine.simulation.traces import Trace, TracedModel, TracedRequest
 
 EXACT_REQUESTS = 16
-"""Traces of at most so many requests are searched for the exact answer …"""
+"""The exact search runs only on traces of at most so many requests …"""
 EXACT_NODES = 200_000
-"""… in so many steps; beyond, the bound is what is known. Some ten seconds."""
+"""… and takes at most so many steps, some ten seconds. Otherwise the result is the bound."""
 BOUND_TIMES = 400
-"""How many times t the bound looks at, evenly among the arrivals; any choice is a bound."""
+"""The number of times t that the bound uses, evenly among the arrivals. Any choice is a bound."""
 
 ROUNDING = 1e-9
-"""Makespans this close, relatively, are the same."""
+"""Makespans with a relative difference below this are equal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clairvoyant:
-    """The shortest makespan there could be."""
+    """The shortest possible makespan, or a lower bound of it."""
 
     makespan_s: float
     exact: bool
-    """False: a lower bound."""
+    """False: `makespan_s` is a lower bound."""
 
 
 def clairvoyant(
@@ -57,8 +57,8 @@ def clairvoyant(
 ) -> Clairvoyant:
     """The shortest makespan of a trace.
 
-    `reached_s` is the makespan of a schedule known of it that served every request, if one is
-    known: it shortens the search.
+    `reached_s` is the makespan of a known schedule that served every request, if there is one. It
+    shortens the search.
     """
     bound_s = lower_bound_s(trace, serial_device=serial_device)
     if reached_s is not None and reached_s <= bound_s * (1 + ROUNDING):
@@ -72,10 +72,10 @@ def clairvoyant(
 
 
 def _searchable(trace: Trace) -> bool:
-    """Whether the search below knows every state of this machine.
+    """Whether the search below covers every state of this machine.
 
-    It knows models that are on the device as a whole or not at all, host memory for all copies
-    or for none, and a machine that is empty at first.
+    It covers models that are on the device as a whole or not at all, host memory for all copies or
+    for none, and a machine that is empty at first.
     """
     copies_bytes = sum(model.nbytes for model in trace.models.values())
     whole = all(len(model.blocks) == 1 for model in trace.models.values())
@@ -88,12 +88,12 @@ def _searchable(trace: Trace) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What is left to do of one model from some time on."""
+    """The runs of one model that come at some time or later."""
 
     model: TracedModel
     total_s: float
     busy_s: float
-    """For which it must at least be on the device to run this."""
+    """The least time for which the model must be on the device to run them."""
 
 
 def lower_bound_s(trace: Trace, *, serial_device: bool = False) -> float:
@@ -151,8 +151,8 @@ def _bytes_bound_s(
         occupied_s += share * each.busy_s
         return_s = each.model.load_s
         if not from_nothing and trace.parks and each.model.wake_s is not None:
-            # Of several blocks some may have stayed; their part is saved, and only a linear
-            # function counts parts.
+            # Some of several blocks may have stayed. That saves their part of the wake, and only a
+            # linear function counts parts.
             whole = linear or len(each.model.blocks) == 1
             return_s = each.model.wake_s if whole else 0.0
         returns_s += share * return_s
@@ -198,22 +198,22 @@ class _State:
     begun: int
     """A bit for each request that was started."""
     running: tuple[tuple[float, int], ...]
-    """Ends and indices of the runs going on, in order of index."""
+    """Ends and indices of the current runs, in order of index."""
     tiers: tuple[int, ...]
-    """Of each model: absent, parked or resident."""
+    """The tier of each model: absent, parked or resident."""
     moving: tuple[float, int, int] | None
-    """The transition under way: its end, the model, the tier it gets to."""
+    """The transition under way: its end, the model, and the model's next tier."""
 
 
 _ABSENT, _PARKED, _RESIDENT = range(3)
 
 
 class _Search:
-    """Depth first over all schedules whose every start is at some end or arrival.
+    """Depth first over all schedules in which every start is at some end or arrival.
 
-    These suffice: keep the order of all starts and ends of any schedule, and move each start as
-    early as that order and the arrivals allow. It then coincides with an end or an arrival,
-    nothing runs out of room that did not before, and nothing ends later.
+    These suffice. Keep the order of all starts and ends of any schedule, and move each start as
+    early as that order and the arrivals allow. Each start then coincides with an end or an arrival.
+    No run lacks room that had it before, and no run ends later.
     """
 
     def __init__(self, trace: Trace, reached_s: float, bound_s: float) -> None:
@@ -233,7 +233,7 @@ class _Search:
         self._seen: dict[object, list[tuple[float, ...]]] = {}
 
     def finish(self) -> bool:
-        """Search; False if it was given up, after which `best_s` is only what was reached."""
+        """Search. False: it was given up, and `best_s` is only the best schedule so far."""
         stack = [_State(0.0, 0, (), (_ABSENT,) * len(self._models), None)]
         while stack and self.best_s > self._bound_s * (1 + ROUNDING):
             self._nodes += 1
@@ -243,7 +243,7 @@ class _Search:
             if state.begun == (1 << len(self._requests)) - 1:
                 self.best_s = min(self.best_s, max(end_s for end_s, _ in state.running))
             elif self._least_s(state) * (1 + ROUNDING) < self.best_s and not self._dominated(state):
-                # What is tried first goes last onto the stack: starting before waiting.
+                # The last on the stack is tried first: starts go before waits.
                 stack.extend(self._next(state))
         return True
 
@@ -254,7 +254,7 @@ class _Search:
         return [index for index in range(len(self._requests)) if not state.begun >> index & 1]
 
     def _least_s(self, state: _State) -> float:
-        """No schedule that goes on from here ends earlier."""
+        """A lower bound for the end of every schedule from this state on."""
         least_s = max((end_s for end_s, _ in state.running), default=state.now_s)
         channel_s = state.now_s if state.moving is None else state.moving[0]
         work: dict[int, list[float]] = {}
@@ -286,9 +286,9 @@ class _Search:
         return wake_s if tier == _PARKED and wake_s is not None else self._models[number].load_s
 
     def _dominated(self, state: _State) -> bool:
-        """Whether the same point was reached before, no part of it later."""
+        """Whether the search was at the same point before, and at no part of it later."""
         moving = None if state.moving is None else state.moving[1:]
-        # To wait for an arrival is no repetition, though nothing else changes by it.
+        # A wait for an arrival changes only the number of arrivals, and is not a repetition.
         arrived = sum(self._at_s(i) <= state.now_s for i in range(len(self._requests)))
         running = tuple(index for _, index in state.running)
         key = (state.begun, arrived, running, state.tiers, moving)
@@ -304,7 +304,7 @@ class _Search:
         return False
 
     def _next(self, state: _State) -> Iterator[_State]:
-        """Everything that can be done from here: to wait first, to start requests last."""
+        """All next states: waiting first, starts of requests last."""
         if (waited := self._wait(state)) is not None:
             yield waited
         if state.moving is None:

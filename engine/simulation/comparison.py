@@ -16,18 +16,18 @@ from engine.simulation.traces import Trace, TracedModel
 OURS = "roundhouse"
 FIFO_LRU = "FIFO + LRU"
 FIFO_LRU_DISK = "FIFO + LRU, disk only"
-"""Where a trace has host memory: what servers without host copies do."""
+"""Where a trace has host memory: servers without host copies."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What each policy made of a trace, and what there is to be had."""
+    """The outcome of each policy on a trace, and the best possible makespan."""
 
     trace: Trace
     max_overtake_s: float
     serial_device: bool
     service_s: float
-    """The longest that one request needs by itself: its model's way in from the host, its run."""
+    """The longest that one request takes alone: its model comes in from the host, and it runs."""
     outcomes: Mapping[str, Outcome]
     """By policy; `OURS` and `FIFO_LRU` are always there."""
     clairvoyant: Clairvoyant
@@ -53,7 +53,7 @@ class Comparison:
 
 
 def compare(trace: Trace, policy: EngineConfig, *, serial_device: bool = False) -> Comparison:
-    """Serve a trace by the engine's scheduler, with the limits of `policy`, and by the others."""
+    """Serve a trace by the engine's scheduler, with the limits of `policy`, and by baselines."""
     outcomes = {
         OURS: simulate(trace, policy, serial_device=serial_device),
         FIFO_LRU: fifo_lru(trace, serial_device=serial_device),

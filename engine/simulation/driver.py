@@ -1,8 +1,8 @@
-"""The engine's own decisions on a modelled machine: hours of requests in milliseconds, no torch.
+"""The driver: it lets the real scheduler serve a trace on the modelled machine.
 
-`simulate` drives the real `Scheduler`, and with it the real planner and `Ledger`, through a
-trace. Only the machine is modelled. Other policies on the same machine are in `baselines.py`
-and `clairvoyant.py`.
+`simulate` drives the real `Scheduler`, and with it the real planner and `Ledger`, through hours of
+requests in milliseconds, without torch. Only the machine is modelled. Other policies on the same
+machine are in `baselines.py` and `clairvoyant.py`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from engine.simulation.traces import Trace, TracedModel
 def simulate(trace: Trace, policy: EngineConfig, *, serial_device: bool = False) -> Outcome:
     """Let the real scheduler serve a trace, with the limits of `policy`.
 
-    Of the models of `policy`, those that the trace names too give their `keep_alive` and `pin`.
-    Requests of the trace wait for as long as their own timeout says.
+    Models that `policy` and the trace both name take `keep_alive` and `pin` from `policy`. Each
+    request of the trace waits for as long as its own timeout says.
 
     Raises:
-        RuntimeError: a promise was broken (see `Machine`).
+        RuntimeError: the scheduler broke a promise (see `Machine`).
 
     """
     machine = Machine(trace, serial_device=serial_device)
@@ -36,7 +36,7 @@ def simulate(trace: Trace, policy: EngineConfig, *, serial_device: bool = False)
 
 
 def usual_config(trace: Trace) -> EngineConfig:
-    """The usual limits, for the models of a trace."""
+    """The default limits, for the models of a trace."""
     models = tuple(ModelConfig(id=name, source="trace") for name in trace.models)
     return EngineConfig(models=models)
 
@@ -50,7 +50,7 @@ def _config(trace: Trace, policy: EngineConfig) -> EngineConfig:
 
 
 class _Driver:
-    """The scheduler's hands on a modelled machine, and its clients."""
+    """The effects of the scheduler on a modelled machine, and the clients of the trace."""
 
     def __init__(self, trace: Trace, policy: EngineConfig, machine: Machine) -> None:
         self._trace = trace
@@ -73,7 +73,7 @@ class _Driver:
         )
 
     def prefetch(self, model_id: str) -> None:
-        """Files read ahead save nothing here: a load takes what the trace says."""
+        """Do nothing: a load takes the seconds of the trace."""
 
     def load(self, model_id: str) -> None:
         model = self._trace.models[model_id]
@@ -113,7 +113,7 @@ class _Driver:
     # The clients.
 
     def arrive(self, index: int) -> None:
-        """Ask for a request, by its index in the trace."""
+        """Send a request, by its index in the trace."""
         request = self._trace.requests[index]
 
         def granted(lease: Lease) -> None:

@@ -12,11 +12,11 @@ from engine.simulation.outcome import Move, Outcome, Transition, Visit
 from engine.simulation.traces import Trace
 
 ROUNDING_S = 1e-9
-"""Runs that end this close together end at once."""
+"""Runs with ends this close together end at the same time."""
 
 
 class Tier(StrEnum):
-    """Where a model of the modelled machine is."""
+    """Where the modelled machine has a model."""
 
     ABSENT = "absent"
     PARKED = "parked"
@@ -24,20 +24,20 @@ class Tier(StrEnum):
 
 
 class Machine:
-    """The modelled machine: what is where, what runs and what moves, on a clock of its own.
+    """The modelled machine, on a clock of its own: tiers, runs and transitions.
 
-    It refuses what no machine could do, with `RuntimeError`: two transitions at a time, more
-    bytes than there are, a run of a model that is not there, an eviction of one that runs.
-    Runs of all resident models go on side by side at full speed, or, on a serial device,
-    share it equally: of n runs each then goes on at 1/n of its speed. Transitions do not slow
-    runs down.
+    It raises `RuntimeError` for what no machine could do: two transitions at a time, more bytes
+    than there are, a run of a model that is not there, an eviction of a model that runs.
+
+    Runs of all resident models go on side by side at full speed. A serial device is shared
+    equally: each of n runs then goes on at 1/n of its speed. Transitions do not slow runs down.
     """
 
     def __init__(self, trace: Trace, *, serial_device: bool = False) -> None:
         self.now_s = 0.0
         self.tiers = dict.fromkeys(trace.models, Tier.ABSENT)
         self.copied: dict[str, int] = {}
-        """Host bytes of each model that has a host copy; only these can be parked."""
+        """Host bytes of each model that has a host copy. Only these models can be parked."""
         self.device_bytes = dict.fromkeys(trace.models, 0)
         self.working_bytes = 0
         self.runs: Counter[str] = Counter()
@@ -48,9 +48,9 @@ class Machine:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._waiting: dict[int, None] = {}
-        """Indices of those that wait, in order of arrival."""
+        """Indices of the waiting requests, in order of arrival."""
         self._head = -1
-        """The oldest of them, and since when it is."""
+        """The oldest of them, or -1; `_head_since_s` is when it became the oldest."""
         self._head_since_s = 0.0
         self._left_s: dict[int, float] = {}
         self._ended_s: dict[int, float] = {}
@@ -65,20 +65,20 @@ class Machine:
 
     @property
     def free_bytes(self) -> int:
-        """What nothing occupies."""
+        """Unoccupied device bytes."""
         return self._trace.budget_bytes - sum(self.device_bytes.values()) - self.working_bytes
 
     @property
     def host_free_bytes(self) -> int:
-        """What no host copy occupies."""
+        """Host bytes that no host copy occupies."""
         return self._trace.host_bytes - sum(self.copied.values())
 
     def at(self, when_s: float, act: Callable[[], None]) -> None:
-        """Call `act` when the clock gets there."""
+        """Call `act` when the clock reaches `when_s`."""
         heapq.heappush(self._events, (max(when_s, self.now_s), next(self._order), act))
 
     def play(self, arrive: Callable[[int], None]) -> None:
-        """Let every request arrive, by its index, and go on until nothing is left to happen."""
+        """Let every request arrive, by its index, and run until no event is left."""
 
         def arrival(index: int) -> Callable[[], None]:
             def act() -> None:
@@ -95,7 +95,7 @@ class Machine:
             act()
 
     def outcome(self) -> Outcome:
-        """What became of every request.
+        """The outcome of every measured request.
 
         Raises:
             RuntimeError: some request was neither served nor refused.
@@ -118,7 +118,7 @@ class Machine:
     # Requests.
 
     def refuse(self, index: int) -> None:
-        """A request goes away unserved."""
+        """Take a request out unserved."""
         self._leave(index)
 
     def start(self, index: int, done: Callable[[], None]) -> None:
@@ -168,7 +168,7 @@ class Machine:
         return 1 / max(1, len(self._ends)) if self._serial_device else 1.0
 
     def _work(self) -> None:
-        """Bring the work done up to the clock; before the number of runs changes."""
+        """Advance the work to the clock. Call it before the number of runs changes."""
         self._work_s += (self.now_s - self._worked_at_s) * self._pace()
         self._worked_at_s = self.now_s
 
@@ -196,7 +196,7 @@ class Machine:
     # Transitions.
 
     def load(self, name: str, done: Callable[[float], None]) -> None:
-        """Bring an absent model in from disk; `done` learns the seconds it took."""
+        """Bring an absent model in from disk; `done` gets the seconds that it took."""
         model = self._trace.models[name]
         self._need(name, Tier.ABSENT)
         if model.wake_s is not None and model.nbytes <= self.host_free_bytes:
@@ -204,7 +204,7 @@ class Machine:
         self._bring(Move.LOAD, name, model.nbytes, model.load_s, done)
 
     def wake(self, name: str, done: Callable[[float], None]) -> None:
-        """Bring in from the host copy whatever of a parked model is not on the device."""
+        """Bring in, from the host copy, the blocks of a parked model that are off the device."""
         model = self._trace.models[name]
         self._need(name, Tier.PARKED)
         missing_bytes = model.nbytes - self.device_bytes[name]
@@ -227,7 +227,7 @@ class Machine:
         self._move(Move.PARK, name, leaving_bytes, model.park_s, parked)
 
     def unload(self, name: str, done: Callable[[], None]) -> None:
-        """Take a model out, its host copy too."""
+        """Unload a model, with its host copy."""
         if self.tiers[name] is Tier.ABSENT:
             raise RuntimeError(f"{name!r} is not there")
         self._need(name, self.tiers[name])

@@ -1,4 +1,4 @@
-"""What one policy made of a trace: every request, every transition, and their figures."""
+"""The outcome of one policy on a trace: every request, every transition, and their figures."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ class Move(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """One model that moved. Times are the trace's."""
+    """One model that moved. Times are those of the trace."""
 
     move: Move
     model: str
     began_s: float
     ended_s: float
     nbytes: int
-    """That came onto the device, or left it."""
+    """Device bytes that came or left."""
 
     @property
     def brings_in(self) -> bool:
-        """It is a swap-in."""
+        """Whether it is a swap-in."""
         return self.move in (Move.LOAD, Move.WAKE)
 
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """What became of one request. Times are the trace's."""
+    """The outcome of one request. Times are those of the trace."""
 
     request: TracedRequest
     left_s: float
-    """When it was granted or refused."""
+    """When the request was granted or refused."""
     ended_s: float | None
-    """When its run ended; None: it was refused."""
+    """When the run ended; None: the request was refused."""
 
     @property
     def wait_s(self) -> float:
@@ -64,7 +64,7 @@ class Waits:
 
     @classmethod
     def of(cls, waits_s: Sequence[float]) -> Waits:
-        """Of at least one wait."""
+        """The figures of at least one wait."""
         ordered = sorted(waits_s)
 
         def rank(share: float) -> float:
@@ -75,37 +75,38 @@ class Waits:
 
 @dataclass(frozen=True, slots=True)
 class HeadWait:
-    """The longest that any request waited as the oldest of all that waited.
+    """The longest wait of any request as the oldest of all waiting requests.
 
-    What it waited before that, it waited for older ones, which under any policy that lets
-    nobody starve is a matter of how much there is to do.
+    Before that it waited for older requests. Under any policy without starvation that part depends
+    only on the amount of work.
     """
 
     model: str
     since_s: float
-    """When it became the oldest."""
+    """When the request became the oldest."""
     wait_s: float
     transitions_s: float
-    """The part of it in which some model was moving."""
+    """The part of `wait_s` in which a model was moving."""
 
     @property
     def unmoved_s(self) -> float:
-        """The part of it in which no model was moving."""
+        """The part of `wait_s` in which no model was moving."""
         return self.wait_s - self.transitions_s
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one policy made of the measured part of a trace."""
+    """The outcome of one policy on the measured part of a trace."""
 
     visits: tuple[Visit, ...]
     """In order of arrival."""
     transitions: tuple[Transition, ...]
-    """In order of their ends; those that were over at the first arrival are left out."""
+    """In order of their ends, without those that ended before the first arrival."""
     worst_overtake_s: float
-    """For how long the oldest request had been the oldest when a later one was granted before it.
+    """How long a request had been the oldest when a later one was granted before it, at most.
 
-    Counted only where that cost it something: its model was not there, and nothing was moving.
+    Counts only where that cost the oldest something: its model was not there, and no model was
+    moving.
     """
 
     @property
@@ -116,29 +117,29 @@ class Outcome:
 
     @property
     def refused(self) -> int:
-        """Requests that were not served."""
+        """The number of requests that were refused."""
         return sum(visit.ended_s is None for visit in self.visits)
 
     @property
     def swaps(self) -> int:
-        """Loads and wakes, the first of each model too."""
+        """The number of loads and wakes, with the first of each model."""
         return sum(each.brings_in for each in self.transitions)
 
     @property
     def bytes_moved(self) -> int:
-        """Onto the device; leaving copies nothing."""
+        """Bytes brought onto the device; a model that leaves copies nothing."""
         return sum(each.nbytes for each in self.transitions if each.brings_in)
 
     def count(self, move: Move) -> int:
-        """How many transitions of one kind there were."""
+        """The number of transitions of one kind."""
         return sum(each.move is move for each in self.transitions)
 
     def waits(self) -> Waits:
-        """Of all requests, refused ones too."""
+        """The waits of all requests, refused ones included."""
         return Waits.of([visit.wait_s for visit in self.visits])
 
     def waits_by_kind(self) -> dict[tuple[str, Priority], Waits]:
-        """Of the requests of each model and priority that occur."""
+        """The waits of the requests of each model and priority in the trace."""
         kinds: dict[tuple[str, Priority], list[float]] = {}
         for visit in self.visits:
             kind = (visit.request.model, visit.request.priority)
@@ -146,7 +147,7 @@ class Outcome:
         return {kind: Waits.of(waits_s) for kind, waits_s in sorted(kinds.items())}
 
     def head_wait(self) -> HeadWait:
-        """The longest wait at the head of the queue, the part without transitions deciding."""
+        """The longest wait at the head of the queue, compared by the part without transitions."""
         worst: HeadWait | None = None
         last_left_s = 0.0
         moves = sorted(self.transitions, key=lambda each: each.began_s)

@@ -1,13 +1,13 @@
-"""Traces for the simulator: when requests come, for which models, and what each takes.
+"""Traces for the simulator: when requests come, for which models, and how long each runs.
 
-A trace file is JSON lines. The first line describes the machine and its models, each other line
+A trace file is JSON lines. The first line describes the machine and its models. Each other line
 is one request::
 
     {"budget_bytes": "24GiB", "host_bytes": "64GiB", "models": {"chat": {"bytes": "8GiB",
      "load_s": 6, "wake_s": 0.7, "max_concurrency": 8}}}
     {"at_s": 0.5, "model": "chat", "run_s": 2.0, "priority": "interactive"}
 
-The traces that are built in are made by `generate`; the same seed makes the same trace.
+`generate` makes the built-in traces; the same seed makes the same trace.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from engine.units import Duration, MemoryBudget, Size, format_size
 
 GIB = 2**30
 LOAD_START_S = 2.0
-"""Seconds of a load that do not depend on the size: building modules, a tokenizer, graphs."""
+"""Seconds of a load that do not depend on the size: modules, a tokenizer, graphs."""
 DISK_BYTES_PER_S = 1.5 * GIB
-"""A load's rate in the built-in traces: one NVMe disk, read and copied."""
+"""Rate of a load in the built-in traces: one NVMe disk, read and copied."""
 HOST_BYTES_PER_S = 12.0 * GIB
-"""A wake's rate in the built-in traces: half of what PCIe 4.0 x16 carries from pinned memory."""
+"""Rate of a wake in the built-in traces: half of PCIe 4.0 x16 from pinned memory."""
 SIZES_BYTES = tuple(gib * GIB for gib in (4, 8, 2, 16, 6, 12))
-"""Sizes of models in the built-in traces, in turn: half-precision models of 1 to 8 billion."""
+"""Sizes of the models in the built-in traces, in turn: 1 to 8 billion half-precision weights."""
 
 
 class TracedModel(Section):
@@ -45,7 +45,7 @@ class TracedModel(Section):
     load_s: Duration
     """From disk to ready."""
     wake_s: Duration | None = None
-    """From the host copy to ready, all blocks; a part takes its share. None: it never parks."""
+    """From the host copy to ready, all blocks; some take their share. None: it never parks."""
     unload_s: Duration = 0.0
     park_s: Duration = 0.0
     max_concurrency: int = Field(default=1, ge=1)
@@ -110,7 +110,7 @@ class _Header(Section):
 class Trace:
     """A machine, its models, and the requests in order of arrival.
 
-    Every request fits an otherwise empty device, so every policy serves the same ones.
+    Every request fits an otherwise empty device, so every policy serves the same requests.
     """
 
     name: str
@@ -118,9 +118,9 @@ class Trace:
     requests: tuple[TracedRequest, ...]
     budget_bytes: int
     host_bytes: int = 0
-    """What the host copies of all models may take; 0: nothing is ever parked."""
+    """The budget of the host copies of all models; 0: no model is ever parked."""
     measured_from_s: float = 0.0
-    """Requests that come before only prepare the machine; they count in no figure."""
+    """Requests before this time only prepare the machine; no figure counts them."""
 
     def __post_init__(self) -> None:
         if not self.measured:
@@ -138,13 +138,14 @@ class Trace:
 
     @property
     def measured(self) -> tuple[TracedRequest, ...]:
-        """The requests that count."""
+        """The requests that the figures count."""
         return tuple(each for each in self.requests if each.at_s >= self.measured_from_s)
 
     def warmed(self) -> Trace:
-        """The same requests, after each model was asked for once, one after the other.
+        """The same requests, after one request for each model, one after the other.
 
-        So each has a host copy, where there is room for all: a server as it is most of the time.
+        So each model has a host copy, where there is room for all. A server is in that state most
+        of the time.
         """
         at_s = 0.0
         first: list[TracedRequest] = []
@@ -155,7 +156,7 @@ class Trace:
         return replace(self, requests=(*first, *later), measured_from_s=self.measured_from_s + at_s)
 
     def faster(self, speed: float) -> Trace:
-        """The same requests, coming `speed` times as fast; each run takes what it took.
+        """The same requests at `speed` times the rate; the runs stay as long as they are.
 
         Raises:
             ConfigError: the speed is not positive.
@@ -184,7 +185,8 @@ class Trace:
     def within(self, config: EngineConfig) -> Trace:
         """The same requests within `memory` and `host_memory` of a configuration.
 
-        A share is one of what the trace has; where the configuration says nothing, the trace does.
+        A share counts of the size in the trace. Where the configuration sets no size, that of the
+        trace holds.
 
         Raises:
             ConfigError: a request does not fit there.
@@ -257,10 +259,10 @@ def read_trace(path: Path) -> Trace:
 def generate(
     name: str, *, seed: int = 0, requests: int | None = None, models: int | None = None
 ) -> Trace:
-    """Make the built-in trace of that name, with its usual sizes where none are given.
+    """Make the built-in trace of that name, with its default sizes where none are given.
 
     Raises:
-        ConfigError: there is none of that name, or a size is not positive.
+        ConfigError: there is no trace of that name, or a size is not positive.
 
     """
     if name not in BUILT_IN:
@@ -274,9 +276,9 @@ def generate(
 
 
 def _zipf(random_: random.Random, count: int, model_count: int) -> Trace:
-    """Poisson arrivals, four a second; the k-th model is asked for 1/k as often as the first.
+    """Poisson arrivals, four a second; the k-th model gets 1/k of the requests of the first.
 
-    That is twice what first in, first out can serve from host copies, and less than what can be.
+    That is twice what first in, first out can serve from host copies, and less than is possible.
     """
     models = _catalogue(model_count)
     weights = [1 / rank for rank in range(1, model_count + 1)]
@@ -290,7 +292,7 @@ def _zipf(random_: random.Random, count: int, model_count: int) -> Trace:
 
 
 def _bursts(random_: random.Random, count: int, model_count: int) -> Trace:
-    """Every 20 s fifteen requests for one model within a second; between them single ones."""
+    """Every 20 s fifteen requests for one model within a second; single requests between."""
     models = _catalogue(model_count)
     names = list(models)
     requests: list[TracedRequest] = []
@@ -332,15 +334,16 @@ def _abab(random_: random.Random, count: int, model_count: int) -> Trace:
 def _day(random_: random.Random, count: int, model_count: int) -> Trace:
     """24 hours: interactive chat that peaks in the afternoon, some images, a batch each hour.
 
-    Two thirds of the requests are chat with the first model; one in twelve goes to each hour's
-    batch, which takes the other models in turn and comes at once.
+    Two thirds of the requests are chat with the first model. A sixth are single requests for the
+    other models. The last sixth comes in batches, one at the start of each hour, for the other
+    models in turn.
     """
     hour_s = 3600.0
     models = _catalogue(model_count)
     names = list(models)
     requests = []
     for _ in range(count * 2 // 3):
-        # The hour's density is 1 + cos, highest at 15:00; by rejection.
+        # Rejection sampling: the density of the hour is 1 + cos, highest at 15:00.
         while True:
             hour = 24 * random_.random()
             if 2 * random_.random() <= 1 + math.cos((hour - 15) / 24 * math.tau):
@@ -377,7 +380,7 @@ def _day(random_: random.Random, count: int, model_count: int) -> Trace:
 
 
 def _clients(random_: random.Random, count: int, model_count: int) -> Trace:
-    """Clients that each send one request within the same ten seconds, to models alike likely."""
+    """Clients that each send one request within the same ten seconds, to a random model."""
     models = _catalogue(model_count)
     names = list(models)
     requests = [
@@ -398,7 +401,7 @@ BUILT_IN: Mapping[str, tuple[Callable[[random.Random, int, int], Trace], int, in
     "day": (_day, 3000, 8),
     "clients-1000": (_clients, 1000, 10),
 }
-"""Each built-in trace with its usual numbers of requests and models."""
+"""The built-in traces, each with its default numbers of requests and models."""
 
 
 def _catalogue(count: int) -> dict[str, TracedModel]:
@@ -416,7 +419,7 @@ def _model(nbytes: int) -> TracedModel:
 
 
 def _run_s(random_: random.Random, mean_s: float) -> float:
-    # Answers differ in length, few are long: log-normal, sigma 0.5, with this mean.
+    # Answers differ in length, and few are long: log-normal, sigma 0.5, with this mean.
     return mean_s * random_.lognormvariate(-0.125, 0.5)
 
 

@@ -14,16 +14,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _PAUSE_SOFT = 1
-"""`omp_pause_soft` of OpenMP 5.0: settings stay."""
+"""`omp_pause_soft` of OpenMP 5.0, which keeps the settings."""
 
 
 class ComputeThread(ThreadPoolExecutor):
     """One thread whose OpenMP pool lasts no longer than each call.
 
-    A pool belongs to the thread that computes and stays as long as that does. GNU's OpenMP has
-    the threads of a pool spin at barriers, but hardly at all once all pools of the process, idle or
-    not, have more threads than there are cores: each barrier then waits for the kernel. One model
-    that was loaded or asked some time ago would slow down all others.
+    A pool belongs to the thread that computes, and lives as long as that thread. In GNU's OpenMP
+    the threads of a pool spin at barriers. They hardly spin once all pools of the process, idle
+    ones included, have more threads than there are cores: each barrier then waits for the kernel.
+    So one model that was loaded or used some time ago would slow down all others.
     """
 
     def __init__(self, name: str) -> None:
@@ -50,9 +50,9 @@ def end_openmp_pools() -> None:
 
 @functools.cache
 def _pauses() -> list[Callable[[int], int]]:
-    """`omp_pause_resource_all` of torch's OpenMP and of those that others brought before.
+    """`omp_pause_resource_all` of each GNU OpenMP that torch and others have loaded so far.
 
-    GNU's only: LLVM's and Intel's pause the whole process.
+    Those of LLVM and Intel are left out: they pause the whole process.
     """
     return [
         library.dynlib.omp_pause_resource_all

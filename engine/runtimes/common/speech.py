@@ -1,6 +1,6 @@
-"""What the runtimes of speech models have in common: options, checks, the model on its thread.
+"""Shared by the runtimes of speech models: options, checks, and the model on its thread.
 
-Nothing here imports a library; the run itself is in `speech_run`.
+Nothing here imports a library. The run itself is in `speech_run`.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ MAX_SEED = 2**32 - 1
 NOTHING_TO_SPEAK = "There is nothing to speak in the text."
 
 CHARACTERS_PER_S = 12
-"""How fast text is spoken: some 150 words a minute of five letters and a space, rounded down."""
+"""Rate of speech: some 150 words a minute, of five letters and a space each, rounded down."""
 
 VOCODER_BYTES = 384
-"""Of working memory a sample: three tensors of 32 channels, the width of HiFi-GAN's last stage
-(https://arxiv.org/abs/2010.05646, V1), in float32."""
+"""Working memory of one sample: three tensors of 32 channels in float32. That is the width of
+HiFi-GAN's last stage (https://arxiv.org/abs/2010.05646, V1)."""
 
 
 class SpeechOptions(Section):
     """Options of a speech model."""
 
     voice: str | None = None
-    """Of requests that name none; without it the model's first."""
+    """The voice of requests that name none. By default the model's first."""
     voices: dict[str, str] = Field(default_factory=dict)
     """Further names for the model's voices, such as OpenAI's `alloy`."""
     language: str | None = None
-    """Of requests that name none, ISO 639-1; without it the model's first."""
+    """The language of requests that name none, ISO 639-1. By default the model's first."""
     max_chars: int = Field(default=4096, ge=1, le=10_000_000)
-    """Of one request; 4096 is OpenAI's bound."""
+    """Limit for one request. 4096 is OpenAI's."""
     sentence_chars: int = Field(default=200, ge=20, le=1000)
     """A sentence longer than this is spoken in pieces."""
     revision: str | None = None
@@ -55,20 +55,20 @@ class SpeechOptions(Section):
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """What is to be spoken, as the model knows it."""
+    """The text to speak, in the model's own terms."""
 
     sentences: tuple[str, ...]
     voice: str | None
-    """By the model's own name; None for a model of one voice, and where a sample is cloned."""
+    """The model's name of the voice. None for a model with one voice, and for a cloned voice."""
     language: str | None
-    """By the model's own name."""
+    """The model's name of the language."""
     seed: int
 
 
 def check_speech(
     model: ModelConfig, request: Request, *, default_seed: int | None = None
 ) -> SpeechRequest:
-    """Refuse what no speech model can do; fill in the seed.
+    """Refuse requests that no speech model can serve; fill in the seed.
 
     A request without a seed gets `default_seed`, or a random one if that is None. The model's
     options must have `max_chars`.
@@ -111,7 +111,7 @@ def check_no_clone(model: ModelConfig, request: SpeechRequest) -> None:
 
 
 def choose_voice(model: ModelConfig, request: SpeechRequest, known: Sequence[str]) -> str:
-    """The model's own name of the voice that is asked for. `known` must not be empty.
+    """The model's name of the voice that the request asks for. `known` must not be empty.
 
     Raises:
         InvalidRequest: the model has no such voice.
@@ -129,9 +129,9 @@ def choose_voice(model: ModelConfig, request: SpeechRequest, known: Sequence[str
 
 
 def choose_language(model: ModelConfig, request: SpeechRequest, known: Sequence[str]) -> str | None:
-    """The model's own name of the language, which may have a region that the request left out.
+    """The model's name of the language. It may have a region that the request left out.
 
-    None where the model does not tell its languages and nobody asks for one.
+    None if the model does not declare its languages and neither request nor options name one.
 
     Raises:
         InvalidRequest: the model does not speak it.
@@ -162,9 +162,9 @@ def primary_language(tag: str) -> str:
 def prepared_speech(
     request: SpeechRequest, utterance: Utterance | None, sample_rate: int
 ) -> Prepared:
-    """With an estimate from the vocoder, whose last stage is the peak.
+    """The request with an estimate of its working memory, whose peak is the vocoder's last stage.
 
-    Without an utterance, as the model's files are not here, it is made when they are.
+    Without the model's files there is no utterance yet. It is then made when the run begins.
     """
     if utterance is None:
         return Prepared(request, None)
@@ -179,12 +179,12 @@ def prepared_speech(
 
 
 class SpeechModel(TorchModel["Speaker"]):
-    """One speech model on a thread of its own."""
+    """One speech model on its own thread."""
 
     def __init__(
         self, speaker: Speaker, model_id: str, understand: Callable[[SpeechRequest], Utterance]
     ) -> None:
-        """`understand` checks a request that was prepared before the model's files were here."""
+        """`understand` makes the utterance of a request that was prepared without the files."""
         super().__init__(speaker, model_id)
         self._understand = understand
 

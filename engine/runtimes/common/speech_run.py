@@ -1,4 +1,4 @@
-"""One request on one speech model, sentence by sentence, stopped within a module.
+"""One request on one speech model, sentence by sentence. It stops within a module.
 
 Importing this module imports torch.
 """
@@ -18,7 +18,7 @@ from engine.runtimes.common.torch_run import TorchParts, TorchRun, children_of
 
 
 class Speaker(TorchParts, ABC):
-    """A speech model. Speaking goes on the model's thread."""
+    """A speech model. It speaks on the model's thread."""
 
     def __init__(self, module: Any, device: str) -> None:
         """`module` is the filled `torch.nn.Module`, in host memory."""
@@ -38,7 +38,7 @@ class Speaker(TorchParts, ABC):
         """
 
     def forget_run(self) -> None:
-        """Drop what the library keeps on the device of the last run."""
+        """Drop what the library keeps of the last run on the device."""
 
 
 class SpeechRun(TorchRun):

@@ -1,4 +1,4 @@
-"""Runs that go on a model's own thread, as events on the event loop."""
+"""Runs on a model's own thread, whose events arrive on the event loop."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from engine.process.switches import quick_switches
 from engine.process.watchdog import WATCHDOG, Work
 
 Emit = Callable[[Event], None]
-"""Gives an event to whoever waits for it; callable from any thread."""
+"""Passes an event to the consumer of the run. Any thread may call it."""
 
 
 class ThreadRun(Work, Protocol):
-    """One request on one model, which counts what it gets done."""
+    """One request on one model, which counts its progress."""
 
     def execute(self) -> None:
-        """Do the work, emitting events, on the model's thread; return early if cancelled."""
+        """Do the work on the model's thread and emit events. Return early if cancelled."""
 
     def cancel(self) -> None:
-        """Make `execute` return soon; nothing if it has. Called from any thread."""
+        """Make `execute` return soon, if it has not. Any thread may call it."""
 
 
 async def run_on_thread(
@@ -34,12 +34,12 @@ async def run_on_thread(
     *,
     helpers: bool = False,
 ) -> AsyncGenerator[Event, None]:
-    """The events of a run. Closing the generator cancels it, and returns once it has ended.
+    """The events of a run. Closing the generator cancels the run and returns once it has ended.
 
-    With `helpers` the library computes on threads of its own while the model's thread waits.
+    With `helpers` the library computes on its own threads while the model's thread waits.
 
     Raises:
-        EngineError: what the run raised, put into words by `translate` if it was another error.
+        EngineError: what the run raised. `translate` has put any other error into words.
 
     """
     loop = asyncio.get_running_loop()
@@ -67,6 +67,6 @@ async def run_on_thread(
         raise translate(error) from error
     finally:
         run.cancel()
-        # The lease must not end before the memory is free. The caller may be cancelled again.
+        # The lease must not end before the memory is free, even if the caller is cancelled again.
         while not done.done():
             await asyncio.shield(asyncio.wait([done]))

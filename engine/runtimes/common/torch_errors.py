@@ -1,4 +1,7 @@
-"""What a library built on torch raised, in the engine's words. Imports torch when it is asked."""
+"""Errors of libraries built on torch, as errors of the engine.
+
+Nothing here imports torch before the first call.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def torch_error(error: BaseException) -> EngineError:
-    """The error of a run, in the engine's words."""
+    """The error of a run as an error of the engine."""
     if is_out_of_memory(error):
         return OutOfDeviceMemory(f"The device ran out of memory: {reason(error)}")
     return RuntimeFailed(f"The model failed while running: {reason(error)}")

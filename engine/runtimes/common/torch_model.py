@@ -1,6 +1,6 @@
-"""What runtimes of torch models have in common: load, park, wake, unload, and a thread a model.
+"""Shared by the runtimes of torch models: load, park, wake, unload, and one thread a model.
 
-Nothing here imports torch; the model itself and its runs are in `torch_run`.
+Nothing here imports torch. The model itself and its runs are in `torch_run`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ PartsT = TypeVar("PartsT", bound="TorchParts")
 
 
 class TorchModel(LoadedModel, Generic[PartsT]):
-    """One model on a thread of its own; the libraries keep state while they run."""
+    """One model on its own thread, because the libraries keep state while they run."""
 
     max_concurrency = 1
 
     def __init__(self, model: PartsT, model_id: str) -> None:
-        """`model` is in host memory; `TorchRuntime.load` brings it onto the device."""
+        """`model` is in host memory. `TorchRuntime.load` brings it onto the device."""
         self.model: PartsT | None = model
         """None once it is unloaded."""
         self.thread = ComputeThread(model_id)
@@ -56,15 +56,15 @@ class TorchModel(LoadedModel, Generic[PartsT]):
 
     @abstractmethod
     def make_run(self, prepared: Prepared, emit: Emit) -> ThreadRun:
-        """The request on this model, not begun.
+        """A run of the request on this model, not begun.
 
         Raises:
-            InvalidRequest: only the loaded model shows that it cannot do this.
+            InvalidRequest: the model cannot do this, which only the loaded model shows.
 
         """
 
     async def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
-        """Run one request; closing the generator stops it within one module."""
+        """Run one request. Closing the generator stops it within one module."""
         make_run = partial(self.make_run, prepared)
         async with aclosing(run_on_thread(self.thread, make_run, torch_error)) as events:
             async for event in events:
@@ -72,7 +72,7 @@ class TorchModel(LoadedModel, Generic[PartsT]):
 
 
 class TorchRuntime(Runtime):
-    """Loads models that torch runs, one at a time, on a thread of its own."""
+    """Loads models that torch runs, one at a time, on its own thread."""
 
     def __init__(self, device: Device, cache_dir: Path) -> None:
         self._device = device
@@ -84,22 +84,22 @@ class TorchRuntime(Runtime):
         """The model, filled, in host memory. Called on the loading thread, outside of the gate.
 
         Raises:
-            EngineError: with the reason in words.
-            Exception: what the library raised.
+            EngineError: it cannot be built; the message has the reason.
+            Exception: any error of the library.
 
         """
 
     async def load(
         self,
         model: ModelConfig,
-        on_failure: Callable[[str], None],  # noqa: ARG002 - the model has no life of its own
+        on_failure: Callable[[str], None],  # noqa: ARG002 - no model here fails between runs
     ) -> LoadedModel:
         """Build the model and bring it onto the device, on the loading thread."""
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._loader, self._load, model)
         except Exception as error:
-            # The frames hold what was built for as long as somebody holds the error.
+            # The frames hold the parts built so far, as long as anything holds the error.
             traceback.clear_frames(error.__traceback__)
             await loop.run_in_executor(self._loader, self._collect)
             if isinstance(error, EngineError):
@@ -118,7 +118,7 @@ class TorchRuntime(Runtime):
         await asyncio.get_running_loop().run_in_executor(self._loader, self._drop, loaded)
 
     def _drop(self, loaded: TorchModel[Any]) -> None:
-        # A thread that has just ended a run still holds the model for a moment.
+        # For a moment after a run, its thread still holds the model.
         loaded.thread.shutdown()
         if loaded.model is not None:
             loaded.model.close()
@@ -130,7 +130,7 @@ class TorchRuntime(Runtime):
         self._device.release_cached()
 
     async def park(self, loaded: LoadedModel, blocks: Collection[str]) -> None:
-        """Drop the device's bytes of parts."""
+        """Drop the bytes of these parts on the device."""
         assert isinstance(loaded, TorchModel) and loaded.model is not None
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._loader, self._park, loaded.model, blocks)
@@ -143,8 +143,8 @@ class TorchRuntime(Runtime):
         """Copy parts from their masters to the device.
 
         Raises:
-            OutOfDeviceMemory: there is no room for all of them; they are parked as before.
-            LoadFailed: they could not be brought back; they are parked as before.
+            OutOfDeviceMemory: there is no room for all of them. They are parked as before.
+            LoadFailed: they could not be brought back. They are parked as before.
 
         """
         assert isinstance(loaded, TorchModel) and loaded.model is not None

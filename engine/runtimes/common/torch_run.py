@@ -1,4 +1,6 @@
-"""A model of torch and one request on it: watched between modules, its working memory measured.
+"""A torch model and one request on it.
+
+A hook watches the run between modules, and the working memory of each shape is measured once.
 
 Importing this module imports torch.
 """
@@ -21,24 +23,24 @@ from engine.memory.weights import Weights
 from engine.process.gate import GATE
 
 WHOLE = "weights"
-"""The one block of a model whose parts use each other's tensors."""
+"""The one block of a model whose parts share tensors."""
 
 
 class Cancelled(BaseException):
-    """The run was told to stop. Not an `Exception`: library code must not take it for its own."""
+    """The run was cancelled. Not an `Exception`, so that library code does not catch it."""
 
 
 class TorchParts:
-    """The parts of one model. A run of it goes on the model's thread, all else where nothing runs.
+    """The parts of one model. Build them in host memory, then `place` them.
 
-    Build it in host memory, then `place` it.
+    A run uses the model's thread. Every other method needs that nothing runs.
     """
 
     weights: Weights
-    """From `place` on."""
+    """Set by `place`."""
 
     def __init__(self, parts: Mapping[str, torch.nn.Module], device: str) -> None:
-        """`parts` hold every weight; each is one block."""
+        """`parts` hold every weight. Each part is one block."""
         self.device = device
         self.running: TorchRun | None = None
         self.measured: set[str] = set()
@@ -46,13 +48,13 @@ class TorchParts:
         self._parts = parts
         for part in parts.values():
             for each in part.modules():
-                # Only those made of others: a hook costs two microseconds a call, and before each
-                # single layer of a small model that was a twentieth of its time (Bark).
+                # Only modules made of others. A hook costs two microseconds a call: before each
+                # single layer of a small model (Bark) that was a twentieth of its time.
                 if each._modules:
                     each.register_forward_pre_hook(self._before_module)
 
     def _before_module(self, _module: Any, _args: Any) -> None:
-        # Thousands of times a second: no call unless there is cause.
+        # Called thousands of times a second, so it calls nothing without cause.
         run = self.running
         if run is not None:
             run.progress += 1
@@ -60,9 +62,9 @@ class TorchParts:
                 run.check()
 
     def place(self, host: HostMemory | None) -> None:
-        """Bring the parts onto the device, their master copies into `host` if it has the room.
+        """Bring the parts onto the device, and their master copies into `host` if it has room.
 
-        Call outside of the gate: it reads and copies, which may take long.
+        Call it outside of the gate: reading and copying may take long.
 
         Raises:
             torch.OutOfMemoryError: the device lacks the room.
@@ -72,7 +74,7 @@ class TorchParts:
         parts = {name: [part] for name, part in self._parts.items()}
         try:
             self.weights = Weights.adopt(parts, host, self.device)
-        except SharedMemory:  # then they come and go together
+        except SharedMemory:  # so they come and go together
             together = {WHOLE: list(self._parts.values())}
             self.weights = Weights.adopt(together, host, self.device)
 
@@ -90,7 +92,7 @@ class TorchParts:
         self.weights.wake(blocks)
 
     def close(self) -> None:
-        """Give the master copies back; the model must not be used any more."""
+        """Give the master copies back. The model must not be used any more."""
         self.weights.close()
 
     def known_tensors(self) -> Iterator[torch.Tensor]:
@@ -107,34 +109,34 @@ def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def children_of(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The parts of a model that is one module: its children, and `other`, what it holds itself."""
+    """The parts of a model that is one module: its children, and `other`, its own tensors."""
     other = torch.nn.Module()
     other._parameters, other._buffers = module._parameters, module._buffers
     return {**dict(module.named_children()), "other": other}
 
 
 class TorchRun(ABC):
-    """One request on one model. `execute` on the model's thread, `cancel` from any."""
+    """One request on one model. `execute` runs on the model's thread; any thread may `cancel`."""
 
     def __init__(self, model: TorchParts, shape: str, emit: Callable[[Event], None]) -> None:
-        """Working memory is measured once for each `shape`; for the empty one never."""
+        """Working memory is measured once for each `shape`, and never for the empty shape."""
         self._model = model
         self._shape = shape
         self._emit = emit
         self.cancelled = False
         self.progress = 0
-        """Modules made of others entered so far."""
+        """Number of modules entered so far, of those made of others."""
 
     def cancel(self) -> None:
-        """Stop at the next module; nothing if it has ended."""
+        """Stop at the next module, if the run has not ended."""
         self.cancelled = True
 
     def execute(self) -> None:
-        """Emit what is made. Returns early if it was cancelled.
+        """Do the work and emit its results. Return early if cancelled.
 
         Raises:
-            InvalidRequest: the model cannot do what is asked.
-            Exception: what the library raised.
+            InvalidRequest: the model cannot serve the request.
+            Exception: any error of the library.
 
         """
         if self.cancelled:
@@ -145,7 +147,7 @@ class TorchRun(ABC):
         except Cancelled:
             return
         except Exception as error:
-            # The frames hold tensors for as long as somebody holds the error.
+            # The frames hold tensors, as long as anything holds the error.
             traceback.clear_frames(error.__traceback__)
             raise
         finally:
@@ -153,17 +155,17 @@ class TorchRun(ABC):
 
     @abstractmethod
     def _run(self) -> None:
-        """Do the work inside `GATE.step()`, and what takes memory inside `_measured()`."""
+        """Do the work inside `GATE.step()`, and its large allocations inside `_measured()`."""
 
     def check(self) -> None:
-        """Look for a cancel, and let exclusive work go first. Only inside `GATE.step()`."""
+        """Stop if cancelled, and let exclusive work go first. Only inside `GATE.step()`."""
         if self.cancelled:
             raise Cancelled
         GATE.pause()
 
     @contextmanager
     def _measured(self) -> Iterator[None]:
-        """Measure the working memory of a shape once: it costs a tenth of the time on a CPU."""
+        """Measure the working memory of a shape once. On a CPU that costs a tenth of the time."""
         model, shape = self._model, self._shape
         if not shape or shape in model.measured:
             yield

@@ -37,8 +37,9 @@ from engine.errors import (
     ShuttingDown,
 )
 from engine.events import Event, Progress
-from engine.jobs.queue import Job, Jobs, JobState, QueuePlace
-from engine.jobs.store import FILE_NAME, JobStore
+from engine.jobs.queue import Jobs
+from engine.jobs.queue_place import QueuePlace
+from engine.jobs.store import FILE_NAME, Job, JobState, JobStore
 from engine.media.outputs import Outputs
 from engine.requests import (
     ImageRequest,

@@ -50,7 +50,7 @@ class World:
         self.dog = Watchdog(self.gate, lambda: self.now_s, self.usage)
 
     def look(self) -> str | None:
-        return self.dog.look(HANG_S, STALL_S)
+        return self.dog.check(HANG_S, STALL_S)
 
     def found_after(self, limit_s: float, **used_per_s: float) -> float | None:
         """Seconds until something is found to hang, looking once a second; None: nothing is."""

@@ -492,8 +492,8 @@ import asyncio, os, random, socket, sys, warnings
 from pathlib import Path
 import torch, transformers
 from engine.config import ModelConfig
-from engine.device import CpuDevice
-from engine.process import share_torch_state
+from engine.memory.device import CpuDevice
+from engine.process.torch_state import share_torch_state
 from engine.requests import SpeechRequest
 from engine.runtimes.kokoro.runtime import KokoroRuntime
 
