@@ -8,9 +8,9 @@ import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import BeforeValidator, Field, SecretStr, field_validator
 
 from engine.config import (
     ENV_CONFIG,
@@ -34,15 +34,26 @@ ADMIN_MARK = "admin:"
 _KEY = re.compile(r"[\x21-\x7e]+")
 
 
+def split_commas(value: Any) -> Any:
+    """A tuple for a text with commas, or for null. Everything else is unchanged."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return () if value is None else value
+
+
+Keys: TypeAlias = Annotated[tuple[SecretStr, ...], BeforeValidator(split_commas)]
+Hosts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(split_commas)]
+
+
 class ServerSettings(Section):
     """The `server` section of the configuration."""
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=0, le=65535)
     """0 takes any free port."""
-    api_keys: tuple[SecretStr, ...] = ()
+    api_keys: Keys = ()
     """Keys that may use the models: a list, or one string separated by commas."""
-    admin_keys: tuple[SecretStr, ...] = ()
+    admin_keys: Keys = ()
     """Keys that may also load, unload and pin."""
     api_keys_file: Path | None = None
     """One key a line; `#` starts a comment, `admin:` in front marks an admin key."""
@@ -60,16 +71,9 @@ class ServerSettings(Section):
     """A larger request body is refused with 413."""
     max_image_pixels: int = Field(default=2**25, gt=0)
     """Pixels that the pictures of one request may have together; beyond, it is refused."""
-    allowed_media_hosts: tuple[str, ...] = ()
+    allowed_media_hosts: Hosts = ()
     """Hosts whose URLs a request may name for images, audio and video."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-
-    @field_validator("api_keys", "admin_keys", "allowed_media_hosts", mode="before")
-    @classmethod
-    def _split_commas(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
-        return () if value is None else value
 
     @field_validator("api_keys", "admin_keys")
     @classmethod

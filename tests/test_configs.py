@@ -173,6 +173,7 @@ def test_the_starter_configuration_speaks_with_every_voice(starter_dir: StarterD
             runtime.prepare(model, request)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_named_parsers_exist_in_vllm(path: Path) -> None:
     tool_parsers = registered("tool_parsers", "_TOOL_PARSERS_TO_REGISTER")
@@ -305,6 +306,7 @@ def test_the_starter_configuration_serves_every_pipeline(starter_dir: StarterDir
             assert lora_files(starter_dir(name).parent)[name].is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", DIFFUSION_MODELS)
 def test_what_a_pipeline_is_given_exists_in_diffusers(
     model: ModelConfig, starter_dir: StarterDir

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from engine.media.outputs import sync
+from engine.files.atomic import sync
 
 _JOB_ID = re.compile(r"video_[0-9a-f]{32}")
 _FILE_NAME = "input.png"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import NotFound
+from engine.files.atomic import new_file
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,6 @@ TOKEN_BYTES = 32
 """Randomness in a name made by `put`. Knowing the name is the permission to read the file."""
 
 _GIVEN_NAME = re.compile(r"[A-Za-z0-9_-]{43}\.[a-z0-9]{1,8}")  # 43 characters hold 32 bytes
-_UNFINISHED = ".part"
 
 
 class Outputs:
@@ -94,17 +94,10 @@ class Outputs:
 
         """
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        unfinished = self._folder / (name + _UNFINISHED)
-        try:
+        with new_file(self._folder / name) as unfinished:
             write(unfinished)
             now = self._clock()
             os.utime(unfinished, (now, now))  # ages are measured by our clock
-            sync(unfinished)
-            unfinished.replace(self._folder / name)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-        sync(self._folder)
 
     def find(self, name: str) -> Path | None:
         """The file that was added under this name, unless it was pruned. For trusted names only."""
@@ -162,12 +155,3 @@ class Outputs:
 
 def _ignore(stems: frozenset[str]) -> None:
     """By default nothing listens."""
-
-
-def sync(path: Path) -> None:
-    """Write the file or folder to the disk, so that it survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

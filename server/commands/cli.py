@@ -22,7 +22,7 @@ from engine.errors import ConfigError
 from engine.files.source import STARTER, Source
 from engine.simulation.traces import BUILT_IN, generate, read_trace
 from engine.units import format_size
-from server.commands import doctor, models
+from server.commands import doctor, models, schema
 from server.commands.bench import bench
 from server.commands.default_config import choose, detect
 from server.commands.options import ApiKey, ConfigFile, first_key
@@ -196,6 +196,7 @@ def version() -> None:
 app.command()(bench)
 models.register(app)
 doctor.register(app)
+schema.register(app)
 
 
 def main() -> None:

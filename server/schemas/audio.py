@@ -7,7 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, field_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
 from engine.events import Heard, Segment, Word
 from engine.media.audio_output import AudioFormat
@@ -20,7 +27,16 @@ from engine.requests import (
 )
 from engine.runtimes.base import Voice
 from server.languages import LANGUAGES
-from server.schemas.fields import Body, ModelName, Prompt, RequiredPrompt, Seed, as_list, single
+from server.schemas.fields import (
+    FILE_MARK,
+    Body,
+    ModelName,
+    Prompt,
+    RequiredPrompt,
+    Seed,
+    as_list,
+    single,
+)
 
 MAX_INPUT_CHARS = 500_000
 """Some nine hours of speech. What a model takes at once is its runtime's to say, and is less."""
@@ -51,11 +67,29 @@ def _read_chunking(value: Any) -> bool:
     return True
 
 
-AudioFile: TypeAlias = Annotated[bytes, PlainValidator(_read_file)]
+AudioFile: TypeAlias = Annotated[
+    bytes, PlainValidator(_read_file), WithJsonSchema({"type": "string", FILE_MARK: True})
+]
 """The bytes of an upload that is not empty."""
 
+_NAME_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS}
+_VOICE_SCHEMA = {
+    "anyOf": [
+        _NAME_SCHEMA,
+        {
+            "type": "object",
+            "properties": {"id": _NAME_SCHEMA},
+            "required": ["id"],
+            "additionalProperties": False,
+        },
+    ]
+}
+
 VoiceName: TypeAlias = Annotated[
-    str, BeforeValidator(_read_voice), Field(min_length=1, max_length=MAX_NAME_CHARS)
+    str,
+    BeforeValidator(_read_voice),
+    Field(min_length=1, max_length=MAX_NAME_CHARS),
+    WithJsonSchema(_VOICE_SCHEMA),
 ]
 """OpenAI's custom voices are objects with an `id`; here an id does as well."""
 
@@ -216,8 +250,10 @@ class TranscriptionBody(RecordingBody):
     timestamp_granularities: Annotated[
         list[Literal["word", "segment"]], BeforeValidator(as_list)
     ] = Field(default_factory=list)
-    chunking_strategy: Annotated[bool, PlainValidator(_read_chunking)] = False
-    """True: by a voice activity detector."""
+    chunking_strategy: Annotated[
+        bool, PlainValidator(_read_chunking), WithJsonSchema({"const": "auto"})
+    ] = False
+    """`auto`: a voice activity detector cuts the recording."""
     keywords: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]],
         BeforeValidator(as_list),

@@ -6,7 +6,15 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Self, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic_core import ErrorDetails, from_json
 
 from engine.errors import InvalidRequest
@@ -18,6 +26,9 @@ MAX_PROMPT_CHARS = 32_000
 
 MAX_SIDE = 16_383
 """Pixels: the limit of WebP, and more than any model can do."""
+
+FILE_MARK = "x-file"
+"""Marks the schema of a field that is a file in a form."""
 
 MODEL_MISSING = "You must name a model, as a string."
 
@@ -130,10 +141,34 @@ class Lora(BaseModel):
 ModelName: TypeAlias = Annotated[str, Field(min_length=1)]
 """An id or an alias of `/v1/models`."""
 
-Size: TypeAlias = Annotated[tuple[int, int] | None, PlainValidator(_read_size)]
+_SIZE_SCHEMA = {
+    "type": "string",
+    "pattern": rf"^(auto|{_SIZE.pattern})$",
+    "description": "WIDTHxHEIGHT in pixels, or auto.",
+    "examples": ["1024x1024"],
+}
+
+_PICTURE_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "description": "A `data:` URL or base64."},
+        {
+            "type": "object",
+            "properties": {"image_url": {"type": "string"}},
+            "required": ["image_url"],
+            "additionalProperties": False,
+        },
+    ],
+    FILE_MARK: True,
+}
+
+Size: TypeAlias = Annotated[
+    tuple[int, int] | None, PlainValidator(_read_size), WithJsonSchema(_SIZE_SCHEMA)
+]
 """Width and height in pixels; None for "auto"."""
 
-PictureField: TypeAlias = Annotated[bytes | str, PlainValidator(_read_picture)]
+PictureField: TypeAlias = Annotated[
+    bytes | str, PlainValidator(_read_picture), WithJsonSchema(_PICTURE_SCHEMA)
+]
 """The bytes of a file, or text: a `data:` URL or base64. OpenAI's reference objects work too."""
 
 Loras: TypeAlias = Annotated[list[Lora], BeforeValidator(_read_json), Field(max_length=16)]

@@ -1,4 +1,4 @@
-"""How a request is scheduled: fields of this server's own, in any body or as headers."""
+"""The scheduling options of a request: fields of our own, in any body or as headers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import ConfigDict, PlainValidator
+from pydantic import ConfigDict, PlainValidator, WithJsonSchema
 
 from engine.requests import Priority, SchedulingOptions
 from engine.units import parse_duration
@@ -23,7 +23,11 @@ def _read_priority(value: Any) -> Priority:
         raise ValueError(f"it is one of {names}") from None
 
 
-PriorityField: TypeAlias = Annotated[Priority | None, PlainValidator(_read_priority)]
+PriorityField: TypeAlias = Annotated[
+    Priority | None,
+    PlainValidator(_read_priority),
+    WithJsonSchema({"enum": [priority.name.lower() for priority in Priority]}),
+]
 
 
 def _read_timeout_s(value: Any) -> float:
@@ -34,7 +38,7 @@ def _read_timeout_s(value: Any) -> float:
 
 
 def _read_keep_alive_s(value: Any) -> float:
-    # Ollama's: whatever is below zero is for ever, with a unit as well.
+    # As in Ollama: a value below zero is for ever, with a unit as well.
     if isinstance(value, str) and value.lstrip().startswith("-"):
         value = value.strip()
         parse_duration(value[1:])
@@ -49,19 +53,32 @@ def _header(name: str) -> str:
 
 
 class SchedulingBody(Body):
-    """The fields of `SchedulingOptions` as a body has them; null stands for the default."""
+    """The fields of `SchedulingOptions` in a body; null means the default."""
 
     priority: PriorityField = None
-    timeout: Annotated[float | None, PlainValidator(_read_timeout_s)] = None
-    """Seconds, or a duration such as `90s` or `5m`."""
-    keep_alive: Annotated[float | None, PlainValidator(_read_keep_alive_s)] = None
-    """As Ollama's: seconds or a duration; below 0 for ever, 0 leaves at once."""
+    timeout: Annotated[
+        float | None,
+        PlainValidator(_read_timeout_s),
+        WithJsonSchema({"type": ["number", "string"], "examples": ["90s"]}),
+    ] = None
+    """How long to wait for the model: seconds, or a duration such as `90s` or `5m`."""
+    keep_alive: Annotated[
+        float | None,
+        PlainValidator(_read_keep_alive_s),
+        WithJsonSchema({"type": ["number", "string"], "examples": ["10m"]}),
+    ] = None
+    """How long the idle model stays, as in Ollama: seconds or a duration.
+
+    Below 0 it stays for ever, at 0 it leaves at once.
+    """
     if_loaded_only: bool = False
+    """Answer 409 at once if the model would have to be loaded or woken."""
     no_evict: bool = False
+    """Evict no other model for this request."""
 
 
 class SchedulingHeaders(SchedulingBody):
-    """The same as headers, as in `x-roundhouse-keep-alive`."""
+    """The same fields as headers, for example `x-roundhouse-keep-alive`."""
 
     model_config = ConfigDict(alias_generator=_header)
 
@@ -73,12 +90,12 @@ _HEADERS = tuple(_header(name) for name in _FIELDS)
 def take_scheduling_options(
     headers: Mapping[str, str], fields: Fields, default: Priority = Priority.NORMAL
 ) -> SchedulingOptions:
-    """The scheduling options that a request names; what its body says goes before its headers.
+    """The scheduling options of a request. Its body goes before its headers.
 
-    Takes them out of `fields`, which go on to schemas that do not know them.
+    Takes them out of `fields`, as the schemas of the endpoints do not know them.
 
     Raises:
-        InvalidRequest: naming the field or header at fault.
+        InvalidRequest: naming the wrong field or header.
 
     """
     named: dict[str, Any] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
 
 from engine.errors import InvalidRequest
 from engine.jobs.store import Job, JobState
@@ -54,8 +54,25 @@ def _read_motion(value: Any) -> Any:
     return int(value)
 
 
-Seconds: TypeAlias = Annotated[float, BeforeValidator(_read_number), Field(gt=0, le=MAX_SECONDS)]
-Motion: TypeAlias = Annotated[int, BeforeValidator(_read_motion), Field(ge=0, le=255)]
+_SECONDS_SCHEMA = {
+    "anyOf": [
+        {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_SECONDS},
+        {"type": "string", "pattern": r"^\d+(\.\d+)?$", "examples": ["4"]},
+    ]
+}
+_MOTION_SCHEMA = {
+    "anyOf": [{"enum": [*MOTION_BUCKETS]}, {"type": "integer", "minimum": 0, "maximum": 255}]
+}
+
+Seconds: TypeAlias = Annotated[
+    float,
+    BeforeValidator(_read_number),
+    Field(gt=0, le=MAX_SECONDS),
+    WithJsonSchema(_SECONDS_SCHEMA),
+]
+Motion: TypeAlias = Annotated[
+    int, BeforeValidator(_read_motion), Field(ge=0, le=255), WithJsonSchema(_MOTION_SCHEMA)
+]
 
 
 class VideoBody(Body):

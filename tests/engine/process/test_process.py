@@ -147,6 +147,7 @@ def test_exclusive_work_lets_a_waiting_step_through_once_it_has_held_long_enough
     assert log == ["too early", "step", "after", "the time counts from the last turn", "step"]
 
 
+@pytest.mark.slow
 def test_a_module_under_construction_lets_steps_through() -> None:
     from torch import nn
 
