@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import BinaryIO
 
 from engine.config import ModelConfig
 from engine.errors import Conflict, InvalidRequest
+from engine.files.atomic import new_file
 from engine.files.lora_folder import lora_files
 from engine.files.safetensors_header import tensor_sizes
 from engine.runtimes.registry import runtime_class
@@ -78,18 +78,13 @@ def add(model: ModelConfig, name: str, data: BinaryIO) -> Path:
     folder = folder_of(model)
     if name in lora_files(folder):
         raise Conflict(f"The model {model.id!r} has a LoRA {name!r} already.")
-    path, unfinished = folder / f"{name}{_SUFFIX}", folder / f".{name}.part"
+    path = folder / f"{name}{_SUFFIX}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("xb") as file:
-            try:
+        with new_file(path, overwrite=False) as unfinished:
+            with unfinished.open("wb") as file:
                 shutil.copyfileobj(data, file, 2**20)
-                file.flush()
-                os.fsync(file.fileno())
-                check_file(unfinished)
-                os.link(unfinished, path)  # unlike a rename it replaces nothing
-            finally:
-                unfinished.unlink()
+            check_file(unfinished)
     except FileExistsError as error:
         raise Conflict(f"A LoRA {name!r} is there, or just being added.") from error
     except OSError as error:

@@ -19,6 +19,10 @@ from pathlib import Path
 UNFINISHED = ".part"
 """The last suffix of every path that is being written or deleted."""
 
+_TOKEN_BYTES = 4
+_TOKEN_PATTERN = "[0-9a-f]" * 2 * _TOKEN_BYTES
+"""What tells the paths of several writers of one target apart, before the suffix."""
+
 
 @contextmanager
 def new_file(
@@ -114,7 +118,7 @@ def sync(path: Path) -> None:
 @contextmanager
 def _beside(target: Path, *, folder: bool, mode: int) -> Iterator[Path]:
     """A new file or folder next to the target, and a lock on it."""
-    remove_leftovers(target.parent, f"{glob.escape(target.name)}.*")
+    remove_leftovers(target.parent, f"{glob.escape(target.name)}.{_TOKEN_PATTERN}")
     while True:
         path = _new_name(target)
         if folder:
@@ -146,7 +150,7 @@ def _locked(path: Path) -> int | None:
 
 def _new_name(target: Path) -> Path:
     """A free name that begins with the target's: files of one stem belong together."""
-    return target.with_name(f"{target.name}.{secrets.token_hex(4)}{UNFINISHED}")
+    return target.with_name(f"{target.name}.{secrets.token_hex(_TOKEN_BYTES)}{UNFINISHED}")
 
 
 @contextmanager

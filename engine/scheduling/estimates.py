@@ -6,14 +6,13 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from engine.config import ModelConfig, Section
+from engine.files.atomic import new_file
 from engine.memory.block import Block, Estimate
 
 log = logging.getLogger(__name__)
@@ -104,11 +103,8 @@ class EstimateStore:
             entry.update(model=model.id, **values)
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.NamedTemporaryFile(
-                    "w", dir=self._path.parent, delete=False, encoding="utf-8"
-                ) as file:
-                    json.dump(self._entries, file, indent=1)
-                os.replace(file.name, self._path)
+                with new_file(self._path, durable=False, mode=0o600) as unfinished:
+                    unfinished.write_text(json.dumps(self._entries, indent=1), encoding="utf-8")
             except OSError as error:
                 log.warning("cannot write %s: %s", self._path, error)
 

@@ -34,6 +34,8 @@ from engine.runtimes.diffusers.runtime import DiffusersRuntime
 from engine.runtimes.registry import runtime_class
 from tests.hub import TOKEN, Hub, etag, point_client_at, serving
 
+pytestmark = pytest.mark.slow  # a second each: many requests to a hub, and processes
+
 REPO = "me/tiny"
 WEIGHTS = random.Random(1).randbytes(3_000_000)
 SMALL = {"config.json": b'{"architectures": ["LlamaForCausalLM"]}', "tokenizer.json": b"{}"}

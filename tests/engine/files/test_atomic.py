@@ -249,11 +249,15 @@ class TestLeftovers:
         assert names(tmp_path) == ["file"]
         remove_leftovers(tmp_path / "nowhere")
 
-    def test_names_of_others_are_not_taken_for_patterns(self, tmp_path: Path) -> None:
-        (tmp_path / "file.12345678.part").touch()
+    def test_a_writer_leaves_alone_what_it_has_not_named(self, tmp_path: Path) -> None:
+        others = ["file.12345678.part", "file.mine.part", "file.part", "other.12345678.part"]
+        for name in others[1:]:
+            (tmp_path / name).touch()
+        write(tmp_path / "file", "")
+        (tmp_path / others[0]).touch()
         write(tmp_path / "fil[e]", "")
         write(tmp_path / "*", "")
-        assert names(tmp_path) == ["*", "fil[e]", "file.12345678.part"]
+        assert names(tmp_path) == ["*", "fil[e]", "file", *others]
 
     def test_one_that_is_taken_for_a_leftover_once_made_is_made_again(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -830,6 +830,7 @@ class Child:
         assert self._process.wait(60) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["run", "half", "saved"])
 def test_a_killed_process_loses_no_job(tmp_path: Path, point: str) -> None:
     with Child(tmp_path, point, "first", "second", "third") as child:
@@ -851,6 +852,7 @@ def test_a_killed_process_loses_no_job(tmp_path: Path, point: str) -> None:
     assert jobs[0]["attempts"] == 2
 
 
+@pytest.mark.slow
 def test_a_job_that_kills_the_process_is_given_up_and_the_one_beside_it_is_not(
     tmp_path: Path,
 ) -> None:

@@ -135,6 +135,7 @@ class TestPull:
         assert unknown.exit_code == 1
         assert "Did you mean 'llama'" in unknown.stderr
 
+    @pytest.mark.slow
     def test_ctrl_c_at_half_and_again(
         self, hub: Hub, cache: Path, config: Path, tmp_path: Path
     ) -> None:
