@@ -6,18 +6,17 @@ import errno
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
 
+from engine.config import Section
 from engine.scheduling.estimates import FILE_NAME, EstimateStore
 from tests.engine.scheduling.world import config, estimate
 
-
-class Options(BaseModel):
-    """Of a runtime that has none."""
-
-
-MODEL = config(["model"]).models[0].model_copy(update={"options": Options()})
+MODEL = config(["model"]).models[0]
 FIRST, SECOND = estimate(100), estimate(200)
+
+
+def store_of(folder: Path, device: str) -> EstimateStore:
+    return EstimateStore(folder, device, lambda _: Section())
 
 
 def names(folder: Path) -> list[str]:
@@ -26,12 +25,12 @@ def names(folder: Path) -> list[str]:
 
 def test_a_measurement_outlives_a_restart(tmp_path: Path) -> None:
     folder = tmp_path / "state"
-    EstimateStore(folder, "cpu").put(MODEL, FIRST)
-    EstimateStore(folder, "cpu").put_working_bytes(MODEL, "shape", 7)
-    store = EstimateStore(folder, "cpu")
+    store_of(folder, "cpu").put(MODEL, FIRST)
+    store_of(folder, "cpu").put_working_bytes(MODEL, "shape", 7)
+    store = store_of(folder, "cpu")
     assert store.get(MODEL) == FIRST
     assert store.working_bytes(MODEL, "shape") == 7
-    assert EstimateStore(folder, "cuda").get(MODEL) is None
+    assert store_of(folder, "cuda").get(MODEL) is None
     assert names(folder) == [FILE_NAME]
     assert (folder / FILE_NAME).stat().st_mode & 0o777 == 0o600
 
@@ -39,7 +38,7 @@ def test_a_measurement_outlives_a_restart(tmp_path: Path) -> None:
 def test_a_write_that_fails_leaves_the_file_before_it_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = EstimateStore(tmp_path, "cpu")
+    store = store_of(tmp_path, "cpu")
     store.put(MODEL, FIRST)
 
     def full(path: Path, target: Path) -> None:
@@ -50,7 +49,7 @@ def test_a_write_that_fails_leaves_the_file_before_it_and_nothing_else(
         store.put(MODEL, SECOND)
     assert "No space left" in caplog.text
     assert names(tmp_path) == [FILE_NAME]
-    assert EstimateStore(tmp_path, "cpu").get(MODEL) == FIRST
+    assert store_of(tmp_path, "cpu").get(MODEL) == FIRST
     assert store.get(MODEL) == SECOND
     store.put(MODEL, SECOND)
-    assert EstimateStore(tmp_path, "cpu").get(MODEL) == SECOND
+    assert store_of(tmp_path, "cpu").get(MODEL) == SECOND
