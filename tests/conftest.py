@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from engine import engine
+from engine.process.faults import FAULTS
 from engine.starters.registry import ensure_starter
 
 # Before torch is imported. With more threads equal calls may differ in the last bit, as memory
@@ -35,6 +36,15 @@ def starter_dir(tmp_path_factory: pytest.TempPathFactory) -> StarterDir:
     """Gives the folder of a starter model, each built once for all tests."""
     cache_dir = tmp_path_factory.mktemp("starters")
     return lambda name: ensure_starter(name, cache_dir)
+
+
+@pytest.fixture(autouse=True)
+def no_bugs() -> Iterator[None]:
+    """No test leaves a bug behind; one that causes a bug on purpose clears `FAULTS`."""
+    FAULTS.clear()
+    yield
+    fault, FAULTS.first = FAULTS.first, None
+    assert fault is None
 
 
 @pytest.fixture
