@@ -17,6 +17,7 @@ from engine.errors import ConfigError, EngineError, QueueTimeout, RuntimeFailed,
 from engine.memory.device import CudaDevice, Device, host_memory_bytes, open_device
 from engine.memory.host_memory import HostMemory
 from engine.metrics import EngineMetrics
+from engine.process.faults import FAULTS
 from engine.process.health import wait_for_fault
 from engine.process.heap import freeze_heap, thaw_heap, uncollected
 from engine.process.library_logs import quiet_libraries
@@ -25,9 +26,11 @@ from engine.requests import Priority, Request, SchedulingOptions
 from engine.residency import Residency
 from engine.runtimes.base import Prepared, Runtime, RuntimeContext, Voice
 from engine.runtimes.registry import options_of, runtime_class
+from engine.scheduling.deadline import Deadline
 from engine.scheduling.estimates import EstimateStore
 from engine.scheduling.event_log import EventLog
 from engine.scheduling.ledger import Ledger
+from engine.scheduling.order import Order, OrderKind
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
 from engine.scheduling.waiting import Stage, Waiting, WaitStatus
@@ -76,6 +79,7 @@ class Engine:
         self._models = {model.id: model for model in config.models}
         self.events = EventLog()
         """What the scheduler did; closed when the engine has drained."""
+        self._emptied = asyncio.Event()
         self._ledger = Ledger(0, 0)
         self._metrics = EngineMetrics(self.status)
         self._residency = Residency(self._models, self._runtimes, clock, self._metrics.residual)
@@ -85,6 +89,7 @@ class Engine:
             self._residency,
             clock,
             on_event=self._on_event,
+            on_empty=self._emptied.set,
             created=int(time.time()),
         )
         self._residency.outcomes = self._scheduler
@@ -96,7 +101,6 @@ class Engine:
             self._metrics.request_seconds,
         )
         self._started = asyncio.Event()
-        self._emptied = asyncio.Event()
         self._start_error: str | None = None
         self._recheck = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
@@ -177,14 +181,12 @@ class Engine:
     async def drain(self, limit_s: float) -> None:
         """Refuse new work and wait for what runs, `limit_s` seconds at most."""
         self.state = EngineState.DRAINING
-        self._scheduler.on_drain()
         for task in self._preloads:
             task.cancel()
-        self._emptied.clear()
-        if not self._scheduler.empty:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(limit_s):
-                    await self._emptied.wait()
+        self._scheduler.on_drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._emptied.wait()
         self.events.close()  # otherwise a client that follows the log would hold the server up
 
     async def stop(self) -> None:
@@ -251,8 +253,9 @@ class Engine:
         timeout_s = request.scheduling.timeout_s
         if timeout_s is None:
             timeout_s = self.config.queue_timeout_s
-        await self._wait_started(timeout_s)
-        return await self._admission.open(model, request, timeout_s, waiting or Waiting())
+        deadline = Deadline(self._clock, timeout_s)
+        await self._wait_started(deadline)
+        return await self._admission.open(model, request, deadline, waiting or Waiting())
 
     async def check_loaded(self, name: str) -> None:
         """Return if a model is there, or is being brought in for others.
@@ -278,15 +281,19 @@ class Engine:
 
         """
         model = self.config.find(name)
-        await self._wait_started(self.config.queue_timeout_s)
-        await self._admission.know_size(model, self.config.queue_timeout_s)
+        deadline = self._usual_deadline()
+        await self._wait_started(deadline)
+        await self._admission.know_size(model, deadline)
         return self._scheduler.report.forecast(
             model.id, working_bytes=working_bytes, priority=priority
         )
 
-    async def _wait_started(self, timeout_s: float) -> None:
+    def _usual_deadline(self) -> Deadline:
+        return Deadline(self._clock, self.config.queue_timeout_s)
+
+    async def _wait_started(self, deadline: Deadline) -> None:
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(deadline.left_s):
                 await self._started.wait()
         except TimeoutError:
             raise QueueTimeout("The engine is still starting.", retry_after_s=5.0) from None
@@ -315,7 +322,7 @@ class Engine:
 
         """
         model = self.config.find(name)
-        await self._wait_started(self.config.queue_timeout_s)
+        await self._wait_started(self._usual_deadline())
         return await asyncio.to_thread(self._runtimes[model.runtime].voices, model)
 
     def status(self) -> EngineStatus:
@@ -349,13 +356,14 @@ class Engine:
 
         """
         model = self.config.find(name)
-        await self._wait_started(self.config.queue_timeout_s)
+        deadline = self._usual_deadline()
+        await self._wait_started(deadline)
         lease = await self._admission.lease(
             model,
             request_id=f"load-{model.id}",
             operation="load",
             scheduling=scheduling or SchedulingOptions(),
-            timeout_s=self.config.queue_timeout_s,
+            deadline=deadline,
             waiting=Waiting(),
             ignore_backoff=True,
         )
@@ -367,12 +375,10 @@ class Engine:
         Raises:
             ModelNotFound: there is none.
             Conflict: it is in use, waited for, pinned, or being loaded.
+            QueueTimeout: other models were moved for that long.
 
         """
-        model_id = self.config.find(name).id
-        gone = self._residency.gone(model_id)
-        self._scheduler.request_unload(model_id)
-        await gone
+        await self._order(OrderKind.UNLOAD, name)
 
     async def park(self, name: str) -> None:
         """Take an idle model off the device, and return once its bytes are free.
@@ -383,14 +389,34 @@ class Engine:
         Raises:
             ModelNotFound: there is none.
             Conflict: it is in use, waited for, pinned, being moved, or cannot be parked.
+            QueueTimeout: other models were moved for that long, or requests for it came.
 
         """
-        model_id = self.config.find(name).id
-        self._scheduler.request_park(model_id)
-        if self.model_status(model_id).device_bytes:
-            # If the engine shuts down during the wait, the model may be unloaded instead.
-            ends = [self._residency.parked(model_id), self._residency.gone(model_id)]
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        await self._order(OrderKind.PARK, name)
+
+    async def _order(self, kind: OrderKind, name: str) -> None:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def on_done() -> None:
+            if not done.cancelled():
+                done.set_result(None)
+
+        def on_refused(error: EngineError) -> None:
+            if not done.cancelled():
+                done.set_exception(error)
+
+        order = Order(
+            kind=kind,
+            model_id=self.config.find(name).id,
+            timeout_s=self.config.queue_timeout_s,
+            on_done=on_done,
+            on_refused=on_refused,
+        )
+        self._scheduler.on_order(order)
+        try:
+            await done
+        finally:
+            self._scheduler.on_order_cancelled(order)
 
     def pin(self, name: str) -> None:
         """Never evict a model from now on.
@@ -434,7 +460,7 @@ class Engine:
             try:
                 if not await asyncio.to_thread(_has_all_files, model, self.config):
                     continue
-                await self._admission.know_size(model, self.config.queue_timeout_s)
+                await self._admission.know_size(model, self._usual_deadline())
             except Exception as error:  # a library's; the first request gets it as well
                 log.debug("cannot estimate what %s takes: %s", model.id, error)
                 continue
@@ -446,15 +472,17 @@ class Engine:
     async def _watch_device(self) -> None:
         while True:
             await asyncio.sleep(EXTERNAL_CHECK_S)
-            self._scheduler.on_timer()
+            try:
+                self._scheduler.on_timer()
+            except Exception as error:
+                FAULTS.report("the watch of the device", error)
+                return
 
     def _on_event(self, event: SchedulerEvent) -> None:
         self._metrics.count(event, self._clock())
         self.events.append(event)
         if event.kind in FAILURES:
             self._recheck.set()
-        if event.kind is EventKind.UNLOADED and self._scheduler.empty:
-            self._emptied.set()
         level = logging.DEBUG if event.kind is EventKind.GRANT else logging.INFO
         log.log(
             level,

@@ -6,21 +6,22 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import psutil
 
 from engine.config import ModelConfig
-from engine.errors import EngineError, LoadFailed
+from engine.errors import EngineError, LoadFailed, reason
 from engine.memory.block import Estimate
 from engine.memory.device import CpuDevice, Device
 from engine.memory.host_memory import HostMemory
+from engine.process.faults import FAULTS
 from engine.process.switches import quick_switches
 from engine.runtimes.base import LoadedModel, Runtime
 from engine.scheduling.estimates import EstimateStore
 from engine.scheduling.scheduler import Scheduler
-from engine.status import HostStatus
+from engine.status import MOVING, HostStatus
 from engine.units import format_size
 
 log = logging.getLogger(__name__)
@@ -59,8 +60,6 @@ class Residency:
         self._overhead_before: dict[str, int] = {}
         """Bytes in use beyond all models, just before each model was loaded."""
         self._parked_blocks: dict[str, frozenset[str]] = {}
-        self._leaving: dict[str, list[asyncio.Future[None]]] = {}
-        self._parked: dict[str, list[asyncio.Future[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -73,46 +72,31 @@ class Residency:
         self._estimates = estimates
         self._host = host
 
-    def gone(self, model_id: str) -> asyncio.Future[None]:
-        """Done once the model is off the device; immediately if it is not there."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if model_id in self.loaded or model_id in self._leaving:
-            self._leaving.setdefault(model_id, []).append(future)
-        else:
-            future.set_result(None)
-        return future
-
-    def parked(self, model_id: str) -> asyncio.Future[None]:
-        """Done once the model is parked the next time."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._parked.setdefault(model_id, []).append(future)
-        return future
-
     def estimate(self, model_id: str) -> None:
         """Find out what a model will take: by the last measurement, otherwise from its files."""
-        self._start(self._estimate(self._models[model_id]))
+        self._start(model_id, self._estimate(self._models[model_id]))
 
     def prefetch(self, model_id: str) -> None:
         """Read a model's files into the system's cache while other models still use the device."""
-        self._start(self._prefetch(self._models[model_id]))
+        self._start(model_id, self._prefetch(self._models[model_id]))
 
     def load(self, model_id: str) -> None:
         """Bring a model onto the device."""
-        self._start(self._load(self._models[model_id]))
+        self._start(model_id, self._load(self._models[model_id]))
 
     def unload(self, model_id: str, reason: str) -> None:
         """Take a model off the device."""
         log.info("unloading %s: %s", model_id, reason)
-        self._start(self._unload(model_id))
+        self._start(model_id, self._unload(model_id))
 
     def park(self, model_id: str, blocks: frozenset[str], reason: str) -> None:
         """Take blocks off the device; the model stays loaded."""
         log.info("parking %s of %s: %s", ", ".join(sorted(blocks)), model_id, reason)
-        self._start(self._park(model_id, blocks))
+        self._start(model_id, self._park(model_id, blocks))
 
     def wake(self, model_id: str, blocks: frozenset[str]) -> None:
         """Bring parked blocks back."""
-        self._start(self._wake(self._models[model_id], blocks))
+        self._start(model_id, self._wake(self._models[model_id], blocks))
 
     def measure_external(self) -> int:
         """External bytes of the device, measured now."""
@@ -148,18 +132,49 @@ class Residency:
 
     def _on_timer(self) -> None:
         self._timer = None
-        self.outcomes.on_timer()
+        try:
+            self.outcomes.on_timer()
+        except Exception as error:
+            FAULTS.report("the timer of the scheduler", error)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(_beside_steps(work))
+    def _start(self, model_id: str, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(self._to_an_outcome(model_id, work))
         self._tasks.add(task)
         task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            # Every expected failure is an event. This is a bug, and must not be silent.
-            log.critical("a transition ended without an outcome", exc_info=error)
+            FAULTS.report("the end of a transition", error)
+
+    async def _to_an_outcome(self, model_id: str, work: Coroutine[Any, Any, None]) -> None:
+        """Do the work. If it ends by a bug, report that and tell the scheduler an outcome.
+
+        Every expected failure is an event already. Without an outcome the model would move for
+        ever, and all others would wait for it.
+        """
+        try:
+            with quick_switches():
+                await work
+        except (Exception, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
+                raise  # the loop ends, and nobody waits for an outcome
+            FAULTS.report(f"moving the model {model_id!r}", error)
+            if self.outcomes.report.model(model_id).state in MOVING:
+                await self._abandon(model_id)
+            self.outcomes.on_transition_lost(model_id, reason(error))
+
+    async def _abandon(self, model_id: str) -> None:
+        """Free what can be freed of a model of which nobody knows the state."""
+        loaded = self.loaded.pop(model_id, None)
+        self._parked_blocks.pop(model_id, None)
+        self._overhead_before.pop(model_id, None)
+        if loaded is not None:
+            try:
+                await self._runtime(self._models[model_id]).unload(loaded)
+            except Exception:
+                log.exception("unloading %s failed", model_id)
 
     def _runtime(self, model: ModelConfig) -> Runtime:
         return self._runtimes[model.runtime]
@@ -170,8 +185,7 @@ class Residency:
             try:
                 estimate = await asyncio.to_thread(self._runtime(model).estimate, model)
             except Exception as error:
-                reason = str(_load_error(model, error))
-                self.outcomes.on_estimate_failed(model.id, reason)
+                self.outcomes.on_estimate_failed(model.id, str(_load_error(model, error)))
                 return
         self.outcomes.on_estimate(model.id, estimate)
 
@@ -180,6 +194,8 @@ class Residency:
             read_bytes = await asyncio.to_thread(_read_ahead, self._runtime(model), model)
         except (OSError, EngineError) as error:
             log.debug("cannot read the files of %s ahead: %s", model.id, error)
+        except Exception:  # a library's, and no reason to end anything
+            log.exception("cannot read the files of %s ahead", model.id)
         else:
             log.debug("reading %s of %s ahead", format_size(read_bytes), model.id)
 
@@ -203,7 +219,10 @@ class Residency:
             model.id, measured.blocks, load_seconds, loaded.max_concurrency, loaded.host_bytes
         )
         if self._estimates is not None:
-            await asyncio.to_thread(self._estimates.put, model, measured)
+            try:
+                await asyncio.to_thread(self._estimates.put, model, measured)
+            except Exception:  # the model is there, whatever becomes of the notes about it
+                log.exception("cannot remember what %s takes", model.id)
 
     async def _park(self, model_id: str, blocks: frozenset[str]) -> None:
         try:
@@ -214,7 +233,6 @@ class Residency:
             self.outcomes.on_model_failed(model_id, f"could not be parked: {error}")
         self._parked_blocks[model_id] = self._parked_blocks.get(model_id, frozenset()) | blocks
         self.outcomes.on_parked(model_id)
-        _fulfil(self._parked.pop(model_id, []))
 
     async def _wake(self, model: ModelConfig, blocks: frozenset[str]) -> None:
         started_s = time.perf_counter()
@@ -227,10 +245,8 @@ class Residency:
         self.outcomes.on_woken(model.id, time.perf_counter() - started_s)
 
     async def _unload(self, model_id: str) -> None:
-        self._leaving.setdefault(model_id, [])
         await self._take_out(model_id)
         self.outcomes.on_unloaded(model_id)
-        _fulfil(self._leaving.pop(model_id))
 
     async def _take_out(self, model_id: str) -> None:
         loaded = self.loaded.pop(model_id)
@@ -275,20 +291,9 @@ class Residency:
             )
 
 
-async def _beside_steps(work: Coroutine[Any, Any, None]) -> None:
-    with quick_switches():
-        await work
-
-
 def _copies_bytes(device: Device, host: HostMemory) -> int:
     """Device bytes of host copies. On a CPU the device is host memory, so they are in it."""
     return host.used_bytes if device.kind == CpuDevice.kind else 0
-
-
-def _fulfil(futures: Iterable[asyncio.Future[None]]) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_result(None)
 
 
 def _read_ahead(runtime: Runtime, model: ModelConfig) -> int:

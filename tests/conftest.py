@@ -10,13 +10,14 @@ import ast
 import gc
 import os
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from engine import engine
+from engine.process.faults import FAULTS
 from engine.starters.registry import ensure_starter
 from tests.quick import sitecustomize
 
@@ -102,6 +103,15 @@ def starter_dir(tmp_path_factory: pytest.TempPathFactory) -> StarterDir:
     """Gives the folder of a starter model, each built once for all tests."""
     cache_dir = tmp_path_factory.mktemp("starters")
     return lambda name: ensure_starter(name, cache_dir)
+
+
+@pytest.fixture(autouse=True)
+def no_bugs() -> Iterator[None]:
+    """No test leaves a bug behind; one that causes a bug on purpose clears `FAULTS`."""
+    FAULTS.clear()
+    yield
+    fault, FAULTS.first = FAULTS.first, None
+    assert fault is None
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import logging
 from contextlib import suppress
 
 from engine.memory.device import Device
+from engine.process.faults import FAULTS
 from engine.process.gate import GATE
 from engine.process.watchdog import WATCHDOG
 
@@ -23,9 +24,9 @@ async def wait_for_fault(
 ) -> str:
     """Wait for a fault with which no request can be served any more; return it in words.
 
-    `Watchdog.check` watches the calls under way. The device runs a trivial call again and again,
-    and at once when `recheck` is set. After an illegal access or a failed assertion on a GPU every
-    later call fails, whatever the text of the first error was.
+    `FAULTS` has the bugs that were met. `Watchdog.check` watches the calls under way. The device
+    runs a trivial call again and again, and at once when `recheck` is set. After an illegal access
+    or a failed assertion on a GPU every later call fails, whatever the text of the first error was.
     """
     checks = asyncio.create_task(_check(device, recheck))
     try:
@@ -33,7 +34,8 @@ async def wait_for_fault(
             await asyncio.wait([checks], timeout=POLL_INTERVAL_S)
             if checks.done():
                 return checks.result()
-            if (fault := WATCHDOG.check(hang_s, stall_s)) is not None:
+            fault = FAULTS.first or WATCHDOG.check(hang_s, stall_s)
+            if fault is not None:
                 return fault
     finally:
         checks.cancel()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,19 @@ import pytest_asyncio
 from PIL import Image
 
 from engine.admission import OUT_OF_MEMORY_FACTOR, WORKING_MARGIN
+from engine.config import ModelConfig
 from engine.engine import Engine
-from engine.errors import LoadFailed, ModelNotFound, NotLoaded, OutOfDeviceMemory
+from engine.errors import LoadFailed, ModelNotFound, NotLoaded, OutOfDeviceMemory, QueueTimeout
 from engine.events import Event, ImageResult, PartialImage, Progress, WorkingMemory
 from engine.memory.block import Block, Estimate
 from engine.process.switches import QUICK_SWITCH_S
-from engine.requests import ImageOperation, ImageRequest, Request
+from engine.requests import ImageOperation, ImageRequest, Request, SchedulingOptions
 from engine.runtimes.base import Prepared
 from engine.runtimes.registry import REGISTRY
 from engine.scheduling.waiting import Stage, Waiting, WaitStatus
 from engine.status import ModelState
-from tests.server.fake import MODEL_BYTES, FakeRuntime, fake_engine
+from tests.engine.scheduling.world import Clock
+from tests.server.fake import MODEL_BYTES, FakeDevice, FakeRuntime, fake_engine
 
 PICTURE = Image.new("RGB", (2, 2))
 RESULT = ImageResult((PICTURE,), seed=1)
@@ -216,6 +219,71 @@ async def test_where_a_request_stands_can_be_seen(engine: Engine, runtime: Measu
         await session.close()
     await (await opening[1]).close()
     assert engine.wait_status(second) == WaitStatus(Stage.RUNNING)
+
+
+async def test_one_deadline_covers_all_the_waits_of_a_request(
+    runtime: Measured, tmp_path: Path
+) -> None:
+    clock = Clock()
+    config = fake_engine(runtime, tmp_path).config
+    engine = Engine(config, device=FakeDevice(), runtimes={"fake": lambda _: runtime}, clock=clock)
+    patient = replace(request(), scheduling=SchedulingOptions(timeout_s=1.0))
+    estimates = runtime.estimate
+
+    fetched = False
+
+    def estimate(model: ModelConfig) -> Estimate:
+        nonlocal fetched
+        clock.now += 0.0 if fetched else 0.25
+        fetched = True
+        return estimates(model)
+
+    runtime.estimate = estimate  # type: ignore[method-assign]
+    ran = 0
+
+    async def answer(_: Any) -> AsyncGenerator[Event, None]:
+        nonlocal ran
+        ran += 1
+        clock.now += 100.0  # how long a run takes is another matter
+        raise OutOfDeviceMemory("too little")
+        yield RESULT
+
+    runtime.answer = answer
+    opening = asyncio.create_task(engine.open(patient))
+    await asyncio.sleep(0)
+    clock.now += 0.25
+    await engine.start()
+    engine._scheduler._exclusive_running = True  # nothing is granted for now
+
+    async def until(ready: Callable[[], object]) -> None:
+        async with asyncio.timeout(10):
+            while not ready():
+                await asyncio.wait([opening], timeout=0.01)
+                assert not opening.done()
+
+    async def queued() -> float:
+        await until(engine._scheduler._queue.views)
+        return engine._scheduler._queue.views()[0].deadline - clock.now
+
+    assert await queued() == pytest.approx(0.5)
+    clock.now += 0.25
+    held = engine._scheduler._grant  # the second try must wait as well
+
+    def grant(serial: int) -> None:
+        held(serial)
+        engine._scheduler._exclusive_running = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._scheduler, "_grant", grant)
+        engine._scheduler._exclusive_running = False
+        engine._scheduler.on_timer()
+        await until(lambda: ran)
+    assert await queued() == pytest.approx(0.25)
+    clock.now += 0.25
+    engine._scheduler.on_timer()
+    with pytest.raises(QueueTimeout, match="within 1 s"):
+        await opening
+    await engine.stop()
 
 
 async def test_a_plan_changes_nothing(engine: Engine) -> None:
