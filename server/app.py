@@ -15,6 +15,7 @@ from server.auth import Guard
 from server.errors import Failure
 from server.metrics import HttpMetrics
 from server.request_context import RequestContext
+from server.routes.docs import docs_router
 from server.routes.engine import engine_router
 from server.routes.images import images_router
 from server.routes.models import models_router
@@ -62,8 +63,8 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     app = FastAPI(
         title="Roundhouse",
         lifespan=lifespan,
-        # The pages that show the schema load scripts from another host, and the bodies are the
-        # libraries' own, so the schema would say little.
+        # Most routes read their bodies themselves, so FastAPI's document would say little, and its
+        # pages load scripts from another host. `docs_router` has both.
         openapi_url=None,
         redirect_slashes=False,
     )
@@ -78,6 +79,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     app.include_router(engine_router(engine, settings))
     app.include_router(files_router(engine))
     app.include_router(web_router())
+    app.include_router(docs_router(engine, settings))
     app.add_exception_handler(EngineError, _on_engine_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_middleware(Guard, settings=settings)

@@ -1,9 +1,9 @@
-"""Who may ask: keys, and without keys, only this machine.
+"""Access to the server: by keys, and without keys only from this machine.
 
-With keys configured, every route but the probes, the page at `/` and the files of finished images
-needs one; the routes that change the engine need an admin key. Without keys the server is open to
-programs on this machine, but not to web pages that a browser on it happens to show: a page may
-send requests to loopback addresses, and a host name may be rebound to one.
+With configured keys every route needs one, except the probes, the pages `/` and `/docs`, and the
+files of finished images. The routes that change the engine need an admin key. Without keys the
+server is open to programs on this machine. It is not open to other web pages in a browser: a page
+may send requests to loopback addresses, and a host name may be rebound to one.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from server.settings import ServerSettings, is_loopback
 PROBES = frozenset({"/health", "/ready", "/ping"})
 WEB_PATH = "/"
 WEB_FILES_PREFIX = "/web/"
-"""Page and files hold no secret; what the page shows it asks for with the key that it is given."""
+DOCS_PATH = "/docs"
+DOCS_FILES_PREFIX = "/docs/"
+"""Pages and their files hold no secret. A page requests its data with the key that it gets."""
 ADMIN_PREFIX = "/v1/engine/"
 PLAN_PATH = "/v1/engine/plan"
-"""A question, though it is posted: it changes nothing, so any key may ask it."""
+"""It changes nothing, though it is a POST, so any key may use it."""
 IMAGE_FILES_PREFIX = "/v1/images/files/"
-"""Read without a key, as a browser shows an image: the names are unguessable (256 bits), so that
-knowing the URL is the permission."""
+"""Read without a key, so that a browser can show an image. Nobody can guess the names (256 bits),
+so the URL itself is the permission."""
 
 
 class Role(IntEnum):
-    """What a caller may do; each may do what the lower ones may."""
+    """What a caller may do. Each role may do what the lower ones may."""
 
     NOBODY = 0
     USER = 1
@@ -53,11 +55,11 @@ class Keyring:
         return bool(self._digests)
 
     def role_of(self, presented: str) -> Role:
-        """The highest role this key has, told in a time that does not depend on the keys."""
+        """The highest role of this key, in a time that does not depend on the keys."""
         digest = _digest(presented)
         role = Role.NOBODY
         for known, granted in self._digests:
-            # No early exit: how long the search takes would tell where a key is.
+            # No early exit: the time of the search would reveal where a key is.
             role = max(role, granted if hmac.compare_digest(known, digest) else Role.NOBODY)
         return role
 
@@ -81,11 +83,10 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _refusal(self, method: str, path: str, headers: Headers) -> Failure | None:
-        changes = method not in ("GET", "HEAD") and path != PLAN_PATH
-        admin = changes and path.startswith(ADMIN_PREFIX)
+        admin = is_admin(method, path)
         if not self._keyring:
             return self._refusal_without_keys(headers, admin=admin)
-        if path in PROBES or (method in ("GET", "HEAD") and _is_open_file(path)):
+        if is_open(method, path):
             return None
         presented = _presented_keys(headers)
         if not presented:
@@ -118,8 +119,20 @@ class Guard:
         return None
 
 
-def _is_open_file(path: str) -> bool:
-    return path == WEB_PATH or path.startswith((WEB_FILES_PREFIX, IMAGE_FILES_PREFIX))
+def is_admin(method: str, path: str) -> bool:
+    """Whether a request needs an admin key."""
+    changes = method not in ("GET", "HEAD") and path != PLAN_PATH
+    return changes and path.startswith(ADMIN_PREFIX)
+
+
+def is_open(method: str, path: str) -> bool:
+    """Whether a request needs no key at all, even with configured keys."""
+    if path in PROBES:
+        return True
+    prefixes = (WEB_FILES_PREFIX, DOCS_FILES_PREFIX, IMAGE_FILES_PREFIX)
+    return method in ("GET", "HEAD") and (
+        path in (WEB_PATH, DOCS_PATH) or path.startswith(prefixes)
+    )
 
 
 def _digest(key: str) -> bytes:

@@ -33,6 +33,11 @@ from engine.requests import Operation, TextOperation
 ANTHROPIC_PATH = "/v1/messages"
 
 
+def is_anthropic(path: str) -> bool:
+    """Whether clients of `path` read Anthropic's envelope."""
+    return path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+
+
 @dataclass(frozen=True, slots=True)
 class _Answer:
     status: int
@@ -138,8 +143,10 @@ class Failure:
 
     def response(self, path: str, request_id: str) -> JSONResponse:
         """The whole response, in the envelope that clients of `path` read."""
-        anthropic = path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
-        document = self.anthropic_document(request_id) if anthropic else self.openai_document()
+        if is_anthropic(path):
+            document = self.anthropic_document(request_id)
+        else:
+            document = self.openai_document()
         return JSONResponse(document, self.status, dict(self.headers))
 
     def frame(self, operation: Operation, request_id: str) -> str:

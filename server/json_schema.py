@@ -66,11 +66,11 @@ class SchemaGenerator(GenerateJsonSchema):
 
     def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
         """The schema of a model, with descriptions of its fields."""
-        document = super().model_schema(schema)
-        for name, text in field_docstrings(schema["cls"]).items():
-            if name in document.get("properties", {}):
-                document["properties"][name].setdefault("description", text)
-        return document
+        return _described(super().model_schema(schema), schema["cls"])
+
+    def dataclass_schema(self, schema: core_schema.DataclassSchema) -> JsonSchemaValue:
+        """The same of a dataclass."""
+        return _described(super().dataclass_schema(schema), schema["cls"])
 
     def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
         """No titles: they would only repeat the names of the fields."""
@@ -84,16 +84,26 @@ class SchemaGenerator(GenerateJsonSchema):
         return parser({} if inner is None else self.generate_inner(inner))
 
 
-def field_docstrings(kind: type[BaseModel]) -> Mapping[str, str]:
-    """The docstrings below the fields of a model, and of the classes that it inherits from."""
+def field_docstrings(kind: type[Any]) -> Mapping[str, str]:
+    """The docstrings below the fields of a class, and of the classes that it inherits from."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
-        if issubclass(base, BaseModel) and base is not BaseModel:
+        if base not in (object, BaseModel):
             found |= _own_docstrings(base)
     return found
 
 
-def _own_docstrings(kind: type[BaseModel]) -> dict[str, str]:
+def _described(document: JsonSchemaValue, kind: type[Any]) -> JsonSchemaValue:
+    properties = document.get("properties", {})
+    fields = kind.model_fields if issubclass(kind, BaseModel) else {}
+    for name, text in field_docstrings(kind).items():
+        written = (fields[name].alias or name) if name in fields else name
+        if written in properties:
+            properties[written].setdefault("description", text)
+    return document
+
+
+def _own_docstrings(kind: type[Any]) -> dict[str, str]:
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(body, ast.ClassDef)
     found = {}

@@ -26,6 +26,7 @@ LAYERS = (
     ("server.serve",),
     ("server.app",),
     ("server.routes",),
+    ("server.openapi",),
     ("server.schemas",),
     ("server",),
     ("engine.jobs",),

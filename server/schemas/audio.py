@@ -60,6 +60,11 @@ def _read_voice(value: Any) -> Any:
     return value["id"] if isinstance(value, dict) and value.keys() == {"id"} else value
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    # What is written there is not the Boolean that it becomes.
+    del schema["default"]
+
+
 def _read_chunking(value: Any) -> bool:
     if value not in ("auto", {"type": "server_vad"}):
         # The numbers of server_vad belong to another detector than ours.
@@ -80,6 +85,18 @@ _VOICE_SCHEMA = {
             "type": "object",
             "properties": {"id": _NAME_SCHEMA},
             "required": ["id"],
+            "additionalProperties": False,
+        },
+    ]
+}
+
+_CHUNKING_SCHEMA = {
+    "anyOf": [
+        {"const": "auto"},
+        {
+            "type": "object",
+            "properties": {"type": {"const": "server_vad"}},
+            "required": ["type"],
             "additionalProperties": False,
         },
     ]
@@ -251,8 +268,8 @@ class TranscriptionBody(RecordingBody):
         list[Literal["word", "segment"]], BeforeValidator(as_list)
     ] = Field(default_factory=list)
     chunking_strategy: Annotated[
-        bool, PlainValidator(_read_chunking), WithJsonSchema({"const": "auto"})
-    ] = False
+        bool, PlainValidator(_read_chunking), WithJsonSchema(_CHUNKING_SCHEMA)
+    ] = Field(default=False, json_schema_extra=_without_default)
     """`auto`: a voice activity detector cuts the recording."""
     keywords: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]],

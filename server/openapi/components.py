@@ -1,0 +1,216 @@
+"""The named schemas of the OpenAPI document: what the routes answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from engine.scheduling.scheduler_event import EventKind
+from engine.status import EngineState, EngineStatus, Forecast, ModelStatus
+from server.json_schema import SchemaGenerator
+from server.openapi.operation import Schema, listing, nullable, record, reference
+
+TEMPLATE = "#/components/schemas/{model}"
+
+STRING: Schema = {"type": "string"}
+INTEGER: Schema = {"type": "integer"}
+NUMBER: Schema = {"type": "number"}
+BOOLEAN: Schema = {"type": "boolean"}
+
+RESIDENCY = record(
+    tier=STRING,
+    load_seconds=nullable(NUMBER),
+    evicts={"type": "array", "items": STRING},
+)
+
+ERROR = record(
+    error=record(
+        message=STRING,
+        type=STRING,
+        param=nullable(STRING),
+        code=nullable(STRING),
+        optional={"residency": RESIDENCY},
+    )
+)
+
+ANTHROPIC_ERROR = record(
+    type={"const": "error"},
+    error=record(type=STRING, message=STRING, optional={"residency": RESIDENCY}),
+    request_id=STRING,
+)
+
+IMAGES = record(
+    created=INTEGER,
+    data={
+        "type": "array",
+        "items": {"anyOf": [record(b64_json=STRING), record(url=STRING)]},
+    },
+    background={"const": "opaque"},
+    output_format={"enum": ["png", "jpeg", "webp"]},
+    seed={**INTEGER, "description": "The seed of the first image."},
+    optional={"size": STRING, "quality": STRING},
+)
+
+VIDEO = record(
+    id=STRING,
+    object={"const": "video"},
+    model=STRING,
+    status={"enum": ["queued", "in_progress", "completed", "failed"]},
+    progress={**INTEGER, "minimum": 0, "maximum": 100},
+    created_at=INTEGER,
+    completed_at=nullable(INTEGER),
+    expires_at=nullable(INTEGER),
+    prompt=nullable(STRING),
+    size=STRING,
+    seconds=STRING,
+    remixed_from_video_id={"type": "null"},
+    error=nullable(record(code=STRING, message=STRING)),
+    fps=INTEGER,
+    num_frames=INTEGER,
+    seed=nullable(INTEGER),
+    position={**nullable(INTEGER), "description": "In the queue; 1 is next."},
+    eta_s={**nullable(NUMBER), "description": "Seconds until it is expected to be done."},
+)
+
+WORD = record(word=STRING, start=NUMBER, end=NUMBER)
+
+SEGMENT = record(
+    id=INTEGER,
+    seek=INTEGER,
+    start=NUMBER,
+    end=NUMBER,
+    text=STRING,
+    tokens={"type": "array", "items": INTEGER},
+    temperature=NUMBER,
+    avg_logprob=NUMBER,
+    compression_ratio=NUMBER,
+    no_speech_prob=NUMBER,
+)
+
+TRANSCRIPT = record(
+    text=STRING,
+    optional={
+        "usage": record(type={"const": "duration"}, seconds=NUMBER),
+        "task": STRING,
+        "language": STRING,
+        "duration": NUMBER,
+        "segments": {"type": "array", "items": SEGMENT},
+        "words": {"type": "array", "items": WORD},
+    },
+)
+
+_VOICE = {"id": STRING, "object": {"const": "audio.voice"}, "name": STRING}
+CLONED_VOICE = record(**_VOICE, created_at=INTEGER)
+LISTED_VOICE = record(
+    **_VOICE,
+    model=nullable(STRING),
+    language=nullable(STRING),
+    optional={"created_at": INTEGER},
+)
+
+EVENT = record(
+    id=INTEGER,
+    at={**NUMBER, "description": "Unix seconds."},
+    type={"enum": [kind.value for kind in EventKind]},
+    model=STRING,
+    reason=STRING,
+    request_id=nullable(STRING),
+    granted_bytes=INTEGER,
+    capacity_bytes=INTEGER,
+)
+
+EVENT_PAGE = listing(
+    reference("Event"),
+    has_more=BOOLEAN,
+    last_id=INTEGER,
+    lost=nullable(record(type={"const": "lost"}, count=nullable(INTEGER))),
+)
+
+FILES = record(
+    source=STRING,
+    nbytes=INTEGER,
+    unfinished_bytes=INTEGER,
+    present=BOOLEAN,
+    last_used={**nullable(NUMBER), "description": "Unix seconds."},
+    models={"type": "array", "items": STRING},
+)
+
+MODEL_FILES = record(
+    id=STRING,
+    object={"const": "engine.files"},
+    source=STRING,
+    hub={**BOOLEAN, "description": "Whether a hub has it, so that it can be pulled."},
+    files={"type": "array", "items": reference("Files")},
+)
+
+DELETED_FILES = record(
+    id=STRING,
+    object={"const": "engine.files"},
+    deleted={"type": "array", "items": STRING},
+    freed_bytes=INTEGER,
+)
+
+LORA = record(id=STRING, object={"const": "engine.lora"}, model=STRING, nbytes=INTEGER)
+
+STATUS = record(status={"enum": [*(state.value for state in EngineState), "restarting"]})
+
+
+def components() -> dict[str, Any]:
+    """All of them by name."""
+    status = _of_dataclass(EngineStatus)
+    forecast = _of_dataclass(Forecast)
+    found = {**status.pop("$defs"), **forecast.pop("$defs")}
+    model = found[ModelStatus.__name__]
+    model["properties"]["keep_alive_s"] = {
+        **nullable(NUMBER),
+        "description": "Seconds that the idle model stays; null is for ever.",
+    }
+    own = {
+        "object": {"const": "model"},
+        "owned_by": STRING,
+        "alias_of": {**nullable(STRING), "description": "The model's id; null if this is the id."},
+    }
+    found["LedgerStatus"]["properties"]["foreign_bytes"] = {
+        **INTEGER,
+        "deprecated": True,
+        "description": "The former name of `external_bytes`.",
+    }
+    # Under an alias, `id` is the alias.
+    found["Model"] = {
+        **model,
+        "properties": {**model["properties"], **own},
+        "required": [*model["required"], *own],
+    }
+    return {
+        **found,
+        "EngineStatus": status,
+        "Plan": forecast,
+        "ModelList": listing(reference("Model")),
+        "Images": IMAGES,
+        "Video": VIDEO,
+        "VideoList": listing(
+            reference("Video"),
+            first_id=nullable(STRING),
+            last_id=nullable(STRING),
+            has_more=BOOLEAN,
+        ),
+        "Transcript": TRANSCRIPT,
+        "ClonedVoice": CLONED_VOICE,
+        "VoiceList": listing(LISTED_VOICE),
+        "Event": EVENT,
+        "EventPage": EVENT_PAGE,
+        "Files": FILES,
+        "FilesList": listing(MODEL_FILES),
+        "DeletedFiles": DELETED_FILES,
+        "AddedLora": LORA,
+        "Status": STATUS,
+        "Error": ERROR,
+        "AnthropicError": ANTHROPIC_ERROR,
+    }
+
+
+def _of_dataclass(kind: type[Any]) -> dict[str, Any]:
+    return TypeAdapter(kind).json_schema(
+        mode="serialization", ref_template=TEMPLATE, schema_generator=SchemaGenerator
+    )

@@ -1,0 +1,346 @@
+"""The operations of the OpenAPI document, by path and method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from engine.media.audio_output import ENCODINGS
+from server.openapi.components import BOOLEAN, STRING
+from server.openapi.operation import (
+    BINARY,
+    EVENTS,
+    JSON,
+    TEXT,
+    Operation,
+    Schema,
+    record,
+    reference,
+)
+from server.schemas.audio import (
+    SpeechBody,
+    TranscriptionBody,
+    TranslationBody,
+    VoiceBody,
+    VoicesQuery,
+)
+from server.schemas.engine import EventsQuery, PlanBody
+from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
+from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
+
+OPENAI = "https://platform.openai.com/docs/api-reference"
+ANTHROPIC = "https://docs.anthropic.com/en/api"
+TOKENIZER = "https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html#tokenizer-api"
+
+MODEL = "MODEL"
+"""Stands in an example for the id of a configured model."""
+
+_MESSAGES = [{"role": "user", "content": "Hello"}]
+
+Methods = Mapping[str, Operation]
+
+
+def _text(
+    summary: str, link: str, *, streams: bool = False, task: str = "generate", **example: object
+) -> Methods:
+    """An operation whose body is that of another provider or library."""
+    body = record(
+        model={**STRING, "minLength": 1},
+        optional={"stream": BOOLEAN} if streams else None,
+    )
+    answers: dict[str, Schema] = {JSON: {"type": "object"}}
+    if streams:
+        answers[EVENTS] = STRING
+    operation = Operation(
+        summary=summary,
+        description="The linked page describes the other fields and the answer.",
+        answers=answers,
+        json={**body, "additionalProperties": True},
+        scheduled=True,
+        link=link,
+        example={"model": MODEL, **example},
+        task=task,
+    )
+    return {"post": operation}
+
+
+def _images(summary: str, kind: type[ImageBody], example: Mapping[str, object] | None) -> Methods:
+    operation = Operation(
+        summary=summary,
+        description="With `stream` the answer is events: previews, then each image.",
+        answers={JSON: reference("Images"), EVENTS: STRING}
+        if kind is not VariationBody
+        else {JSON: reference("Images")},
+        json=kind,
+        form=kind,
+        scheduled=True,
+        link=f"{OPENAI}/images",
+        example=example,
+        task="image",
+    )
+    return {"post": operation}
+
+
+def _recording(summary: str, kind: type[TranscriptionBody | TranslationBody]) -> Methods:
+    answers: dict[str, Schema] = {JSON: reference("Transcript"), TEXT: STRING, "text/vtt": STRING}
+    if kind is TranscriptionBody:
+        answers[EVENTS] = STRING
+    operation = Operation(
+        summary=summary,
+        description="`response_format` chooses the form of the answer.",
+        answers=answers,
+        form=kind,
+        scheduled=True,
+        link=f"{OPENAI}/audio",
+        task="transcribe",
+    )
+    return {"post": operation}
+
+
+def _action(summary: str) -> Methods:
+    return {"post": Operation(summary=summary, answers={JSON: reference("Model")})}
+
+
+def _both(operation: Operation) -> Methods:
+    """The operation for GET and HEAD."""
+    return {"get": operation, "head": operation}
+
+
+def _page(summary: str, *media_types: str) -> Methods:
+    return _both(Operation(summary=summary, answers=dict.fromkeys(media_types, STRING)))
+
+
+OPERATIONS: Mapping[str, Methods] = {
+    "/v1/chat/completions": _text(
+        "Chat completion", f"{OPENAI}/chat/create", streams=True, messages=_MESSAGES
+    ),
+    "/v1/completions": _text(
+        "Completion", f"{OPENAI}/completions/create", streams=True, prompt="Once"
+    ),
+    "/v1/responses": _text(
+        "Response; it is not stored", f"{OPENAI}/responses/create", streams=True, input="Hello"
+    ),
+    "/v1/messages": _text(
+        "Anthropic's message",
+        f"{ANTHROPIC}/messages",
+        streams=True,
+        messages=_MESSAGES,
+        max_tokens=64,
+    ),
+    "/v1/messages/count_tokens": _text(
+        "Number of tokens of a message",
+        f"{ANTHROPIC}/messages-count-tokens",
+        messages=_MESSAGES,
+    ),
+    "/v1/embeddings": _text(
+        "Embeddings", f"{OPENAI}/embeddings/create", task="embed", input="Hello"
+    ),
+    "/tokenize": _text("Tokens of a text", TOKENIZER, prompt="Hello"),
+    "/v1/tokenize": _text("Tokens of a text", TOKENIZER, prompt="Hello"),
+    "/detokenize": _text("Text of tokens", TOKENIZER, tokens=[1, 2, 3]),
+    "/v1/detokenize": _text("Text of tokens", TOKENIZER, tokens=[1, 2, 3]),
+    "/v1/images/generations": _images(
+        "Images from a prompt", GenerationBody, {"model": MODEL, "prompt": "a red train"}
+    ),
+    "/v1/images/edits": _images("Images from images and a prompt", EditBody, None),
+    "/v1/images/variations": _images("Variations of an image", VariationBody, None),
+    "/v1/images/files/{name}": _both(
+        Operation(
+            summary="An image that a request asked for as a URL",
+            description="Needs no key: its name cannot be guessed.",
+            answers=dict.fromkeys(("image/png", "image/jpeg", "image/webp"), BINARY),
+        )
+    ),
+    "/v1/videos": {
+        "post": Operation(
+            summary="Make a video",
+            description="Makes a job, which outlives the connection.",
+            answers={JSON: reference("Video")},
+            json=VideoBody,
+            form=VideoBody,
+            scheduled=True,
+            link=f"{OPENAI}/videos",
+            example={"model": MODEL, "prompt": "a red train"},
+            task="video",
+        ),
+        "get": Operation(
+            summary="The videos",
+            answers={JSON: reference("VideoList")},
+            query=VideoListQuery,
+            link=f"{OPENAI}/videos",
+        ),
+    },
+    "/v1/videos/{video_id}": {
+        "get": Operation(summary="One video", answers={JSON: reference("Video")}),
+        "delete": Operation(
+            summary="Delete a video",
+            description="Stops the job if it has not ended.",
+            answers={
+                JSON: record(id=STRING, object={"const": "video.deleted"}, deleted={"const": True})
+            },
+        ),
+    },
+    "/v1/videos/{video_id}/content": _both(
+        Operation(
+            summary="The file of a video, or its thumbnail",
+            answers={"video/mp4": BINARY, "image/webp": BINARY},
+            query=VideoContentQuery,
+        )
+    ),
+    "/v1/videos/{video_id}/cancel": {
+        "post": Operation(
+            summary="Stop the job of a video and keep its record",
+            answers={JSON: reference("Video")},
+        )
+    },
+    "/v1/audio/speech": {
+        "post": Operation(
+            summary="Speech from a text",
+            description=(
+                "With `stream_format: sse` the answer is events: `speech.audio.words`,"
+                " `speech.audio.delta` with base64, and `speech.audio.done`."
+            ),
+            answers={
+                **{each.media_type: BINARY for each in ENCODINGS.values()},
+                EVENTS: STRING,
+            },
+            json=SpeechBody,
+            scheduled=True,
+            link=f"{OPENAI}/audio/createSpeech",
+            example={"model": MODEL, "input": "All aboard!"},
+            task="speech",
+        )
+    },
+    "/v1/audio/transcriptions": _recording("Text of a recording", TranscriptionBody),
+    "/v1/audio/translations": _recording("English text of a recording", TranslationBody),
+    "/v1/audio/voices": {
+        "get": Operation(
+            summary="The voices of the speech models, and the cloned voices",
+            answers={JSON: reference("VoiceList")},
+            query=VoicesQuery,
+        ),
+        "post": Operation(
+            summary="Add a cloned voice",
+            answers={JSON: reference("ClonedVoice")},
+            form=VoiceBody,
+        ),
+    },
+    "/v1/audio/voices/{voice_id}": {
+        "delete": Operation(
+            summary="Remove a cloned voice",
+            answers={
+                JSON: record(id=STRING, object={"const": "audio.voice"}, deleted={"const": True})
+            },
+        )
+    },
+    "/v1/models": {
+        "get": Operation(
+            summary="The models",
+            description="An alias is listed as a model of its own, with `alias_of`.",
+            answers={JSON: reference("ModelList")},
+            link=f"{OPENAI}/models",
+        )
+    },
+    "/v1/models/{name}": {
+        "get": Operation(summary="One model", answers={JSON: reference("Model")})
+    },
+    "/v1/engine": {
+        "get": Operation(
+            summary="Every byte, every model, the queue", answers={JSON: reference("EngineStatus")}
+        )
+    },
+    "/v1/engine/plan": {
+        "post": Operation(
+            summary="What the engine would do for a request",
+            description="Changes nothing.",
+            answers={JSON: reference("Plan")},
+            json=PlanBody,
+            example={"model": MODEL},
+        )
+    },
+    "/v1/engine/events": {
+        "get": Operation(
+            summary="What was loaded, parked and evicted, and why",
+            description=(
+                "With `stream`, or if the client accepts `text/event-stream`, the answer is events"
+                " with ids. An event `lost` reports that some are missing."
+            ),
+            answers={JSON: reference("EventPage"), EVENTS: STRING},
+            query=EventsQuery,
+            headers={"last-event-id": "The id of the last event that the client has read."},
+        )
+    },
+    "/v1/engine/models/{name}/load": _action("Load or wake a model"),
+    "/v1/engine/models/{name}/unload": _action("Unload a model"),
+    "/v1/engine/models/{name}/park": _action("Park a model: keep only its host copy"),
+    "/v1/engine/models/{name}/pin": _action("Never evict a model"),
+    "/v1/engine/models/{name}/unpin": _action("Allow the eviction of a model again"),
+    "/v1/engine/models/{name}/pull": {
+        "post": Operation(
+            summary="Fetch the files of a model from its hub",
+            description="Events `pull.progress`, then `pull.completed` or `error`.",
+            answers={EVENTS: STRING},
+        )
+    },
+    "/v1/engine/models/{name}/files": {
+        "delete": Operation(
+            summary="Delete the files of a model",
+            description="The model must not be loaded.",
+            answers={JSON: reference("DeletedFiles")},
+        )
+    },
+    "/v1/engine/files": {
+        "get": Operation(
+            summary="The files of the models, and their sizes",
+            answers={JSON: reference("FilesList")},
+        )
+    },
+    "/v1/engine/loras": {
+        "post": Operation(
+            summary="Add a LoRA to the folder of a model",
+            answers={JSON: reference("AddedLora")},
+            form={
+                **record(
+                    model=STRING,
+                    file=BINARY,
+                    optional={"name": {**STRING, "description": "By default the file's name."}},
+                ),
+                "additionalProperties": False,
+            },
+        )
+    },
+    "/health": _both(
+        Operation(
+            summary="Whether the process is alive",
+            answers={JSON: reference("Status")},
+            others={503: "It is not."},
+        )
+    ),
+    "/ready": _both(
+        Operation(
+            summary="Whether the server takes work now",
+            answers={JSON: reference("Status")},
+            others={503: "It starts or drains."},
+        )
+    ),
+    "/ping": _both(
+        Operation(
+            summary="The same for RunPod",
+            answers={JSON: reference("Status")},
+            others={204: "It starts.", 503: "It drains or failed."},
+        )
+    ),
+    "/metrics": {
+        "get": Operation(
+            summary="Metrics for Prometheus",
+            answers={TEXT: STRING, "application/openmetrics-text": STRING},
+        )
+    },
+    "/": _page("The dashboard", "text/html"),
+    "/web/{name}": _page("A file of the dashboard", "text/javascript", "text/css", "image/svg+xml"),
+    "/openapi.json": {
+        "get": Operation(summary="This document", answers={JSON: {"type": "object"}})
+    },
+    "/docs": _page("This document as a page", "text/html"),
+    "/docs/{name}": _page("A file of that page", "text/javascript", "text/css"),
+}
+"""All of them."""
