@@ -26,12 +26,18 @@ _TOKEN_PATTERN = "[0-9a-f]" * 2 * _TOKEN_BYTES
 
 @contextmanager
 def new_file(
-    path: Path, *, overwrite: bool = True, durable: bool = True, mode: int | None = None
+    path: Path,
+    *,
+    overwrite: bool = True,
+    durable: bool = True,
+    mode: int | None = None,
+    sweep: bool = True,
 ) -> Iterator[Path]:
     """An empty file to write to, which becomes `path` if the block ends without an error.
 
     A file that replaces another takes over its permissions. Any other has `mode`, or by default
-    what the umask allows. With `durable`, the file is on disk when this returns.
+    what the umask allows. With `durable`, the file is on disk when this returns. `sweep` removes
+    leftovers of the same target first, for which it lists the folder.
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is false; it stays as it was.
@@ -40,7 +46,8 @@ def new_file(
     """
     with suppress(FileNotFoundError):
         mode = path.stat().st_mode & 0o777
-    with _beside(path, folder=False, mode=0o666 if mode is None else 0o600) as unfinished:
+    first_mode = 0o666 if mode is None else 0o600
+    with _beside(path, folder=False, mode=first_mode, sweep=sweep) as unfinished:
         try:
             yield unfinished
             if mode is not None:
@@ -116,9 +123,10 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def _beside(target: Path, *, folder: bool, mode: int) -> Iterator[Path]:
+def _beside(target: Path, *, folder: bool, mode: int, sweep: bool = True) -> Iterator[Path]:
     """A new file or folder next to the target, and a lock on it."""
-    remove_leftovers(target.parent, f"{glob.escape(target.name)}.{_TOKEN_PATTERN}")
+    if sweep:
+        remove_leftovers(target.parent, f"{glob.escape(target.name)}.{_TOKEN_PATTERN}")
     while True:
         path = _new_name(target)
         if folder:

@@ -104,7 +104,8 @@ class Outputs:
         """
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
-            with new_file(self._folder / name) as unfinished:
+            # A sweep would list the folder. Leftovers count and expire as files do.
+            with new_file(self._folder / name, sweep=False) as unfinished:
                 write(unfinished)
                 now = self._clock()
                 os.utime(unfinished, (now, now))  # ages are measured by our clock
