@@ -31,7 +31,7 @@ LAYERS = (
     ("engine.jobs",),
     ("engine.simulation",),
     ("engine.engine",),
-    ("engine.session", "engine.admission"),
+    ("engine.session", "engine.run", "engine.admission"),
     ("engine.catalog",),
     ("engine.residency", "engine.metrics"),
     ("engine.runtimes",),
