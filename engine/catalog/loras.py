@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,8 +24,12 @@ MAX_LORA_BYTES = 4 * 2**30
 MAX_HEADER_BYTES = 100_000_000
 """The library's own limit (`MAX_HEADER_SIZE` in safetensors' tensor.rs)."""
 
+LEFTOVER_S = 86_400.0
+"""An unfinished file that is older was left by a killed process."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _SUFFIX = ".safetensors"
+_UNFINISHED = ".part"
 _LORA_KEY = re.compile(
     r"lora[_.](?:A|B|up|down|mid|embedding|linear_layer)\b|lora_(?:unet|te\d?|transformer)_|"
     r"\.(?:lora_[ABEUd]|alpha|dora_scale|diff|diff_b|hada_\w+|lokr_\w+)(?:\.|$)|_lora\."
@@ -77,9 +84,12 @@ def add(model: ModelConfig, name: str, data: BinaryIO) -> Path:
     folder = folder_of(model)
     if name in lora_files(folder):
         raise Conflict(f"The model {model.id!r} has a LoRA {name!r} already.")
-    path, unfinished = folder / f"{name}{_SUFFIX}", folder / f".{name}.part"
+    path = folder / f"{name}{_SUFFIX}"
+    # A name of its own: what a killed process left must not be in the way.
+    unfinished = folder / f".{name}.{secrets.token_hex(8)}{_UNFINISHED}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
         with unfinished.open("xb") as file:
             try:
                 shutil.copyfileobj(data, file, 2**20)
@@ -96,6 +106,14 @@ def add(model: ModelConfig, name: str, data: BinaryIO) -> Path:
         reason = "the disk is full" if full else error.strerror or str(error)
         raise Conflict(f"The LoRA cannot be kept in {folder}: {reason}.") from error
     return path
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left unfinished."""
+    for path in folder.glob(f".*{_UNFINISHED}"):
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime < time.time() - LEFTOVER_S:
+                path.unlink()
 
 
 def check_file(path: Path) -> None:

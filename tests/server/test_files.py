@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -219,6 +220,21 @@ class TestLoras:
         }
         assert (tmp_path / "loras" / "style.safetensors").read_bytes() == LORA
         assert names_in(tmp_path / "loras") == ["style.safetensors"]
+
+    async def test_what_a_killed_process_left_is_not_in_the_way(
+        self, client: httpx.AsyncClient, tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "loras"
+        folder.mkdir()
+        for number, name in enumerate((".style.part", ".style.0123.part")):
+            (folder / name).write_bytes(b"half")
+            os.utime(folder / name, (number * 1e9, number * 1e9))
+        (folder / ".other.part").write_bytes(b"half")  # just now: somebody may be writing it
+        assert (await self.upload(client)).is_success
+        assert sorted(path.name for path in folder.iterdir()) == [
+            ".other.part",
+            "style.safetensors",
+        ]
 
     async def test_by_a_name_of_its_own(self, client: httpx.AsyncClient, tmp_path: Path) -> None:
         assert (await self.upload(client, filename="x.bin", name="mine-1.2")).is_success
