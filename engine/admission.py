@@ -270,8 +270,10 @@ class Admission:
             if isinstance(first, Document):
                 await events.aclose()
         except BaseException:
-            await events.aclose()
-            lease.release()
+            try:
+                await events.aclose()
+            finally:
+                lease.release()
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 # A library may answer a cancellation with an error of its own.

@@ -67,6 +67,8 @@ class ServerSettings(Section):
     something trivial."""
     stall_s: Duration = Field(default=900.0, ge=1, le=86_400)
     """The same for what computes, compiles, or imports at the start, but gets no further."""
+    write_timeout_s: Duration = Field(default=60.0, ge=0.1, le=86_400)
+    """Seconds in which a client may take no byte of its response; then its connection is cut."""
     max_body_bytes: Size = Field(default=32 * 2**20, gt=0)
     """A larger request body is refused with 413."""
     max_image_pixels: int = Field(default=2**25, gt=0)

@@ -32,7 +32,7 @@ LAYERS = (
     ("engine.jobs",),
     ("engine.simulation",),
     ("engine.engine",),
-    ("engine.session", "engine.admission"),
+    ("engine.session", "engine.run", "engine.admission"),
     ("engine.catalog",),
     ("engine.residency", "engine.metrics"),
     ("engine.runtimes",),

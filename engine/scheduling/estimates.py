@@ -65,19 +65,19 @@ class EstimateStore:
 
     def put(self, model: ModelConfig, estimate: Estimate) -> None:
         """Remember a measurement of the model. Writes the file."""
-        self._change(
-            model,
-            blocks=[
-                [
-                    block.name,
-                    block.nbytes,
-                    *(["parkable"] * block.parkable),
-                    *(["scratch"] * block.scratch),
-                ]
-                for block in estimate.blocks
-            ],
-            load_seconds=round(estimate.load_seconds, 3),
-        )
+        blocks = [
+            [
+                block.name,
+                block.nbytes,
+                *(["parkable"] * block.parkable),
+                *(["scratch"] * block.scratch),
+            ]
+            for block in estimate.blocks
+        ]
+        with self._lock:
+            entry = self._entry(model)
+            entry.update(blocks=blocks, load_seconds=round(estimate.load_seconds, 3))
+            self._write()
 
     def working_bytes(self, model: ModelConfig, shape: str) -> int | None:
         """The last measured peak of a run of this shape, or None."""
@@ -89,24 +89,31 @@ class EstimateStore:
 
     def put_working_bytes(self, model: ModelConfig, shape: str, nbytes: int) -> None:
         """Remember the measured peak of a run. Writes the file."""
-        entry = self._entries.get(self._key(model), {})
-        known = entry.get("working_bytes")
-        shapes = {k: v for k, v in known.items() if k != shape} if isinstance(known, dict) else {}
-        shapes[shape] = nbytes
-        while len(shapes) > MAX_SHAPES:
-            shapes.pop(next(iter(shapes)))
-        self._change(model, working_bytes=shapes)
-
-    def _change(self, model: ModelConfig, **values: Any) -> None:
         with self._lock:
-            entry = self._entries.setdefault(self._key(model), {})
-            entry.update(model=model.id, **values)
-            try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with new_file(self._path, durable=False, mode=0o600) as unfinished:
-                    unfinished.write_text(json.dumps(self._entries, indent=1), encoding="utf-8")
-            except OSError as error:
-                log.warning("cannot write %s: %s", self._path, error)
+            entry = self._entry(model)
+            known = entry.get("working_bytes")
+            shapes = dict(known) if isinstance(known, dict) else {}
+            shapes.pop(shape, None)  # what was measured last comes last
+            shapes[shape] = nbytes
+            while len(shapes) > MAX_SHAPES:
+                shapes.pop(next(iter(shapes)))
+            entry["working_bytes"] = shapes
+            self._write()
+
+    def _entry(self, model: ModelConfig) -> dict[str, Any]:
+        """What is remembered of the model, to be changed. The caller holds the lock."""
+        entry = self._entries.setdefault(self._key(model), {})
+        entry["model"] = model.id
+        return entry
+
+    def _write(self) -> None:
+        """Write the file. The caller holds the lock."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(self._path, durable=False, mode=0o600) as unfinished:
+                unfinished.write_text(json.dumps(self._entries, indent=1), encoding="utf-8")
+        except OSError as error:
+            log.warning("cannot write %s: %s", self._path, error)
 
     def _key(self, model: ModelConfig) -> str:
         options = self._options_of(model).model_dump_json()

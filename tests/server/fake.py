@@ -144,10 +144,12 @@ def fake_engine(runtime: FakeRuntime, state_dir: Path, **config: object) -> Engi
 
 
 @asynccontextmanager
-async def listening(app: FastAPI) -> AsyncIterator[str]:
+async def listening(app: FastAPI, http: type[asyncio.Protocol] | None = None) -> AsyncIterator[str]:
     """The application behind real sockets on loopback; yields its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, lifespan="on", log_config=None, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        app, http=http or "auto", lifespan="on", log_config=None, timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(config)
     # Not serve(): it would take the signals of the test process.
     serving = asyncio.create_task(server._serve(sockets=[listener]))

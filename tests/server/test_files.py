@@ -221,6 +221,15 @@ class TestLoras:
         assert (tmp_path / "loras" / "style.safetensors").read_bytes() == LORA
         assert names_in(tmp_path / "loras") == ["style.safetensors"]
 
+    async def test_what_a_killed_process_left_is_not_in_the_way(
+        self, client: httpx.AsyncClient, tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "loras"
+        folder.mkdir()
+        (folder / "style.safetensors.01234567.part").write_bytes(b"half")
+        assert (await self.upload(client)).is_success
+        assert names_in(folder) == ["style.safetensors"]
+
     async def test_by_a_name_of_its_own(self, client: httpx.AsyncClient, tmp_path: Path) -> None:
         assert (await self.upload(client, filename="x.bin", name="mine-1.2")).is_success
         assert (tmp_path / "loras" / "mine-1.2.safetensors").is_file()

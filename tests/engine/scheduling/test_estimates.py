@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.config import Section
-from engine.scheduling.estimates import FILE_NAME, EstimateStore
+from engine.scheduling.estimates import FILE_NAME, MAX_SHAPES, EstimateStore
 from tests.engine.scheduling.world import config, estimate
 
 MODEL = config(["model"]).models[0]
@@ -53,3 +55,51 @@ def test_a_write_that_fails_leaves_the_file_before_it_and_nothing_else(
     assert store.get(MODEL) == SECOND
     store.put(MODEL, SECOND)
     assert store_of(tmp_path, "cpu").get(MODEL) == SECOND
+
+
+class Slow(dict[str, Any]):
+    """Entries of which the first look takes until a second thread had its turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked, self.go_on = threading.Event(), threading.Event()
+
+    def _wait_once(self) -> None:
+        if not self.looked.is_set():
+            self.looked.set()
+            self.go_on.wait(0.2)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        found = super().get(key, default)
+        self._wait_once()
+        return found
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        found = super().setdefault(key, default)
+        self._wait_once()
+        return found
+
+
+def test_two_shapes_measured_at_once_are_both_remembered(tmp_path: Path) -> None:
+    store = store_of(tmp_path, "device")
+    store._entries = entries = Slow()
+    first = threading.Thread(target=store.put_working_bytes, args=(MODEL, "a", 1))
+    first.start()
+    entries.looked.wait(5)
+    store.put_working_bytes(MODEL, "b", 2)
+    entries.go_on.set()
+    first.join()
+    again = store_of(tmp_path, "device")
+    for each in (store, again):
+        assert (each.working_bytes(MODEL, "a"), each.working_bytes(MODEL, "b")) == (1, 2)
+
+
+def test_the_shape_not_measured_for_longest_is_forgotten(tmp_path: Path) -> None:
+    store = store_of(tmp_path, "device")
+    for number in range(MAX_SHAPES):
+        store.put_working_bytes(MODEL, str(number), number)
+    store.put_working_bytes(MODEL, "0", 7)
+    store.put_working_bytes(MODEL, "new", 8)
+    assert store.working_bytes(MODEL, "1") is None
+    assert store.working_bytes(MODEL, "0") == 7
+    assert store.working_bytes(MODEL, "new") == 8
