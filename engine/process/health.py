@@ -6,6 +6,7 @@ import asyncio
 import logging
 from contextlib import suppress
 
+from engine.errors import reason
 from engine.memory.device import Device
 from engine.process.faults import FAULTS
 from engine.process.gate import GATE
@@ -48,8 +49,7 @@ async def _check(device: Device, recheck: asyncio.Event) -> str:
             await asyncio.to_thread(_touch, device)
         except Exception as error:
             log.debug("the check failed", exc_info=error)
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return f"the device does not work any more: {first_line}"
+            return f"the device does not work any more: {reason(error)}"
         with suppress(TimeoutError):
             async with asyncio.timeout(CHECK_S):
                 await recheck.wait()
