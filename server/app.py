@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(engine: Engine, settings: ServerSettings, start: Start | None = None) -> FastAPI:
-    """The application; its lifespan starts engine and jobs in the background and stops them.
+    """The application. Its lifespan starts engine and jobs in the background and stops them.
 
-    `start` lets the caller learn of a failed start.
+    `start` reports a failed start to the caller.
     """
-    # Here, as it brings numpy and PyAV: a sixth of a second that `roundhouse ps` need not wait for.
+    # Imported here, as they bring numpy and PyAV: `roundhouse ps` need not wait for that (0.17 s).
     from engine.jobs.queue import Jobs
     from engine.media.outputs import Outputs
     from engine.media.voices import VoiceStore

@@ -1,4 +1,4 @@
-"""Reading a request body: bounded, once, and as a JSON object."""
+"""Reads a request body: at most so many bytes, once, and as a JSON object."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.errors import InvalidRequest
 
 
 async def stream_body(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
-    """The body, piece by piece as it comes.
+    """The pieces of the body as they come.
 
     Raises:
         InvalidRequest: it is too long (status 413).
@@ -42,8 +42,8 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
     async for chunk in stream_body(request, max_bytes):
         raw += chunk
     try:
-        # Unlike `json`, this refuses NaN, lone surrogates (no tokenizer takes them) and nesting
-        # beyond 200 levels (which would exhaust the stack here or in a later walk).
+        # Unlike `json`, this refuses NaN and lone surrogates, which no tokenizer takes. It also
+        # refuses more than 200 levels, which would exhaust the stack here or later.
         document = from_json(bytes(raw), allow_inf_nan=False)
     except ValueError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from error

@@ -12,7 +12,7 @@ OWNER = "roundhouse"
 
 
 def engine_document(status: EngineStatus) -> dict[str, Any]:
-    """The whole status, field by field; on the wire an endless duration is null.
+    """The whole status, field by field. On the wire an endless duration is null.
 
     `ledger.foreign_bytes` is the former name of `ledger.external_bytes`, to be dropped in 0.2.
     """
@@ -22,7 +22,7 @@ def engine_document(status: EngineStatus) -> dict[str, Any]:
 
 
 def model_document(status: ModelStatus, name: str) -> dict[str, Any]:
-    """OpenAI's model object under the id `name`, plus the state of the model behind it."""
+    """OpenAI's model object with the id `name`, and the state of the model behind it."""
     own = asdict(status)
     created = own.pop("created")
     return {
@@ -36,7 +36,7 @@ def model_document(status: ModelStatus, name: str) -> dict[str, Any]:
 
 
 def event_document(logged: LoggedEvent) -> dict[str, Any]:
-    """One thing that the engine did; `type` is its kind, `at` Unix seconds."""
+    """One event of the engine. `type` is its kind, `at` is Unix seconds."""
     event = logged.event
     return {
         "id": logged.id,
@@ -51,14 +51,14 @@ def event_document(logged: LoggedEvent) -> dict[str, Any]:
 
 
 def lost_document(lost: Lost) -> dict[str, Any]:
-    """What is missing; `count` is null where nobody knows how much."""
+    """The missing events. `count` is null if their number is unknown."""
     return {"type": "lost", "count": lost.count}
 
 
 def events_document(page: Page, limit: int, *, newest: bool) -> dict[str, Any]:
-    """The first `limit` events of a page, or the newest ones; oldest first.
+    """The first `limit` events of a page, or the newest ones. The oldest comes first.
 
-    `last_id` is where a next call goes on.
+    The next call continues after `last_id`.
     """
     events = page.events[-limit:] if newest else page.events[:limit]
     return {

@@ -1,4 +1,4 @@
-"""What a client is told when something fails: the one table, and the two envelopes."""
+"""The errors that clients see: one table of statuses, and two envelopes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class _Answer:
     status: int
     type: str
     retry: bool = True
-    """False tells the official clients, which retry every 409 and 5xx, that it is no use."""
+    """False stops the official clients, which otherwise retry every 409 and 5xx."""
 
 
 _ANSWERS: Mapping[type[EngineError], _Answer] = {
@@ -78,7 +78,7 @@ _ANTHROPIC_TYPES: Mapping[int, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error as a client sees it."""
+    """An error in the form for clients."""
 
     status: int
     message: str
@@ -87,11 +87,11 @@ class Failure:
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     residency: Mapping[str, Any] | None = None
-    """Of a model that is not loaded: what loading it would cost."""
+    """For a model that is not loaded: the cost of a load."""
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
-        """What to tell about `error`; nothing of an error that is not the engine's own."""
+        """The failure for `error`. It reveals nothing of an error that is not the engine's own."""
         error = NoSpaceLeft.of(error, "the result") or error
         if not isinstance(error, EngineError):
             return cls(500, "Internal server error.", "server_error", "internal_error")
@@ -113,7 +113,7 @@ class Failure:
 
     @classmethod
     def of_status(cls, status: int, message: str | None, headers: Mapping[str, str]) -> Failure:
-        """What to tell about an error of HTTP itself: no such route, wrong method."""
+        """The failure for an error of HTTP itself, such as an unknown route or a wrong method."""
         phrase = HTTPStatus(status).phrase
         kind = "invalid_request_error" if status < 500 else "server_error"
         code = phrase.lower().replace(" ", "_")
@@ -145,7 +145,7 @@ class Failure:
         return {} if self.residency is None else {"residency": self.residency}
 
     def response(self, path: str, request_id: str) -> JSONResponse:
-        """The whole response, in the envelope that clients of `path` read."""
+        """The whole response, in the envelope for clients of `path`."""
         if is_anthropic(path):
             document = self.anthropic_document(request_id)
         else:
@@ -158,8 +158,8 @@ class Failure:
             return f"event: error\ndata: {json.dumps(self.anthropic_document(request_id))}\n\n"
         document = self.openai_document()
         if operation is TextOperation.RESPONSES:
-            # The Responses event carries the fields at its top; the official client raises on
-            # a nested `error`, so both are sent.
+            # The Responses event has the fields at its top level. The official client raises on a
+            # nested `error`. So the event has both.
             event = {"type": "error", **document["error"], **document, "sequence_number": -1}
             event["type"] = "error"
             return f"event: error\ndata: {json.dumps(event)}\n\n"

@@ -1,4 +1,4 @@
-"""The headers of this server's own: where an answer's time went, and what it took."""
+"""The headers of our own: how long an answer waited and ran, and the memory of its run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ HEADER_PREFIX = "x-roundhouse-"
 
 
 def answer_headers(session: Session, ran_ms: float = 0.0) -> dict[str, str]:
-    """What is known now; `ran_ms` is how long the session ran beyond its first event.
+    """The headers of a session. `ran_ms` is how long it ran beyond its first event.
 
-    A stream's headers are sent before its peak is known, and tell its run up to its first event.
+    A stream's headers are sent at its first event. So they have the run up to that, and no peak.
     """
     timings = session.timings
     headers = {

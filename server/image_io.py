@@ -1,6 +1,6 @@
-"""Pictures on the wire: decoding what clients send, within bounds; encoding what models made.
+"""Pictures on the wire: decodes uploads within limits, and encodes the images of models.
 
-All of it is slow work for a thread: none of it belongs on the event loop.
+All of it is slow work for a thread. None of it belongs on the event loop.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from PIL import Image, ImageOps
 from engine.errors import InvalidRequest
 
 PictureFormat: TypeAlias = Literal["png", "jpeg", "webp"]
-"""What results can be encoded as."""
+"""The formats of results."""
 
 PNG_LEVEL = 1
-"""Lossless at any. A photograph of 1024x1024 takes 115 ms, 165 with zlib's usual 6, which makes the
-file a tenth smaller: worth it only below 30 Mbit/s."""
+"""Every level is lossless. A photograph of 1024x1024 takes 115 ms, and 165 ms with zlib's usual 6.
+That file is a tenth smaller, which pays only below 30 Mbit/s."""
 
 _READABLE = ("PNG", "JPEG", "WEBP", "GIF")
-"""Pillow reads some fifty formats; the fewer decoders strangers can reach, the better."""
+"""Pillow reads some fifty formats. Clients should reach as few decoders as possible."""
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A picture as it came: the bytes of a file, or a `data:` URL or plain base64."""
+    """An undecoded picture: the bytes of a file, or a `data:` URL, or plain base64."""
 
     param: str
-    """The request field it came in."""
+    """The field of the request that has it."""
     content: bytes | str
 
 
@@ -47,18 +47,18 @@ class Picture:
 
     @property
     def mask(self) -> Image.Image:
-        """Greyscale; white is to be painted anew: what is transparent, else what is white."""
+        """Greyscale. White is to be repainted: what is transparent, otherwise what is white."""
         return ImageOps.invert(self.alpha) if self.alpha is not None else self.rgb.convert("L")
 
 
 def decode_pictures(uploads: Sequence[Upload], max_pixels: int) -> list[Picture]:
     """Decode the pictures of one request, which together may have `max_pixels` pixels.
 
-    All headers are read before anything is decoded, so that a file of some kilobytes that
-    would unfold to gigabytes costs nothing.
+    All headers are read before any picture is decoded. So a file of some kilobytes that would
+    unfold to gigabytes costs nothing.
 
     Raises:
-        InvalidRequest: naming the field; not a picture, not whole, animated, or too large.
+        InvalidRequest: naming the field: not a picture, not whole, animated, or too large.
 
     """
     opened = [_open(upload) for upload in uploads]
@@ -73,7 +73,7 @@ def decode_pictures(uploads: Sequence[Upload], max_pixels: int) -> list[Picture]
 def encode_picture(
     image: Image.Image, picture_format: PictureFormat, quality: int | None = None
 ) -> bytes:
-    """The image as a file; `quality` (0 to 100, the best and the default) is for lossy formats."""
+    """The image as a file. Lossy formats have a `quality` of 0 to 100, by default 100."""
     buffer = io.BytesIO()
     if picture_format == "png":
         image.save(buffer, "PNG", compress_level=PNG_LEVEL)
@@ -89,13 +89,13 @@ def _open(upload: Upload) -> Image.Image:
         raise InvalidRequest("The picture is empty.", param=upload.param)
     try:
         image = Image.open(io.BytesIO(raw), formats=_READABLE)
-        # An MPO is a photograph with, say, a depth map or a smaller copy behind it.
+        # An MPO is a photograph with a depth map or a smaller copy behind it, for example.
         animated = image.format != "MPO" and getattr(image, "is_animated", False)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InvalidRequest(f"The picture is too large: {error}", param=upload.param) from error
     except MemoryError:
         raise
-    except Exception as error:  # decoders fail in a dozen ways on bytes that are no picture
+    except Exception as error:  # decoders fail in a dozen ways on bytes that are not a picture
         raise _unreadable(upload) from error
     if animated:
         raise InvalidRequest("The picture must not be animated.", param=upload.param)
@@ -110,7 +110,7 @@ def _decode(upload: Upload, image: Image.Image) -> Picture:
         rgb = _scaled_to_8_bits(upright).convert("RGB")
     except MemoryError:
         raise
-    except Exception as error:  # as above: whatever it is, it comes from the bytes
+    except Exception as error:  # as above: the bytes cause every error
         raise _unreadable(upload) from error
     if alpha is None or alpha.getextrema()[0] == 255:
         return Picture(rgb, None)
@@ -120,7 +120,7 @@ def _decode(upload: Upload, image: Image.Image) -> Picture:
 
 
 def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
-    # Pillow clips where it converts 16 bits of grey to 8, and a depth map would come out white.
+    # Pillow clips when it converts grey from 16 to 8 bits, and a depth map would become white.
     if not image.mode.startswith("I"):
         return image
     return image.convert("I").point(lambda level: level * (1 / 257)).convert("L")

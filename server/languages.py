@@ -1,4 +1,4 @@
-"""The languages that Whisper knows, by the codes it uses for them."""
+"""The languages of Whisper by its codes."""
 
 from __future__ import annotations
 
@@ -109,4 +109,4 @@ LANGUAGES: Mapping[str, str] = MappingProxyType(
         "yue": "cantonese",
     }
 )
-"""Names as OpenAI's verbose transcripts give them: `LANGUAGES` of whisper/tokenizer.py (MIT)."""
+"""The names in OpenAI's verbose transcripts: `LANGUAGES` of whisper/tokenizer.py (MIT)."""

@@ -1,4 +1,4 @@
-"""Counting HTTP requests, and rendering every registry as one document."""
+"""Counts HTTP requests, and renders all registries as one document."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 _BUCKETS_S = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 UNMATCHED = "unmatched"
-"""The route of a request that no route took, or that was refused before one was sought."""
+"""The route of a request without a route, or refused before the search for one."""
 
 
 class HttpMetrics:
-    """What the server counts about its own requests."""
+    """The metrics of HTTP requests."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -35,16 +35,16 @@ class HttpMetrics:
         )
 
     def observe(self, route: str | None, method: str, status: int, elapsed_s: float) -> None:
-        """Count one answered request; `route` is the template, never the path itself."""
+        """Count one answered request. `route` is the template, never the path itself."""
         route = route or UNMATCHED
-        # A client may send any word as method, and each would stay as a series for ever.
+        # A client may send any word as a method, and each would stay a series for ever.
         method = method if method in _METHODS else "OTHER"
         self._requests.labels(route, method, str(status)).inc()
         self._seconds.labels(route).observe(elapsed_s)
 
 
 class _Union(Collector):
-    """Several registries as one, each family once, as the text format demands."""
+    """Several registries as one. Each family comes once, as the text format demands."""
 
     def __init__(self, registries: Iterable[CollectorRegistry]) -> None:
         self._registries = tuple(registries)
@@ -59,7 +59,7 @@ class _Union(Collector):
                     family.samples = list(metric.samples)
                     families[metric.name] = family
                 elif family.type == metric.type:
-                    # A scraper rejects the whole document for one series that is there twice.
+                    # A scraper rejects the whole document if one series is there twice.
                     known = {(each.name, frozenset(each.labels.items())) for each in family.samples}
                     family.samples += [
                         each
@@ -70,6 +70,6 @@ class _Union(Collector):
 
 
 def render(registries: Iterable[CollectorRegistry], accept: str) -> tuple[bytes, str]:
-    """The document and its content type, in the format that `accept` prefers."""
+    """The document and its content type, in the preferred format of `accept`."""
     encode, content_type = choose_encoder(accept)
     return encode(_Union(registries)), content_type

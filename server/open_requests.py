@@ -1,4 +1,4 @@
-"""The requests that have no answer yet, for the case that they cannot get the one they wait for."""
+"""The requests without a response, which need one if the process gives up."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class _Open:
     receive: Receive
     send: Send
     begun: bool = False
-    """Its answer, from whomever, is on its way."""
+    """Whether the response has begun, from the application or from here."""
 
 
 class OpenRequests:
     """ASGI middleware that can answer in the application's place.
 
-    A process that gives up tells so to whoever waits: their clients then come again after
-    `Retry-After`, where a broken connection is no answer at all.
+    A process that gives up answers its open requests with an error. Their clients then retry after
+    `Retry-After`. A broken connection would give them no such answer.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -52,7 +52,7 @@ class OpenRequests:
             self._given_up.discard(request)
 
     async def give_up(self, error: EngineError) -> None:
-        """Answer every request that has no answer yet with `error`; cut off none that has."""
+        """Answer every request without a response with `error`. Cut off no begun response."""
         for request in tuple(self._open):
             if not request.begun:
                 self._given_up.add(request)

@@ -1,4 +1,4 @@
-"""The outermost layer of every request: its id, its clock, its count, its last resort."""
+"""The outermost layer of every request: its id, its time, its metrics, and the plain 500."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from server.metrics import HttpMetrics
 logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499
-"""The status counted when nobody was left to answer (nginx's convention)."""
+"""The counted status of a request whose client left before the response (nginx's convention)."""
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -28,7 +28,7 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 class RequestContext:
     """ASGI middleware: `x-request-id`, `openai-processing-ms`, metrics, log, and a plain 500.
 
-    The id is the client's where it is sane, and is found as `request.state.request_id`.
+    The id is the client's if it is sane, otherwise a new one. It is `request.state.request_id`.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class RequestContext:
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, timing and counting its answer."""
+        """Pass the request on. Measure and count its response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -64,7 +64,7 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_context)
         except ClientDisconnect:
-            pass  # while it sent its body: there is nobody to answer
+            pass  # the client left while it sent its body
         except Exception as error:
             logger.exception("request %s failed unexpectedly", request_id)
             if status == CLIENT_LEFT:  # the response has not begun

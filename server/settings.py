@@ -1,4 +1,4 @@
-"""What the server itself needs to know: where to listen, who may ask, how long to drain."""
+"""The settings of the server: where it listens, its keys, its timeouts and its limits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from engine.units import Duration, Size
 logger = logging.getLogger(__name__)
 
 STARTER_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "starter.yaml"
-"""What is served when no configuration is named."""
+"""The configuration without hardware requirements."""
 
 ADMIN_MARK = "admin:"
 _KEY = re.compile(r"[\x21-\x7e]+")
@@ -60,19 +60,21 @@ class ServerSettings(Section):
     insecure: bool = False
     """Allow listening beyond loopback without any key."""
     drain_s: Duration = Field(default=30.0, le=86_400)
-    """Seconds that running requests get to finish after a stop was asked for."""
+    """Seconds for running requests to finish after a stop."""
     hang_s: Duration = Field(default=10.0, ge=1, le=86_400)
-    """Seconds of silence after which this process counts as hung and is replaced: of its event
-    loop; of a call into a library that neither gets on nor computes; of the device, asked for
-    something trivial."""
+    """Seconds without a heartbeat or progress after which the process counts as hung.
+
+    It concerns the event loop, a call into a library that neither makes progress nor computes, and
+    a trivial task of the device. The process is then replaced.
+    """
     stall_s: Duration = Field(default=900.0, ge=1, le=86_400)
-    """The same for what computes, compiles, or imports at the start, but gets no further."""
+    """The same for a call that computes or compiles without progress, and for the start."""
     write_timeout_s: Duration = Field(default=60.0, ge=0.1, le=86_400)
     """Seconds in which a client may take no byte of its response; then its connection is cut."""
     max_body_bytes: Size = Field(default=32 * 2**20, gt=0)
     """A larger request body is refused with 413."""
     max_image_pixels: int = Field(default=2**25, gt=0)
-    """Pixels that the pictures of one request may have together; beyond, it is refused."""
+    """Pixels that the pictures of one request may have together. With more it is refused."""
     allowed_media_hosts: Hosts = ()
     """Hosts whose URLs a request may name for images, audio and video."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -80,7 +82,7 @@ class ServerSettings(Section):
     @field_validator("api_keys", "admin_keys")
     @classmethod
     def _keys_fit_a_header(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
-        # The message must not hold the key: it ends up in a log.
+        # The message must not contain the key, as it goes into a log.
         if not all(_KEY.fullmatch(key.get_secret_value()) for key in keys):
             raise ValueError("a key must be printable ASCII without spaces, and not empty")
         return keys
@@ -97,7 +99,7 @@ class ServerSettings(Section):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address can only mean this machine."""
+    """Whether a host name or address always means this machine."""
     name = host.lower().rstrip(".")
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -108,7 +110,7 @@ def is_loopback(host: str) -> bool:
 
 
 def config_path(path: Path | None, environ: Mapping[str, str]) -> Path:
-    """The configuration file to read: the one named, else `ROUNDHOUSE_CONFIG`, else the starter."""
+    """The configuration file: `path`, otherwise `ROUNDHOUSE_CONFIG`, otherwise the starter's."""
     named = environ.get(ENV_CONFIG)
     return path or (Path(named) if named else STARTER_CONFIG)
 
@@ -120,11 +122,11 @@ def load_settings(
 ) -> tuple[EngineConfig, ServerSettings]:
     """Read the whole configuration: the file, then the environment, then `overrides`.
 
-    `overrides` are keys of the `server` section, as the command line sets them.
+    `overrides` are keys of the `server` section from the command line.
 
     Raises:
-        ConfigError: naming every key at fault; also when the server would listen beyond
-            loopback without a key.
+        ConfigError: naming every wrong key. Also if the server would listen beyond loopback
+            without a key.
 
     """
     sections = _sections(config_path(path, environ), environ)
@@ -166,7 +168,7 @@ def _read_keys(path: Path) -> tuple[list[str], list[str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"server.api_keys_file: {path}: {error}") from error
     if mode & (stat.S_IRGRP | stat.S_IROTH):
-        # A warning only: mounted secrets are often 0644 and cannot be changed.
+        # Only a warning: mounted secrets are often 0644 and cannot be changed.
         logger.warning("%s can be read by other users; chmod 600 it", path)
     keys: list[str] = []
     admin_keys: list[str] = []

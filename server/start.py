@@ -1,4 +1,4 @@
-"""Starting the engine and its jobs behind a server that already answers."""
+"""The start of the engine and its jobs, behind a server that already answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Start:
-    """The engine's start as a task of its own: importing a runtime takes many seconds."""
+    """The engine's start as a task of its own, as the import of a runtime takes many seconds."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -27,20 +27,20 @@ class Start:
         """Set once the engine and its jobs have started."""
 
     def begin(self, jobs: Jobs) -> None:
-        """Start the engine, and then the jobs that run on it, in the background."""
+        """Start the engine and then its jobs, in the background."""
         self._jobs = jobs
         self._task = asyncio.create_task(self._run(jobs))
 
     async def drain(self, limit_s: float) -> None:
-        """Put the jobs away for the next start, and let requests finish, `limit_s` at most."""
+        """Keep the jobs for the next start, and let requests finish for at most `limit_s`."""
         async with asyncio.TaskGroup() as group:
             if self._jobs is not None:
-                # First: the engine would wait for jobs, which can go on where they were stopped.
+                # First, as the engine would wait for jobs. They can continue after the next start.
                 group.create_task(self._jobs.stop())
             group.create_task(self._engine.drain(limit_s))
 
     async def end(self) -> None:
-        """Give up a start under way and stop the jobs and the engine."""
+        """Cancel a start under way, and stop the jobs and the engine."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait((self._task,))

@@ -8,7 +8,7 @@ from engine.events import Segment
 
 
 def srt(segments: Sequence[Segment]) -> str:
-    """SubRip, which has no standard: numbered cues as its own program wrote them."""
+    """SubRip has no standard: these are numbered cues in the format of its own program."""
     return "".join(
         f"{number}\n{_time(start, ',')} --> {_time(end, ',')}\n{text}\n\n"
         for number, (start, end, text) in enumerate(_cues(segments), 1)
@@ -25,13 +25,13 @@ def vtt(segments: Sequence[Segment]) -> str:
 
 
 def _cues(segments: Sequence[Segment]) -> Iterator[tuple[int, int, str]]:
-    """Begin and end in milliseconds, and the text on one line: an empty line would end a cue."""
+    """Begin and end in milliseconds, and the text on one line, as an empty line would end a cue."""
     for segment in segments:
-        # An arrow would be read as another cue's times.
+        # Players would read an arrow as the times of another cue.
         text = " ".join(segment.text.split()).replace("-->", "->")
         if text:
             start_ms = round(segment.start_s * 1000)
-            # Players drop a cue that takes no time.
+            # Players drop a cue without a duration.
             yield start_ms, max(round(segment.end_s * 1000), start_ms + 1), text
 
 

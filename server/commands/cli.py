@@ -46,14 +46,14 @@ app = typer.Typer(
 def serve(
     config: ConfigFile = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes any.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on. 0 takes any.")] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen beyond loopback without an API key.")
     ] = False,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     supervisor: Annotated[
         bool,
-        typer.Option("--supervisor/--no-supervisor", help="Start the server again if it fails."),
+        typer.Option("--supervisor/--no-supervisor", help="Restart the server if it fails."),
     ] = True,
     supervised: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -62,7 +62,7 @@ def serve(
     if config is None:
         choice = choose(detect(os.environ))
         config, chosen = choice.path, f" ({choice.reason})"
-        # What is started again later must not find another: the hub may be silent for a moment.
+        # A restart must not choose another one: the hub may be unreachable for a moment.
         os.environ[ENV_CONFIG] = str(config)
     given = {"host": host, "port": port, "insecure": insecure or None, "log_level": log_level}
     overrides = {key: value for key, value in given.items() if value is not None}
@@ -89,13 +89,12 @@ def serve(
             ) from error
         _introduce(engine_config, settings, f"{config}{chosen}", listener.getsockname()[1])
         if supervisor:
-            # The same program once more, whatever it was started by.
+            # The same program again, however it was started.
             command = (sys.executable, *sys.orig_argv[1:])
             limits = (settings.hang_s, settings.stall_s, settings.drain_s)
             level = settings.log_level.upper()
             become(SupervisorConfig(command, listener.fileno(), *limits, log_level=level), listener)
-    # Here, not above: half of the seconds that every command would take to begin, and who becomes
-    # the supervisor needs none of it.
+    # Imported here: they take half of the start of every command, and the supervisor needs none.
     from engine.engine import Engine
     from server.serve import run
 
@@ -117,7 +116,7 @@ Url = Annotated[str, typer.Option(help="A running server.")]
 
 @app.command()
 def ps(url: Url = "http://127.0.0.1:8000", api_key: ApiKey = None) -> None:
-    """Show what a running server holds."""
+    """Show the memory, the models and the queue of a running server."""
     _show(_ask("GET", url, "/v1/engine", api_key, has="ledger"))
 
 
@@ -127,9 +126,9 @@ def plan(
     url: Url = "http://127.0.0.1:8000",
     api_key: ApiKey = None,
     priority: Annotated[str, typer.Option(help="interactive, normal or batch.")] = "normal",
-    working: Annotated[str, typer.Option(help="What its run needs beside the model.")] = "0",
+    working: Annotated[str, typer.Option(help="Memory of its run besides the model.")] = "0",
 ) -> None:
-    """Show what a running server would do for a request that came now; it does nothing."""
+    """Show what a running server would do for a request. Changes nothing."""
     body = {"model": model, "priority": priority, "working_bytes": working}
     _show_plan(_ask("POST", url, "/v1/engine/plan", api_key, body, has="evictions"))
 
@@ -140,20 +139,26 @@ def simulate(
     config: Annotated[
         Path | None, typer.Option(help="Take limits, keep_alive, pins and memory from this file.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of a built-in trace.")] = 0,
-    requests: Annotated[int | None, typer.Option(help="Of a built-in trace.")] = None,
-    models: Annotated[int | None, typer.Option(help="Of a built-in trace.")] = None,
-    speed: Annotated[float, typer.Option(help="Let requests come so many times as fast.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of a built-in trace.")] = 0,
+    requests: Annotated[
+        int | None, typer.Option(help="Number of requests of a built-in trace.")
+    ] = None,
+    models: Annotated[
+        int | None, typer.Option(help="Number of models of a built-in trace.")
+    ] = None,
+    speed: Annotated[float, typer.Option(help="How many times faster requests come.")] = 1.0,
     warm: Annotated[
-        bool, typer.Option("--warm", help="Every model was asked for once before.")
+        bool, typer.Option("--warm", help="Every model was requested once before.")
     ] = False,
     serial_device: Annotated[
-        bool, typer.Option("--serial-device", help="Runs slow each other down.")
+        bool, typer.Option("--serial-device", help="Concurrent runs slow each other down.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write figures there.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a .png there.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a .png here.")] = None,
 ) -> None:
-    """Serve a trace on a modelled machine, by this scheduler and by others."""
+    """Run a trace on a simulated machine, with this scheduler and others."""
     from engine.simulation.comparison import compare
     from engine.simulation.driver import usual_config
     from server.commands.simulate import plot, tables
@@ -186,7 +191,7 @@ def simulate(
 
 @app.command()
 def version() -> None:
-    """Show the versions of Roundhouse and of what it runs on."""
+    """Show the versions of Roundhouse and of its libraries."""
     out.print(f"roundhouse {_version('roundhouse')}", highlight=False)
     out.print(f"python {platform.python_version()}", highlight=False)
     out.print(f"torch {_version('torch')}", highlight=False)
@@ -213,7 +218,7 @@ def _ask(
     *,
     has: str,
 ) -> dict[str, Any]:
-    """The document that a running server answers, in which there is a key `has`."""
+    """The answer of a running server, a document with a key `has`."""
     key = first_key(api_key)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:

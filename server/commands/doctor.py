@@ -1,4 +1,4 @@
-"""`roundhouse doctor`: what of this machine would keep models from being served, and what to do."""
+"""`roundhouse doctor`: what keeps this machine from serving models, and what to do."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from server.settings import ServerSettings, config_path, load_settings, read_eng
 GIB = 2**30
 
 SPEED_BYTES = 256 * 2**20
-"""How much of a file is read to learn the disk's speed: half a second of a slow SSD."""
+"""How much of a file is read to measure the disk: half a second of a slow SSD."""
 
 SLOW_BYTES_PER_S = 200e6
-"""Below, a model of 8 B parameters takes over a minute from disk."""
+"""Below this speed a model of 8 B parameters takes over a minute from disk."""
 
 FREE_BYTES = 20 * GIB
 """Room for one model of 8 B parameters in 16 bits, and some."""
 
 SHM_BYTES = 64 * 2**20
-"""What Docker gives by itself. Nothing here shares memory between processes."""
+"""Docker's default. Nothing here shares memory between processes."""
 
 MIN_DRIVER = 580
-"""The oldest driver of CUDA 13, which torch 2.13 is built for
+"""The oldest driver for CUDA 13, and torch 2.13 is built for that
 (https://docs.nvidia.com/cuda/cuda-toolkit-release-notes/)."""
 
-ASK_TORCH = """
+TORCH_CHECK = """
 import json, torch
 free, total = torch.cuda.mem_get_info()
 print(json.dumps([torch.__version__, torch.cuda.get_device_name(), free, total]))
@@ -63,25 +63,25 @@ class State(StrEnum):
 
     OK = "ok"
     WARN = "warn"
-    """Works, but worse than it could, or not for everything."""
+    """It works, but worse than possible, or not for everything."""
     BAD = "bad"
-    """What is configured cannot be served."""
+    """The configured models cannot be served."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     state: State
     found: str
     advice: str = ""
-    """What to do; nothing where all is well."""
+    """What to do. Empty if all is well."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is looked at: the configuration, if it can be read, and the environment."""
+    """What the checks examine: the environment, the GPUs, and the configuration if it is valid."""
 
     path: Path | None
     environ: Mapping[str, str]
@@ -95,7 +95,7 @@ class Subject:
 
     @property
     def uses_gpu(self) -> bool:
-        """Whether models would be on a card."""
+        """Whether models would be on a GPU."""
         device = self.config.device if self.config is not None else "auto"
         return device != "cpu" and bool(self.gpus)
 
@@ -113,9 +113,9 @@ def doctor(
     config: ConfigFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON document.")] = False,
 ) -> None:
-    """Look at this machine and the configuration, and tell what to do.
+    """Check this machine and the configuration, and say what to do.
 
-    The exit status is 1 where something is bad.
+    The exit status is 1 if something is bad.
     """
     findings = examine(config, os.environ)
     if as_json:
@@ -131,7 +131,7 @@ def doctor(
 
 
 def examine(path: Path | None, environ: Mapping[str, str]) -> list[Finding]:
-    """Look at everything. Takes some seconds, with a card some more: torch is asked too."""
+    """Run all checks. They take some seconds, and more with a GPU, as torch is tried too."""
     findings = [_configuration(path, environ)]
     try:
         engine_config = read_engine_config(config_path(path, environ), environ)
@@ -146,7 +146,7 @@ def examine(path: Path | None, environ: Mapping[str, str]) -> list[Finding]:
                 "GPU",
                 State.BAD,
                 f"the driver fails: {error}",
-                "reboot, or install the driver again; in a container see that the host's is there",
+                "reboot, or install the driver again; in a container check the host's",
             )
         )
     subject = Subject(path, environ, engine_config, gpus)
@@ -187,7 +187,7 @@ def _keys(subject: Subject) -> Iterator[Finding]:
     try:
         _, settings = load_settings(subject.path, subject.environ)
     except ConfigError:
-        return  # told already
+        return  # reported already
     file = settings.api_keys_file
     if file is not None and file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         yield Finding("key file", State.WARN, f"{file} can be read by others", f"chmod 600 {file}")
@@ -220,7 +220,7 @@ def _gpu(subject: Subject) -> Iterator[Finding]:
             yield Finding(
                 "GPU",
                 State.BAD,
-                "the configuration says cuda, and nvidia-smi lists no card",
+                "the configuration says cuda, and nvidia-smi lists no GPU",
                 "install NVIDIA's driver; start a container with --gpus all; or set"
                 " engine.device: cpu",
             )
@@ -252,14 +252,14 @@ def _gpu(subject: Subject) -> Iterator[Finding]:
             "remove .venv and run scripts/setup --cuda, or set engine.device: cpu",
         )
         return
-    yield _ask_torch()
+    yield _check_torch()
 
 
-def _ask_torch() -> Finding:
-    """In a process of its own: importing torch takes seconds, and a broken driver may hang it."""
+def _check_torch() -> Finding:
+    """Try torch in another process: its import takes seconds, and a broken driver may hang it."""
     try:
         answer = subprocess.run(
-            [sys.executable, "-c", ASK_TORCH],
+            [sys.executable, "-c", TORCH_CHECK],
             capture_output=True,
             text=True,
             timeout=TORCH_TIMEOUT_S,
@@ -267,7 +267,7 @@ def _ask_torch() -> Finding:
         )
         version, name, free_bytes, total_bytes = json.loads(answer.stdout)
     except subprocess.TimeoutExpired:
-        found = f"does not reach the card in {TORCH_TIMEOUT_S} s"
+        found = f"does not reach the GPU in {TORCH_TIMEOUT_S} s"
     except ValueError:
         said = answer.stderr.strip().splitlines()
         found = said[-1] if said else f"ended with status {answer.returncode}"
@@ -283,10 +283,10 @@ def _gpu_processes(subject: Subject) -> Iterator[Finding]:
     try:
         processes = read_processes()
     except OSError:
-        return  # told already
+        return  # reported already
     others = [each for each in processes if each.pid != os.getpid()]
     if not others:
-        yield Finding("other programs", State.OK, "none on the card")
+        yield Finding("other programs", State.OK, "none on the GPU")
         return
     named = ", ".join(
         f"{each.name} ({each.pid}"
@@ -296,7 +296,7 @@ def _gpu_processes(subject: Subject) -> Iterator[Finding]:
     yield Finding(
         "other programs",
         State.WARN,
-        f"on the card: {named}",
+        f"on the GPU: {named}",
         "stop them if models do not fit; what they hold is measured and left to them",
     )
 
@@ -325,7 +325,7 @@ def _host_memory(subject: Subject) -> Iterator[Finding]:
         return
     locked_bytes, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     limited = locked_bytes != resource.RLIM_INFINITY and locked_bytes < copies_bytes
-    # The driver pins on the program's behalf and as a rule asks no limit, but some systems do.
+    # The driver pins memory for the program and usually ignores the limit, but not on all systems.
     yield Finding(
         "pinned memory",
         State.WARN if limited else State.OK,
@@ -380,7 +380,7 @@ def _disk(subject: Subject) -> Iterator[Finding]:
         speed = read_speed(largest)
     except OSError as error:
         yield Finding(
-            "disk speed", State.BAD, f"{largest}: {error}", "the disk may fail: dmesg tells"
+            "disk speed", State.BAD, f"{largest}: {error}", "the disk may fail: see dmesg"
         )
         return
     slow = speed < SLOW_BYTES_PER_S
@@ -395,9 +395,9 @@ def _disk(subject: Subject) -> Iterator[Finding]:
 
 
 def read_speed(path: Path, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Bytes a second of reading the beginning of a file from its disk.
+    """The speed of reading the beginning of a file from its disk, in bytes a second.
 
-    The system is told to forget what it keeps of the file; memory file systems cannot.
+    The system's cache of the file is dropped first. Memory file systems cannot drop it.
 
     Raises:
         OSError: it cannot be read.
@@ -445,7 +445,7 @@ def _packages(subject: Subject) -> Iterator[Finding]:
 
 
 def _cublas_12() -> str | None:
-    """Where the library is that CTranslate2 opens by name: torch 2.13 brings that of CUDA 13."""
+    """The path of the library that CTranslate2 opens. torch 2.13 only brings that of CUDA 13."""
     name = "libcublas.so.12"
     folders = [Path(each) for each in os.environ.get("LD_LIBRARY_PATH", "").split(":") if each]
     folders += [Path("/usr/local/cuda/lib64"), Path("/usr/local/cuda-12/lib64")]
@@ -476,7 +476,7 @@ def _hub(subject: Subject) -> Iterator[Finding]:
             "models",
             State.WARN,
             f"{found}, and {endpoint()} is not asked or does not answer",
-            "see to the network or HF_ENDPOINT, or copy the hub's cache here (HF_HOME)",
+            "check the network or HF_ENDPOINT, or copy the hub's cache here (HF_HOME)",
         )
 
 

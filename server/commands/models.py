@@ -1,6 +1,6 @@
 """The commands that fetch, list, remove and add models: `pull`, `ls`, `rm`, `prune`, `add`.
 
-They work on this machine's files and ask no running server.
+They work on the files of this machine, without a running server.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from server.exit_codes import BAD_CONFIG, FAILED, INTERRUPTED
 from server.settings import STARTER_CONFIG, config_path, read_engine_config
 
 if TYPE_CHECKING:
-    # They bring numpy, which the other commands need not wait for.
+    # They import numpy, and the other commands need not wait for that.
     from engine.catalog.model_files import Files
     from engine.files.hub.fetch import FetchProgress
     from engine.files.hub.listing import Listing
@@ -50,7 +50,7 @@ DAY_S = 86_400.0
 
 AllowPickle = Annotated[
     bool,
-    typer.Option("--allow-pickle", help="Take pickled weights where there are no others."),
+    typer.Option("--allow-pickle", help="Take pickled weights if there are no others."),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
@@ -69,7 +69,7 @@ def pull(
     config: ConfigFile = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Fetch models from the hub ahead of their first request; what broke off goes on."""
+    """Fetch models from the hub before their first request. Continues a partial download."""
     from engine.catalog.downloads import sources_of
 
     configured = _read(config)
@@ -98,11 +98,9 @@ def pull(
 
 def ls(
     config: ConfigFile = None,
-    every: Annotated[
-        bool, typer.Option("--all", help="Also what else is in the hub's cache.")
-    ] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also the rest of the hub's cache.")] = False,
 ) -> None:
-    """Show where the files of the configured models are, and what they take."""
+    """Show where the files of the configured models are, and their sizes."""
     from engine.catalog.model_files import files_of, other_repos
 
     configured = _read(config)
@@ -122,7 +120,7 @@ def rm(
     config: ConfigFile = None,
     yes: Yes = False,
 ) -> None:
-    """Delete the files of a model that were fetched from a hub."""
+    """Delete the files of a model that came from a hub."""
     from engine.catalog.model_files import other_repos, removable
 
     configured = _read(config)
@@ -142,17 +140,19 @@ def rm(
 
 def prune(
     keep_days: Annotated[
-        float, typer.Option(min=0, help="Keep what was used in the last so many days.")
+        float, typer.Option(min=0, help="Keep what was used in the last N days.")
     ] = 30.0,
     config: ConfigFile = None,
     every: Annotated[
         bool,
         typer.Option("--all", help="Also models of the hub's cache that are not configured."),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would be deleted.")
+    ] = False,
     yes: Yes = False,
 ) -> None:
-    """Delete what was fetched and has not been used for long; shows it first, and asks."""
+    """Delete fetched files that were not used for long. Shows them first, and asks."""
     from engine.catalog.model_files import unused_repos
 
     configured = _read(config)
@@ -170,7 +170,7 @@ def add(
     repo: Annotated[str, typer.Argument(help="owner/name of a hub.")],
     config: ConfigFile = None,
     model_id: Annotated[
-        str | None, typer.Option("--id", help="The name in requests; by itself the repository's.")
+        str | None, typer.Option("--id", help="The name in requests. By default the repository's.")
     ] = None,
     fetch: Annotated[bool, typer.Option("--pull", help="Fetch it too.")] = False,
     allow_pickle: AllowPickle = False,
@@ -194,7 +194,7 @@ def add(
         changed = with_model(text, entry)
         _check(changed)
         if fetch:
-            # First: a configuration must not name what turned out not to be had.
+            # First, as a configuration must not name a model that cannot be fetched.
             _fetch(model.id, sources_of(model, allow_pickle=allow_pickle))
         replace_text(path, changed)
     except (ConfigError, OSError) as error:
@@ -218,7 +218,7 @@ def _read(config: Path | None) -> EngineConfig:
 def _find(
     name: str, config: EngineConfig, allow_pickle: bool
 ) -> tuple[ModelConfig | None, Sequence[HubSource]]:
-    """The repositories of a configured model, or the one that is named itself."""
+    """The repositories of a configured model, or the repository with this name."""
     from engine.catalog.downloads import sources_of
 
     try:
@@ -241,7 +241,7 @@ def _unconfigured(repo: str, allow_pickle: bool) -> Sequence[HubSource]:
     try:
         entry = recognise(listing).entry("pulled", repo)
     except LoadFailed as error:
-        # A part of a pipeline, or a LoRA: no model by itself.
+        # A part of a pipeline, or a LoRA: not a model of its own.
         print_error(f"{repo}: {error.message}; fetching its safetensors files")
         return (HubSource(repo, WANTED_FILES, allow_pickle=allow_pickle),)
     model = parse_section(ModelConfig, entry, "models", RUNTIMES)
@@ -286,7 +286,7 @@ def _every_repo(config: EngineConfig) -> tuple[Files, ...]:
 def _row(table: Table, model_id: str, files: Files, counted: dict[Path, int]) -> None:
     here = "yes" if files.present else "no" if files.path is None else "in part"
     if files.path is not None:
-        counted[files.path] = files.nbytes  # once, though several models read it
+        counted[files.path] = files.nbytes  # once, though several models may read it
     table.add_row(
         escape(model_id),
         escape(files.source),
@@ -326,7 +326,7 @@ def _remove(found: Sequence[Files], *, yes: bool) -> None:
 
 
 def _names(text: str) -> list[str]:
-    """Ids and aliases that a configuration has already; none of one that is not there yet."""
+    """The ids and aliases of a configuration. A new one has none."""
     if not text.strip():
         return []
     return [name for model in _check(text).models for name in model.names]

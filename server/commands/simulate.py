@@ -1,4 +1,4 @@
-"""What `roundhouse simulate` shows: a table, a plot."""
+"""The table and the plots of `roundhouse simulate`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def tables(comparison: Comparison) -> RenderableType:
-    """The policies side by side, then our waits by model and priority."""
+    """A table of the policies, then the waits of ours by model and priority."""
     trace = comparison.trace
     total_bytes = sum(model.nbytes for model in trace.models.values())
     best = comparison.clairvoyant
@@ -102,7 +102,7 @@ def plot(comparison: Comparison, path: Path) -> None:
 
 
 def plot_waits(comparison: Comparison, path: Path) -> None:
-    """Draw how long requests waited, by policy, and nothing else.
+    """Draw only how long requests waited, by policy.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -132,7 +132,7 @@ def _draw_waits(axis: Axes, comparison: Comparison) -> None:
 
 
 def _resident(outcome: Outcome, name: str) -> list[tuple[float, float]]:
-    """`(since, seconds)` of each time that a model was on the device, as `broken_barh` takes it."""
+    """`(since, seconds)` of each stay of a model on the device, as `broken_barh` takes it."""
     stays: list[tuple[float, float]] = []
     since_s: float | None = None
     for each in outcome.transitions:

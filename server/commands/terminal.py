@@ -1,4 +1,4 @@
-"""The terminal that a command talks to: results go to its output, complaints to its error."""
+"""The terminal of a command: results go to standard output, errors to standard error."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ err = Console(stderr=True)
 
 
 def print_line(message: str) -> None:
-    """Print a line of the result, as it is."""
+    """Print a line of the result, without markup."""
     out.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_error(message: str) -> None:
-    """Print what is wrong, as it is."""
+    """Print an error, without markup."""
     err.print(f"roundhouse: {message}", highlight=False, markup=False, soft_wrap=True)
 
 
 def exit_with(message: str, code: int) -> typer.Exit:
-    """Complain, and return what ends the command with that exit status when it is raised."""
+    """Print an error, and return the exception that ends the command with an exit status."""
     print_error(message)
     return typer.Exit(code)

@@ -37,7 +37,7 @@ async function show() {
     spec,
     dom_id: "#swagger-ui",
     deepLinking: true,
-    docExpansion: "none",
+    docExpansion: "list",
     defaultModelsExpandDepth: 0,
     validatorUrl: null,
     onComplete: () => {

@@ -27,7 +27,7 @@ from server.settings import ServerSettings
 FORM = "multipart/form-data"
 ADMIN_NOTE = "Needs an admin key."
 FORM_NOTE = (
-    "A field with structure may be written into names, as in `image[]`, `loras[][name]` and"
+    "A form may write structure into names, as in `image[]`, `loras[][name]` and"
     " `input_reference[image_url]`."
 )
 

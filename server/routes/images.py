@@ -1,4 +1,4 @@
-"""OpenAI's image endpoints, and the files that their URLs name."""
+"""OpenAI's image endpoints, and the files behind their URLs."""
 
 from __future__ import annotations
 

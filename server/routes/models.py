@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def models_router(engine: Engine) -> APIRouter:
     """`GET /v1/models` and `GET /v1/models/{id}`.
 
-    An alias is listed as a model of its own: clients offer, and some check against, exactly the
-    ids listed. `alias_of` tells what is behind it.
+    An alias is listed as a model of its own, as clients offer exactly the listed ids, and some
+    accept no others. `alias_of` is the id of its model.
     """
     router = APIRouter(tags=["models"])
 

@@ -1,4 +1,4 @@
-"""What those who watch the server ask: is it alive, is it ready, what has it counted."""
+"""The probes of load balancers and orchestrators, and the metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def probes_router(engine: Engine, start: Start, metrics: HttpMetrics) -> APIRouter:
-    """`/health` (alive), `/ready` (takes work now), `/ping` (RunPod's convention), `/metrics`."""
+    """`/health` (alive), `/ready` (takes work now), `/ping` (for RunPod), `/metrics`."""
     router = APIRouter(tags=["probes"])
 
     def takes_work() -> bool:
@@ -35,8 +35,8 @@ def probes_router(engine: Engine, start: Start, metrics: HttpMetrics) -> APIRout
 
     @router.api_route("/ping", methods=["GET", "HEAD"])
     async def ping() -> Response:
-        # RunPod: 204 keeps a worker in "initializing", 200 makes it take requests, anything
-        # else takes it out.
+        # For RunPod 204 keeps a worker in "initializing", 200 lets it take requests, and any other
+        # status removes it.
         starting = engine.state in (EngineState.STARTING, EngineState.READY)
         if starting and not start.done.is_set() and start.error is None:
             return Response(status_code=204)

@@ -1,4 +1,4 @@
-"""OpenAI's speech endpoint: audio, or events with audio in them, sent while it is made."""
+"""OpenAI's speech endpoint: audio, or events with audio, sent while the model makes it."""
 
 from __future__ import annotations
 

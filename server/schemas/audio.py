@@ -1,4 +1,4 @@
-"""OpenAI's requests and answers for speech and transcripts, and what this server adds to them."""
+"""OpenAI's requests and answers for speech and transcripts, with additions of ours."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from server.schemas.fields import (
 )
 
 MAX_INPUT_CHARS = 500_000
-"""Some nine hours of speech. What a model takes at once is its runtime's to say, and is less."""
+"""Some nine hours of speech. The limit of a model is its runtime's, and is lower."""
 MAX_NAME_CHARS = 256
 MAX_LANGUAGE_CHARS = 16
 
 NO_USAGE = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
-"""A stream of speech has to end with token counts by the contract; these models have no tokens."""
+"""OpenAI's stream of speech ends with token counts. These models have no tokens."""
 
 
 def _read_file(value: Any) -> bytes:
@@ -108,7 +108,7 @@ VoiceName: TypeAlias = Annotated[
     Field(min_length=1, max_length=MAX_NAME_CHARS),
     WithJsonSchema(_VOICE_SCHEMA),
 ]
-"""OpenAI's custom voices are objects with an `id`; here an id does as well."""
+"""OpenAI's custom voices are objects with an `id`. Here the id alone works too."""
 
 Language: TypeAlias = Annotated[str, Field(min_length=2, max_length=MAX_LANGUAGE_CHARS)]
 
@@ -123,8 +123,8 @@ class SpeechBody(Body):
     speed: float = Field(default=1.0, ge=0.25, le=4)
     stream_format: Literal["audio", "sse"] = "audio"
     instructions: str = Field(default="", max_length=4096)
-    """Without effect, as OpenAI's own tts-1 takes it."""
-    # Not OpenAI's:
+    """Without effect, as in OpenAI's own tts-1."""
+    # Additions of ours:
     language: Language | None = None
     word_times: bool = False
     seed: Seed | None = None
@@ -146,7 +146,7 @@ class SpeechBody(Body):
     def to_request(
         self, voice_sample: Path | None, *, request_id: str, scheduling: SchedulingOptions
     ) -> SpeechRequest:
-        """As the engine takes it; with `voice_sample`, `voice` named a cloned voice."""
+        """The engine's form of it. With `voice_sample`, `voice` is a cloned voice."""
         return SpeechRequest(
             model=self.model,
             text=self.input,
@@ -167,7 +167,7 @@ class VoiceBody(Body):
     name: str
     audio_sample: AudioFile
     consent: str = ""
-    """Without effect: whoever runs the server answers for the recordings in it."""
+    """Without effect: the operator of the server is responsible for its recordings."""
 
 
 class VoicesQuery(Body):
@@ -177,7 +177,7 @@ class VoicesQuery(Body):
 
 
 def voice_document(voice: Voice, model: str) -> dict[str, Any]:
-    """A voice that the model `model` has."""
+    """A voice of the model `model`."""
     return {
         "id": voice.id,
         "object": "audio.voice",
@@ -188,7 +188,7 @@ def voice_document(voice: Voice, model: str) -> dict[str, Any]:
 
 
 def cloned_voice_document(voice: ClonedVoice) -> dict[str, Any]:
-    """OpenAI's voice object, for a voice that any model can speak with that can clone."""
+    """OpenAI's voice object, for a voice of every model that can clone."""
     return {
         "id": voice.id,
         "object": "audio.voice",
@@ -212,7 +212,7 @@ class RecordingBody(Body):
     prompt: Prompt | None = None
     response_format: Literal["json", "text", "srt", "vtt", "verbose_json"] = "json"
     temperature: float = Field(default=0.0, ge=0, le=1)
-    # Not OpenAI's:
+    # Additions of ours:
     vad: bool = False
     hotwords: RequiredPrompt | None = None
 
@@ -222,7 +222,7 @@ class RecordingBody(Body):
         return False
 
     def to_request(self, *, request_id: str, scheduling: SchedulingOptions) -> TranscriptionRequest:
-        """As the engine takes it."""
+        """The engine's form of it."""
         return TranscriptionRequest(
             model=self.model,
             audio=self.file,
@@ -276,7 +276,7 @@ class TranscriptionBody(RecordingBody):
         BeforeValidator(as_list),
         Field(max_length=100),
     ] = Field(default_factory=list)
-    """OpenAI's newer name of what `hotwords` is."""
+    """OpenAI's newer name of `hotwords`."""
 
     @field_validator("stream")
     @classmethod
@@ -323,11 +323,11 @@ class TranscriptionBody(RecordingBody):
         )
 
     def document(self, heard: Heard, segments: Sequence[Segment]) -> dict[str, Any]:
-        """The short answer, with the seconds that were heard."""
+        """The short answer, with the seconds of the recording."""
         return {**super().document(heard, segments), "usage": _usage(heard)}
 
     def verbose_document(self, heard: Heard, segments: Sequence[Segment]) -> dict[str, Any]:
-        """The long answer: segments, words or both, as asked."""
+        """The long answer: segments, words or both, as requested."""
         document = super().verbose_document(heard, segments)
         if self.timestamp_granularities and "segment" not in self.timestamp_granularities:
             del document["segments"]
@@ -343,7 +343,7 @@ class TranscriptionBody(RecordingBody):
 
 
 def transcript_text(segments: Sequence[Segment]) -> str:
-    """The whole text. Segments begin with their own space, where the language has any."""
+    """The whole text. In languages with spaces, a segment begins with one."""
     return "".join(segment.text for segment in segments).strip()
 
 

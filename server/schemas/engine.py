@@ -1,4 +1,4 @@
-"""What the routes of the engine itself take."""
+"""The requests to the engine's own routes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MAX_EVENTS = 1000
 
 
 class PlanBody(Body):
-    """`POST /v1/engine/plan`: the request that is asked about."""
+    """`POST /v1/engine/plan`: the request to plan for."""
 
     model: ModelName
     priority: PriorityField = None
     working_bytes: Annotated[int, PlainValidator(parse_size)] = 0
-    """What its run needs beside the model: bytes, or a size such as `2GiB`."""
+    """The memory of its run besides the model: bytes, or a size such as `2GiB`."""
 
 
 class EventsQuery(Body):
@@ -27,6 +27,6 @@ class EventsQuery(Body):
 
     stream: bool = False
     after: int | None = Field(default=None, ge=0, lt=10**18)
-    """The id of the event before the first one wanted; 0 is before all."""
+    """The id of the event before the first one. 0 is before all."""
     limit: int = Field(default=100, ge=1, le=MAX_EVENTS)
-    """Of a document."""
+    """The number of events in a document."""

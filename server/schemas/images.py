@@ -1,4 +1,4 @@
-"""OpenAI's image requests and answers, and what this server adds to them."""
+"""OpenAI's image requests and answers, with additions of ours."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from server.schemas.fields import (
 )
 
 MAX_IMAGES = 10
-"""A request may ask for so many (OpenAI's limit)."""
+"""Images of a request (OpenAI's limit)."""
 MAX_SOURCES = 16
-"""An edit may start from so many (OpenAI's limit)."""
+"""Sources of an edit (OpenAI's limit)."""
 
 _LISTED_SIZES = frozenset({"1024x1024", "1024x1536", "1536x1024"})
-"""The sizes that an answer may name by OpenAI's contract."""
+"""The sizes in answers by OpenAI's contract."""
 
 _LISTED_QUALITIES = frozenset({Quality.LOW, Quality.MEDIUM, Quality.HIGH})
 
@@ -41,7 +41,7 @@ _NO_USAGE = {
     "total_tokens": 0,
     "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
 }
-"""A stream has to end with token counts by the contract; diffusion models have no tokens."""
+"""OpenAI's stream ends with token counts. Diffusion models have no tokens."""
 
 _DALL_E_QUALITIES = {"standard": "medium", "hd": "high"}
 
@@ -52,7 +52,7 @@ Sources: TypeAlias = Annotated[
 
 
 class ImageBody(Body):
-    """What all three endpoints take."""
+    """The fields of all three endpoints."""
 
     kind: ClassVar[str] = "image_generation"
     """The first word in the names of the stream's events."""
@@ -70,9 +70,9 @@ class ImageBody(Body):
     output_compression: int | None = Field(default=None, ge=0, le=100)
     background: Literal["auto", "opaque", "transparent"] = "auto"
     moderation: str = ""
-    """Without effect, as is `user`: there is nobody to report to."""
+    """Without effect, as is `user`."""
     user: str = ""
-    # Not OpenAI's:
+    # Additions of ours:
     seed: Seed | None = None
     negative_prompt: Prompt | None = None
     steps: Steps | None = None
@@ -118,14 +118,14 @@ class ImageBody(Body):
         others = [Upload(name, value) for name, value in named.items() if value is not None]
         return [*self.sources(), *others]
 
-    def what_to_repaint(self, pictures: Mapping[str, Picture]) -> Image | None:  # noqa: ARG002
+    def repaint_mask(self, pictures: Mapping[str, Picture]) -> Image | None:  # noqa: ARG002
         """The mask of an edit, from the decoded pictures by field."""
         return None
 
     def to_request(
         self, pictures: Sequence[Picture], *, request_id: str, scheduling: SchedulingOptions
     ) -> ImageRequest:
-        """As the engine takes it; `pictures` are the `uploads()`, decoded.
+        """The engine's form of it. `pictures` are the decoded `uploads()`.
 
         Raises:
             InvalidRequest: the mask does not fit its image.
@@ -154,7 +154,7 @@ class ImageBody(Body):
             guidance=self.guidance,
             seed=self.seed,
             images=sources,
-            mask=self.what_to_repaint(by_field),
+            mask=self.repaint_mask(by_field),
             strength=self.strength,
             control_image=None if control is None else control.rgb,
             reference_image=None if reference is None else reference.rgb,
@@ -181,7 +181,7 @@ class ImageBody(Body):
         return document
 
     def partial_event(self, b64_json: str, image: Image, index: int, now: int) -> dict[str, Any]:
-        """A preview on the way."""
+        """A preview of an unfinished image."""
         event = self._event("partial_image", b64_json, image, now)
         return {**event, "partial_image_index": index}
 
@@ -210,9 +210,9 @@ class GenerationBody(ImageBody):
 
     prompt: RequiredPrompt
     style: str = ""
-    """DALL·E's; without effect."""
+    """DALL·E's, without effect."""
     image: PictureField | None = None
-    """Not OpenAI's: a picture to start from."""
+    """An addition of ours: a picture to start from."""
 
     def sources(self) -> list[Upload]:
         """The pictures to start from."""
@@ -220,7 +220,7 @@ class GenerationBody(ImageBody):
 
 
 class EditBody(ImageBody):
-    """`POST /v1/images/edits`; `image` is the form's name of what is `images` in JSON."""
+    """`POST /v1/images/edits`. `image` in a form is `images` in JSON."""
 
     kind = "image_edit"
     operation = ImageOperation.EDIT
@@ -230,13 +230,13 @@ class EditBody(ImageBody):
     images: Sources | None = None
     mask: PictureField | None = None
     input_fidelity: Literal["low", "high"] = "low"
-    """Without effect; `strength` is what diffusion models have."""
+    """Without effect. Diffusion models have `strength`."""
 
     def sources(self) -> list[Upload]:
         """The pictures to start from.
 
         Raises:
-            InvalidRequest: there are none, or they come under both names.
+            InvalidRequest: there are none, or both names have some.
 
         """
         if self.image is not None and self.images is not None:
@@ -254,8 +254,8 @@ class EditBody(ImageBody):
         uploads = super().uploads()
         return uploads if self.mask is None else [*uploads, Upload("mask", self.mask)]
 
-    def what_to_repaint(self, pictures: Mapping[str, Picture]) -> Image | None:
-        """The mask, else what is transparent in the first image.
+    def repaint_mask(self, pictures: Mapping[str, Picture]) -> Image | None:
+        """The mask, otherwise what is transparent in the first image.
 
         Raises:
             InvalidRequest: the mask has another size than the first image.

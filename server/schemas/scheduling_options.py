@@ -56,6 +56,7 @@ class SchedulingBody(Body):
     """The fields of `SchedulingOptions` in a body; null means the default."""
 
     priority: PriorityField = None
+    """By default speech and transcription are interactive, videos batch, and all others normal."""
     timeout: Annotated[
         float | None,
         PlainValidator(_read_timeout_s),

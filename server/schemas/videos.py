@@ -1,4 +1,4 @@
-"""OpenAI's Videos API: requests and answers, and what this server adds to them."""
+"""OpenAI's Videos API: requests and answers, with additions of ours."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from engine.jobs.queue_place import QueuePlace
 
 MAX_SECONDS = 600.0
-"""Far beyond what video models can do; a model refuses what is too long for it."""
+"""More than any video model can do. A model refuses what is too long for it."""
 MAX_FPS = 120
 MAX_FRAMES = int(MAX_SECONDS * MAX_FPS)
 
 MOTION_BUCKETS = {"slow": 60, "medium": 127, "fast": 180}
-"""SVD was trained with 0 to 255, and 127 is what its pipeline takes by itself."""
+"""SVD was trained with 0 to 255. 127 is the default of its pipeline."""
 
 _CANCELLED = {"code": "cancelled", "message": "The job was cancelled."}
 
@@ -84,7 +84,7 @@ class VideoBody(Body):
     seconds: Seconds | None = None
     input_reference: PictureField | None = None
     """The first frame."""
-    # Not OpenAI's:
+    # Additions of ours:
     fps: int | None = Field(default=None, ge=1, le=MAX_FPS)
     num_frames: int | None = Field(default=None, ge=1, le=MAX_FRAMES)
     seed: Seed | None = None
@@ -111,7 +111,7 @@ class VideoBody(Body):
     def to_request(
         self, pictures: list[Picture], *, request_id: str, scheduling: SchedulingOptions
     ) -> VideoRequest:
-        """As the engine takes it; `pictures` are the `uploads()`, decoded.
+        """The engine's form of it. `pictures` are the decoded `uploads()`.
 
         Raises:
             InvalidRequest: there is neither a prompt nor a first frame.
@@ -156,14 +156,14 @@ class VideoContentQuery(Body):
 
 
 def video_document(job: Job, place: QueuePlace | None) -> dict[str, Any]:
-    """OpenAI's video object, and what it has no words for: frames, seed, place in the queue."""
+    """OpenAI's video object, with additions: frames, seed, position in the queue."""
     asked = job.request
     cancelled = job.state is JobState.CANCELLED
     return {
         "id": job.id,
         "object": "video",
         "model": job.model,
-        # The contract has no word for a cancelled one.
+        # OpenAI's contract has no status for a cancelled job.
         "status": JobState.FAILED.value if cancelled else job.state.value,
         "progress": int(job.progress * 100),
         "created_at": job.created_at,

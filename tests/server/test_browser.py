@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 import pytest
+from PIL import Image
 
 from tests.server.real import ROOT, STOP_S, Server
 
@@ -483,3 +484,46 @@ class TestWithKeys:
             expect(card_of(blank, "small")).to_contain_text("1 running · 2 waiting")
             assert serious_faults(blank) == []
         expect(blank.locator("#queue-summary")).to_have_text("Nobody waits.")
+
+
+class TestApiPage:
+    def test_it_asks_for_the_key_and_sends_it(
+        self, blank: Page, faults: list[str], locked: str
+    ) -> None:
+        asked: list[str] = []
+        blank.on("request", lambda request: asked.append(request.url))
+        blank.goto(f"{locked}/docs")
+        key = blank.get_by_label("API key")
+        key.fill("wrong-key")
+        key.press("Enter")
+        expect(blank.get_by_role("alert")).to_have_text("Incorrect API key.")
+        expect(blank.locator(".opblock")).to_have_count(0)
+        key.fill("user-key")
+        key.press("Enter")
+        document = httpx.get(f"{locked}/openapi.json", headers={"x-api-key": "user-key"}).json()
+        operations = sum(len(methods) for methods in document["paths"].values())
+        expect(blank.locator(".opblock")).to_have_count(operations)
+        expect(key).to_be_hidden()
+        expect(blank.get_by_role("alert")).to_be_hidden()
+
+        operation = blank.locator("#operations-models-get_v1_models")
+        operation.locator(".opblock-summary-control").click()
+        operation.get_by_role("button", name="Try it out").click()
+        operation.get_by_role("button", name="Execute").click()
+        answer = operation.locator(".live-responses-table tbody .response")
+        expect(answer.locator(".response-col_status")).to_contain_text("200")
+        expect(answer).to_contain_text('"id": "small"')
+        assert all(url.startswith((locked, "data:", "blob:")) for url in asked)
+        refused = re.compile(r"error: Failed to load resource: .* 401 ")
+        assert [each for each in faults if not refused.match(each)] == []
+
+    def test_it_is_drawn(self, blank: Page, faults: list[str], locked: str) -> None:
+        blank.add_init_script("sessionStorage.setItem('roundhouse-api-key', 'user-key')")
+        blank.goto(f"{locked}/docs")
+        expect(blank.get_by_role("heading", name=re.compile("^Roundhouse"))).to_be_visible()
+        blank.locator("#operations-images-post_v1_images_generations").scroll_into_view_if_needed()
+        with Image.open(io.BytesIO(blank.screenshot())) as drawn:
+            colours = drawn.convert("RGB").getcolors(1 << 24) or []
+        # Text, and the green, blue and red of the methods: without its style sheet, a handful.
+        assert len(colours) > 500
+        assert faults == []

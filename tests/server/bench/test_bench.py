@@ -90,7 +90,7 @@ class TestFigures:
         assert (compared.ratio.median, compared.ratio.q3) == (math.inf, math.inf)
         assert compared.noisy
 
-    def test_turns_go_a_b_b_a(self) -> None:
+    def test_rounds_go_a_b_b_a(self) -> None:
         assert [target for pair in round_order(3) for target in pair] == [0, 1, 1, 0, 0, 1]
 
 
@@ -317,7 +317,7 @@ class TestScenarios:
         assert alike("transcription", "word", " word") and not alike("transcription", "a", "b")
 
     @pytest.mark.parametrize("name", SCENARIOS)
-    def test_both_sides_of_a_pair_are_asked_the_same(self, name: str) -> None:
+    def test_both_targets_of_a_pair_are_asked_the_same(self, name: str) -> None:
         scenario = SCENARIOS[name](SCENARIOS[name].models, Settings())
         for case in scenario.cases():
             assert scenario.streams(case, 5) == scenario.streams(case, 5)
@@ -386,7 +386,7 @@ class Plain(Scenario):
 def measured(
     ours: Sequence[float], peer: Sequence[float] | None, repeats: int, **says: str
 ) -> tuple[Measured, list[str]]:
-    """Both sides' walls: of the sample where there are two, of the warm-up, of each turn."""
+    """The walls of both targets: of the sample if there are two, of the warm-up, of each round."""
     log: list[str] = []
     targets: list[Target] = [Fixed("ours", log, ours)]
     if peer is not None:
@@ -415,7 +415,7 @@ class TestRunner:
         assert (comparison.ours.median, comparison.ratio.median) == (3, 3)
         assert result.errors == 0
 
-    def test_different_answers_are_void(self) -> None:
+    def test_different_answers_make_a_run_invalid(self) -> None:
         with pytest.raises(InvalidRun, match=r"'x'.*'y'"):
             measured([1] * 5, [1] * 5, repeats=3, says="y")
 
@@ -425,11 +425,11 @@ class TestRunner:
         assert log == ["ours up", *["ours"] * 3, "ours down"]
         assert any("1 × it broke" in each for each in result.warnings())
 
-    def test_a_side_that_cannot_answer_the_samples(self) -> None:
+    def test_a_target_that_cannot_answer_the_samples(self) -> None:
         with pytest.raises(NotStarted, match="peer cannot answer: it broke"):
             measured([1] * 5, [-1] * 5, repeats=3)
 
-    async def test_sides_are_stopped_when_it_is_cut_off(self) -> None:
+    async def test_targets_are_stopped_when_it_is_cut_off(self) -> None:
         class Hanging(Fixed):
             async def call(self, streams: Streams) -> Answers:
                 asyncio.get_running_loop().call_soon(task.cancel)
@@ -480,7 +480,7 @@ class TestReport:
         assert [turn["time"] for turn in case["sides"][0]["turns"]] == [2, 4, 3]
         assert case["ratios"]["time"] == {"median": 3, "q1": 2.5, "q3": 3.5, "noisy": False}
 
-    def test_a_side_without_figures(self, tmp_path: Path) -> None:
+    def test_a_target_without_figures(self, tmp_path: Path) -> None:
         result, _ = measured([-1], None, repeats=1)
         report.write(tmp_path, result, MACHINE, "", 1)
         assert "| plain | time, s | – |" in (tmp_path / "plain.md").read_text()
@@ -568,7 +568,7 @@ class TestMemory:
         assert memory_of(process.pid).total_bytes == 0
 
 
-def test_processor_time_of_a_side_is_not_that_of_others() -> None:
+def test_processor_time_of_a_target_is_not_that_of_others() -> None:
     before = ProcessorTime.now()
     # A little more than is looked for: the kernel counts in ticks.
     busy = "import time\nwhile time.process_time() < 0.6: pass"
@@ -588,7 +588,7 @@ def set_up(tmp_path: Path) -> SetUp:
     return SetUp(tmp_path, models, (folder,), {"OMP_NUM_THREADS": "2"}, on_gpu=False, memory="1GiB")
 
 
-class TestLaunches:
+class TestTargets:
     def test_both_servers_get_the_same(
         self, set_up: SetUp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
@@ -631,7 +631,7 @@ class TestLaunches:
         with pytest.raises(BadSetUp, match="--set"):
             choose_models(config, ["tiny-llama"], read_overrides([pair]))
 
-    async def test_a_side_that_dies_says_why(self, tmp_path: Path) -> None:
+    async def test_a_target_that_dies_says_why(self, tmp_path: Path) -> None:
         command = Command("dead", (sys.executable, "-c", "raise SystemExit('no steam')"), {})
         target = Server(command, tmp_path, 10.0)
         with pytest.raises(NotStarted, match="dead ended with status 1: no steam"):

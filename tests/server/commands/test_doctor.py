@@ -205,7 +205,7 @@ class TestDoctor:
     def test_a_card(self, driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         driver(GPUS.replace("580", "535"))
         monkeypatch.setattr(doctor, "torch_has_cuda", lambda: True)
-        monkeypatch.setattr(doctor, "ASK_TORCH", 'print(\'["2.13", "NVIDIA L4", 1, 2]\')')
+        monkeypatch.setattr(doctor, "TORCH_CHECK", 'print(\'["2.13", "NVIDIA L4", 1, 2]\')')
         text = (
             "models:\n"
             "  - {id: tiny, source: 'starter:tiny-llama'}\n"
@@ -232,7 +232,7 @@ class TestDoctor:
     ) -> None:
         driver(GPUS)
         monkeypatch.setattr(doctor, "torch_has_cuda", lambda: True)
-        monkeypatch.setattr(doctor, "ASK_TORCH", "raise SystemExit('no kernel image')")
+        monkeypatch.setattr(doctor, "TORCH_CHECK", "raise SystemExit('no kernel image')")
         torch = found(config_file(tmp_path))["torch"]
         assert (torch.state, torch.found) == (State.BAD, "no kernel image")
         monkeypatch.setattr(doctor, "torch_has_cuda", lambda: False)
