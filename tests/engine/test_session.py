@@ -393,6 +393,28 @@ async def test_running_out_of_memory_is_tried_again_also_where_the_reader_is_slo
     assert granted_bytes(engine) == []
 
 
+async def test_an_error_of_a_library_does_not_hide_a_cancellation(
+    engine: Engine, runtime: Measured
+) -> None:
+    running = asyncio.Event()
+
+    async def answer(_: Any) -> AsyncGenerator[Event, None]:
+        running.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise RuntimeFailed("the client has left") from None
+        yield RESULT
+
+    runtime.answer = answer
+    opening = asyncio.create_task(engine.open(request()))
+    await running.wait()
+    opening.cancel()
+    await asyncio.wait([opening])
+    assert opening.cancelled()
+    assert engine.model_status("small").leases == 0
+
+
 async def test_a_run_whose_end_fails_gives_its_lease_back(
     engine: Engine, runtime: Measured
 ) -> None:

@@ -742,6 +742,28 @@ def test_a_model_that_cannot_be_woken_is_loaded_afresh(parked: Bench) -> None:
     assert waiting.lease is not None
 
 
+def test_a_wake_that_fails_gives_its_reservation_back_at_once(parked: Bench) -> None:
+    """Not only once the model has left: until then others may take the bytes."""
+    parked.ask("a")
+    parked.scheduler.on_unloaded("b")
+    assert parked.ledger.granted_bytes == 60
+    parked.scheduler.on_wake_failed("a", LoadFailed("no room"))
+    assert parked.model("a").state is ModelState.UNLOADING
+    assert [entry.name for entry in parked.ledger.status().entries] == ["kv_cache"]
+    assert parked.ledger.granted_bytes == parked.model("a").device_bytes == 10
+
+
+def test_what_a_park_freed_is_measured(bench: Bench) -> None:
+    first = bench.ask("a")
+    bench.scheduler.on_estimate("a", estimate(60))
+    bench.scheduler.on_loaded("a", PARTS, 2.0, 4, host_bytes=50)
+    first.release()
+    bench.park("a")
+    bench.effects.external_bytes = 25  # a library kept some, or others took it
+    bench.scheduler.on_parked("a")
+    assert bench.ledger.free_bytes == 75
+
+
 def test_a_parked_model_that_dies_is_unloaded(parked: Bench) -> None:
     parked.scheduler.on_model_failed("a", "its core failed")
     assert parked.effects.calls[-1] == ("unload", "a")
