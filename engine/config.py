@@ -12,14 +12,15 @@ The file has three sections::
         source: meta-llama/Llama-3.2-3B-Instruct
 
 `ROUNDHOUSE_MEMORY=20GiB` overrides `engine.memory`, and so on for every
-scalar key of `engine` and `server`.
+scalar key of `engine` and `server`. What Kubernetes sets for a Service of our name is ignored.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
@@ -45,12 +46,56 @@ ENV_PREFIX = "ROUNDHOUSE_"
 ENV_CONFIG = "ROUNDHOUSE_CONFIG"
 """The configuration file to read. It is not a key of a section."""
 
+_LINK = re.compile(
+    r"""(?:_[A-Z0-9]+)*?(?:
+        _SERVICE_HOST=[0-9a-fA-F.:]+
+      | _SERVICE_PORT(?:_[A-Z0-9_]+)?=\d+
+      | _PORT(?:_\d+_(?:TCP|UDP|SCTP))?=(?:tcp|udp|sctp)://\S+
+      | _PORT_\d+_(?:TCP|UDP|SCTP)_(?:PROTO=(?:tcp|udp|sctp)|PORT=\d+|ADDR=[0-9a-fA-F.:]+)
+    )
+    | _NAME=/\S*/\S*
+    | _ENV_\w+=.*""",
+    re.VERBOSE | re.DOTALL,
+)
+"""A variable of Kubernetes or of a Docker link and its value, behind the name of the service."""
+
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\s]+$")]
+
+
+def is_service_link(name: str, variable: str, text: str) -> bool:
+    """Whether Kubernetes or a Docker link put this variable there for a service called `name`.
+
+    A longer name that begins so counts too: the Service `roundhouse-api` gives
+    `ROUNDHOUSE_API_PORT=tcp://10.0.0.1:80`.
+    """
+    line, prefix = f"{variable}={text}", name.upper()
+    return line.startswith(prefix) and _LINK.fullmatch(line, len(prefix)) is not None
 
 
 def user_dir(variable: str, default: str) -> Path:
     """`$variable/roundhouse`, or `~/default/roundhouse` (XDG base directories)."""
     return Path(os.environ.get(variable) or Path.home() / default) / "roundhouse"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose mappings hold each key once. PyYAML would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            # A merge (`<<`) may be overridden: it is laid under the keys below.
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                continue  # the library refuses it
+            if key in lines:
+                raise ConfigError(
+                    f"line {line}: {key} is written twice, first in line {lines[key]}"
+                )
+            lines[key] = line
+        return super().construct_mapping(node, deep)
 
 
 class Section(BaseModel):
@@ -248,7 +293,9 @@ def read_sections(
 
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
     except yaml.YAMLError as error:
@@ -271,6 +318,8 @@ def read_sections(
     }
     for variable, text in environ.items():
         if not variable.startswith(ENV_PREFIX) or variable == ENV_CONFIG:
+            continue
+        if is_service_link("roundhouse", variable, text):
             continue
         if variable not in variables:
             raise ConfigError(_unknown(variable, variables))

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from engine.errors import ConfigError, LoadFailed
 from engine.files.atomic import new_folder
 
-FORMAT = "v1"
+FORMAT = "v2"
 """Part of each folder's path: the version of all bytes that the modules of this package write.
 
 Raise it with any change to those bytes, so that no old folder is used. Most of the text in these

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.config import EngineConfig, ModelConfig, Section, engine_config, parse_section
+from engine.config import (
+    EngineConfig,
+    ModelConfig,
+    Section,
+    engine_config,
+    is_service_link,
+    parse_section,
+    read_sections,
+)
 from engine.errors import ConfigError
 from engine.runtimes.registry import REGISTRY, RUNTIMES, options_of
 from engine.runtimes.vllm.options import VllmOptions
@@ -111,3 +120,85 @@ class TestModelsAreCheckedAsTheyAreRead:
         for name in REGISTRY.keys() - {"kokoro"}:
             monkeypatch.setitem(REGISTRY, name, "tests.no_such_module:Runtime")
         assert read({"id": "a", "runtime": "kokoro", "task": "speech"}).models[0].id == "a"
+
+
+class TestFile:
+    @pytest.mark.parametrize(
+        ("text", "wanted"),
+        [
+            ("server: {api_keys: [a]}\nmodels: []\nserver: {}\n", r"line 3: server .* line 1$"),
+            ("models:\n- id: a\n  source: b\n  id: c\n", r"line 4: id .* line 2$"),
+            ("models:\n- options:\n    seed: 1\n    seed: 1\n", r"line 4: seed .* line 3$"),
+            ("server: {port: 1, port: 2}\n", r"line 1: port .* line 1$"),
+        ],
+    )
+    def test_a_key_written_twice_is_an_error(self, tmp_path: Path, text: str, wanted: str) -> None:
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError, match=wanted) as caught:
+            read_sections(path, {}, {"engine": [], "server": ["port"]})
+        assert str(caught.value).startswith(f"{path}: ")
+
+    def test_a_merged_key_may_be_overridden(self, tmp_path: Path) -> None:
+        path = tmp_path / "config.yaml"
+        path.write_text("engine: &a {memory: 1}\nserver: {<<: *a, memory: 2}\n", encoding="utf-8")
+        sections = read_sections(path, {}, {"engine": ["memory"], "server": ["memory"]})
+        assert sections["server"] == {"memory": 2}
+
+
+def links_of(service: str) -> dict[str, str]:
+    """What Kubernetes puts into each pod for a Service of one named port."""
+    return {
+        f"{service}_SERVICE_HOST": "10.96.3.7",
+        f"{service}_SERVICE_PORT": "8000",
+        f"{service}_SERVICE_PORT_HTTP": "8000",
+        f"{service}_PORT": "tcp://10.96.3.7:8000",
+        f"{service}_PORT_8000_TCP": "tcp://10.96.3.7:8000",
+        f"{service}_PORT_8000_TCP_PROTO": "tcp",
+        f"{service}_PORT_8000_TCP_PORT": "8000",
+        f"{service}_PORT_8000_TCP_ADDR": "10.96.3.7",
+    }
+
+
+class TestServiceLinks:
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text("server: {port: 8001}\n", encoding="utf-8")
+        return path
+
+    @pytest.mark.parametrize("service", ["ROUNDHOUSE", "ROUNDHOUSE_API", "ROUNDHOUSE_PORT"])
+    def test_those_of_a_service_are_ignored(self, path: Path, service: str) -> None:
+        sections = read_sections(path, links_of(service), {"server": ["port"]})
+        assert sections["server"] == {"port": 8001}
+
+    def test_those_of_a_docker_link_are_ignored(self, path: Path) -> None:
+        environ = {"ROUNDHOUSE_NAME": "/web/roundhouse", "ROUNDHOUSE_ENV_PATH": "/bin"}
+        assert read_sections(path, environ, {"server": ["port"]})["server"] == {"port": 8001}
+
+    @pytest.mark.parametrize(
+        ("variable", "text"),
+        [
+            ("ROUNDHOUSE_PROT", "9000"),
+            ("ROUNDHOUSE_SERVICE_HOTS", "10.96.3.7"),
+            ("ROUNDHOUSE_SERVICE_HOST", "a name"),
+            ("ROUNDHOUSE_SERVICE_PORT", "8000x"),
+            ("ROUNDHOUSE_PORT_8000_TPC", "tcp://10.96.3.7:8000"),
+            ("ROUNDHOUSE_API_PORT", "9000"),
+            ("ROUNDHOUSE_NAME", "roundhouse"),
+        ],
+    )
+    def test_a_misspelt_variable_is_still_an_error(
+        self, path: Path, variable: str, text: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=f"{variable}: unknown key"):
+            read_sections(path, {variable: text}, {"server": ["port"]})
+
+    def test_a_port_that_is_a_number_counts(self, path: Path) -> None:
+        sections = read_sections(path, {"ROUNDHOUSE_PORT": "9000"}, {"server": ["port"]})
+        assert sections["server"] == {"port": "9000"}
+
+    def test_vllm_has_links_too(self) -> None:
+        assert all(is_service_link("vllm", *each) for each in links_of("VLLM").items())
+        assert not is_service_link("vllm", "VLLM_PORT", "5000")
+        assert not is_service_link("vllm", "VLLM_PORT", "")

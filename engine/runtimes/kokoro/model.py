@@ -5,6 +5,7 @@ Importing this module imports torch, spaCy and kokoro.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -35,11 +36,17 @@ PREFIX = "module."
 NORMS = ".weight_g"
 """Suffix of a checkpoint's weight norms, which are multiplied into the weights."""
 
+STYLED = re.compile(r"(?:^|\.)(?:norm[12]|adain[12]\.\d+)\.fc\.bias$")
+"""The bias of a projection in an AdaIN: two numbers for each channel that it normalises."""
+
 draw_by_thread("kokoro.istftnet")
 
 
 def stored_parts(path: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors of a checkpoint by part and name, on the meta device: no weight is read.
+
+    The InstanceNorm of each AdaIN is among them even if the checkpoint lacks it, as Kokoro-82M's
+    does: the library leaves it at 1 and 0, and the module has it.
 
     Raises:
         LoadFailed: it is not a checkpoint of Kokoro, or it holds more than tensors.
@@ -48,7 +55,7 @@ def stored_parts(path: Path) -> dict[str, dict[str, torch.Tensor]]:
     try:
         parts = torch.load(path, map_location="meta", weights_only=True)
         return {
-            part: {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+            part: _with_norms({name.removeprefix(PREFIX): each for name, each in tensors.items()})
             for part, tensors in parts.items()
         }
     except Exception as error:
@@ -167,6 +174,16 @@ class KokoroRun(TorchRun):
             and token.end_ts is not None
             and any(character.isalnum() for character in token.text)
         )
+
+
+def _with_norms(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a part with those of the InstanceNorm of each AdaIN."""
+    norms = {}
+    for name, bias in tensors.items():
+        if STYLED.search(name):
+            norm = f"{name.removesuffix('.fc.bias')}.norm"
+            norms[f"{norm}.weight"] = norms[f"{norm}.bias"] = bias[: len(bias) // 2]
+    return norms | tensors
 
 
 def _multiply_norms(module: torch.nn.Module) -> None:

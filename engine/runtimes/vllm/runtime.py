@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from prometheus_client.registry import CollectorRegistry
 from pydantic import ValidationError
 
-from engine.config import ModelConfig, Section
+from engine.config import ModelConfig, Section, is_service_link
 from engine.errors import (
     EngineError,
     InvalidRequest,
@@ -59,6 +59,9 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 """Set before vLLM is imported. The operator's own values stay."""
+
+PORT_VARIABLE = "VLLM_PORT"
+"""Kubernetes sets it to `tcp://…` for a Service called `vllm`, and vLLM fails on that."""
 
 ALIVE_POLL_S = 0.2
 """Interval between checks of a thread that does not answer."""
@@ -109,6 +112,8 @@ class VllmRuntime(Runtime):
 
     def start(self) -> None:
         """Import vLLM (some ten seconds) and replace its process-wide parts by ours."""
+        if is_service_link("vllm", PORT_VARIABLE, os.environ.get(PORT_VARIABLE, "")):
+            del os.environ[PORT_VARIABLE]
         for variable, value in ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])

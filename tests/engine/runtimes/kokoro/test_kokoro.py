@@ -423,6 +423,42 @@ async def test_blocks_are_what_was_estimated(cache_dir: Path, bare: Any) -> None
     await runtime.stop()
 
 
+async def test_a_checkpoint_without_the_norms_of_adain(
+    cache_dir: Path, folder: Path, bare: Any, tmp_path: Path
+) -> None:
+    """Kokoro-82M holds none of them. Other checkpoints may, and come to the same bytes."""
+    runtime = KokoroRuntime(RuntimeContext(CpuDevice(), cache_dir))
+    runtime.start()
+    parts = torch.load(folder / "kokoro-v1_0.pth", weights_only=True)
+    keys = {part: child.state_dict().keys() for part, child in bare.named_children()}
+    norms = {
+        part: {f"module.{name}" for name in names} - parts[part].keys()
+        for part, names in keys.items()
+    }
+    assert len(norms["predictor"]) > 0 and len(norms["decoder"]) > 0
+    assert all(
+        name.endswith((".norm.weight", ".norm.bias")) for names in norms.values() for name in names
+    )
+    shutil.copytree(folder, tmp_path / "whole")
+    whole = {
+        part: {f"module.{name}": each for name, each in child.state_dict().items()}
+        for part, child in bare.named_children()
+    }
+    torch.save(whole, tmp_path / "whole" / "kokoro-v1_0.pth")
+    without, with_norms = kokoro("tts"), kokoro("whole", source=str(tmp_path / "whole"))
+    assert runtime.estimate(without).blocks == runtime.estimate(with_norms).blocks
+
+    loaded = await runtime.load(without, pytest.fail)
+    assert isinstance(loaded, KokoroModel) and loaded.model is not None
+    weights = dict(loaded.model.module.named_parameters())
+    for part, names in norms.items():
+        for name in names:
+            value = 1.0 if name.endswith("weight") else 0.0
+            assert (weights[f"{part}.{name.removeprefix('module.')}"] == value).all()
+    await runtime.unload(loaded)
+    await runtime.stop()
+
+
 @pytest.mark.parametrize("fault", ["no file", "two files", "lacks", "pickle", "truncated"])
 async def test_what_cannot_be_loaded(
     cache_dir: Path, folder: Path, tmp_path: Path, fault: str
