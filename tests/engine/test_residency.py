@@ -48,7 +48,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch, unfrozen_heap: None) -> Leaky:
 @pytest_asyncio.fixture
 async def engine(runtime: Leaky, tmp_path: Path) -> AsyncIterator[Engine]:
     config = fake_engine(runtime, tmp_path).config
-    engine = Engine(config, device=runtime.device, runtimes={"fake": runtime})
+    engine = Engine(config, device=runtime.device, runtimes={"fake": lambda _: runtime})
     await engine.start()
     yield engine
     await engine.stop()
