@@ -23,6 +23,7 @@ from engine.memory.block import Estimate
 from engine.requests import Request, SchedulingOptions
 from engine.residency import Residency
 from engine.runtimes.base import Prepared, Runtime
+from engine.scheduling.deadline import Deadline
 from engine.scheduling.estimates import EstimateStore
 from engine.scheduling.lease import Lease
 from engine.scheduling.scheduler import Scheduler
@@ -67,12 +68,12 @@ class Admission:
         """Models whose files are known to be here."""
 
     async def open(
-        self, model: ModelConfig, request: Request, timeout_s: float, waiting: Waiting
+        self, model: ModelConfig, request: Request, deadline: Deadline, waiting: Waiting
     ) -> Session:
         """Bring the request's model in if need be, and wait for the first event.
 
-        `waiting` is kept up to date during the call. `timeout_s` bounds each wait: for the
-        files, then for the grant.
+        `waiting` is kept up to date during the call. `deadline` bounds all waits together: for the
+        files, for the grant, and for the grant of a second try.
 
         Raises:
             EngineError: whatever can go wrong before the first byte.
@@ -83,15 +84,16 @@ class Admission:
         waiting.stage = Stage.FETCHING
         if request.scheduling.if_loaded_only:
             await self.check_loaded(model)
-        if prepared.working_bytes and not await self._has_files(model, timeout_s):
+        if prepared.working_bytes and not await self._has_files(model, deadline):
             # Only now do the files say what a run takes, and what it cannot do.
             prepared = runtime.prepare(model, request)
 
         async def alone() -> Session:
-            return await self._attempt(model, prepared, timeout_s, waiting, exclusive=True)
+            deadline.go_on()
+            return await self._attempt(model, prepared, deadline, waiting, exclusive=True)
 
         try:
-            session = await self._attempt(model, prepared, timeout_s, waiting, exclusive=False)
+            session = await self._attempt(model, prepared, deadline, waiting, exclusive=False)
         except OutOfDeviceMemory as error:
             log.warning("%s: %s; trying once more, alone", request.request_id, error)
             return await alone()
@@ -108,7 +110,7 @@ class Admission:
         if self._scheduler.report.model(model.id).state not in COMPLETE:
             raise await self._not_loaded(model)
 
-    async def know_size(self, model: ModelConfig, timeout_s: float) -> None:
+    async def know_size(self, model: ModelConfig, deadline: Deadline) -> None:
         """Give the scheduler the model's estimate, if it has none yet.
 
         Raises:
@@ -120,7 +122,7 @@ class Admission:
             return
         estimate = self.estimates.get(model) if self.estimates is not None else None
         if estimate is None:
-            estimate = (await self._fetched(model, timeout_s)).result()
+            estimate = (await self._fetched(model, deadline)).result()
         self._scheduler.on_estimate(model.id, estimate)
 
     def working_bytes(self, model: ModelConfig, prepared: Prepared) -> int:
@@ -140,7 +142,7 @@ class Admission:
         operation: str,
         working_bytes: int = 0,
         scheduling: SchedulingOptions,
-        timeout_s: float,
+        deadline: Deadline,
         waiting: Waiting,
         exclusive: bool = False,
         ignore_backoff: bool = False,
@@ -172,7 +174,8 @@ class Admission:
             operation=operation,
             working_bytes=working_bytes,
             priority=scheduling.priority,
-            timeout_s=timeout_s,
+            timeout_s=deadline.left_s,
+            waited_s=deadline.waited_s,
             exclusive=exclusive,
             keep_alive_s=scheduling.keep_alive_s,
             if_loaded_only=scheduling.if_loaded_only,
@@ -191,13 +194,14 @@ class Admission:
             raise
         except Conflict:  # only `if_loaded_only` is refused so; the caller gets the cost as well
             raise await self._not_loaded(model) from None
+        deadline.stop()
         waiting.stage, waiting.ticket = Stage.RUNNING, None
         return lease
 
     async def _not_loaded(self, model: ModelConfig) -> NotLoaded:
         # Reading the sizes takes moments where the files are here; otherwise they stay unknown.
         with contextlib.suppress(EngineError):
-            await self.know_size(model, SIZE_TIMEOUT_S)
+            await self.know_size(model, Deadline(self._clock, SIZE_TIMEOUT_S))
         forecast = self._scheduler.report.forecast(model.id)
         return NotLoaded(
             f"The model {model.id!r} is not loaded, and the request is for a loaded one only.",
@@ -206,7 +210,7 @@ class Admission:
             evicts=tuple(eviction.model for eviction in forecast.evictions),
         )
 
-    async def _has_files(self, model: ModelConfig, timeout_s: float) -> bool:
+    async def _has_files(self, model: ModelConfig, deadline: Deadline) -> bool:
         """Whether the model's files were read before; otherwise wait until they are here.
 
         Raises:
@@ -215,19 +219,19 @@ class Admission:
         """
         if model.id in self._with_files:
             return True
-        task = await self._fetched(model, timeout_s)
+        task = await self._fetched(model, deadline)
         if task.exception() is None:  # otherwise the load fails, and gives the same reason
             self._with_files.add(model.id)
         return False
 
-    async def _fetched(self, model: ModelConfig, timeout_s: float) -> asyncio.Task[Estimate]:
+    async def _fetched(self, model: ModelConfig, deadline: Deadline) -> asyncio.Task[Estimate]:
         task = self._fetches.get(model.id)
         if task is None:
             estimate = self._runtimes[model.runtime].estimate
             task = asyncio.create_task(asyncio.to_thread(estimate, model))
             self._fetches[model.id] = task
             task.add_done_callback(lambda _: self._fetches.pop(model.id))
-        await asyncio.wait([task], timeout=timeout_s)
+        await asyncio.wait([task], timeout=deadline.left_s)
         if not task.done():
             message = f"The files of the model {model.id!r} are still being fetched."
             raise QueueTimeout(message, retry_after_s=10.0)
@@ -237,7 +241,7 @@ class Admission:
         self,
         model: ModelConfig,
         prepared: Prepared,
-        timeout_s: float,
+        deadline: Deadline,
         waiting: Waiting,
         *,
         exclusive: bool,
@@ -249,7 +253,7 @@ class Admission:
             operation=request.operation.value,
             working_bytes=self.working_bytes(model, prepared),
             scheduling=request.scheduling,
-            timeout_s=timeout_s,
+            deadline=deadline,
             exclusive=exclusive,
             waiting=waiting,
         )
@@ -266,8 +270,10 @@ class Admission:
             if isinstance(first, Document):
                 await events.aclose()
         except BaseException:
-            await events.aclose()
-            lease.release()
+            try:
+                await events.aclose()
+            finally:
+                lease.release()
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 # A library may answer a cancellation with an error of its own.

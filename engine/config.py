@@ -1,7 +1,8 @@
 """The configuration: a YAML file, overridden by `ROUNDHOUSE_*` variables.
 
-An unknown key or an impossible value is an error that names the key. The file
-has three sections::
+An unknown key or an impossible value is an error that names the key. What a runtime allows is
+known above this module: whoever reads a configuration passes the runtimes to check it against.
+The file has three sections::
 
     engine:            # EngineConfig without `models`
       memory: 80%
@@ -11,43 +12,90 @@ has three sections::
         source: meta-llama/Llama-3.2-3B-Instruct
 
 `ROUNDHOUSE_MEMORY=20GiB` overrides `engine.memory`, and so on for every
-scalar key of `engine` and `server`.
+scalar key of `engine` and `server`. What Kubernetes sets for a Service of our name is ignored.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
+    SkipValidation,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from engine.errors import ConfigError, ModelNotFound
-from engine.runtimes.registry import REGISTRY, runtime_class
 from engine.units import Budget, Duration, MemoryBudget, Size
 
 ENV_PREFIX = "ROUNDHOUSE_"
 ENV_CONFIG = "ROUNDHOUSE_CONFIG"
-"""The configuration file to read; it is no key of either section."""
+"""The configuration file to read. It is not a key of a section."""
+
+_LINK = re.compile(
+    r"""(?:_[A-Z0-9]+)*?(?:
+        _SERVICE_HOST=[0-9a-fA-F.:]+
+      | _SERVICE_PORT(?:_[A-Z0-9_]+)?=\d+
+      | _PORT(?:_\d+_(?:TCP|UDP|SCTP))?=(?:tcp|udp|sctp)://\S+
+      | _PORT_\d+_(?:TCP|UDP|SCTP)_(?:PROTO=(?:tcp|udp|sctp)|PORT=\d+|ADDR=[0-9a-fA-F.:]+)
+    )
+    | _NAME=/\S*/\S*
+    | _ENV_\w+=.*""",
+    re.VERBOSE | re.DOTALL,
+)
+"""A variable of Kubernetes or of a Docker link and its value, behind the name of the service."""
 
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\s]+$")]
+
+
+def is_service_link(name: str, variable: str, text: str) -> bool:
+    """Whether Kubernetes or a Docker link put this variable there for a service called `name`.
+
+    A longer name that begins so counts too: the Service `roundhouse-api` gives
+    `ROUNDHOUSE_API_PORT=tcp://10.0.0.1:80`.
+    """
+    line, prefix = f"{variable}={text}", name.upper()
+    return line.startswith(prefix) and _LINK.fullmatch(line, len(prefix)) is not None
 
 
 def user_dir(variable: str, default: str) -> Path:
     """`$variable/roundhouse`, or `~/default/roundhouse` (XDG base directories)."""
     return Path(os.environ.get(variable) or Path.home() / default) / "roundhouse"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose mappings hold each key once. PyYAML would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            # A merge (`<<`) may be overridden: it is laid under the keys below.
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                continue  # the library refuses it
+            if key in lines:
+                raise ConfigError(
+                    f"line {line}: {key} is written twice, first in line {lines[key]}"
+                )
+            lines[key] = line
+        return super().construct_mapping(node, deep)
 
 
 class Section(BaseModel):
@@ -59,41 +107,101 @@ class Section(BaseModel):
 SectionT = TypeVar("SectionT", bound=Section)
 
 
+class RuntimeKind(Protocol):
+    """What a runtime says of the models that it takes."""
+
+    tasks: ClassVar[tuple[str, ...]]
+    Options: ClassVar[type[Section]]
+
+
+Runtimes = Mapping[str, type[RuntimeKind]]
+"""The runtimes by name; a configuration is checked against them."""
+
+
+class _Parsed:
+    """The last parsed form of a model's options, with what it was parsed from.
+
+    Equal to every other: models are compared by their fields.
+    """
+
+    __slots__ = ("last",)
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.last: tuple[Any, Section] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Parsed)
+
+
 class ModelConfig(Section):
     """One model that can be asked for."""
 
     id: ModelId
     aliases: tuple[ModelId, ...] = ()
     runtime: str = "vllm"
-    task: Literal["generate", "embed", "image", "video", "speech", "transcribe"] = "generate"
+    task: str = "generate"
+    """What the model is for; one of its runtime's `tasks`."""
     source: Annotated[str, StringConstraints(min_length=1)]
     """A local folder, `starter:NAME`, or a hub repository `owner/name`."""
     keep_alive: Duration | None = None
     """Seconds an idle model stays; None takes `engine.keep_alive`."""
     pin: bool = False
     """Load at start and never evict."""
-    options: Any = Field(default_factory=dict)
-    """The runtime's own options; an instance of its `Options` after validation."""
+    options: Annotated[Mapping[str, Any], SkipValidation] = Field(default_factory=dict)
+    """The runtime's own options as they were written; `options_as` gives their parsed form."""
+    _parsed: _Parsed = PrivateAttr(default_factory=_Parsed)
 
     @field_validator("runtime")
     @classmethod
-    def _runtime_exists(cls, value: str) -> str:
-        if value not in REGISTRY:
-            raise ValueError(f"no runtime {value!r}; there is {', '.join(sorted(REGISTRY))}")
+    def _runtime_exists(cls, value: str, info: ValidationInfo) -> str:
+        runtimes: Runtimes | None = info.context
+        if runtimes is not None and value not in runtimes:
+            raise ValueError(f"no runtime {value!r}; there is {', '.join(sorted(runtimes))}")
+        return value
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _some_runtime_has_the_task(cls, value: Any, info: ValidationInfo) -> Any:
+        runtimes: Runtimes | None = info.context
+        if runtimes is None:
+            return value
+        own = info.data.get("runtime")
+        if own is None or value not in runtimes[own].tasks:
+            every = list(dict.fromkeys(task for each in runtimes.values() for task in each.tasks))
+            if value not in every:
+                expected = f"{', '.join(map(repr, every[:-1]))} or {every[-1]!r}"
+                raise PydanticKnownError("literal_error", {"expected": expected})
         return value
 
     @field_validator("options")
     @classmethod
-    def _options_fit_runtime(cls, value: Any, info: Any) -> Any:
+    def _options_fit_runtime(cls, value: Any, info: ValidationInfo) -> Any:
+        runtimes: Runtimes | None = info.context
         runtime = info.data.get("runtime")
-        if runtime is None:  # the runtime itself was wrong and is reported already
-            return value
-        options = runtime_class(runtime).Options
-        try:
-            return options.model_validate(value)
-        except ValidationError as error:
-            lines = "; ".join(_describe(options, item, "options") for item in error.errors())
-            raise PydanticCustomError("options", "{lines}", {"lines": lines}) from error
+        # A runtime that is wrong itself is reported already.
+        if runtimes is not None and runtime is not None:
+            kind = runtimes[runtime].Options
+            try:
+                kind.model_validate(value)
+            except ValidationError as error:
+                lines = "; ".join(_describe(kind, item, "options") for item in error.errors())
+                raise PydanticCustomError("options", "{lines}", {"lines": lines}) from error
+        return value
+
+    def options_as(self, kind: type[SectionT]) -> SectionT:
+        """The options in the form that their runtime declares; parsed once.
+
+        Raises:
+            ConfigError: naming every option at fault.
+
+        """
+        last = self._parsed.last
+        if last is not None and last[0] is self.options and type(last[1]) is kind:
+            return last[1]
+        parsed = parse_section(kind, self.options, f"models[{self.id}].options")
+        self._parsed.last = (self.options, parsed)
+        return parsed
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,21 +214,21 @@ class EngineConfig(Section):
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     memory: Budget | None = None
-    """What the models may use: a size, or a share of the device.
+    """Device memory for the models: a size, or a share of the device.
 
-    None takes 90% of a GPU, 50% of host memory.
+    None takes 90% of a GPU, or 50% of host memory.
     """
     host_memory: Budget | None = None
-    """What host copies of weights may use: a size, or a share of host memory.
+    """Host memory for host copies of weights: a size, or a share.
 
     Models with a host copy are parked and woken instead of unloaded and loaded. None takes 50%
-    beside a GPU. On a CPU, where they are a second copy in the same memory, it takes 20%.
+    with a GPU. On a CPU they are a second copy in the same memory, and None takes 20%.
     """
     cache_dir: Path = Field(default_factory=lambda: user_dir("XDG_CACHE_HOME", ".cache"))
     state_dir: Path = Field(default_factory=lambda: user_dir("XDG_STATE_HOME", ".local/state"))
-    """What is measured and remembered."""
+    """Measurements that outlive a restart."""
     data_dir: Path = Field(default_factory=lambda: user_dir("XDG_DATA_HOME", ".local/share"))
-    """Jobs and what they and image requests made."""
+    """Jobs, and the outputs of jobs and of image requests."""
     max_data: Size = Field(default=10 * 2**30, gt=0)
     """Bytes of finished outputs to keep in `data_dir`; beyond, the oldest go."""
     max_data_age: Duration = Field(default=7 * 86_400.0)
@@ -133,7 +241,7 @@ class EngineConfig(Section):
     """Requests that may wait for one model; beyond, 429."""
     queue_timeout_s: Duration = Field(default=300.0)
     max_overtake_s: Duration = Field(default=10.0)
-    """No request is overtaken by later ones for longer than this."""
+    """Seconds for which later requests may overtake a request."""
     models: tuple[ModelConfig, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -185,7 +293,9 @@ def read_sections(
 
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
     except yaml.YAMLError as error:
@@ -209,6 +319,8 @@ def read_sections(
     for variable, text in environ.items():
         if not variable.startswith(ENV_PREFIX) or variable == ENV_CONFIG:
             continue
+        if is_service_link("roundhouse", variable, text):
+            continue
         if variable not in variables:
             raise ConfigError(_unknown(variable, variables))
         section, key = variables[variable]
@@ -216,30 +328,33 @@ def read_sections(
     return sections
 
 
-def parse_section(kind: type[SectionT], raw: Any, prefix: str) -> SectionT:
-    """Validate one section, telling what is wrong by its full key.
+def parse_section(
+    kind: type[SectionT], raw: Any, prefix: str, runtimes: Runtimes | None = None
+) -> SectionT:
+    """Validate one section. An error names the full key.
+
+    Models are checked against `runtimes`. Without them, nobody looks at runtime, task and options.
 
     Raises:
         ConfigError: naming every key at fault.
 
     """
     try:
-        return kind.model_validate(raw)
+        return kind.model_validate(raw, context=runtimes)
     except ValidationError as error:
         lines = [_describe(kind, item, prefix) for item in error.errors()]
         raise ConfigError("; ".join(lines)) from error
 
 
-def engine_config(sections: Mapping[str, Any]) -> EngineConfig:
-    """Build the engine's configuration from `read_sections`.
+def engine_config(sections: Mapping[str, Any], runtimes: Runtimes) -> EngineConfig:
+    """Build the engine's configuration from `read_sections`, its models checked against `runtimes`.
 
     Raises:
         ConfigError: naming every key at fault.
 
     """
-    return parse_section(
-        EngineConfig, {**sections.get("engine", {}), "models": sections["models"]}, "engine"
-    )
+    raw = {**sections.get("engine", {}), "models": sections["models"]}
+    return parse_section(EngineConfig, raw, "engine", runtimes)
 
 
 def engine_fields() -> list[str]:

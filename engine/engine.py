@@ -17,17 +17,20 @@ from engine.errors import ConfigError, EngineError, QueueTimeout, RuntimeFailed,
 from engine.memory.device import CudaDevice, Device, host_memory_bytes, open_device
 from engine.memory.host_memory import HostMemory
 from engine.metrics import EngineMetrics
+from engine.process.faults import FAULTS
 from engine.process.health import wait_for_fault
 from engine.process.heap import freeze_heap, thaw_heap, uncollected
 from engine.process.library_logs import quiet_libraries
 from engine.process.torch_state import share_torch_state
 from engine.requests import Priority, Request, SchedulingOptions
 from engine.residency import Residency
-from engine.runtimes.base import Prepared, Runtime, Voice
-from engine.runtimes.registry import runtime_class
+from engine.runtimes.base import Prepared, Runtime, RuntimeContext, Voice
+from engine.runtimes.registry import options_of, runtime_class
+from engine.scheduling.deadline import Deadline
 from engine.scheduling.estimates import EstimateStore
 from engine.scheduling.event_log import EventLog
 from engine.scheduling.ledger import Ledger
+from engine.scheduling.order import Order, OrderKind
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
 from engine.scheduling.waiting import Stage, Waiting, WaitStatus
@@ -54,16 +57,16 @@ class Engine:
         config: EngineConfig,
         *,
         device: Device | None = None,
-        runtimes: Mapping[str, Runtime] | None = None,
+        runtimes: Mapping[str, Callable[[RuntimeContext], Runtime]] | None = None,
         restarts: Restarts | None = None,
         restore: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Cheap: opens no device and imports no library before `start`.
 
-        `device` and `runtimes` replace what the configuration names. `restarts` is only
-        reported. After the start the models of `restore` are brought in, in that order, as far
-        as they fit.
+        `device` replaces the configured one, and `runtimes` the classes in the registry.
+        `restarts` is only reported. After the start the models of `restore` are brought in, in
+        that order, as far as they fit.
         """
         self.config = config
         self._restarts = restarts or Restarts()
@@ -71,10 +74,12 @@ class Engine:
         self.state = EngineState.STARTING
         self._clock = clock
         self._device = device
-        self._runtimes: dict[str, Runtime] = dict(runtimes or {})
+        self._given_runtimes = dict(runtimes or {})
+        self._runtimes: dict[str, Runtime] = {}
         self._models = {model.id: model for model in config.models}
         self.events = EventLog()
         """What the scheduler did; closed when the engine has drained."""
+        self._emptied = asyncio.Event()
         self._ledger = Ledger(0, 0)
         self._metrics = EngineMetrics(self.status)
         self._residency = Residency(self._models, self._runtimes, clock, self._metrics.residual)
@@ -84,6 +89,7 @@ class Engine:
             self._residency,
             clock,
             on_event=self._on_event,
+            on_empty=self._emptied.set,
             created=int(time.time()),
         )
         self._residency.outcomes = self._scheduler
@@ -95,7 +101,6 @@ class Engine:
             self._metrics.request_seconds,
         )
         self._started = asyncio.Event()
-        self._emptied = asyncio.Event()
         self._start_error: str | None = None
         self._recheck = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
@@ -120,7 +125,7 @@ class Engine:
         """
         try:
             with uncollected():
-                device = await asyncio.to_thread(self._open)
+                device, host, budget_bytes = await asyncio.to_thread(self._open)
                 freeze_heap()  # otherwise collections in a warm-up scan all that is imported
                 for runtime in self._runtimes.values():
                     await runtime.warm_up()
@@ -133,14 +138,9 @@ class Engine:
         freeze_heap()
         device.set_baseline()
         self._device = device
-        estimates = EstimateStore(self.config.state_dir, device.name)
+        estimates = EstimateStore(self.config.state_dir, device.name, options_of)
         self._admission.estimates = estimates
-        host_budget = self.config.host_memory_budget(device.kind)
-        host_bytes = host_budget.budget_bytes(host_memory_bytes())
-        host = HostMemory(host_bytes, pinned=device.kind == CudaDevice.kind)
-        budget = self.config.memory_budget(device.kind)
-        budget_bytes = budget.budget_bytes(device.total_bytes)
-        self._residency.open(device, estimates, host, budget_bytes)
+        self._residency.open(device, estimates, host)
         self._ledger.set_device(budget_bytes, device.total_bytes)
         self._scheduler.on_timer()
         self._started.set()
@@ -154,11 +154,21 @@ class Engine:
         self._preloads.append(asyncio.create_task(self._restore()))
         self._preloads.append(asyncio.create_task(self._warn_of_too_large()))
 
-    def _open(self) -> Device:
+    def _open(self) -> tuple[Device, HostMemory, int]:
+        """Open the device and start the runtimes; the device, host memory and device budget."""
         quiet_libraries()
         device = self._device or open_device(self.config.device)
-        for name in {model.runtime for model in self.config.models} - self._runtimes.keys():
-            self._runtimes[name] = runtime_class(name)(device, self.config.cache_dir)
+        host_budget = self.config.host_memory_budget(device.kind)
+        host_bytes = host_budget.budget_bytes(host_memory_bytes())
+        host = HostMemory(host_bytes, pinned=device.kind == CudaDevice.kind)
+        budget = self.config.memory_budget(device.kind)
+        budget_bytes = budget.budget_bytes(device.total_bytes)
+        context = RuntimeContext(device, self.config.cache_dir, host, budget_bytes)
+        for model in self.config.models:
+            if model.runtime not in self._runtimes:
+                make = self._given_runtimes.get(model.runtime) or runtime_class(model.runtime)
+                self._runtimes[model.runtime] = make(context)
+            options_of(model)  # a configuration made in code may not have been checked
         for name, runtime in self._runtimes.items():
             try:
                 runtime.start()
@@ -166,19 +176,17 @@ class Engine:
                 raise ConfigError(f"models: the runtime {name!r} cannot start: {error}") from error
         if "torch" in sys.modules:
             share_torch_state()
-        return device
+        return device, host, budget_bytes
 
     async def drain(self, limit_s: float) -> None:
         """Refuse new work and wait for what runs, `limit_s` seconds at most."""
         self.state = EngineState.DRAINING
-        self._scheduler.on_drain()
         for task in self._preloads:
             task.cancel()
-        self._emptied.clear()
-        if not self._scheduler.empty:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(limit_s):
-                    await self._emptied.wait()
+        self._scheduler.on_drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._emptied.wait()
         self.events.close()  # otherwise a client that follows the log would hold the server up
 
     async def stop(self) -> None:
@@ -245,8 +253,9 @@ class Engine:
         timeout_s = request.scheduling.timeout_s
         if timeout_s is None:
             timeout_s = self.config.queue_timeout_s
-        await self._wait_started(timeout_s)
-        return await self._admission.open(model, request, timeout_s, waiting or Waiting())
+        deadline = Deadline(self._clock, timeout_s)
+        await self._wait_started(deadline)
+        return await self._admission.open(model, request, deadline, waiting or Waiting())
 
     async def check_loaded(self, name: str) -> None:
         """Return if a model is there, or is being brought in for others.
@@ -272,15 +281,19 @@ class Engine:
 
         """
         model = self.config.find(name)
-        await self._wait_started(self.config.queue_timeout_s)
-        await self._admission.know_size(model, self.config.queue_timeout_s)
+        deadline = self._usual_deadline()
+        await self._wait_started(deadline)
+        await self._admission.know_size(model, deadline)
         return self._scheduler.report.forecast(
             model.id, working_bytes=working_bytes, priority=priority
         )
 
-    async def _wait_started(self, timeout_s: float) -> None:
+    def _usual_deadline(self) -> Deadline:
+        return Deadline(self._clock, self.config.queue_timeout_s)
+
+    async def _wait_started(self, deadline: Deadline) -> None:
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(deadline.left_s):
                 await self._started.wait()
         except TimeoutError:
             raise QueueTimeout("The engine is still starting.", retry_after_s=5.0) from None
@@ -309,7 +322,7 @@ class Engine:
 
         """
         model = self.config.find(name)
-        await self._wait_started(self.config.queue_timeout_s)
+        await self._wait_started(self._usual_deadline())
         return await asyncio.to_thread(self._runtimes[model.runtime].voices, model)
 
     def status(self) -> EngineStatus:
@@ -343,13 +356,14 @@ class Engine:
 
         """
         model = self.config.find(name)
-        await self._wait_started(self.config.queue_timeout_s)
+        deadline = self._usual_deadline()
+        await self._wait_started(deadline)
         lease = await self._admission.lease(
             model,
             request_id=f"load-{model.id}",
             operation="load",
             scheduling=scheduling or SchedulingOptions(),
-            timeout_s=self.config.queue_timeout_s,
+            deadline=deadline,
             waiting=Waiting(),
             ignore_backoff=True,
         )
@@ -361,12 +375,10 @@ class Engine:
         Raises:
             ModelNotFound: there is none.
             Conflict: it is in use, waited for, pinned, or being loaded.
+            QueueTimeout: other models were moved for that long.
 
         """
-        model_id = self.config.find(name).id
-        gone = self._residency.gone(model_id)
-        self._scheduler.request_unload(model_id)
-        await gone
+        await self._order(OrderKind.UNLOAD, name)
 
     async def park(self, name: str) -> None:
         """Take an idle model off the device, and return once its bytes are free.
@@ -377,14 +389,34 @@ class Engine:
         Raises:
             ModelNotFound: there is none.
             Conflict: it is in use, waited for, pinned, being moved, or cannot be parked.
+            QueueTimeout: other models were moved for that long, or requests for it came.
 
         """
-        model_id = self.config.find(name).id
-        self._scheduler.request_park(model_id)
-        if self.model_status(model_id).device_bytes:
-            # If the engine shuts down during the wait, the model may be unloaded instead.
-            ends = [self._residency.parked(model_id), self._residency.gone(model_id)]
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        await self._order(OrderKind.PARK, name)
+
+    async def _order(self, kind: OrderKind, name: str) -> None:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def on_done() -> None:
+            if not done.cancelled():
+                done.set_result(None)
+
+        def on_refused(error: EngineError) -> None:
+            if not done.cancelled():
+                done.set_exception(error)
+
+        order = Order(
+            kind=kind,
+            model_id=self.config.find(name).id,
+            timeout_s=self.config.queue_timeout_s,
+            on_done=on_done,
+            on_refused=on_refused,
+        )
+        self._scheduler.on_order(order)
+        try:
+            await done
+        finally:
+            self._scheduler.on_order_cancelled(order)
 
     def pin(self, name: str) -> None:
         """Never evict a model from now on.
@@ -428,7 +460,7 @@ class Engine:
             try:
                 if not await asyncio.to_thread(_has_all_files, model, self.config):
                     continue
-                await self._admission.know_size(model, self.config.queue_timeout_s)
+                await self._admission.know_size(model, self._usual_deadline())
             except Exception as error:  # a library's; the first request gets it as well
                 log.debug("cannot estimate what %s takes: %s", model.id, error)
                 continue
@@ -440,15 +472,17 @@ class Engine:
     async def _watch_device(self) -> None:
         while True:
             await asyncio.sleep(EXTERNAL_CHECK_S)
-            self._scheduler.on_timer()
+            try:
+                self._scheduler.on_timer()
+            except Exception as error:
+                FAULTS.report("the watch of the device", error)
+                return
 
     def _on_event(self, event: SchedulerEvent) -> None:
         self._metrics.count(event, self._clock())
         self.events.append(event)
         if event.kind in FAILURES:
             self._recheck.set()
-        if event.kind is EventKind.UNLOADED and self._scheduler.empty:
-            self._emptied.set()
         level = logging.DEBUG if event.kind is EventKind.GRANT else logging.INFO
         log.log(
             level,

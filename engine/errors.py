@@ -14,6 +14,7 @@ The tree::
     │   ├── QueueTimeout           waited its whole time without being granted
     │   └── ShuttingDown           the engine accepts no new work
     ├── InsufficientCapacity       would not fit even on an empty device
+    ├── NoSpaceLeft                the disk is full
     ├── LoadFailed                 the runtime could not load the model
     ├── OutOfDeviceMemory          ran out of memory while running
     └── RuntimeFailed              the native library failed while running
@@ -23,7 +24,11 @@ Catch by type. The HTTP status of each lives in one table, `server/errors.py`.
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
+
+SQLITE_FULL = 13
+"""SQLite's result code for a full disk. Its module takes time to import."""
 
 
 class EngineError(Exception):
@@ -129,6 +134,21 @@ class InsufficientCapacity(EngineError):
     """The model or request would not fit even on an otherwise empty device."""
 
     code = "insufficient_capacity"
+
+
+class NoSpaceLeft(EngineError):
+    """The disk of the server is full; the message says for what."""
+
+    code = "no_space_left"
+
+    @classmethod
+    def of(cls, error: BaseException, what: str) -> NoSpaceLeft | None:
+        """The error for `what` if `error` is that of a full disk or quota, otherwise None."""
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        code = getattr(error, "sqlite_errorcode", None)
+        if full or code == SQLITE_FULL:
+            return cls(f"The server has no space left for {what}.")
+        return error if isinstance(error, cls) else None
 
 
 class LoadFailed(EngineError):

@@ -20,7 +20,7 @@ from engine.starters.registry import ensure_starter, starter_folder
 log = logging.getLogger(__name__)
 
 WANTED_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-"""What is fetched from a hub: never pickled weights, never code."""
+"""The files to fetch from a hub: never pickled weights, never code."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Carries decisions out: estimates and moves models, and reports back as events."""
+"""Carries decisions out: estimates and moves models, and reports the outcomes as events."""
 
 from __future__ import annotations
 
@@ -6,34 +6,35 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import psutil
 
 from engine.config import ModelConfig
-from engine.errors import EngineError, LoadFailed
+from engine.errors import EngineError, LoadFailed, reason
 from engine.memory.block import Estimate
 from engine.memory.device import CpuDevice, Device
 from engine.memory.host_memory import HostMemory
+from engine.process.faults import FAULTS
 from engine.process.switches import quick_switches
 from engine.runtimes.base import LoadedModel, Runtime
 from engine.scheduling.estimates import EstimateStore
 from engine.scheduling.scheduler import Scheduler
-from engine.status import HostStatus
+from engine.status import MOVING, HostStatus
 from engine.units import format_size
 
 log = logging.getLogger(__name__)
 
 LEAK_SHARE = 0.02
-"""Of a model's bytes: more than this left behind by an unload is worth a warning."""
+"""The share of a model's bytes that an unload may leave behind without a warning."""
 
 LEAK_BYTES = 16 * 1024**2
-"""What an allocator may keep for itself; less is no leak that could be told from it."""
+"""What an allocator may keep for itself. A smaller leak cannot be distinguished from it."""
 
 
 class Residency:
-    """The scheduler's hands: every method returns at once, the outcome comes as an event."""
+    """The scheduler's effects. Every method returns at once; an event has the outcome."""
 
     def __init__(
         self,
@@ -44,10 +45,10 @@ class Residency:
     ) -> None:
         """Start with nothing loaded.
 
-        `on_residual(model, bytes)` is told what each unload did not give back.
+        `on_residual(model, bytes)` gets the bytes that each unload did not give back.
         """
         self.outcomes: Scheduler
-        """Who is told how it went. Set once, before the first call: the two know each other."""
+        """Receives the outcomes. Set once, before the first call: the two know each other."""
         self.loaded: dict[str, LoadedModel] = {}
         self._models = models
         self._runtimes = runtimes
@@ -57,93 +58,71 @@ class Residency:
         self._clock = clock
         self._on_residual = on_residual
         self._overhead_before: dict[str, int] = {}
-        """What was in use beyond all models, just before each one was loaded."""
+        """Bytes in use beyond all models, just before each model was loaded."""
         self._parked_blocks: dict[str, frozenset[str]] = {}
-        self._leaving: dict[str, list[asyncio.Future[None]]] = {}
-        self._parked: dict[str, list[asyncio.Future[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def open(
-        self, device: Device, estimates: EstimateStore, host: HostMemory, budget_bytes: int
-    ) -> None:
-        """Name the device, what is remembered of it, where host copies go, and the budget.
+    def open(self, device: Device, estimates: EstimateStore, host: HostMemory) -> None:
+        """Name the device, its remembered estimates, and the host memory for host copies.
 
-        Nothing can be loaded before.
+        No model can be loaded before.
         """
         self._device = device
         self._estimates = estimates
         self._host = host
-        for runtime in self._runtimes.values():
-            runtime.host = host
-            runtime.budget_bytes = budget_bytes
-
-    def gone(self, model_id: str) -> asyncio.Future[None]:
-        """Done once the model is off the device; at once if it is not there."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if model_id in self.loaded or model_id in self._leaving:
-            self._leaving.setdefault(model_id, []).append(future)
-        else:
-            future.set_result(None)
-        return future
-
-    def parked(self, model_id: str) -> asyncio.Future[None]:
-        """Done once the model has been parked the next time."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._parked.setdefault(model_id, []).append(future)
-        return future
 
     def estimate(self, model_id: str) -> None:
-        """Find out what a model will take: as measured last time, else from its files."""
-        self._start(self._estimate(self._models[model_id]))
+        """Find out what a model will take: by the last measurement, otherwise from its files."""
+        self._start(model_id, self._estimate(self._models[model_id]))
 
     def prefetch(self, model_id: str) -> None:
-        """Read a model's files into the system's cache while others still use the device."""
-        self._start(self._prefetch(self._models[model_id]))
+        """Read a model's files into the system's cache while other models still use the device."""
+        self._start(model_id, self._prefetch(self._models[model_id]))
 
     def load(self, model_id: str) -> None:
         """Bring a model onto the device."""
-        self._start(self._load(self._models[model_id]))
+        self._start(model_id, self._load(self._models[model_id]))
 
     def unload(self, model_id: str, reason: str) -> None:
         """Take a model off the device."""
         log.info("unloading %s: %s", model_id, reason)
-        self._start(self._unload(model_id))
+        self._start(model_id, self._unload(model_id))
 
     def park(self, model_id: str, blocks: frozenset[str], reason: str) -> None:
         """Take blocks off the device; the model stays loaded."""
         log.info("parking %s of %s: %s", ", ".join(sorted(blocks)), model_id, reason)
-        self._start(self._park(model_id, blocks))
+        self._start(model_id, self._park(model_id, blocks))
 
     def wake(self, model_id: str, blocks: frozenset[str]) -> None:
         """Bring parked blocks back."""
-        self._start(self._wake(self._models[model_id], blocks))
+        self._start(model_id, self._wake(self._models[model_id], blocks))
 
     def measure_external(self) -> int:
-        """Bytes of the device that others use, measured now."""
+        """External bytes of the device, measured now."""
         if self._device is None or self._host is None:
             return 0
         return self._device.external_bytes() + _copies_bytes(self._device, self._host)
 
     def host_status(self) -> HostStatus:
-        """The budget of host copies and what is used of it."""
+        """The budget of host copies, and the bytes used of it."""
         if self._host is None:
             return HostStatus(0, 0)
         return HostStatus(self._host.budget_bytes, self._host.used_bytes)
 
     def host_free_bytes(self) -> int:
-        """What the budget of host copies still holds."""
+        """Bytes that are free in the budget of host copies."""
         return self._host.free_bytes if self._host is not None else 0
 
     def call_at(self, when: float) -> None:
-        """Ask for `on_timer` at that clock time, instead of the time asked for before."""
+        """Ask for `on_timer` at that clock time. It replaces the time of the last call."""
         if self._timer is not None:
             self._timer.cancel()
         delay_s = max(0.0, when - self._clock())
         self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_timer)
 
     async def stop(self) -> None:
-        """Wait for what is under way, then take out what is still in use; no event follows."""
+        """Wait for running transitions, then take all models out. No event follows."""
         while self._tasks:
             await asyncio.wait(self._tasks)
         if self._timer is not None:
@@ -153,18 +132,49 @@ class Residency:
 
     def _on_timer(self) -> None:
         self._timer = None
-        self.outcomes.on_timer()
+        try:
+            self.outcomes.on_timer()
+        except Exception as error:
+            FAULTS.report("the timer of the scheduler", error)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(_beside_steps(work))
+    def _start(self, model_id: str, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(self._to_an_outcome(model_id, work))
         self._tasks.add(task)
         task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            # Every expected failure is an event; this is a bug, and must not be silent.
-            log.critical("a transition ended without an outcome", exc_info=error)
+            FAULTS.report("the end of a transition", error)
+
+    async def _to_an_outcome(self, model_id: str, work: Coroutine[Any, Any, None]) -> None:
+        """Do the work. If it ends by a bug, report that and tell the scheduler an outcome.
+
+        Every expected failure is an event already. Without an outcome the model would move for
+        ever, and all others would wait for it.
+        """
+        try:
+            with quick_switches():
+                await work
+        except (Exception, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
+                raise  # the loop ends, and nobody waits for an outcome
+            FAULTS.report(f"moving the model {model_id!r}", error)
+            if self.outcomes.report.model(model_id).state in MOVING:
+                await self._abandon(model_id)
+            self.outcomes.on_transition_lost(model_id, reason(error))
+
+    async def _abandon(self, model_id: str) -> None:
+        """Free what can be freed of a model of which nobody knows the state."""
+        loaded = self.loaded.pop(model_id, None)
+        self._parked_blocks.pop(model_id, None)
+        self._overhead_before.pop(model_id, None)
+        if loaded is not None:
+            try:
+                await self._runtime(self._models[model_id]).unload(loaded)
+            except Exception:
+                log.exception("unloading %s failed", model_id)
 
     def _runtime(self, model: ModelConfig) -> Runtime:
         return self._runtimes[model.runtime]
@@ -175,8 +185,7 @@ class Residency:
             try:
                 estimate = await asyncio.to_thread(self._runtime(model).estimate, model)
             except Exception as error:
-                reason = str(_load_error(model, error))
-                self.outcomes.on_estimate_failed(model.id, reason)
+                self.outcomes.on_estimate_failed(model.id, str(_load_error(model, error)))
                 return
         self.outcomes.on_estimate(model.id, estimate)
 
@@ -185,6 +194,8 @@ class Residency:
             read_bytes = await asyncio.to_thread(_read_ahead, self._runtime(model), model)
         except (OSError, EngineError) as error:
             log.debug("cannot read the files of %s ahead: %s", model.id, error)
+        except Exception:  # a library's, and no reason to end anything
+            log.exception("cannot read the files of %s ahead", model.id)
         else:
             log.debug("reading %s of %s ahead", format_size(read_bytes), model.id)
 
@@ -208,18 +219,20 @@ class Residency:
             model.id, measured.blocks, load_seconds, loaded.max_concurrency, loaded.host_bytes
         )
         if self._estimates is not None:
-            await asyncio.to_thread(self._estimates.put, model, measured)
+            try:
+                await asyncio.to_thread(self._estimates.put, model, measured)
+            except Exception:  # the model is there, whatever becomes of the notes about it
+                log.exception("cannot remember what %s takes", model.id)
 
     async def _park(self, model_id: str, blocks: frozenset[str]) -> None:
         try:
             await self._runtime(self._models[model_id]).park(self.loaded[model_id], blocks)
         except Exception as error:
-            # Whatever is still there is measured as the others' use; the model must not run again.
+            # Bytes that are still there count as external bytes. The model must not run again.
             log.exception("parking %s failed", model_id)
             self.outcomes.on_model_failed(model_id, f"could not be parked: {error}")
         self._parked_blocks[model_id] = self._parked_blocks.get(model_id, frozenset()) | blocks
         self.outcomes.on_parked(model_id)
-        _fulfil(self._parked.pop(model_id, []))
 
     async def _wake(self, model: ModelConfig, blocks: frozenset[str]) -> None:
         started_s = time.perf_counter()
@@ -232,10 +245,8 @@ class Residency:
         self.outcomes.on_woken(model.id, time.perf_counter() - started_s)
 
     async def _unload(self, model_id: str) -> None:
-        self._leaving.setdefault(model_id, [])
         await self._take_out(model_id)
         self.outcomes.on_unloaded(model_id)
-        _fulfil(self._leaving.pop(model_id))
 
     async def _take_out(self, model_id: str) -> None:
         loaded = self.loaded.pop(model_id)
@@ -244,16 +255,16 @@ class Residency:
         try:
             await self._runtime(self._models[model_id]).unload(loaded)
         except Exception:
-            # The bytes are counted as free from here on; what is really free is measured.
+            # From here on the bytes count as free. The really free bytes are measured.
             log.exception("unloading %s failed", model_id)
         del loaded
         self._check_leak(model_id, nbytes)
 
     def _overhead_bytes(self) -> int:
-        """What the process uses of the device beyond the blocks of models that are there.
+        """Bytes that the process uses of the device beyond the blocks of the models there.
 
-        Working memory of running requests, and pages of a KV cache that were never touched, are
-        in it as well: a measure with some noise.
+        Working memory of running requests is in it, and so are pages of a KV cache that were
+        never touched: the measure has some noise.
         """
         if self._device is None or self._host is None:
             return 0
@@ -280,27 +291,16 @@ class Residency:
             )
 
 
-async def _beside_steps(work: Coroutine[Any, Any, None]) -> None:
-    with quick_switches():
-        await work
-
-
 def _copies_bytes(device: Device, host: HostMemory) -> int:
-    """What host copies take of the device: on a CPU that is host memory, and they are in it."""
+    """Device bytes of host copies. On a CPU the device is host memory, so they are in it."""
     return host.used_bytes if device.kind == CpuDevice.kind else 0
 
 
-def _fulfil(futures: Iterable[asyncio.Future[None]]) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_result(None)
-
-
 def _read_ahead(runtime: Runtime, model: ModelConfig) -> int:
-    """Ask the system to read the weights into its cache; returns the bytes asked for.
+    """Ask the system to read the weights into its cache; returns their bytes.
 
-    Nothing if they take more than half of what is unused or only cached: a good part of that cache
-    is what others read.
+    None are read if they take more than half of the unused and cached memory: other programs read
+    a good part of that cache.
 
     Raises:
         OSError: a file cannot be opened.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from engine.config import ModelConfig
 from engine.errors import OutOfDeviceMemory
 from engine.events import Event, Frame, Progress
+from engine.run import Run
 from engine.scheduling.lease import Lease
 
 log = logging.getLogger(__name__)
@@ -52,8 +53,7 @@ class Session:
         self.peak = peak
         self.again: Callable[[], Awaitable[Session]] | None = None
         """How to run the request once more after it ran out of device memory."""
-        self._rest = rest
-        self._lease = lease
+        self._run = Run(rest, lease)
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """The whole run, `first` included. Closing it cancels the work.
@@ -70,19 +70,21 @@ class Session:
             event = self.first
             while True:
                 given = given or not isinstance(event, Progress)
+                self._run.give()
                 yield event
                 try:
-                    event = await anext(self._rest)
-                except StopAsyncIteration:
-                    return
+                    following = await self._run.next()
                 except OutOfDeviceMemory as error:
                     if given or self.again is None:
                         raise
                     log.warning("%s; trying once more, alone", error)
                     await self.close()
                     second, self.again = await self.again(), None
-                    self._rest, self._lease, self.peak = second._rest, second._lease, second.peak
-                    event = second.first
+                    self._run, self.peak = second._run, second.peak
+                    following = second.first
+                if following is None:
+                    return
+                event = following
         finally:
             await self.close()
 
@@ -100,7 +102,4 @@ class Session:
 
     async def close(self) -> None:
         """Stop what still runs and end the lease."""
-        try:
-            await self._rest.aclose()
-        finally:
-            self._lease.release()
+        await self._run.close()

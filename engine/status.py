@@ -24,6 +24,9 @@ class ModelState(StrEnum):
 COMPLETE = (ModelState.LOADING, ModelState.WAKING, ModelState.RESIDENT)
 """States in which everything that the model needs is granted."""
 
+MOVING = (ModelState.LOADING, ModelState.WAKING, ModelState.PARKING, ModelState.UNLOADING)
+"""States in which a transition is under way."""
+
 
 class EngineState(StrEnum):
     """The states of the engine."""

@@ -88,6 +88,9 @@ async def stream_answer(
                 return Response(session.first.body, headers=headers, media_type="application/json")
             if stream.begun:
                 await stream.send(_granted_comment(headers))
+            if isinstance(session.first, Document):
+                # Comments about the wait have begun a stream: the document is its only event.
+                await stream.send(f"data: {session.first.body.decode()}\n\n")
             async with aclosing(frames(session)) as answer:
                 async for frame in answer:
                     if not stream.begun:

@@ -28,7 +28,8 @@ class _Generator(SchemaGenerator):
 
 def config_schema() -> dict[str, Any]:
     """The schema of the whole file: `engine`, `server`, and `models` with options by runtime."""
-    options = {name: runtime_class(name).Options for name in sorted(REGISTRY)}
+    runtimes = {name: runtime_class(name) for name in sorted(REGISTRY)}
+    options = {name: runtime.Options for name, runtime in runtimes.items()}
     kinds: list[type[BaseModel]] = [EngineConfig, ServerSettings, ModelConfig, *options.values()]
     references, document = models_json_schema(
         [(kind, "validation") for kind in kinds], schema_generator=_Generator
@@ -39,6 +40,8 @@ def config_schema() -> dict[str, Any]:
     engine["required"].remove("models")
     model = definitions["ModelConfig"]
     model["properties"]["runtime"]["enum"] = [*options]
+    tasks = {task for runtime in runtimes.values() for task in runtime.tasks}
+    model["properties"]["task"]["enum"] = sorted(tasks)
     model["properties"]["options"] = {
         "description": "The options of the runtime.",
         "type": "object",

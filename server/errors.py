@@ -19,6 +19,7 @@ from engine.errors import (
     InvalidRequest,
     LoadFailed,
     ModelNotFound,
+    NoSpaceLeft,
     NotFound,
     NotLoaded,
     OutOfDeviceMemory,
@@ -59,6 +60,7 @@ _ANSWERS: Mapping[type[EngineError], _Answer] = {
     QueueTimeout: _Answer(503, "server_error"),
     ShuttingDown: _Answer(503, "server_error"),
     InsufficientCapacity: _Answer(507, "server_error", retry=False),
+    NoSpaceLeft: _Answer(507, "server_error", retry=False),
     LoadFailed: _Answer(500, "server_error", retry=False),
     OutOfDeviceMemory: _Answer(503, "server_error"),
     RuntimeFailed: _Answer(500, "server_error"),
@@ -90,6 +92,7 @@ class Failure:
     @classmethod
     def of(cls, error: Exception) -> Failure:
         """The failure for `error`. It reveals nothing of an error that is not the engine's own."""
+        error = NoSpaceLeft.of(error, "the result") or error
         if not isinstance(error, EngineError):
             return cls(500, "Internal server error.", "server_error", "internal_error")
         answer = next(_ANSWERS[kind] for kind in type(error).__mro__ if kind in _ANSWERS)

@@ -19,6 +19,7 @@ import uvicorn
 from engine.errors import ShuttingDown
 from server.app import create_app
 from server.exit_codes import FAULT, INTERRUPTED
+from server.http_protocol import http_protocol
 from server.open_requests import OpenRequests
 from server.settings import ServerSettings
 from server.start import Start
@@ -72,6 +73,7 @@ def run(
     requests = OpenRequests(create_app(engine, settings, start))
     config = uvicorn.Config(
         requests,
+        http=http_protocol(settings.write_timeout_s),
         lifespan="on",
         ws="none",
         log_config=None,

@@ -22,6 +22,7 @@ from engine.config import (
     read_sections,
 )
 from engine.errors import ConfigError
+from engine.runtimes.registry import RUNTIMES
 from engine.units import Duration, Size
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class ServerSettings(Section):
     """
     stall_s: Duration = Field(default=900.0, ge=1, le=86_400)
     """The same for a call that computes or compiles without progress, and for the start."""
+    write_timeout_s: Duration = Field(default=60.0, ge=0.1, le=86_400)
+    """Seconds in which a client may take no byte of its response; then its connection is cut."""
     max_body_bytes: Size = Field(default=32 * 2**20, gt=0)
     """A larger request body is refused with 413."""
     max_image_pixels: int = Field(default=2**25, gt=0)
@@ -140,7 +143,7 @@ def load_settings(
             " key. Set server.api_keys (ROUNDHOUSE_API_KEYS) or server.api_keys_file, or allow it"
             " with server.insecure (--insecure)"
         )
-    return engine_config(sections), settings
+    return engine_config(sections, RUNTIMES), settings
 
 
 def read_engine_config(path: Path, environ: Mapping[str, str]) -> EngineConfig:
@@ -150,7 +153,7 @@ def read_engine_config(path: Path, environ: Mapping[str, str]) -> EngineConfig:
         ConfigError: naming every wrong key.
 
     """
-    return engine_config(_sections(path, environ))
+    return engine_config(_sections(path, environ), RUNTIMES)
 
 
 def _sections(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:

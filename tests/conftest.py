@@ -1,17 +1,25 @@
-"""Fixtures that tests of the engine and of the server share."""
+"""Fixtures that tests of the engine and of the server share, and the option `--quick`.
+
+A quick run leaves out the tests that are marked `slow`: those that load a native library. It
+fails where any other test loads one.
+"""
 
 from __future__ import annotations
 
+import ast
 import gc
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from engine import engine
+from engine.process.faults import FAULTS
 from engine.starters.registry import ensure_starter
+from tests.quick import sitecustomize
 
 # Before torch is imported. With more threads equal calls may differ in the last bit, as memory
 # alignment decides what each gets; and they spin at barriers while other tests have the cores.
@@ -22,6 +30,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=250)
 settings.register_profile("search", deadline=None, max_examples=20_000)
 settings.load_profile("repeatable")
+# Of a quick run, in which other tests count for more of the time.
+settings.register_profile("quick", deadline=None, derandomize=True, max_examples=25)
 
 # With all libraries imported a full collection looks at a million objects: at the usual thresholds
 # that is an eighth of the time of the tests of a runtime. Tests of what must be freed collect.
@@ -29,12 +39,79 @@ gc.set_threshold(50_000, 20, 50)
 
 StarterDir = Callable[[str], Path]
 
+RECORD = pytest.StashKey[Path]()
+"""The file with a line for each native library that a quick run refused."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="only tests that load no native library")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("quick"):
+        descriptor, name = tempfile.mkstemp(prefix="roundhouse-native-")
+        os.close(descriptor)
+        config.stash[RECORD] = Path(name)
+        sitecustomize.guard(config.stash[RECORD])
+        settings.load_profile("quick")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if RECORD in config.stash:
+        config.stash[RECORD].unlink()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Whether to leave out a file: a slow one is not even imported, as it may import torch."""
+    if not config.getoption("quick") or collection_path.suffix != ".py":
+        return None
+    tree = ast.parse(collection_path.read_text(encoding="utf-8"))
+    marks = (
+        ast.unparse(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"
+    )
+    return any("mark.slow" in each for each in marks) or None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("quick"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a quick test that has tried to load a native library, even where it caught the error."""
+    report = yield
+    record = item.config.stash.get(RECORD, None)
+    if record is not None and (refused := record.read_text().split()):
+        record.write_text("")
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{item.nodeid} loads {', '.join(sorted(set(refused)))}. Mark it `slow`, which"
+            " `--quick` leaves out, or let it do without."
+        )
+    return report
+
 
 @pytest.fixture(scope="session")
 def starter_dir(tmp_path_factory: pytest.TempPathFactory) -> StarterDir:
     """Gives the folder of a starter model, each built once for all tests."""
     cache_dir = tmp_path_factory.mktemp("starters")
     return lambda name: ensure_starter(name, cache_dir)
+
+
+@pytest.fixture(autouse=True)
+def no_bugs() -> Iterator[None]:
+    """No test leaves a bug behind; one that causes a bug on purpose clears `FAULTS`."""
+    FAULTS.clear()
+    yield
+    fault, FAULTS.first = FAULTS.first, None
+    assert fault is None
 
 
 @pytest.fixture

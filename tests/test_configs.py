@@ -12,16 +12,18 @@ from pathlib import Path
 import pytest
 
 from engine.config import EngineConfig, ModelConfig, engine_config, engine_fields, read_sections
+from engine.files.lora_folder import lora_files
 from engine.files.safetensors_header import DTYPE_BYTES, tensor_sizes
 from engine.files.source import STARTER, Source, starter_source
 from engine.memory.device import CpuDevice
 from engine.requests import ImageOperation, ImageRequest, Quality, SpeechRequest, VideoRequest
+from engine.runtimes.base import RuntimeContext
 from engine.runtimes.diffusers.families import check_size, family_of
-from engine.runtimes.diffusers.files import lora_files
 from engine.runtimes.diffusers.options import DiffusersOptions
 from engine.runtimes.diffusers.runtime import DiffusersRuntime
-from engine.runtimes.kokoro.runtime import OPENAI_VOICES
-from engine.runtimes.registry import runtime_class
+from engine.runtimes.kokoro.voices import OPENAI_VOICES
+from engine.runtimes.registry import RUNTIMES, options_of, runtime_class
+from engine.runtimes.vllm.options import VllmOptions
 from engine.starters.registry import DIFFUSION_STARTERS, LANGUAGE_STARTERS, SPEECH_STARTERS
 from engine.units import parse_size
 from tests.conftest import StarterDir
@@ -47,7 +49,7 @@ UNITS = {"B": (1e9, "GiB", 2**30), "M": (1e6, "MiB", 2**20)}
 
 def read(path: Path) -> EngineConfig:
     fields = {"engine": engine_fields(), "server": []}
-    return engine_config(read_sections(path, {}, fields))
+    return engine_config(read_sections(path, {}, fields), RUNTIMES)
 
 
 def models_of(path: Path, runtime: str) -> list[ModelConfig]:
@@ -109,8 +111,9 @@ def parameters(class_name: str, method: str) -> set[str]:
 
 def pipeline_class(model: ModelConfig, starter_dir: StarterDir) -> str:
     """Named in the options; that of a starter model by its own folder."""
-    if model.options.pipeline is not None:
-        return str(model.options.pipeline)
+    pipeline = model.options_as(DiffusersOptions).pipeline
+    if pipeline is not None:
+        return pipeline
     assert Source(model.source).scheme == STARTER, "its sizes cannot be checked before it is here"
     folder = starter_dir(Source(model.source).name)
     return str(json.loads((folder / "model_index.json").read_text())["_class_name"])
@@ -162,19 +165,22 @@ def test_the_starter_configuration_speaks_with_every_voice(starter_dir: StarterD
     assert served == SPEECH_STARTERS.keys()
     for model in models:
         folder = starter_dir(Source(model.source).name)
-        runtime = runtime_class(model.runtime)(CpuDevice(), folder.parents[2])
+        runtime = runtime_class(model.runtime)(RuntimeContext(CpuDevice(), folder.parents[2]))
         voices = {voice.id for voice in runtime.voices(model)}
-        assert set(model.options.voices.values()) <= voices, model.id
+        assert set(options_of(model).model_dump()["voices"].values()) <= voices, model.id
         for name in OPENAI_VOICES:
             request = SpeechRequest(model=model.id, text="hello", voice=name, request_id="test")
             runtime.prepare(model, request)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_named_parsers_exist_in_vllm(path: Path) -> None:
     tool_parsers = registered("tool_parsers", "_TOOL_PARSERS_TO_REGISTER")
     reasoning_parsers = registered("reasoning", "_REASONING_PARSERS_TO_REGISTER")
-    options = [model.options for model in read(path).models if model.task == "generate"]
+    options = [
+        model.options_as(VllmOptions) for model in read(path).models if model.task == "generate"
+    ]
     for each in options:
         assert each.tool_call_parser or each.reasoning_parser
         assert each.tool_call_parser in {None, *tool_parsers}
@@ -189,8 +195,9 @@ def test_the_starter_configuration_serves_every_language_model(starter_dir: Star
     for model in models:
         folder = starter_dir(Source(model.source).name)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        assert model.options.max_model_len == config["max_position_embeddings"]
-        assert model.options.dtype == config["dtype"]
+        options = model.options_as(VllmOptions)
+        assert options.max_model_len == config["max_position_embeddings"]
+        assert options.dtype == config["dtype"]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +223,7 @@ def test_the_starter_configuration_answers_to_well_known_names(name: str, model:
 )
 def test_the_memory_plan_is_that_of_the_options(path: Path) -> None:
     plan = {line["id"]: line for line in PLAN_LINE.finditer(path.read_text(encoding="utf-8"))}
-    models = {model.id: model.options for model in models_of(path, "vllm")}
+    models = {model.id: model.options_as(VllmOptions) for model in models_of(path, "vllm")}
     assert plan.keys() == models.keys()
     for model_id, options in models.items():
         line = plan[model_id]
@@ -228,6 +235,7 @@ def test_the_memory_plan_is_that_of_the_options(path: Path) -> None:
             assert options.kv_cache == cache_bytes, model_id
             assert line["tokens"] == f"{tokens:,}", model_id
             # Not equal: vLLM keeps one block of the cache for itself.
+            assert options.max_model_len is not None
             assert tokens > options.max_model_len, model_id
         else:
             assert options.kv_cache is None, model_id
@@ -240,7 +248,9 @@ def test_the_memory_plan_is_that_of_the_options(path: Path) -> None:
 def test_the_memory_plan_has_the_parts_of_every_pipeline(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     plan = {line["id"]: line for line in DIFFUSION_PLAN_LINE.finditer(text)}
-    models = {model.id: model.options for model in models_of(path, "diffusers")}
+    models = {
+        model.id: model.options_as(DiffusersOptions) for model in models_of(path, "diffusers")
+    }
     assert plan.keys() == models.keys()
     for model_id, options in models.items():
         line = plan[model_id]
@@ -260,8 +270,9 @@ def test_the_starter_plan_is_that_of_the_files(starter_dir: StarterDir) -> None:
     plan = {line["id"]: line for line in DIFFUSION_PLAN_LINE.finditer(text)}
     for model in models_of(STARTER_CONFIG, "diffusers"):
         millions = {"encoders": 0.0, "denoiser": 0.0, "vae": 0.0}
-        adapters = set(model.options.lora_sources.values())  # loaded when a request names them
-        for source in {model.source, *side_sources(model.options)} - adapters:
+        options = model.options_as(DiffusersOptions)
+        adapters = set(options.lora_sources.values())  # loaded when a request names them
+        for source in {model.source, *side_sources(options)} - adapters:
             folder = starter_dir(Source(source).name)
             for path in sorted(folder.rglob("*.safetensors")):
                 part = path.parent.name
@@ -277,24 +288,30 @@ def test_the_starter_plan_is_that_of_the_files(starter_dir: StarterDir) -> None:
 def test_the_starter_configuration_serves_every_pipeline(starter_dir: StarterDir) -> None:
     models = models_of(STARTER_CONFIG, "diffusers")
     served = {Source(model.source).name for model in models}
-    beside = {Source(source).name for model in models for source in side_sources(model.options)}
+    beside = {
+        Source(source).name
+        for model in models
+        for source in side_sources(model.options_as(DiffusersOptions))
+    }
     pipelines = {
         name for name in DIFFUSION_STARTERS if (starter_dir(name) / "model_index.json").is_file()
     }
     assert served == pipelines
     assert beside == DIFFUSION_STARTERS.keys() - pipelines
     for model in models:
-        assert model.options.dtype == "float32"
-        for name, source in model.options.lora_sources.items():
+        options = model.options_as(DiffusersOptions)
+        assert options.dtype == "float32"
+        for name, source in options.lora_sources.items():
             assert source == starter_source(name)
             assert lora_files(starter_dir(name).parent)[name].is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", DIFFUSION_MODELS)
 def test_what_a_pipeline_is_given_exists_in_diffusers(
     model: ModelConfig, starter_dir: StarterDir
 ) -> None:
-    options: DiffusersOptions = model.options
+    options = model.options_as(DiffusersOptions)
     pipeline = pipeline_class(model, starter_dir)
     assert pipeline in exported("pipelines")
     assert options.components.keys() <= parameters(pipeline, "__init__")
@@ -311,11 +328,11 @@ def test_what_a_pipeline_is_given_exists_in_diffusers(
 def test_the_defaults_are_what_the_model_can_do(
     model: ModelConfig, starter_dir: StarterDir, tmp_path: Path
 ) -> None:
-    options: DiffusersOptions = model.options
+    options = model.options_as(DiffusersOptions)
     family = family_of(pipeline_class(model, starter_dir))
     check_size((options.width, options.height), family)
     assert (options.num_frames - 1) % family.frame_step == 0, "frames are made to be cut off"
-    runtime = DiffusersRuntime(CpuDevice(), tmp_path)
+    runtime = DiffusersRuntime(RuntimeContext(CpuDevice(), tmp_path))
     steps = {}
     for quality in Quality:
         prepared = runtime.prepare(model, default_request(model, quality)).request
@@ -346,14 +363,15 @@ def test_a_first_frame_can_have_the_size_of_its_video(starter_dir: StarterDir) -
     for path in CONFIGS:
         config = read(path)
         for model in models_of(path, "diffusers"):
-            if model.options.first_frame_model is None:
+            options = model.options_as(DiffusersOptions)
+            if options.first_frame_model is None:
                 continue
             chained.add(path.stem)
-            image_model = config.find(model.options.first_frame_model)
+            image_model = config.find(options.first_frame_model)
             assert image_model.task == "image"
-            size = (model.options.width, model.options.height)
+            size = (options.width, options.height)
             check_size(size, family_of(pipeline_class(image_model, starter_dir)))
-            assert size[0] * size[1] <= image_model.options.max_pixels
+            assert size[0] * size[1] <= image_model.options_as(DiffusersOptions).max_pixels
     assert chained == {"gpu-24gb", "gpu-80gb", "starter"}
 
 
@@ -373,8 +391,12 @@ def test_every_image_and_video_model_fits_with_its_default_request(
     plan = {
         line["id"]: line for line in DIFFUSION_PLAN_LINE.finditer(path.read_text(encoding="utf-8"))
     }
-    runtime = DiffusersRuntime(CpuDevice(), tmp_path)
+    runtime = DiffusersRuntime(RuntimeContext(CpuDevice(), tmp_path))
     for model in models_of(path, "diffusers"):
         prepared = runtime.prepare(model, default_request(model, Quality.AUTO))
-        resident_gib = 1.0 if model.options.offload == "group" else float(plan[model.id]["weights"])
+        resident_gib = (
+            1.0
+            if model.options_as(DiffusersOptions).offload == "group"
+            else float(plan[model.id]["weights"])
+        )
         assert resident_gib + prepared.working_bytes / 2**30 <= budget_gib, model.id

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import yaml
 
 from engine.errors import ConfigError
+from engine.files.atomic import new_file
 
 MODELS = "models"
 
@@ -50,20 +48,9 @@ def replace_text(path: Path, text: str) -> None:
         OSError: it cannot be written.
 
     """
-    path = path.resolve()  # a link stays a link
-    mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(mode)
-        Path(name).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(name).unlink()
-        raise
+    # Resolved, so that a link stays a link.
+    with new_file(path.resolve(), mode=0o600) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def _item(entry: Mapping[str, Any], indent: int) -> str:

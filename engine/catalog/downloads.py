@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,22 +14,7 @@ from engine.files.hub.cache import check_room
 from engine.files.hub.fetch import Fetch, FetchCancelledError, FetchProgress, OnProgress
 from engine.files.hub.selection import HubSource
 from engine.files.source import Source
-from engine.model_folder import WANTED_FILES
-from engine.runtimes.bark.runtime import FILES as BARK_FILES
-from engine.runtimes.coqui.runtime import FILES as COQUI_FILES
-from engine.runtimes.diffusers.files import CONFIG_FILES, LORA_FILE, ip_adapter_files
-from engine.runtimes.diffusers.options import DiffusersOptions
-from engine.runtimes.kokoro.runtime import FILES as KOKORO_FILES
-from engine.runtimes.whisper.runtime import FILES as WHISPER_FILES
-
-FILES: Mapping[str, tuple[str, ...]] = {
-    "vllm": WANTED_FILES,
-    "whisper": WHISPER_FILES,
-    "kokoro": KOKORO_FILES,
-    "coqui": COQUI_FILES,
-    "bark": BARK_FILES,
-}
-"""What each runtime reads of a repository; diffusers' depends on the options."""
+from engine.runtimes.registry import runtime_class
 
 NO_PROGRESS = FetchProgress("", 0, 0, 0, 0)
 
@@ -37,44 +22,25 @@ NO_PROGRESS = FetchProgress("", 0, 0, 0, 0)
 def sources_of(model: ModelConfig, *, allow_pickle: bool = False) -> tuple[HubSource, ...]:
     """The repositories that a model is made of, its own first; none for a local one.
 
-    Kokoro's and Coqui's weights are always pickled and are read as tensors only, so they need no
-    `allow_pickle`.
+    Weights that a runtime only has pickled, and reads as tensors, need no `allow_pickle`.
     """
-    if isinstance(model.options, DiffusersOptions):
-        sources = _diffusers_sources(model.source, model.options)
-    else:
-        files = FILES.get(model.runtime, WANTED_FILES)
-        revision = getattr(model.options, "revision", None)
-        sources = [HubSource(model.source, files, revision)]
     return tuple(
         replace(source, allow_pickle=allow_pickle)
-        for source in sources
+        for source in runtime_class(model.runtime).hub_sources(model)
         if Source(source.repo).is_repo
     )
-
-
-def _diffusers_sources(repo: str, options: DiffusersOptions) -> list[HubSource]:
-    weights = f"*/*.{options.variant}*.safetensors" if options.variant else "*/*.safetensors"
-    sources = [HubSource(repo, (weights, *CONFIG_FILES), options.revision)]
-    sources += [HubSource(part, WANTED_FILES) for part in options.components.values()]
-    if options.controlnet is not None:
-        sources.append(HubSource(options.controlnet, WANTED_FILES))
-    if (adapter := options.ip_adapter) is not None:
-        sources.append(HubSource(adapter.source, ip_adapter_files(adapter)))
-    sources += [HubSource(lora, (LORA_FILE,)) for lora in options.lora_sources.values()]
-    return sources
 
 
 def pull(
     sources: Sequence[HubSource], on_progress: OnProgress, cancelled: threading.Event
 ) -> tuple[Path, ...]:
-    """Fetch repositories one after the other; progress is told over all of them.
+    """Fetch repositories one after the other. The progress is that of all of them together.
 
     Returns the folders of their snapshots.
 
     Raises:
         NotFound: there is no such repository or revision.
-        LoadFailed: see `engine.files.hub.fetch.Fetch`; also if all together do not fit the disk.
+        LoadFailed: see `engine.files.hub.fetch.Fetch`; or all together do not fit the disk.
         FetchCancelledError: `cancelled` was set.
 
     """
@@ -113,31 +79,31 @@ def _after(before: FetchProgress, now: FetchProgress) -> FetchProgress:
 
 @dataclass(slots=True)
 class _Pull:
-    """One pull under way on a thread, and what was last told of it."""
+    """One pull on a thread, and its last progress."""
 
     task: asyncio.Task[tuple[Path, ...]]
     cancelled: threading.Event
     progress: list[FetchProgress]
-    """One: the thread replaces it."""
+    """A single item, which the thread replaces."""
     followers: int = 0
 
 
 class Pulls:
-    """The pulls under way in a server; all who ask for the same model share one."""
+    """The pulls that run in a server. All requests for the same model share one."""
 
     def __init__(self) -> None:
         self._pulls: dict[str, _Pull] = {}
 
     def is_pulling(self, model_id: str) -> bool:
-        """Whether the files of that model are being fetched."""
+        """Whether a pull of that model runs."""
         return model_id in self._pulls
 
     async def follow(
         self, model: ModelConfig, every_s: float
     ) -> AsyncGenerator[FetchProgress, None]:
-        """Pull a model, or follow the pull of it; the last progress is that of the end.
+        """Pull a model, or follow its running pull. The last progress is that of the end.
 
-        When the last follower leaves, the pull is stopped; the next one goes on from there.
+        When the last follower leaves, the pull stops. The next pull goes on from there.
 
         Raises:
             NotFound: there is no such repository or revision.

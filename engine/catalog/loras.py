@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import BinaryIO
 
 from engine.config import ModelConfig
 from engine.errors import Conflict, InvalidRequest
+from engine.files.atomic import new_file
+from engine.files.lora_folder import lora_files
 from engine.files.safetensors_header import tensor_sizes
-from engine.runtimes.diffusers.files import lora_files
-from engine.runtimes.diffusers.options import DiffusersOptions
+from engine.runtimes.registry import runtime_class
 
 MAX_LORA_BYTES = 4 * 2**30
 """The largest for FLUX are some 2.5 GB."""
@@ -35,22 +35,23 @@ def folder_of(model: ModelConfig) -> Path:
     """Where a model's LoRAs are.
 
     Raises:
-        InvalidRequest: it has no folder for them.
+        InvalidRequest: the model has no folder for them.
 
     """
-    if not isinstance(model.options, DiffusersOptions) or model.options.loras is None:
+    folder = runtime_class(model.runtime).lora_folder(model)
+    if folder is None:
         raise InvalidRequest(
             f"The model {model.id!r} has no folder of LoRAs (its options name no `loras`).",
             param="model",
         )
-    return model.options.loras.expanduser()
+    return folder
 
 
 def check_name(name: str) -> str:
-    """The name that requests will use, without its suffix.
+    """The name that requests will use, without the suffix of the file.
 
     Raises:
-        InvalidRequest: it is none, or could lead out of the folder.
+        InvalidRequest: it is not a name, or could lead out of the folder.
 
     """
     name = name.removesuffix(_SUFFIX)
@@ -64,31 +65,26 @@ def check_name(name: str) -> str:
 
 
 def add(model: ModelConfig, name: str, data: BinaryIO) -> Path:
-    """Put a LoRA into a model's folder, whole or not at all; returns its path.
+    """Put a LoRA into a model's folder, complete or not at all; returns its path.
 
-    The header alone is looked at: whether the tensors fit the model is told by the first request.
+    Only the header is looked at: the first request shows whether the tensors fit the model.
 
     Raises:
-        InvalidRequest: the name, or no safetensors file, or no LoRA in it.
-        Conflict: there is one of that name, or the folder cannot be written, or is full.
+        InvalidRequest: the name is bad, or the file is not a LoRA.
+        Conflict: the name is taken, or the folder cannot be written, or the disk is full.
 
     """
     name = check_name(name)
     folder = folder_of(model)
     if name in lora_files(folder):
         raise Conflict(f"The model {model.id!r} has a LoRA {name!r} already.")
-    path, unfinished = folder / f"{name}{_SUFFIX}", folder / f".{name}.part"
+    path = folder / f"{name}{_SUFFIX}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("xb") as file:
-            try:
+        with new_file(path, overwrite=False) as unfinished:
+            with unfinished.open("wb") as file:
                 shutil.copyfileobj(data, file, 2**20)
-                file.flush()
-                os.fsync(file.fileno())
-                check_file(unfinished)
-                os.link(unfinished, path)  # unlike a rename it replaces nothing
-            finally:
-                unfinished.unlink()
+            check_file(unfinished)
     except FileExistsError as error:
         raise Conflict(f"A LoRA {name!r} is there, or just being added.") from error
     except OSError as error:
@@ -99,10 +95,10 @@ def add(model: ModelConfig, name: str, data: BinaryIO) -> Path:
 
 
 def check_file(path: Path) -> None:
-    """Refuse what is no LoRA. Reads the header only, and runs nothing of it.
+    """Refuse a file that is not a LoRA. Reads only the header, and runs nothing of it.
 
     Raises:
-        InvalidRequest: it is no safetensors file, is torn, or its tensors are no adapter's.
+        InvalidRequest: it is not a safetensors file, is cut off, or has tensors of another kind.
 
     """
     try:

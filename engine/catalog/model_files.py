@@ -1,7 +1,7 @@
-"""Where the files of models are on this disk, what they take, and taking them away.
+"""The files of models on this disk: where they are, what they take, and their removal.
 
-When files were used last is told by their access times, which most systems keep to the day, and by
-the time of the snapshot's folder, which every load sets.
+The last use of files is known from their access times, which most systems keep to the day. It is
+also known from the time of the snapshot's folder, which every load sets.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ class Files:
     source: str
     """As the configuration names it."""
     path: Path | None
-    """None: nothing of it is here."""
+    """None: none of it is here."""
     nbytes: int
-    """On the disk, with what is unfinished."""
+    """Bytes on the disk, unfinished files included."""
     unfinished_bytes: int
-    """Of downloads that broke off, or still run."""
+    """Bytes of downloads that broke off or still run."""
     present: bool
-    """All that is wanted of it is here."""
+    """All wanted files are here."""
     last_used: float | None
-    """Unix seconds; None where nothing is here."""
+    """Unix seconds; None: none of it is here."""
     models: tuple[str, ...]
     """The configured models that read it."""
 
     @property
     def is_repo(self) -> bool:
-        """Whether a hub has it too, so that it can be fetched again."""
+        """Whether a hub has it as well, so that it can be fetched again."""
         return Source(self.source).is_repo
 
 
 def files_of(model: ModelConfig, config: EngineConfig) -> tuple[Files, ...]:
-    """What a model reads: its own files first, then those of parts that come from elsewhere."""
+    """The files that a model reads: its own first, then those of parts from elsewhere."""
     repos = sources_of(model)
     found = []
     if not any(source.repo == model.source for source in repos):
@@ -74,7 +74,7 @@ def unused_repos(
     """The repositories last used before that time (Unix seconds), the longest unused first.
 
     Those of pinned models are left out: they may have been loaded long ago and still be in use.
-    With `unconfigured` also those that no configured model reads; other programs may.
+    `unconfigured` adds those that no configured model reads. Other programs may read them.
     """
     pinned = {model.id for model in config.models if model.pin}
     found = {each.source: each for model in config.models for each in files_of(model, config)}
@@ -129,9 +129,9 @@ def remove(repo: str) -> int:
     known = next((each for each in scan_cache_dir().repos if each.repo_path == path), None)
     if known is not None:
         commits = [revision.commit_hash for revision in known.revisions]
-        # The client knows of blobs that repositories share, and leaves those of others.
+        # The client knows the blobs that repositories share, and leaves those of others.
         scan_cache_dir().delete_revisions(*commits).execute()
-    if path.exists():  # a download that never came to a snapshot, or what the client left
+    if path.exists():  # a download without a snapshot, or files that the client left
         shutil.rmtree(path)
     return nbytes
 
@@ -188,13 +188,13 @@ def _last_used(files: Path, *folders: Path) -> float | None:
     for folder in folders:
         with suppress(OSError):
             times.append(folder.stat().st_mtime)
-    if not times:  # nothing but a part of a download
+    if not times:  # only a part of a download
         times = [stat.st_mtime for _, stat in _stats(files)]
     return max(times, default=None)
 
 
 def _stats(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Name and status of every file below a folder; what vanishes meanwhile is passed over."""
+    """Name and status of every file below a folder. Files that vanish are left out."""
     for parent, _, names in os.walk(folder):
         for name in names:
             with suppress(OSError):

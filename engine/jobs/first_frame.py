@@ -16,7 +16,7 @@ def first_frame_request(model: ModelConfig, request: VideoRequest) -> ImageReque
 
     `model` makes the video. A request that brings an image needs no first frame.
     """
-    image_model = getattr(model.options, "first_frame_model", None)
+    image_model = model.options.get("first_frame_model")
     if image_model is None or request.image is not None:
         return None
     return ImageRequest(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from engine.media.outputs import sync
+from engine.files.atomic import new_folder, remove_leftovers, sync
 
 _JOB_ID = re.compile(r"video_[0-9a-f]{32}")
 _FILE_NAME = "input.png"
@@ -29,19 +29,16 @@ class InputImages:
         """
         self._folder.mkdir(mode=0o700, exist_ok=True)
         sync(self._folder.parent)
+        remove_leftovers(self._folder)
         for path in self._folder.glob("video_*"):
             if _JOB_ID.fullmatch(path.name) and path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
     def save(self, job_id: str, image: Image.Image) -> None:
         """Write the image of a new job; it is on disk when this returns."""
-        folder = self._folder / job_id
-        folder.mkdir(mode=0o700)
-        path = folder / _FILE_NAME
-        image.save(path, compress_level=1)  # lossless at any level; higher ones take seconds
-        sync(path)
-        sync(folder)
-        sync(folder.parent)
+        with new_folder(self._folder / job_id, mode=0o700) as folder:
+            # Lossless at any level; higher ones take seconds.
+            image.save(folder / _FILE_NAME, compress_level=1)
 
     def load(self, job_id: str) -> Image.Image:
         """Read the image of a job."""

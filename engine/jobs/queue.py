@@ -27,6 +27,7 @@ from engine.errors import (
     EngineError,
     InvalidRequest,
     LoadFailed,
+    NoSpaceLeft,
     NotFound,
     OutOfDeviceMemory,
     Overloaded,
@@ -115,6 +116,8 @@ class Jobs:
         """True from the end of `start` to the beginning of `stop`."""
         self._live: dict[str, Job] = {}
         """The jobs that have not ended, oldest first. These are newer than their records."""
+        self._unrecorded: dict[str, Job] = {}
+        """Jobs that have ended, but the disk could not take their last record yet."""
         self._runs: dict[str, _Run] = {}
         self._delays: dict[str, asyncio.Task[None]] = {}
         """Of queued jobs that wait for the time of their next attempt."""
@@ -187,11 +190,16 @@ class Jobs:
             for job in list(self._live.values()):
                 if job.state is JobState.IN_PROGRESS:
                     await self._records.write(store.update, _queued(job, attempts=job.attempts - 1))
+            try:
+                await self._record_ends()
+            except Exception:
+                log.exception("ends of jobs are not recorded; these jobs run again")
             await self._close()
 
     async def _close(self) -> None:
         await self._records.close()
         self._live.clear()
+        self._unrecorded.clear()
         self._suspects.clear()
         self._wake_waiters()
 
@@ -247,7 +255,7 @@ class Jobs:
 
         """
         store = self._records.store
-        return self._live.get(job_id) or store.get(job_id)
+        return self._live.get(job_id) or self._unrecorded.get(job_id) or store.get(job_id)
 
     async def ended(self, job_id: str) -> Job:
         """Wait until the job has ended and its record says so on disk.
@@ -275,7 +283,8 @@ class Jobs:
 
         """
         jobs, has_more = self._records.store.list(limit=limit, after=after, order=order)
-        return [self._live.get(job.id, job) for job in jobs], has_more
+        newer = self._unrecorded | self._live
+        return [newer.get(job.id, job) for job in jobs], has_more
 
     def place(self, job_id: str) -> QueuePlace | None:
         """Where a job stands in the queue; None when it is not queued.
@@ -364,7 +373,9 @@ class Jobs:
             ready = (
                 job
                 for job in self._live.values()
-                if job.state is JobState.QUEUED and job.id not in self._delays
+                if job.state is JobState.QUEUED
+                and job.id not in self._delays
+                and job.id not in self._runs  # its last attempt is still being recorded
             )
             job = min(ready, key=lambda job: job.priority, default=None)
             if job is None:
@@ -380,10 +391,10 @@ class Jobs:
             run = _Run(asyncio.create_task(self._run(job.id), name=job.id))
             self._runs[job.id] = run
             # Not a `finally` of the coroutine: cancelled before its first step, it runs none.
-            run.task.add_done_callback(partial(self._on_run_ended, job.id))
+            run.task.add_done_callback(partial(self._on_run_ended, job.id, run))
 
-    def _on_run_ended(self, job_id: str, task: asyncio.Task[None]) -> None:
-        del self._runs[job_id]
+    def _on_run_ended(self, job_id: str, run: _Run, task: asyncio.Task[None]) -> None:
+        assert self._runs.pop(job_id) is run, "a job has one run at a time"
         self._suspects.discard(job_id)
         if not task.cancelled() and task.exception() is not None:
             log.error("%s could not be recorded", job_id, exc_info=task.exception())
@@ -399,11 +410,14 @@ class Jobs:
         except EngineError as error:
             run.interruptible = False
             await self._on_error(self._live[job_id], error)
-        except Exception:
+        except Exception as error:
             run.interruptible = False
             log.exception("%s failed", job_id)
-            # The reason stays in the log: it may name files of this machine.
+            full = NoSpaceLeft.of(error, "the result")
+            # Any other reason stays in the log: it may name files of this machine.
             reason = JobError(EngineError.code, "The video could not be made.")
+            if full is not None:
+                reason = JobError(full.code, full.message)
             await self._end(self._live[job_id], JobState.FAILED, reason)
 
     async def _make(self, job: Job, run: _Run) -> VideoResult:
@@ -460,10 +474,13 @@ class Jobs:
             await self._end(job, JobState.FAILED, JobError(error.code, error.message))
             return
         self._live[job.id] = job
-        if not self._closing:
-            log.warning("%s: %s; once more in %.0f s", job.id, error, delay_s)
-            self._delays[job.id] = asyncio.create_task(self._delay(job.id, delay_s))
-        await self._records.write(self._records.store.update, job)
+        try:
+            await self._records.write(self._records.store.update, job)
+        finally:
+            # Not before: the next attempt must not begin while this one is being recorded.
+            if not self._closing:
+                log.warning("%s: %s; once more in %.0f s", job.id, error, delay_s)
+                self._delays[job.id] = asyncio.create_task(self._delay(job.id, delay_s))
 
     async def _delay(self, job_id: str, delay_s: float) -> None:
         await self._sleep(delay_s)
@@ -491,13 +508,18 @@ class Jobs:
         # The record first: files without a record are found and removed, but a record without
         # files would be false.
         await self._records.write(self._records.store.delete, job_id)
+        self._unrecorded.pop(job_id, None)
         await asyncio.to_thread(self._outputs.remove, job_id)
         return job
 
     async def _end(self, job: Job, state: JobState, error: JobError | None = None) -> Job:
         job = replace(job, state=state, error=error, completed_at=int(self._clock()))
         self._live[job.id] = job
-        await self._records.write(self._records.store.update, job)
+        try:
+            await self._records.write(self._records.store.update, job)
+        except Exception:  # a full disk: whoever waits is told all the same
+            log.exception("the end of %s cannot be recorded for now", job.id)
+            self._unrecorded[job.id] = job
         await asyncio.to_thread(self._images.remove, job.id)
         del self._live[job.id]
         self._wake_waiters()
@@ -509,8 +531,17 @@ class Jobs:
 
     async def _keep_pruning(self) -> None:
         while True:
-            await asyncio.to_thread(self._outputs.prune, self._clock())
+            try:
+                await asyncio.to_thread(self._outputs.prune, self._clock())
+                await self._record_ends()
+            except Exception:  # of the disk, and maybe for a while only
+                log.exception("outputs could not be pruned, or ends of jobs not be recorded")
             await asyncio.sleep(PRUNE_EVERY_S)
+
+    async def _record_ends(self) -> None:
+        for job in tuple(self._unrecorded.values()):
+            await self._records.write(self._records.store.update, job)
+            self._unrecorded.pop(job.id, None)
 
     def _on_removed(self, stems: frozenset[str]) -> None:
         """Note that files are gone. Called from any thread."""

@@ -1,7 +1,7 @@
 """Cloned voices: recordings of a speaker, checked once and kept for every model that can clone.
 
 Each voice is a folder of its own, `voice_HEX/` with `sample.wav` and `voice.json`. It appears and
-disappears by one rename, so a crash leaves no half of a voice.
+disappears whole, even in a crash.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import logging
 import re
 import secrets
-import shutil
 import time
 import wave
 from collections.abc import Callable
@@ -22,8 +21,8 @@ import numpy as np
 
 from engine.config import EngineConfig
 from engine.errors import Conflict, InvalidRequest, NotFound
+from engine.files.atomic import new_folder, remove_folder, remove_leftovers
 from engine.media.audio_input import decode_audio
-from engine.media.outputs import sync
 
 if TYPE_CHECKING:
     from engine.events import Samples
@@ -60,7 +59,6 @@ MAX_NAME = 64
 """Characters."""
 
 _ID = re.compile(r"voice_[0-9a-f]{24}")
-_UNFINISHED = ".part"
 _SAMPLE, _CARD = "sample.wav", "voice.json"
 
 
@@ -84,8 +82,7 @@ class VoiceStore:
         """Delete what a crash left unfinished. `clock` gives unix seconds."""
         self._folder = config.data_dir / FOLDER
         self._clock = clock
-        for path in self._folder.glob(f"*{_UNFINISHED}"):
-            shutil.rmtree(path, ignore_errors=True)
+        remove_leftovers(self._folder)
 
     def add(self, name: str, sample: bytes) -> ClonedVoice:
         """Check a recording and keep it as mono of 24 kHz under a new id.
@@ -127,19 +124,10 @@ class VoiceStore:
             created_at=int(self._clock()),
             duration_s=round(len(samples) / SAMPLE_RATE, 3),
         )
-        unfinished = self._folder / (voice.id + _UNFINISHED)
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            unfinished.mkdir(mode=0o700)
+        with new_folder(self._folder / voice.id, mode=0o700) as unfinished:
             _write_wav(unfinished / _SAMPLE, samples)
             (unfinished / _CARD).write_text(json.dumps(asdict(voice)) + "\n", encoding="utf-8")
-            for path in (unfinished / _SAMPLE, unfinished / _CARD, unfinished):
-                sync(path)
-            unfinished.rename(self._folder / voice.id)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-        sync(self._folder)
         return voice
 
     def list(self) -> tuple[ClonedVoice, ...]:
@@ -184,14 +172,10 @@ class VoiceStore:
             OSError: the disk cannot be written.
 
         """
-        path = self._path(voice_id)
-        gone = path.with_name(path.name + _UNFINISHED)
         try:
-            path.rename(gone)
+            remove_folder(self._path(voice_id))
         except FileNotFoundError as error:
             raise _not_found(voice_id) from error
-        sync(self._folder)
-        shutil.rmtree(gone)
 
     def _path(self, voice_id: str) -> Path:
         if not _ID.fullmatch(voice_id):

@@ -100,9 +100,11 @@ class Gate:
         self._acquire()
         try:
             self._outside = self.state.save()
-            yield
-        finally:
-            self.state.restore(self._outside)
+            try:
+                yield
+            finally:
+                self.state.restore(self._outside)
+        finally:  # whatever becomes of the state: a gate that stays closed stops every model
             self._release(done=True)
 
     @contextmanager
@@ -122,9 +124,9 @@ class Gate:
             yield
         finally:
             self._acquire()
+            self._depth = depth
             # What others changed for good during the yield is what the end must restore.
             self._outside = self.state.save()
-            self._depth = depth
             self.state.restore(inside)
 
     def breathe(self) -> None:
@@ -142,10 +144,12 @@ class Gate:
         with self._changed:
             self._steps_waiting += 1
             self._waiting.add(me)
-            while self._holder is not None or (self.exclusive_waiting and not self._turns):
-                self._changed.wait()
-            self._waiting.discard(me)
-            self._steps_waiting -= 1
+            try:
+                while self._holder is not None or (self.exclusive_waiting and not self._turns):
+                    self._changed.wait()
+            finally:
+                self._waiting.discard(me)
+                self._steps_waiting -= 1
             self._turns = max(0, self._turns - 1)
             self._stepping.add(me)
 
@@ -163,14 +167,24 @@ class Gate:
             # While this waits for other exclusive work it must not hold up steps: they would wait
             # for the whole of that work, not for one part of it.
             self._waiting.add(me)
-            while self._owner not in (None, me):
-                self._changed.wait()
-            self._owner = me
-            self.exclusive_waiting += 1
-            while self._holder is not None or self._stepping or self._turns:
-                self._changed.wait()
-            self.exclusive_waiting -= 1
-            self._waiting.discard(me)
+            owned = self._owner == me
+            try:
+                while self._owner not in (None, me):
+                    self._changed.wait()
+                self._owner = me
+                self.exclusive_waiting += 1
+                try:
+                    while self._holder is not None or self._stepping or self._turns:
+                        self._changed.wait()
+                finally:
+                    self.exclusive_waiting -= 1
+            except BaseException:
+                if self._owner == me and not owned:
+                    self._owner = None
+                self._changed.notify_all()
+                raise
+            finally:
+                self._waiting.discard(me)
             self._holds += 1
             self._holder = me
             self._held_since_s = self._clock()

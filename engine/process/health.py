@@ -6,7 +6,9 @@ import asyncio
 import logging
 from contextlib import suppress
 
+from engine.errors import reason
 from engine.memory.device import Device
+from engine.process.faults import FAULTS
 from engine.process.gate import GATE
 from engine.process.watchdog import WATCHDOG
 
@@ -23,9 +25,9 @@ async def wait_for_fault(
 ) -> str:
     """Wait for a fault with which no request can be served any more; return it in words.
 
-    `Watchdog.check` watches the calls under way. The device runs a trivial call again and again,
-    and at once when `recheck` is set. After an illegal access or a failed assertion on a GPU every
-    later call fails, whatever the text of the first error was.
+    `FAULTS` has the bugs that were met. `Watchdog.check` watches the calls under way. The device
+    runs a trivial call again and again, and at once when `recheck` is set. After an illegal access
+    or a failed assertion on a GPU every later call fails, whatever the text of the first error was.
     """
     checks = asyncio.create_task(_check(device, recheck))
     try:
@@ -33,7 +35,8 @@ async def wait_for_fault(
             await asyncio.wait([checks], timeout=POLL_INTERVAL_S)
             if checks.done():
                 return checks.result()
-            if (fault := WATCHDOG.check(hang_s, stall_s)) is not None:
+            fault = FAULTS.first or WATCHDOG.check(hang_s, stall_s)
+            if fault is not None:
                 return fault
     finally:
         checks.cancel()
@@ -46,8 +49,7 @@ async def _check(device: Device, recheck: asyncio.Event) -> str:
             await asyncio.to_thread(_touch, device)
         except Exception as error:
             log.debug("the check failed", exc_info=error)
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return f"the device does not work any more: {first_line}"
+            return f"the device does not work any more: {reason(error)}"
         with suppress(TimeoutError):
             async with asyncio.timeout(CHECK_S):
                 await recheck.wait()

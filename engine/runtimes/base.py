@@ -1,8 +1,8 @@
 """The whole contract between the engine and a native library.
 
-A runtime adapts one library and lives in one file. The engine calls `prepare`
-and `estimate` before anything is loaded, `load`/`unload` one at a time, and
-`LoadedModel.run` as often as leases allow.
+A runtime adapts one library and lives in one package. The engine calls `prepare` and `estimate`
+before anything is loaded, `load` and `unload` one at a time, and `LoadedModel.run` as often as
+leases allow.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from prometheus_client.registry import CollectorRegistry
 
 from engine.config import ModelConfig, Section
 from engine.events import Event
+from engine.files.hub.repository import Repository
+from engine.files.hub.selection import HubSource
 from engine.memory.block import Block, Estimate
 from engine.memory.device import Device
 from engine.memory.host_memory import HostMemory
+from engine.model_folder import WANTED_FILES, local_folder
 from engine.requests import Request
+from engine.runtimes.recognised import Recognised
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +39,10 @@ class Voice:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request that passed every check that needs no loaded model.
+    """A request that passed every check without a loaded model.
 
-    `request` has the model's defaults filled in, where the fields are the engine's own. `payload`
-    is the runtime's parsed form. `working_bytes` is an estimate of the device memory the
+    `request` has the model's defaults in the engine's own fields. `payload` is the runtime's
+    parsed form. `working_bytes` is an estimate of the device memory the
     run needs on top of the model's blocks.
     """
 
@@ -81,26 +85,101 @@ class LoadedModel(ABC):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class RuntimeContext:
+    """Where a runtime works. The engine makes it once the device is open."""
+
+    device: Device
+    cache_dir: Path
+    """Where models that are built here are kept."""
+    host: HostMemory | None = None
+    """Where master copies go; None: there are none, and no model can be parked."""
+    budget_bytes: int | None = None
+    """What all models together may use of the device; None: nobody has said."""
+
+
 class Runtime(ABC):
-    """The adapter of one native library."""
+    """The adapter of one native library.
+
+    A new runtime is a package and a line of `engine.runtimes.registry.REGISTRY`. Nothing else
+    knows it. The module named there has the subclass, and importing it imports no library: the
+    commands read the class attributes and class methods without an engine.
+
+    The class says what others must know of it:
+
+    - `name`, as in the registry, and `tasks`;
+    - `Options`, what `options` of its models may hold. The configuration is checked against it
+      when it is read. Later `model.options_as(Options)` is the parsed form;
+    - `hub_sources`, what is fetched of a hub;
+    - `recognise`, whether a repository holds one of its models (optional);
+    - `lora_folder`, where the LoRAs of a model are (optional).
+
+    The engine makes one instance with a `RuntimeContext`, then calls `start` and `warm_up`. For
+    each request it calls `prepare`, and for each model `estimate`, before anything is loaded.
+    `load` gives a `LoadedModel`, whose `run` serves requests until `unload`. A runtime with
+    parkable blocks also has `park` and `wake`.
+
+    A library on torch needs less: `engine.runtimes.common.torch_model` has load, park, wake,
+    unload and a thread for each model, and `engine.runtimes.common.speech` has the checks of
+    speech.
+    """
 
     name: ClassVar[str]
+
+    tasks: ClassVar[tuple[str, ...]]
+    """The values of `task` that its models may have."""
 
     Options: ClassVar[type[Section]]
     """What `options` of a model of this runtime may hold."""
 
     metrics: CollectorRegistry | None = None
-    """The library's own metric series, where it has any."""
+    """The library's own metric series, if it has any."""
 
-    host: HostMemory | None = None
-    """Where master copies go; None: there are none, and no model can be parked."""
+    def __init__(self, context: RuntimeContext) -> None:
+        """Note where models go and where their files are kept; import nothing."""
+        self.context = context
 
-    budget_bytes: int | None = None
-    """What all models together may use of the device; None while nobody has said."""
+    @classmethod
+    def hub_sources(cls, model: ModelConfig) -> tuple[HubSource, ...]:
+        """What a model reads of a hub, its own files first. Sources that are local may be named.
 
-    @abstractmethod
-    def __init__(self, device: Device, cache_dir: Path) -> None:
-        """Take note of where models go and where their files are kept; import nothing."""
+        A model without files of its own has none.
+        """
+        return (HubSource(model.source, WANTED_FILES),)
+
+    @classmethod
+    def recognise(cls, repository: Repository) -> Recognised | None:  # noqa: ARG003 - few marks
+        """The entry for a repository of the hub; None if this runtime does not read it.
+
+        The runtimes are asked from the last line of the registry to the first.
+
+        Raises:
+            LoadFailed: it is a model of this library, but not in a form that can be served here.
+
+        """
+        return None
+
+    @classmethod
+    def lora_folder(cls, model: ModelConfig) -> Path | None:  # noqa: ARG003 - few have one
+        """Where LoRAs for the model may be put, by name; None if it takes none."""
+        return None
+
+    def _folder(self, model: ModelConfig) -> Path:
+        """The folder of the model's own files, fetched or built if need be. May take minutes.
+
+        Raises:
+            LoadFailed: the files are not to be had.
+
+        """
+        return self._folder_of(self.hub_sources(model)[0])
+
+    def _folder_of(self, source: HubSource) -> Path:
+        return local_folder(
+            source.repo,
+            self.context.cache_dir,
+            revision=source.revision,
+            patterns=source.patterns,
+        )
 
     @abstractmethod
     def start(self) -> None:
@@ -110,7 +189,7 @@ class Runtime(ABC):
         """
 
     async def warm_up(self) -> None:  # noqa: B027 - most libraries need none
-        """Do what the first load would else do for the whole process.
+        """Do what the first load would otherwise do for the whole process.
 
         Called once, after `start`. What it leaves behind counts as the process's own.
         """
@@ -148,8 +227,8 @@ class Runtime(ABC):
     async def load(self, model: ModelConfig, on_failure: Callable[[str], None]) -> LoadedModel:
         """Bring the model onto the device.
 
-        `on_failure(reason)` is called on the event loop if the model later
-        dies by itself. On any error everything taken is given back first.
+        If the model dies later, the runtime calls `on_failure(reason)` on the event loop. On any
+        error it first gives back everything that it took.
 
         Raises:
             LoadFailed: with the reason in words.
@@ -171,8 +250,8 @@ class Runtime(ABC):
         """Bring parked blocks back.
 
         Raises:
-            OutOfDeviceMemory: there is no room for all of them; they are parked as before.
-            LoadFailed: they could not be brought back; they are parked as before.
+            OutOfDeviceMemory: there is no room for all of them. They are parked as before.
+            LoadFailed: they could not be brought back. They are parked as before.
 
         """
         raise NotImplementedError(f"{self.name} has no parkable blocks")

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+from engine.config import ModelConfig, Section
+
+if TYPE_CHECKING:  # commands that only read `--help` need none of what it imports
     from engine.runtimes.base import Runtime
 
 REGISTRY = {
-    "bark": "engine.runtimes.bark.runtime:BarkRuntime",
-    "coqui": "engine.runtimes.coqui.runtime:CoquiRuntime",
+    "vllm": "engine.runtimes.vllm.runtime:VllmRuntime",
     "diffusers": "engine.runtimes.diffusers.runtime:DiffusersRuntime",
     "kokoro": "engine.runtimes.kokoro.runtime:KokoroRuntime",
-    "vllm": "engine.runtimes.vllm.runtime:VllmRuntime",
+    "coqui": "engine.runtimes.coqui.runtime:CoquiRuntime",
+    "bark": "engine.runtimes.bark.runtime:BarkRuntime",
     "whisper": "engine.runtimes.whisper.runtime:WhisperRuntime",
 }
+"""Module and class of each. A repository of a hub is offered to the last line first: vLLM, on the
+first, takes any language model."""
 
 
 def runtime_class(name: str) -> type[Runtime]:
@@ -28,3 +33,34 @@ def runtime_class(name: str) -> type[Runtime]:
     module, _, attribute = REGISTRY[name].partition(":")
     found: type[Runtime] = getattr(import_module(module), attribute)
     return found
+
+
+def options_of(model: ModelConfig) -> Section:
+    """The parsed options of a model, whatever its runtime. A runtime itself uses `options_as`.
+
+    Raises:
+        KeyError: no such runtime.
+        ConfigError: naming every option at fault.
+
+    """
+    return model.options_as(runtime_class(model.runtime).Options)
+
+
+class _Runtimes(Mapping[str, "type[Runtime]"]):
+    """The adapter classes by name, each imported when it is looked up."""
+
+    def __getitem__(self, name: str) -> type[Runtime]:
+        return runtime_class(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in REGISTRY
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(REGISTRY)
+
+    def __len__(self) -> int:
+        return len(REGISTRY)
+
+
+RUNTIMES: Mapping[str, type[Runtime]] = _Runtimes()
+"""What `engine.config` checks the models of a configuration against."""

@@ -1,4 +1,4 @@
-"""What models and runs were measured to take, remembered across restarts."""
+"""Measured sizes and times of models and runs, remembered across restarts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine.config import ModelConfig
+from engine.config import ModelConfig, Section
+from engine.files.atomic import new_file
 from engine.memory.block import Block, Estimate
 
 log = logging.getLogger(__name__)
@@ -20,20 +20,24 @@ log = logging.getLogger(__name__)
 FILE_NAME = "estimates.json"
 
 MAX_SHAPES = 256
-"""Shapes of runs to remember for each model; beyond, the one not measured for longest goes."""
+"""Shapes of runs to remember for each model. The one not measured for longest goes first."""
 
 
 class EstimateStore:
     """The last measurement of each model, in one small JSON file.
 
-    A model is known by its runtime, source and options, so a changed
-    configuration is estimated afresh. A damaged or read-only file costs the
-    memory of it, never a request. Threads may share it.
+    A model is known by its runtime, task, source and options, so a changed configuration is
+    estimated afresh. A damaged or read-only file costs what it remembers, never a request. Threads
+    may share it.
     """
 
-    def __init__(self, state_dir: Path, device_name: str) -> None:
+    def __init__(
+        self, state_dir: Path, device_name: str, options_of: Callable[[ModelConfig], Section]
+    ) -> None:
+        """`options_of` gives the options of a model with the defaults of its runtime."""
         self._path = state_dir / FILE_NAME
         self._device_name = device_name
+        self._options_of = options_of
         self._lock = threading.Lock()
         self._entries: dict[str, dict[str, Any]] = {}
         with contextlib.suppress(FileNotFoundError):
@@ -61,19 +65,19 @@ class EstimateStore:
 
     def put(self, model: ModelConfig, estimate: Estimate) -> None:
         """Remember a measurement of the model. Writes the file."""
-        self._change(
-            model,
-            blocks=[
-                [
-                    block.name,
-                    block.nbytes,
-                    *(["parkable"] * block.parkable),
-                    *(["scratch"] * block.scratch),
-                ]
-                for block in estimate.blocks
-            ],
-            load_seconds=round(estimate.load_seconds, 3),
-        )
+        blocks = [
+            [
+                block.name,
+                block.nbytes,
+                *(["parkable"] * block.parkable),
+                *(["scratch"] * block.scratch),
+            ]
+            for block in estimate.blocks
+        ]
+        with self._lock:
+            entry = self._entry(model)
+            entry.update(blocks=blocks, load_seconds=round(estimate.load_seconds, 3))
+            self._write()
 
     def working_bytes(self, model: ModelConfig, shape: str) -> int | None:
         """The last measured peak of a run of this shape, or None."""
@@ -85,29 +89,33 @@ class EstimateStore:
 
     def put_working_bytes(self, model: ModelConfig, shape: str, nbytes: int) -> None:
         """Remember the measured peak of a run. Writes the file."""
-        entry = self._entries.get(self._key(model), {})
-        known = entry.get("working_bytes")
-        shapes = {k: v for k, v in known.items() if k != shape} if isinstance(known, dict) else {}
-        shapes[shape] = nbytes
-        while len(shapes) > MAX_SHAPES:
-            shapes.pop(next(iter(shapes)))
-        self._change(model, working_bytes=shapes)
-
-    def _change(self, model: ModelConfig, **values: Any) -> None:
         with self._lock:
-            entry = self._entries.setdefault(self._key(model), {})
-            entry.update(model=model.id, **values)
-            try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.NamedTemporaryFile(
-                    "w", dir=self._path.parent, delete=False, encoding="utf-8"
-                ) as file:
-                    json.dump(self._entries, file, indent=1)
-                os.replace(file.name, self._path)
-            except OSError as error:
-                log.warning("cannot write %s: %s", self._path, error)
+            entry = self._entry(model)
+            known = entry.get("working_bytes")
+            shapes = dict(known) if isinstance(known, dict) else {}
+            shapes.pop(shape, None)  # what was measured last comes last
+            shapes[shape] = nbytes
+            while len(shapes) > MAX_SHAPES:
+                shapes.pop(next(iter(shapes)))
+            entry["working_bytes"] = shapes
+            self._write()
+
+    def _entry(self, model: ModelConfig) -> dict[str, Any]:
+        """What is remembered of the model, to be changed. The caller holds the lock."""
+        entry = self._entries.setdefault(self._key(model), {})
+        entry["model"] = model.id
+        return entry
+
+    def _write(self) -> None:
+        """Write the file. The caller holds the lock."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(self._path, durable=False, mode=0o600) as unfinished:
+                unfinished.write_text(json.dumps(self._entries, indent=1), encoding="utf-8")
+        except OSError as error:
+            log.warning("cannot write %s: %s", self._path, error)
 
     def _key(self, model: ModelConfig) -> str:
-        options = model.options.model_dump_json()
+        options = self._options_of(model).model_dump_json()
         text = "\n".join((self._device_name, model.runtime, model.task, model.source, options))
         return hashlib.sha256(text.encode()).hexdigest()[:16]

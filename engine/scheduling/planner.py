@@ -113,6 +113,7 @@ class _Decision:
                 model.closed
                 and ticket.deadline > now
                 and not ticket.exclusive
+                and not (ticket.if_loaded_only and model.can_come)
                 and ticket.working_bytes <= model.ample_bytes
             ):
                 overdue_at = ticket.enqueued_at + max_overtake_s
@@ -177,7 +178,7 @@ class _Decision:
     def _decide(self, ticket: TicketView, model: PlannedModel) -> bool:
         """Grant or refuse the ticket, or return False: it goes on waiting."""
         if ticket.deadline <= self.snapshot.now:
-            waited_s = self.snapshot.now - ticket.enqueued_at
+            waited_s = ticket.waited_s + self.snapshot.now - ticket.enqueued_at
             reason = f"not served within {waited_s:.0f} s"
             self.refusals.append(Refusal(ticket.id, RefusalCode.DEADLINE, reason))
             return True

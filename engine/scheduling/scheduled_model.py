@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from engine.config import ModelConfig
 from engine.errors import Conflict
 from engine.memory.block import Block
+from engine.scheduling.order import Order, OrderKind
 from engine.scheduling.snapshot import ModelView, PartView
 from engine.status import BlockStatus, ModelState, ModelStatus
 
@@ -78,7 +79,9 @@ class ScheduledModel:
     resident_since: float | None = None
     idle_since: float | None = None
     unload_reason: str | None = None
-    park_reason: str | None = None
+    """Why it leaves, other than by an order."""
+    orders: dict[Order, float] = field(default_factory=dict)
+    """Orders to park or unload it, each with its deadline."""
     failed_while_loading: str | None = None
     demand: Demand = field(default_factory=Demand)
     service_s: float | None = None
@@ -127,6 +130,14 @@ class ScheduledModel:
             if forbidden:
                 raise Conflict(f"The model {self.config.id!r} {why}.", param="model")
 
+    def _ordered(self, kind: OrderKind) -> str | None:
+        return "asked to" if any(order.kind is kind for order in self.orders) else None
+
+    def obeys(self, order: Order) -> bool:
+        """Whether the model is as the order wants it."""
+        parked = order.kind is OrderKind.PARK and self.granted_bytes == 0
+        return self.state is ModelState.ABSENT or (parked and self.state is ModelState.PARKED)
+
     def clear(self) -> None:
         """Forget everything of a residency that has ended."""
         self.state = ModelState.ABSENT
@@ -134,7 +145,7 @@ class ScheduledModel:
         self.parked = self.leaving = frozenset()
         self.granted_bytes = self.host_bytes = 0
         self.resident_since = self.idle_since = None
-        self.unload_reason = self.park_reason = self.failed_while_loading = None
+        self.unload_reason = self.failed_while_loading = None
 
     def status(self, now: float, created: int) -> ModelStatus:
         """What is reported of it; `created` is Unix seconds."""
@@ -184,8 +195,8 @@ class ScheduledModel:
             keep_alive_s=self.keep_alive_s,
             reload_s=self.reload_s or 0.0,
             demand=self.demand.read(now),
-            unload_reason=self.unload_reason,
-            park_reason=self.park_reason,
+            unload_reason=self.unload_reason or self._ordered(OrderKind.UNLOAD),
+            park_reason=self._ordered(OrderKind.PARK),
             parts=tuple(
                 PartView(block.name, block.nbytes, self.wake_seconds([block]))
                 for block in parkable

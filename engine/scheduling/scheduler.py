@@ -26,10 +26,12 @@ from engine.errors import (
     ShuttingDown,
 )
 from engine.memory.block import Block, Estimate
+from engine.process.faults import FAULTS
 from engine.scheduling.effects import Effects
 from engine.scheduling.eta import retry_after_s
 from engine.scheduling.lease import Lease, LeaseTimings
 from engine.scheduling.ledger import EntryKind, Ledger, LedgerOverflow
+from engine.scheduling.order import Order, OrderKind
 from engine.scheduling.plan import Park, Plan, Refusal, RefusalCode, Transition, Unload
 from engine.scheduling.planner import plan
 from engine.scheduling.report import SchedulerReport
@@ -38,13 +40,15 @@ from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
 from engine.scheduling.snapshot import Snapshot
 from engine.scheduling.ticket import Ticket
 from engine.scheduling.ticket_queue import TicketQueue
-from engine.status import ModelState
+from engine.status import MOVING, ModelState
 from engine.units import format_size
 
 MEAN_WEIGHT = 0.3
 """Weight of the newest sample in the running means of load and service seconds."""
 FIRST_BACKOFF_S = 1.0
 LAST_BACKOFF_S = 60.0
+RESTART_S = 5.0
+"""The `Retry-After` of tickets that a bug of ours refuses: the process is replaced."""
 RESERVATION = "reservation"
 
 
@@ -59,18 +63,21 @@ class Scheduler:
         clock: Callable[[], float],
         *,
         on_event: Callable[[SchedulerEvent], None] | None = None,
+        on_empty: Callable[[], None] = lambda: None,
         created: int = 0,
     ) -> None:
         """Start with every model absent.
 
         `clock` gives monotonic seconds. `created` is in Unix seconds and only reported.
-        `on_event` must not raise.
+        `on_empty` is called after `on_drain`, whenever nothing waits, runs, moves or is resident.
+        `on_event` and `on_empty` must not raise.
         """
         self._config = config
         self._ledger = ledger
         self._effects = effects
         self._clock = clock
         self._on_event = on_event
+        self._on_empty = on_empty
         self._models = {
             model.id: ScheduledModel(
                 config=model,
@@ -167,39 +174,40 @@ class Scheduler:
             self._exclusive_running = False
         self._replan()
 
-    def request_unload(self, model_id: str) -> None:
-        """Unload an idle model. Does nothing if it is absent or being unloaded.
+    def on_order(self, order: Order) -> None:
+        """Take an idle model off the device. The order may be done before this returns.
+
+        An order waits for the transition under way, and behind tickets that came before it is
+        carried out. It is refused if the model is pinned meanwhile, or at its deadline.
 
         Raises:
-            Conflict: it is in use, waited for, pinned, or being loaded.
+            Conflict: the model is in use, waited for, pinned, being moved, or cannot be parked.
 
         """
-        model = self._models[model_id]
-        if model.state in (ModelState.ABSENT, ModelState.UNLOADING):
-            return
-        model.check_idle()
-        model.unload_reason = model.unload_reason or "asked to"
+        model = self._models[order.model_id]
+        leaving = model.state is ModelState.UNLOADING
+        if order.kind is OrderKind.PARK:
+            leaving = leaving or model.state is ModelState.PARKING
+        if not leaving and not model.obeys(order):
+            model.check_idle()
+            if order.kind is OrderKind.PARK and not all(each.parkable for each in model.blocks):
+                raise Conflict(f"The model {order.model_id!r} cannot be parked.", param="model")
+        model.orders[order] = self._clock() + order.timeout_s
         self._replan()
 
-    def request_park(self, model_id: str) -> None:
-        """Take an idle model off the device, but keep it loaded. Does nothing if it is off.
-
-        Raises:
-            Conflict: it is in use, waited for, pinned, being moved, or cannot be parked.
-
-        """
-        model = self._models[model_id]
-        if model.granted_bytes == 0 or model.state is ModelState.PARKING:
-            return
-        model.check_idle()
-        if not all(block.parkable for block in model.blocks):
-            raise Conflict(f"The model {model_id!r} cannot be parked.", param="model")
-        model.park_reason = "asked to"
-        self._replan()
+    def on_order_cancelled(self, order: Order) -> None:
+        """Forget an order. One that was done or refused is left alone."""
+        if self._models[order.model_id].orders.pop(order, None) is not None:
+            self._replan()
 
     def pin(self, model_id: str) -> None:
-        """Never evict the model from now on. Does not load it."""
-        self._models[model_id].pinned = True
+        """Never evict the model from now on. Does not load it. Orders that wait are refused."""
+        model = self._models[model_id]
+        model.pinned = True
+        if model.state is not ModelState.UNLOADING:
+            for order in tuple(model.orders):
+                error = Conflict(f"The model {model_id!r} is pinned.", param="model")
+                self._refuse_order(order, error)
         self._replan()
 
     def unpin(self, model_id: str) -> None:
@@ -292,7 +300,6 @@ class Scheduler:
         model.parked = frozenset()
         model.count_granted()
         model.resident_since = model.idle_since = self._clock()
-        model.park_reason = None
         if model.failed_while_loading is not None:
             self._fail_resident(model, model.failed_while_loading)
 
@@ -312,7 +319,6 @@ class Scheduler:
         model.leaving = frozenset()
         model.state = ModelState.PARKED
         model.count_granted()
-        model.park_reason = None
         self._transition = None
         self._measure()
         self._emit(EventKind.PARKED, model, "")
@@ -365,6 +371,27 @@ class Scheduler:
             self._fail_resident(model, reason)
             self._replan()
 
+    def on_transition_lost(self, model_id: str, reason: str) -> None:
+        """Clear the state of a model of which a transition, or its estimate, ended by a bug.
+
+        Its bytes count as free from here on; what is really free is measured. Its tickets are
+        refused until the process has been replaced.
+        """
+        model = self._models[model_id]
+        if model.state in MOVING:
+            self._leave(model)
+            self._measure()
+        elif not model.estimating:
+            return
+        model.estimating = False
+        model.last_error = reason
+        self._emit(EventKind.MODEL_FAILED, model, reason)
+        self._refuse_waiting(
+            model,
+            lambda _: Overloaded("The server met a bug and restarts.", retry_after_s=RESTART_S),
+        )
+        self._replan()
+
     def on_timer(self) -> None:
         """Plan again. May be called at any time, for instance to notice other programs."""
         self._asked_at = None
@@ -398,17 +425,24 @@ class Scheduler:
         self._replanning = True
         try:
             wake_at = self._carry_out_plans()
+        except Exception as error:
+            # The plan was carried out in part, so nothing that follows can be trusted.
+            FAULTS.report("the scheduler", error)
+            raise
         finally:
             self._replanning = False
         if wake_at is not None and wake_at != self._asked_at:
             self._asked_at = wake_at
             self._effects.call_at(wake_at)
+        if self._shutting_down and self.empty:
+            self._on_empty()
 
     def _carry_out_plans(self) -> float | None:
         """Plan and act until a plan changes nothing; returns its `wake_at`."""
         measured = False
         while True:
             self._stale = False
+            order_at = self._answer_orders()
             decision = plan(self._snapshot())
             self._draining = decision.draining
             if decision.next_model is not None and decision.next_model != self._prefetched:
@@ -417,7 +451,7 @@ class Scheduler:
             if decision.grants or decision.refusals:
                 self._answer(decision)
             elif decision.transition is None:
-                return decision.wake_at
+                return min(filter(None, (decision.wake_at, order_at)), default=None)
             elif not measured:
                 # Other programs may have taken or freed memory since. Measure, then plan again.
                 self._measure()
@@ -425,6 +459,26 @@ class Scheduler:
             else:
                 self._begin(decision.transition)
                 measured = False
+
+    def _answer_orders(self) -> float | None:
+        """Answer the orders that are carried out or late; returns the next deadline."""
+        now = self._clock()
+        deadlines = []
+        for model in self._models.values():
+            for order, deadline in tuple(model.orders.items()):
+                if model.obeys(order):
+                    del model.orders[order]
+                    order.on_done()
+                elif deadline <= now:
+                    message = f"The model {order.model_id!r} could not be moved in time."
+                    self._refuse_order(order, QueueTimeout(message, retry_after_s=1.0))
+                elif deadline < math.inf:
+                    deadlines.append(deadline)
+        return min(deadlines, default=None)
+
+    def _refuse_order(self, order: Order, error: EngineError) -> None:
+        del self._models[order.model_id].orders[order]
+        order.on_refused(error)
 
     def _answer(self, decision: Plan) -> None:
         for refusal in decision.refusals:

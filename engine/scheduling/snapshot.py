@@ -65,6 +65,8 @@ class TicketView:
     enqueued_at: float
     deadline: float
     """When the ticket is refused; `math.inf` for never."""
+    waited_s: float = 0.0
+    """Before it was enqueued."""
     exclusive: bool = False
     no_evict: bool = False
     """No other model may leave for it."""

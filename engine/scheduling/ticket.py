@@ -26,6 +26,8 @@ class Ticket:
     working_bytes: int = 0
     priority: Priority = Priority.NORMAL
     timeout_s: float = math.inf
+    waited_s: float = 0.0
+    """Seconds that the request had waited before it came to the queue."""
     exclusive: bool = False
     no_evict: bool = False
     """No other model may leave the device for it."""

@@ -36,6 +36,7 @@ class TicketQueue:
             priority=ticket.priority,
             enqueued_at=now,
             deadline=now + ticket.timeout_s,
+            waited_s=ticket.waited_s,
             exclusive=ticket.exclusive,
             no_evict=ticket.no_evict,
             if_loaded_only=ticket.if_loaded_only,

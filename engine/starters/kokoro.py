@@ -39,6 +39,9 @@ _MAX_PHONEMES = 510
 _LARGE = 4096
 """Tensors with more numbers than this are windows."""
 
+_UNTRAINED = (".norm.weight", ".norm.bias")
+"""Suffixes of the weights that the real file lacks: the library leaves them at 1 and 0."""
+
 _CONFIG: dict[str, Any] = {
     # Fixed by the library's code or by its vocoder.
     "hidden_dim": 512,
@@ -102,6 +105,7 @@ def _write_kokoro(folder: Path) -> None:
             part: {
                 f"module.{name}": windows.like(tensor)
                 for name, tensor in child.state_dict().items()
+                if not name.endswith(_UNTRAINED)
             }
             for part, child in module.named_children()
         }

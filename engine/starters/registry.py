@@ -9,8 +9,6 @@ configuration names one as `starter:NAME`.
 from __future__ import annotations
 
 import importlib
-import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +16,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from engine.errors import ConfigError, LoadFailed
+from engine.files.atomic import new_folder
 
-FORMAT = "v1"
+FORMAT = "v2"
 """Part of each folder's path: the version of all bytes that the modules of this package write.
 
 Raise it with any change to those bytes, so that no old folder is used. Most of the text in these
@@ -67,20 +66,16 @@ def ensure_starter(name: str, cache_dir: Path) -> Path:
     folder = starter_folder(name, cache_dir)
     if folder.is_dir():
         return folder
-    building = folder.with_name(f".{name}-{uuid.uuid4().hex}")
     try:
-        building.mkdir(parents=True)
-        starter.write(building)
-        _write_card(building, name, starter)
-        building.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(folder, durable=False) as building:
+            starter.write(building)
+            _write_card(building, name, starter)
     except OSError as error:
-        # A folder cannot be renamed onto one that holds files: another build was first, and
-        # has written the same bytes.
+        # The folder may be there by now: another build was first, and has written the same bytes.
         if not folder.is_dir():
             reason = error.strerror or error
             raise LoadFailed(f"cannot build starter:{name} in {folder.parent}: {reason}") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return folder
 
 

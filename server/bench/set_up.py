@@ -13,6 +13,7 @@ import yaml
 
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import ModelNotFound
+from engine.runtimes.registry import runtime_class
 from server.bench.errors import BadSetUp, NotStarted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,9 +95,9 @@ def choose_models(
             model = config.find(name)
         except ModelNotFound as error:
             raise BadSetUp(error.message) from error
-        options = model.options.model_dump(exclude_unset=True)
+        options = {**model.options, **overrides}
         try:
-            options = type(model.options).model_validate({**options, **overrides})
+            runtime_class(model.runtime).Options.model_validate(options)
         except ValueError as error:
             raise BadSetUp(f"--set: {error}") from error
         chosen.append(model.model_copy(update={"options": options}))

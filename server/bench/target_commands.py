@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from engine.config import ModelConfig
+from engine.runtimes.vllm.options import VllmOptions
 from server.bench.errors import BadSetUp
 from server.bench.set_up import ROOT, SetUp
 from server.bench.targets import Command
@@ -41,7 +42,7 @@ def vllm_serve(set_up: SetUp) -> Command:
 
     """
     model = _only(set_up, "vllm")
-    options = model.options
+    options = model.options_as(VllmOptions)
     line = [
         _command("vllm"), "serve", str(set_up.model_folders[0]),
         "--host", "127.0.0.1",
@@ -142,7 +143,7 @@ def _only(set_up: SetUp, runtime: str) -> ModelConfig:
 
 
 def _dtype(set_up: SetUp, model: ModelConfig) -> str:
-    dtype: str = model.options.dtype
+    dtype = model.options_as(VllmOptions).dtype
     return "bfloat16" if dtype == "auto" and not set_up.on_gpu else dtype
 
 

@@ -32,6 +32,7 @@ from engine.config import (
     parse_section,
 )
 from engine.errors import ConfigError, EngineError, LoadFailed, ModelNotFound
+from engine.runtimes.registry import RUNTIMES
 from engine.units import format_size
 from server.commands.options import ConfigFile
 from server.commands.terminal import err, exit_with, out, print_error, print_line
@@ -188,7 +189,7 @@ def add(
         taken = frozenset(_names(text))
         listing = list_repo(repo)
         entry = recognise(listing).entry(model_id or free_id(repo, taken), repo)
-        model = parse_section(ModelConfig, entry, f"models[{entry['id']}]")
+        model = parse_section(ModelConfig, entry, f"models[{entry['id']}]", RUNTIMES)
         nbytes = weight_bytes(listing, model) if not allow_pickle else 0
         changed = with_model(text, entry)
         _check(changed)
@@ -243,7 +244,8 @@ def _unconfigured(repo: str, allow_pickle: bool) -> Sequence[HubSource]:
         # A part of a pipeline, or a LoRA: not a model of its own.
         print_error(f"{repo}: {error.message}; fetching its safetensors files")
         return (HubSource(repo, WANTED_FILES, allow_pickle=allow_pickle),)
-    return sources_of(parse_section(ModelConfig, entry, "models"), allow_pickle=allow_pickle)
+    model = parse_section(ModelConfig, entry, "models", RUNTIMES)
+    return sources_of(model, allow_pickle=allow_pickle)
 
 
 def _locally(model: ModelConfig) -> str:
@@ -338,5 +340,6 @@ def _check(text: str) -> EngineConfig:
     if not isinstance(document, dict):
         raise ConfigError("expected a mapping at the top")
     return engine_config(
-        {"engine": document.get("engine") or {}, "models": document.get("models") or []}
+        {"engine": document.get("engine") or {}, "models": document.get("models") or []},
+        RUNTIMES,
     )

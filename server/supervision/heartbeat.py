@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import json
+import logging
 import os
 import signal
 import socket
@@ -12,7 +13,9 @@ import sys
 from collections.abc import Sequence
 
 from engine.status import Restarts
-from server.supervision.supervisor import MAX_MESSAGE_BYTES
+from server.supervision.supervisor import MAX_FAULT_CHARACTERS, MAX_MESSAGE_BYTES, fitting
+
+log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
 """prctl(2): the signal that this process gets when its parent ends."""
@@ -51,11 +54,11 @@ class Heartbeat:
 
     def beat(self, *, ready: bool, residents: Sequence[str]) -> None:
         """Report that this process is well, and the models to load again if it ends."""
-        self._send({"ready": ready, "residents": residents})
+        self._send({"ready": ready, "residents": fitting(residents)})
 
     def report(self, fault: str) -> None:
         """Report why this process is about to end."""
-        self._send({"fault": fault})
+        self._send({"fault": fault[:MAX_FAULT_CHARACTERS]})
 
     def _send(self, message: object) -> None:
         try:
@@ -64,6 +67,8 @@ class Heartbeat:
             pass  # the supervisor is stopped; it reads the queued messages when it continues
         except (BrokenPipeError, ConnectionResetError):
             pass  # the supervisor has ended, and so will this process
+        except OSError as error:  # if that lasts, the supervisor sees the silence
+            log.warning("a heartbeat cannot be sent: %s", error)
 
 
 def _end_with(supervisor: int) -> None:

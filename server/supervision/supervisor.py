@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
@@ -40,7 +40,10 @@ STACKS_S = 0.5
 STOP_S = 30.0
 """Time beyond the drain for a process to unload its models before it is killed."""
 MAX_MESSAGE_BYTES = 2**17
-"""Size of a message on the channel: some hundreds of model ids of the greatest length."""
+"""Size of a message on the channel. A longer one would be cut, and be no JSON any more."""
+MAX_RESIDENTS_BYTES = 2**16
+"""Of the names of the models to load again: some hundreds of the greatest length."""
+MAX_FAULT_CHARACTERS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +88,9 @@ class Child:
         """
         # Ordered datagrams with an end of file: a message is never split.
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.channel.setblocking(False)
-        self.channel.send(json.dumps(hello).encode())
         try:
+            self.channel.setblocking(False)
+            self.channel.send(json.dumps(hello).encode())
             self.process = subprocess.Popen(
                 [*config.command, "--supervised", f"{config.listener},{theirs.fileno()}"],
                 stdin=subprocess.DEVNULL,
@@ -95,6 +98,9 @@ class Child:
                 # Otherwise a Ctrl-C would reach it twice, and the second one ends it at once.
                 process_group=0,
             )
+        except BaseException:
+            self.channel.close()
+            raise
         finally:
             theirs.close()
         self.beaten = False
@@ -121,7 +127,11 @@ class Child:
                 return False
             if not data:
                 return False
-            message = json.loads(data)
+            try:
+                message = json.loads(data)
+            except ValueError:
+                logger.warning("a message of the process %d is damaged", self.process.pid)
+                continue
             if "fault" in message:
                 self.fault = message["fault"]
                 continue
@@ -168,6 +178,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._fallback = FallbackResponder(self._selector, listener)
         self._child: Child | None = None
+        self._ever_started = False
         self._ever_ready = False
         self._failures = 0
         """Restarts in a row without a steady time between them."""
@@ -241,7 +252,18 @@ class Supervisor:
 
     def _start(self) -> None:
         hello = {"pid": os.getpid(), "restarts": self._restarts, "residents": self._residents}
-        child = Child(self._config, hello)
+        try:
+            child = Child(self._config, hello)
+        except OSError as error:
+            if not self._ever_started:
+                raise  # whoever starts the server sees it
+            # The machine lacks memory, processes or descriptors, maybe for a moment only.
+            self._failures += 1
+            self._waits_s = max(FIRST_PAUSE_S, pause_s(self._failures))
+            logger.error("no process can be started: %s; next try in %.0f s", error, self._waits_s)
+            self._refuse(self._waits_s)
+            return
+        self._ever_started = True
         self._selector.register(child.channel, selectors.EVENT_READ, lambda: self._read(child))
         self._child = child
         self._fallback.turn_off()
@@ -329,6 +351,17 @@ class Supervisor:
             ours.close()
             theirs.close()
             self._selector.close()
+
+
+def fitting(residents: Sequence[str]) -> list[str]:
+    """The first names of models that fit into a message."""
+    names, nbytes = [], 0
+    for name in residents:
+        nbytes += len(json.dumps(name)) + 2
+        if nbytes > MAX_RESIDENTS_BYTES:
+            break
+        names.append(name)
+    return names
 
 
 def pause_s(failures: int) -> float:

@@ -13,6 +13,7 @@ from engine.config import ModelConfig
 from engine.memory.device import CpuDevice
 from engine.process.heap import freeze_heap, thaw_heap
 from engine.process.torch_state import share_torch_state
+from engine.runtimes.base import RuntimeContext
 from engine.runtimes.vllm.runtime import VllmRuntime
 
 MakeModel = Callable[..., ModelConfig]
@@ -56,7 +57,7 @@ def frozen_heap() -> Iterator[None]:
 async def vllm_runtime(cache_dir: Path) -> AsyncIterator[VllmRuntime]:
     """The runtime, started as the engine starts it."""
     device = CpuDevice()
-    runtime = VllmRuntime(device, cache_dir)
+    runtime = VllmRuntime(RuntimeContext(device, cache_dir))
     runtime.start()
     share_torch_state()
     await runtime.warm_up()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,8 +68,11 @@ async def engine(
         state_dir=tmp_path,
         models=(llama, image),
     )
-    runtimes = {"vllm": RunningRuntime(vllm_runtime), "diffusers": Shared(runtime)}
-    engine = Engine(config, device=vllm_runtime._device, runtimes=runtimes)
+    engine = Engine(
+        config,
+        device=vllm_runtime.context.device,
+        runtimes={"vllm": partial(RunningRuntime, vllm_runtime), "diffusers": Shared},
+    )
     await engine.start()
     yield engine
     await engine.stop()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,26 @@ import pytest_asyncio
 from PIL import Image
 
 from engine.admission import OUT_OF_MEMORY_FACTOR, WORKING_MARGIN
+from engine.config import ModelConfig
 from engine.engine import Engine
-from engine.errors import LoadFailed, ModelNotFound, NotLoaded, OutOfDeviceMemory
-from engine.events import Event, ImageResult, PartialImage, Progress, WorkingMemory
+from engine.errors import (
+    LoadFailed,
+    ModelNotFound,
+    NotLoaded,
+    OutOfDeviceMemory,
+    QueueTimeout,
+    RuntimeFailed,
+)
+from engine.events import Document, Event, ImageResult, PartialImage, Progress, WorkingMemory
 from engine.memory.block import Block, Estimate
 from engine.process.switches import QUICK_SWITCH_S
-from engine.requests import ImageOperation, ImageRequest, Request
+from engine.requests import ImageOperation, ImageRequest, Request, SchedulingOptions
 from engine.runtimes.base import Prepared
 from engine.runtimes.registry import REGISTRY
 from engine.scheduling.waiting import Stage, Waiting, WaitStatus
 from engine.status import ModelState
-from tests.server.fake import MODEL_BYTES, FakeRuntime, fake_engine
+from tests.engine.scheduling.world import Clock
+from tests.server.fake import MODEL_BYTES, FakeDevice, FakeRuntime, fake_engine
 
 PICTURE = Image.new("RGB", (2, 2))
 RESULT = ImageResult((PICTURE,), seed=1)
@@ -216,6 +227,207 @@ async def test_where_a_request_stands_can_be_seen(engine: Engine, runtime: Measu
         await session.close()
     await (await opening[1]).close()
     assert engine.wait_status(second) == WaitStatus(Stage.RUNNING)
+
+
+async def test_one_deadline_covers_all_the_waits_of_a_request(
+    runtime: Measured, tmp_path: Path
+) -> None:
+    clock = Clock()
+    config = fake_engine(runtime, tmp_path).config
+    engine = Engine(config, device=FakeDevice(), runtimes={"fake": lambda _: runtime}, clock=clock)
+    patient = replace(request(), scheduling=SchedulingOptions(timeout_s=1.0))
+    estimates = runtime.estimate
+
+    fetched = False
+
+    def estimate(model: ModelConfig) -> Estimate:
+        nonlocal fetched
+        clock.now += 0.0 if fetched else 0.25
+        fetched = True
+        return estimates(model)
+
+    runtime.estimate = estimate  # type: ignore[method-assign]
+    ran = 0
+
+    async def answer(_: Any) -> AsyncGenerator[Event, None]:
+        nonlocal ran
+        ran += 1
+        clock.now += 100.0  # how long a run takes is another matter
+        raise OutOfDeviceMemory("too little")
+        yield RESULT
+
+    runtime.answer = answer
+    opening = asyncio.create_task(engine.open(patient))
+    await asyncio.sleep(0)
+    clock.now += 0.25
+    await engine.start()
+    engine._scheduler._exclusive_running = True  # nothing is granted for now
+
+    async def until(ready: Callable[[], object]) -> None:
+        async with asyncio.timeout(10):
+            while not ready():
+                await asyncio.wait([opening], timeout=0.01)
+                assert not opening.done()
+
+    async def queued() -> float:
+        await until(engine._scheduler._queue.views)
+        return engine._scheduler._queue.views()[0].deadline - clock.now
+
+    assert await queued() == pytest.approx(0.5)
+    clock.now += 0.25
+    held = engine._scheduler._grant  # the second try must wait as well
+
+    def grant(serial: int) -> None:
+        held(serial)
+        engine._scheduler._exclusive_running = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._scheduler, "_grant", grant)
+        engine._scheduler._exclusive_running = False
+        engine._scheduler.on_timer()
+        await until(lambda: ran)
+    assert await queued() == pytest.approx(0.25)
+    clock.now += 0.25
+    engine._scheduler.on_timer()
+    with pytest.raises(QueueTimeout, match="within 1 s"):
+        await opening
+    await engine.stop()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_run_ends_at_its_own_pace_whoever_reads(
+    engine: Engine, runtime: Measured, fails: bool
+) -> None:
+    events = [PartialImage(number, PICTURE) for number in range(50)]
+    ended = asyncio.Event()
+
+    async def answer(_: Any) -> AsyncGenerator[Event, None]:
+        try:
+            for event in events:
+                await asyncio.sleep(0)
+                yield event
+            if fails:
+                raise RuntimeFailed("part-way")
+            yield RESULT
+        finally:
+            ended.set()
+
+    runtime.answer = answer
+    session = await engine.open(request())
+    async with aclosing(session.events()) as running:
+        got = [await anext(running)]  # and now the reader is busy with it
+        async with asyncio.timeout(10):
+            await ended.wait()
+            assert session._run._ahead is not None
+            await asyncio.wait([session._run._ahead])
+        assert engine.model_status("small").leases == 0
+        if fails:
+            with pytest.raises(RuntimeFailed, match="part-way"):
+                async for event in running:
+                    got.append(event)
+            assert got == events
+        else:
+            got += [event async for event in running]
+            assert got == [*events, RESULT]
+
+
+async def test_a_run_gives_its_lease_back_with_its_last_event_read(
+    engine: Engine, runtime: Measured
+) -> None:
+    async def answer(_: Any) -> AsyncGenerator[Event, None]:
+        yield Progress(0.5)
+        yield RESULT
+
+    runtime.answer = answer
+    session = await engine.open(request())
+    running = session.events()
+    assert [event async for event in running] == [Progress(0.5), RESULT]
+    assert engine.model_status("small").leases == 0
+
+
+async def test_what_is_read_ahead_is_stopped_when_the_reader_leaves(
+    engine: Engine, runtime: Measured
+) -> None:
+    going, closed = asyncio.Event(), asyncio.Event()
+
+    async def answer(_: Any) -> AsyncGenerator[Event, None]:
+        try:
+            yield Progress(0.0)
+            going.set()
+            await asyncio.Event().wait()
+        finally:
+            assert engine.model_status("small").leases == 1
+            closed.set()
+
+    runtime.answer = answer
+    session = await engine.open(request())
+    running = session.events()
+    await anext(running)
+    async with asyncio.timeout(10):
+        await going.wait()  # nobody has asked for the second event
+        await running.aclose()
+    assert closed.is_set()
+    assert engine.model_status("small").leases == 0
+
+
+async def test_running_out_of_memory_is_tried_again_also_where_the_reader_is_slow(
+    engine: Engine, runtime: Measured
+) -> None:
+    failed = asyncio.Event()
+
+    async def answer(_: Any) -> AsyncGenerator[Event, None]:
+        yield Progress(0.0)
+        if not failed.is_set():
+            failed.set()
+            raise OutOfDeviceMemory("too little")
+        yield RESULT
+
+    runtime.answer = answer
+    session = await engine.open(request())
+    running = session.events()
+    got = [await anext(running)]
+    async with asyncio.timeout(10):
+        await failed.wait()
+    got += [event async for event in running]
+    assert got == [Progress(0.0), Progress(0.0), RESULT]
+    assert granted_bytes(engine) == []
+
+
+async def test_an_error_of_a_library_does_not_hide_a_cancellation(
+    engine: Engine, runtime: Measured
+) -> None:
+    running = asyncio.Event()
+
+    async def answer(_: Any) -> AsyncGenerator[Event, None]:
+        running.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise RuntimeFailed("the client has left") from None
+        yield RESULT
+
+    runtime.answer = answer
+    opening = asyncio.create_task(engine.open(request()))
+    await running.wait()
+    opening.cancel()
+    await asyncio.wait([opening])
+    assert opening.cancelled()
+    assert engine.model_status("small").leases == 0
+
+
+async def test_a_run_whose_end_fails_gives_its_lease_back(
+    engine: Engine, runtime: Measured
+) -> None:
+    async def answer(_: Any) -> AsyncGenerator[Event, None]:
+        try:
+            yield Document(b"{}")
+        finally:
+            raise RuntimeFailed("at the end")
+
+    runtime.answer = answer
+    with pytest.raises(RuntimeFailed, match="at the end"):
+        await engine.open(request())
+    assert engine.model_status("small").leases == 0
 
 
 async def test_a_plan_changes_nothing(engine: Engine) -> None:

@@ -13,6 +13,7 @@ from engine.config import ModelConfig
 from engine.memory.device import CudaDevice
 from engine.memory.host_memory import HostMemory
 from engine.process.torch_state import share_torch_state
+from engine.runtimes.base import RuntimeContext
 from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.runtime import VllmRuntime
 from tests.engine.runtimes.vllm.greedy import PROMPTS, answer
@@ -29,10 +30,11 @@ async def runtime(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Vll
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device answers")
-    runtime = VllmRuntime(CudaDevice(), Path(tmp_path_factory.mktemp("cache")))
+    host = HostMemory(HOST_BYTES, pinned=True)
+    cache_dir = Path(tmp_path_factory.mktemp("cache"))
+    runtime = VllmRuntime(RuntimeContext(CudaDevice(), cache_dir, host))
     runtime.start()
     share_torch_state()
-    runtime.host = HostMemory(HOST_BYTES, pinned=True)
     await runtime.warm_up()
     yield runtime
     await runtime.stop()
@@ -91,6 +93,6 @@ async def test_two_engines_park_one_by_one_with_the_same_answers(
     await runtime.park(loaded[0], EVERYTHING)
     for each in loaded:
         await runtime.unload(each)
-    assert runtime.host is not None
-    assert runtime.host.used_bytes == 0
+    assert runtime.context.host is not None
+    assert runtime.context.host.used_bytes == 0
     assert before - free_bytes() < 64 * 2**20

@@ -21,7 +21,7 @@ from engine.events import Document, Event, Frame
 from engine.memory.block import Block, Estimate
 from engine.memory.device import Device
 from engine.requests import Request, TextRequest
-from engine.runtimes.base import LoadedModel, Prepared, Runtime
+from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 
 MODEL_BYTES = 1000
 DEVICE_BYTES = 10_000
@@ -65,7 +65,7 @@ async def echo(request: TextRequest) -> AsyncGenerator[Event, None]:
 
 class FakeLoaded(LoadedModel):
     def __init__(self, model: ModelConfig, runtime: FakeRuntime) -> None:
-        self._nbytes = model.options.nbytes
+        self._nbytes = runtime.options(model).nbytes
         self._runtime = runtime
 
     def blocks(self) -> tuple[Block, ...]:
@@ -87,14 +87,20 @@ class FakeLoaded(LoadedModel):
 
 class FakeRuntime(Runtime):
     name: ClassVar[str] = "fake"
+    tasks: ClassVar[tuple[str, ...]] = ("generate",)
     Options: ClassVar[type[Section]] = FakeOptions
 
-    def __init__(self, device: Device | None = None, cache_dir: Path | None = None) -> None:
+    def __init__(self, context: RuntimeContext | None = None) -> None:
         self.answer: Answer = echo
         self.requests: list[Any] = []
         self.may_start = threading.Event()
         self.may_start.set()
         self.start_error: Exception | None = None
+
+    def options(self, model: ModelConfig) -> FakeOptions:
+        found = model.options_as(self.Options)
+        assert isinstance(found, FakeOptions)
+        return found
 
     def start(self) -> None:
         self.may_start.wait(60)
@@ -105,11 +111,12 @@ class FakeRuntime(Runtime):
         return Prepared(request, None)
 
     def estimate(self, model: ModelConfig) -> Estimate:
-        return Estimate((Block("weights", model.options.nbytes),), 0.1)
+        return Estimate((Block("weights", self.options(model).nbytes),), 0.1)
 
     async def load(self, model: ModelConfig, on_failure: Callable[[str], None]) -> LoadedModel:
-        if model.options.error is not None:
-            raise LoadFailed(model.options.error)
+        options = self.options(model)
+        if options.error is not None:
+            raise LoadFailed(options.error)
         return FakeLoaded(model, self)
 
     async def unload(self, loaded: LoadedModel) -> None:
@@ -131,14 +138,18 @@ def fake_engine(runtime: FakeRuntime, state_dir: Path, **config: object) -> Engi
         "models": [{"runtime": "fake", **model} for model in models],
         **config,
     }
-    return Engine(EngineConfig.model_validate(raw), device=FakeDevice(), runtimes={"fake": runtime})
+    return Engine(
+        EngineConfig.model_validate(raw), device=FakeDevice(), runtimes={"fake": lambda _: runtime}
+    )
 
 
 @asynccontextmanager
-async def listening(app: FastAPI) -> AsyncIterator[str]:
+async def listening(app: FastAPI, http: type[asyncio.Protocol] | None = None) -> AsyncIterator[str]:
     """The application behind real sockets on loopback; yields its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, lifespan="on", log_config=None, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        app, http=http or "auto", lifespan="on", log_config=None, timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(config)
     # Not serve(): it would take the signals of the test process.
     serving = asyncio.create_task(server._serve(sockets=[listener]))

@@ -83,8 +83,9 @@ class SpeechRuntime(FakeRuntime):
         return super().prepare(model, request)
 
     def voices(self, model: ModelConfig) -> tuple[Voice, ...]:
-        if model.options.error is not None:
-            raise LoadFailed(model.options.error)
+        options = self.options(model)
+        if options.error is not None:
+            raise LoadFailed(options.error)
         if model.id != "small":
             return (Voice("only", "Only"),)
         return (Voice("anna", "Anna", "de"), Voice("bert", "Bert", "en-gb"))

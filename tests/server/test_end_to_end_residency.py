@@ -11,6 +11,8 @@ import pytest
 
 from tests.server.real import Server
 
+pytestmark = pytest.mark.slow
+
 MODEL = "tiny-llama"
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 TIMEOUT_S = 120

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from collections.abc import AsyncGenerator, Iterator
@@ -32,6 +33,7 @@ TABLE: list[tuple[EngineError, int, str]] = [
     (errors.QueueTimeout("m", retry_after_s=1), 503, "server_error"),
     (errors.ShuttingDown("m", retry_after_s=1), 503, "server_error"),
     (errors.InsufficientCapacity("m"), 507, "server_error"),
+    (errors.NoSpaceLeft("m"), 507, "server_error"),
     (errors.LoadFailed("m"), 500, "server_error"),
     (errors.OutOfDeviceMemory("m"), 503, "server_error"),
     (errors.RuntimeFailed("m"), 500, "server_error"),
@@ -63,6 +65,14 @@ def test_a_new_error_answers_like_its_base() -> None:
     assert (failure.status, failure.code) == (429, "very_full")
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_named(number: int) -> None:
+    failure = Failure.of(OSError(number, "No space", "/secret/path"))
+    assert failure.status == 507
+    assert failure.message == "The server has no space left for the result."
+    assert Failure.of(OSError(errno.EIO, "Input/output error")).code == "internal_error"
+
+
 @pytest.mark.parametrize(("status", "told"), [(404, 404), (422, 422), (500, 400), (200, 400)])
 def test_the_library_chooses_only_among_4xx(status: int, told: int) -> None:
     assert Failure.of(InvalidRequest("m", status=status)).status == told
@@ -80,6 +90,7 @@ def test_only_what_may_pass_is_retried() -> None:
         "conflict",
         "model_not_loaded",
         "insufficient_capacity",
+        "no_space_left",
         "model_load_failed",
         "config_error",
     }

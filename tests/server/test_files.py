@@ -168,8 +168,9 @@ class TestFiles:
         assert (await client.delete(DELETE)).status_code == 200
 
     async def test_a_folder_is_not_deleted(self, client: httpx.AsyncClient, tmp_path: Path) -> None:
+        (tmp_path / "model.safetensors").write_bytes(WEIGHTS)
         assert (await client.delete("/v1/engine/models/local/files")).status_code == 409
-        assert names_in(tmp_path)
+        assert "model.safetensors" in names_in(tmp_path)
 
 
 class TestKeys:
@@ -219,6 +220,15 @@ class TestLoras:
         }
         assert (tmp_path / "loras" / "style.safetensors").read_bytes() == LORA
         assert names_in(tmp_path / "loras") == ["style.safetensors"]
+
+    async def test_what_a_killed_process_left_is_not_in_the_way(
+        self, client: httpx.AsyncClient, tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "loras"
+        folder.mkdir()
+        (folder / "style.safetensors.01234567.part").write_bytes(b"half")
+        assert (await self.upload(client)).is_success
+        assert names_in(folder) == ["style.safetensors"]
 
     async def test_by_a_name_of_its_own(self, client: httpx.AsyncClient, tmp_path: Path) -> None:
         assert (await self.upload(client, filename="x.bin", name="mine-1.2")).is_success

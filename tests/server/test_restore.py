@@ -27,7 +27,7 @@ def restarted(
     return Engine(
         fake_engine(runtime, folder, **config).config,
         device=FakeDevice(),
-        runtimes={"fake": runtime},
+        runtimes={"fake": lambda _: runtime},
         restarts=Restarts(1, "it was killed", 1e9),
         restore=models,
     )

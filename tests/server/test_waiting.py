@@ -21,7 +21,7 @@ from starlette.types import Message
 from engine.config import ModelConfig
 from engine.engine import Engine
 from engine.errors import InvalidRequest, LoadFailed
-from engine.events import Event, Frame, Heard, ImageResult, Segment, Speech
+from engine.events import Document, Event, Frame, Heard, ImageResult, Segment, Speech
 from engine.requests import ImageRequest, SpeechRequest, TextOperation, TranscriptionRequest
 from engine.runtimes.base import LoadedModel
 from server.app import create_app
@@ -207,6 +207,23 @@ async def test_what_is_no_stream_is_not_begun(http: httpx.AsyncClient, runtime: 
         assert (await http.post(CHAT, json=body)).status_code == 503
     speech = {"model": "small", "input": "a", "timeout": 0.1}
     assert (await http.post("/v1/audio/speech", json=speech)).status_code == 503
+
+
+async def test_a_whole_document_after_comments_is_an_event(
+    http: httpx.AsyncClient, runtime: Loading
+) -> None:
+    async def document(_: Any) -> AsyncGenerator[Event, None]:
+        yield Document(json.dumps(CHUNK).encode())
+
+    runtime.answer = document
+    async with http.stream("POST", CHAT, json=chat()) as response:
+        text = ""
+        async for piece in response.aiter_text():
+            text += piece
+            runtime.may_load.set()
+    *_, event, end = text.split("\n\n")
+    assert json.loads(event.removeprefix("data: ")) == CHUNK
+    assert end == ""
 
 
 async def test_client_leaves_while_it_is_told(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from engine.errors import LoadFailed, NotFound
+from engine.errors import LoadFailed, NotFound, reason
 from engine.files.hub.client import endpoint
 
 if TYPE_CHECKING:
@@ -46,15 +46,13 @@ def plain_errors(repo: str) -> Iterator[None]:
                 f"the hub refuses {repo} ({status}): the token in HF_TOKEN, or that of"
                 " `hf auth login`, is not valid or may not read it"
             ) from error
-        raise LoadFailed(f"the hub failed to give {repo}: {_first_line(error)}") from error
+        raise LoadFailed(f"the hub failed to give {repo}: {reason(error)}") from error
     except HFValidationError as error:
         raise NotFound(f"{repo!r} is no name of a repository (owner/name)") from error
     except OfflineModeIsEnabled as error:
         raise LoadFailed(f"{repo} cannot be fetched: HF_HUB_OFFLINE is set") from error
     except (httpx2.HTTPError, LocalEntryNotFoundError, FileMetadataError) as error:
-        raise LoadFailed(
-            f"{repo} cannot be fetched from {endpoint()}: {_first_line(error)}"
-        ) from error
+        raise LoadFailed(f"{repo} cannot be fetched from {endpoint()}: {reason(error)}") from error
 
 
 def is_passing(error: HfHubHTTPError) -> bool:
@@ -72,8 +70,3 @@ def _gated(repo: str) -> str:
             " (or run `hf auth login`)"
         )
     return f"{repo} is gated and your token may not read it: {accept} with its account"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

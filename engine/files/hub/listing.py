@@ -20,7 +20,7 @@ MAIN = "main"
 """The revision where none is named."""
 
 MAX_JSON_BYTES = 16 * 2**20
-"""Of a document that is read to recognise a repository; `tokenizer.json` is none of them."""
+"""Limit of a document that is read to recognise a repository. `tokenizer.json` is not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def read_json(listing: Listing, path: str) -> Any:
     """A JSON document of the repository, read without keeping it.
 
     Raises:
-        LoadFailed: it is too long, no JSON, or the hub does not give it.
+        LoadFailed: it is too long, or not JSON, or the hub does not give it.
 
     """
     from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".npz", ".gguf", ".onnx")
 PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
-"""What is fetched instead of safetensors, and only where that was allowed."""
+"""Fetched instead of safetensors, and only if that was allowed."""
 
 _VARIANT = re.compile(
     r"(?P<base>.+?)\.(?:fp16|fp32|bf16|fp8\w*|int8|ema|non_ema)(?P<shard>-\d+-of-\d+)?\.safetensors"
@@ -25,19 +25,19 @@ class HubSource:
     repo: str
     """`owner/name`."""
     patterns: tuple[str, ...]
-    """As the shell's, but `*` matches a slash."""
+    """As in a shell, but `*` matches a slash."""
     revision: str | None = None
     allow_pickle: bool = False
-    """Take pickled weights where there are no others."""
+    """Take pickled weights if there are no others."""
 
 
 def choose(paths: Iterable[str], patterns: Sequence[str]) -> list[str]:
     """The paths that match, without the weights that a repository holds once more.
 
-    Left out are: a variant (`*.fp16.safetensors`) where the plain file is wanted too; Mistral's
-    `consolidated` beside `model`; copies in folders for other programs (`original/`, `metal/`)
-    where the weights are at the root. Folders that begin with a digit are layers of a sentence
-    embedder, and stay.
+    Left out are: a variant (`*.fp16.safetensors`) if the plain file is wanted too; Mistral's
+    `consolidated` beside `model`; copies in folders for other programs (`original/`, `metal/`) if
+    the weights are at the root. Folders that begin with a digit are layers of a sentence embedder,
+    and stay.
     """
     matching = [path for path in paths if any(fnmatchcase(path, each) for each in patterns)]
     weights = {path for path in matching if path.endswith(".safetensors")}

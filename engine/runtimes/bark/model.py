@@ -1,4 +1,4 @@
-"""Bark through transformers: built, spoken with.
+"""Bark through transformers: built, and spoken with.
 
 Importing this module imports torch and transformers.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,43 +17,41 @@ from engine.errors import LoadFailed
 from engine.events import Speech
 from engine.process.randomness import draw_by_thread
 from engine.requests import SpeechRequest
-from engine.runtimes.common.speech import Utterance
+from engine.runtimes.bark.options import BarkOptions
 from engine.runtimes.common.speech_run import Speaker
-
-if TYPE_CHECKING:
-    from engine.runtimes.bark.runtime import BarkOptions
+from engine.runtimes.common.utterance import Utterance
 
 draw_by_thread("transformers.generation.utils", "transformers.models.bark.modeling_bark")
 transformers.utils.logging.disable_progress_bar()
 
 
 class BarkSpeaker(Speaker):
-    """Bark's three language models and its codec; every sentence is one piece of audio."""
+    """Bark's three language models and its codec. Every sentence is one piece of audio."""
 
     def __init__(self, folder: Path, options: BarkOptions, device: str) -> None:
         """Build and fill every part, in host memory. Call inside `GATE.exclusive()`.
 
         Raises:
             LoadFailed: a weight is missing.
-            Exception: what the library raised.
+            Exception: any error of the library.
 
         """
         self._processor = BarkProcessor.from_pretrained(folder, local_files_only=True)
         model, told = BarkModel.from_pretrained(
             folder,
             dtype=getattr(torch, options.dtype),
-            # What is pickled, transformers reads with `weights_only`.
+            # transformers reads pickled weights with `weights_only`.
             use_safetensors=any(folder.glob("*.safetensors")),
             local_files_only=True,
             output_loading_info=True,
         )
-        # The library fills what is missing with random numbers.
+        # The library fills missing weights with random numbers.
         if told["missing_keys"]:
             raise LoadFailed(f"{folder.name}: the checkpoint lacks {min(told['missing_keys'])}")
         super().__init__(model.eval(), device)
 
     def speak(self, request: SpeechRequest, utterance: Utterance) -> Iterator[Speech]:  # noqa: ARG002
-        """Each sentence as the model makes it from the voice's prompt."""
+        """Each sentence as the model speaks it from the voice's prompt."""
         sample_rate = self.module.generation_config.sample_rate
         for sentence in utterance.sentences:
             inputs = self._processor(sentence, voice_preset=utterance.voice).to(self.device)

@@ -1,7 +1,7 @@
 """Bark, through transformers: speech at 24 kHz with laughter and music in it.
 
 A model is a folder like the repository suno/bark-small. Nothing here imports the library before
-`start`; the model itself is in `bark_model`.
+`start`; the model itself is in `engine.runtimes.bark.model`.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from engine.config import ModelConfig, Section
 from engine.errors import InvalidRequest, LoadFailed, reason
+from engine.files.hub.repository import Repository
+from engine.files.hub.selection import HubSource
 from engine.files.pickled import load_pickled
 from engine.files.safetensors_header import DTYPE_BYTES, tensor_sizes, weight_bytes
 from engine.media.sentences import split_sentences
 from engine.memory.block import Block, Estimate
-from engine.memory.device import Device
-from engine.model_folder import WANTED_FILES, local_folder, present_folder
+from engine.model_folder import WANTED_FILES, PresentFolders
 from engine.process.gate import GATE
 from engine.requests import Request, SpeechRequest
-from engine.runtimes.base import Prepared, Voice
+from engine.runtimes.bark.options import BarkOptions
+from engine.runtimes.base import Prepared, RuntimeContext, Voice
 from engine.runtimes.common.speech import (
     SpeechModel,
-    SpeechOptions,
-    Utterance,
     check_no_clone,
     check_speech,
     choose_language,
@@ -37,40 +37,52 @@ from engine.runtimes.common.speech import (
     primary_language,
 )
 from engine.runtimes.common.torch_model import TorchRuntime
+from engine.runtimes.common.utterance import Utterance
+from engine.runtimes.recognised import Recognised
 
 FILES = (*WANTED_FILES, "*.npy")
-"""What is fetched from a hub: the voices are arrays beside the weights."""
+"""The files to fetch from a hub. The voices are arrays beside the weights."""
 
 LANGUAGES = ("en", "de", "es", "fr", "hi", "it", "ja", "ko", "pl", "pt", "ru", "tr", "zh")
-"""What Bark was trained with (its model card). It takes the language from the text."""
+"""The languages of its training (its model card). Bark takes the language from the text."""
 
 NO_VOICE = "default"
-"""What a voice of the model's own choosing is called, where its folder has no voices."""
+"""The name of the voice that the model itself chooses, if its folder has no voices."""
 
 SAMPLE_RATE = 24_000
-"""Hertz, of its codec."""
+"""Hertz; that of its codec."""
 
 PROMPTS = ("semantic_prompt", "coarse_prompt", "fine_prompt")
-"""The files that make a voice."""
+"""The files of a voice."""
+
+VOICES_FILE = "speaker_embeddings_path.json"
+"""The list of the voices."""
 
 _PRESET = re.compile(r"(?:.*/)?([a-z]{2})_speaker_\d+")
-
-
-class BarkOptions(SpeechOptions):
-    """Options of a Bark model."""
-
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
 class BarkRuntime(TorchRuntime):
     """Loads Bark models."""
 
     name: ClassVar[str] = "bark"
+    tasks: ClassVar[tuple[str, ...]] = ("speech",)
     Options: ClassVar[type[Section]] = BarkOptions
 
-    def __init__(self, device: Device, cache_dir: Path) -> None:
-        super().__init__(device, cache_dir)
-        self._voices: dict[str, tuple[Voice, ...]] = {}
+    def __init__(self, context: RuntimeContext) -> None:
+        super().__init__(context)
+        self._voices = PresentFolders(context.cache_dir, _read_voices, [VOICES_FILE])
+
+    @classmethod
+    def hub_sources(cls, model: ModelConfig) -> tuple[HubSource, ...]:
+        """The model's own repository, with the voices."""
+        return (HubSource(model.source, FILES, model.options_as(BarkOptions).revision),)
+
+    @classmethod
+    def recognise(cls, repository: Repository) -> Recognised | None:
+        """`config.json` names the type."""
+        if str(repository.config.get("model_type") or "") != "bark":
+            return None
+        return Recognised(cls.name, "speech")
 
     def start(self) -> None:
         """Import torch and transformers (some seconds)."""
@@ -78,37 +90,30 @@ class BarkRuntime(TorchRuntime):
 
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Check text, voice and language; fill in the defaults."""
-        asked = check_speech(model, request)
-        check_no_clone(model, asked)
+        options = model.options_as(BarkOptions)
+        asked = check_speech(model, options.max_chars, request)
+        check_no_clone(model.id, asked)
         if asked.speed != 1.0:
             raise InvalidRequest(
                 f"The model {model.id!r} speaks at its own speed only.", param="speed"
             )
-        if model.id not in self._voices:
-            folder = present_folder(model.source, self._cache_dir, revision=model.options.revision)
-            if folder is None:
-                return prepared_speech(asked, None, SAMPLE_RATE)
-            self._voices[model.id] = _read_voices(folder)
-        return prepared_speech(asked, _utterance(model, self._voices[model.id], asked), SAMPLE_RATE)
+        voices = self._voices.get(model.source, options.revision)
+        utterance = None if voices is None else _utterance(model.id, options, voices, asked)
+        return prepared_speech(asked, utterance, SAMPLE_RATE)
 
     def voices(self, model: ModelConfig) -> tuple[Voice, ...]:
         """The voice presets of the folder, as the library names them."""
         return _read_voices(self._folder(model)) or (Voice(NO_VOICE, NO_VOICE),)
 
-    def _folder(self, model: ModelConfig) -> Path:
-        return local_folder(
-            model.source, self._cache_dir, revision=model.options.revision, patterns=FILES
-        )
-
     def weight_files(self, model: ModelConfig) -> Sequence[Path]:
-        """All safetensors of the folder, else the one pickled file."""
+        """All safetensors of the folder, otherwise the one pickled file."""
         folder = self._folder(model)
         return sorted(folder.glob("*.safetensors")) or [folder / "pytorch_model.bin"]
 
     def estimate(self, model: ModelConfig) -> Estimate:
         """Sum the tensors of the checkpoint by part; fetch the files first if need be."""
         files = self.weight_files(model)
-        options: BarkOptions = model.options
+        options = model.options_as(BarkOptions)
         item_bytes = DTYPE_BYTES[options.dtype]
         sizes: defaultdict[str, int] = defaultdict(int)
         if files[0].suffix == ".safetensors":
@@ -122,36 +127,38 @@ class BarkRuntime(TorchRuntime):
             for name, tensor in load_pickled(files[0], device="meta").items():
                 width = item_bytes if tensor.is_floating_point() else tensor.element_size()
                 sizes[name.partition(".")[0]] += tensor.numel() * width
-        parkable = self.host is not None
+        parkable = self.context.host is not None
         blocks = tuple(Block(name, nbytes, parkable) for name, nbytes in sizes.items())
         nbytes = sum(block.nbytes for block in blocks)
-        # Disk at 1 GB/s and a second of building; the first measured load replaces it.
+        # Disk at 1 GB/s and a second of building. The first measured load replaces it.
         return Estimate(blocks=blocks, load_seconds=1.0 + nbytes / 1e9)
 
     def _build(self, model: ModelConfig) -> SpeechModel:
         from engine.runtimes.bark.model import BarkSpeaker
 
         folder = self._folder(model)
-        self._voices[model.id] = _read_voices(folder)
+        voices = _read_voices(folder)
+        options = model.options_as(BarkOptions)
         with GATE.exclusive():
-            speaker = BarkSpeaker(folder, model.options, self._device.kind)
-        return SpeechModel(speaker, model.id, partial(_utterance, model, self._voices[model.id]))
+            speaker = BarkSpeaker(folder, options, self.context.device.kind)
+        return SpeechModel(speaker, model.id, partial(_utterance, model.id, options, voices))
 
 
-def _utterance(model: ModelConfig, voices: tuple[Voice, ...], request: SpeechRequest) -> Utterance:
-    """The request as the model knows it; without a name, a voice that speaks the language.
+def _utterance(
+    model_id: str, options: BarkOptions, voices: tuple[Voice, ...], request: SpeechRequest
+) -> Utterance:
+    """The request in the model's terms. If it names no voice, one that speaks the language.
 
     Raises:
         InvalidRequest: naming `voice` or `language`.
 
     """
-    options: BarkOptions = model.options
     language = None
     if request.language or options.language:
-        language = choose_language(model, request, LANGUAGES)
+        language = choose_language(model_id, options, request, LANGUAGES)
     names = [voice.id for voice in voices]
     names.sort(key=lambda name: language is not None and _language(name) != language)
-    voice = choose_voice(model, request, names or [NO_VOICE])
+    voice = choose_voice(model_id, options, request, names or [NO_VOICE])
     language = language or _language(voice) or "en"
     sentences = split_sentences(request.text, language, max_chars=options.sentence_chars)
     assert request.seed is not None
@@ -159,20 +166,20 @@ def _utterance(model: ModelConfig, voices: tuple[Voice, ...], request: SpeechReq
 
 
 def _language(voice: str) -> str | None:
-    """Of a preset's name, as in `v2/en_speaker_6`."""
+    """The language in a preset's name, as in `v2/en_speaker_6`."""
     match = _PRESET.fullmatch(voice)
     return primary_language(match[1]) if match else None
 
 
 def _read_voices(folder: Path) -> tuple[Voice, ...]:
-    """The presets whose files are all there.
+    """The presets that have all their files.
 
     Raises:
         LoadFailed: the list of presets is damaged.
 
     """
     try:
-        text = (folder / "speaker_embeddings_path.json").read_text(encoding="utf-8")
+        text = (folder / VOICES_FILE).read_text(encoding="utf-8")
         paths = {name: each for name, each in json.loads(text).items() if name != "repo_or_path"}
         return tuple(
             Voice(name, name, _language(name))

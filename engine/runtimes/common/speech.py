@@ -1,4 +1,4 @@
-"""Shared by the runtimes of speech models: options, checks, and the model on its thread.
+"""Shared by the runtimes of speech models: checks, and the model on its thread.
 
 Nothing here imports a library. The run itself is in `speech_run`.
 """
@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from engine.config import ModelConfig, Section
+from engine.config import ModelConfig
 from engine.errors import InvalidRequest
 from engine.requests import Request, SpeechRequest
 from engine.runtimes.base import Prepared
+from engine.runtimes.common.speech_options import SpeechOptions
 from engine.runtimes.common.thread_run import Emit, ThreadRun
 from engine.runtimes.common.torch_model import TorchModel
+from engine.runtimes.common.utterance import Utterance
 
 if TYPE_CHECKING:
     from engine.runtimes.common.speech_run import Speaker
@@ -37,41 +37,12 @@ VOCODER_BYTES = 384
 HiFi-GAN's last stage (https://arxiv.org/abs/2010.05646, V1)."""
 
 
-class SpeechOptions(Section):
-    """Options of a speech model."""
-
-    voice: str | None = None
-    """The voice of requests that name none. By default the model's first."""
-    voices: dict[str, str] = Field(default_factory=dict)
-    """Further names for the model's voices, such as OpenAI's `alloy`."""
-    language: str | None = None
-    """The language of requests that name none, ISO 639-1. By default the model's first."""
-    max_chars: int = Field(default=4096, ge=1, le=10_000_000)
-    """Limit for one request. 4096 is OpenAI's."""
-    sentence_chars: int = Field(default=200, ge=20, le=1000)
-    """A sentence longer than this is spoken in pieces."""
-    revision: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Utterance:
-    """The text to speak, in the model's own terms."""
-
-    sentences: tuple[str, ...]
-    voice: str | None
-    """The model's name of the voice. None for a model with one voice, and for a cloned voice."""
-    language: str | None
-    """The model's name of the language."""
-    seed: int
-
-
 def check_speech(
-    model: ModelConfig, request: Request, *, default_seed: int | None = None
+    model: ModelConfig, max_chars: int, request: Request, *, default_seed: int | None = None
 ) -> SpeechRequest:
     """Refuse requests that no speech model can serve; fill in the seed.
 
-    A request without a seed gets `default_seed`, or a random one if that is None. The model's
-    options must have `max_chars`.
+    A request without a seed gets `default_seed`, or a random one if that is None.
 
     Raises:
         InvalidRequest: naming `model`, `input`, `speed` or `seed`.
@@ -83,7 +54,6 @@ def check_speech(
         )
     if not any(character.isalnum() for character in request.text):
         raise InvalidRequest(NOTHING_TO_SPEAK, param="input")
-    max_chars: int = model.options.max_chars
     if len(request.text) > max_chars:
         raise InvalidRequest(
             f"The text must be at most {max_chars} characters long, not {len(request.text)}.",
@@ -99,7 +69,7 @@ def check_speech(
     return replace(request, seed=seed)
 
 
-def check_no_clone(model: ModelConfig, request: SpeechRequest) -> None:
+def check_no_clone(model_id: str, request: SpeechRequest) -> None:
     """Refuse a cloned voice, for a model that has only its own.
 
     Raises:
@@ -107,28 +77,31 @@ def check_no_clone(model: ModelConfig, request: SpeechRequest) -> None:
 
     """
     if request.voice_sample is not None:
-        raise InvalidRequest(f"The model {model.id!r} cannot clone a voice.", param="voice")
+        raise InvalidRequest(f"The model {model_id!r} cannot clone a voice.", param="voice")
 
 
-def choose_voice(model: ModelConfig, request: SpeechRequest, known: Sequence[str]) -> str:
+def choose_voice(
+    model_id: str, options: SpeechOptions, request: SpeechRequest, known: Sequence[str]
+) -> str:
     """The model's name of the voice that the request asks for. `known` must not be empty.
 
     Raises:
         InvalidRequest: the model has no such voice.
 
     """
-    options: SpeechOptions = model.options
     asked = request.voice or options.voice or known[0]
     voice = options.voices.get(asked, asked)
     if voice not in known:
         there = ", ".join([*known[:20], *(["…"] if len(known) > 20 else [])])
         raise InvalidRequest(
-            f"The model {model.id!r} has no voice {asked!r}; there is {there}.", param="voice"
+            f"The model {model_id!r} has no voice {asked!r}; there is {there}.", param="voice"
         )
     return voice
 
 
-def choose_language(model: ModelConfig, request: SpeechRequest, known: Sequence[str]) -> str | None:
+def choose_language(
+    model_id: str, options: SpeechOptions, request: SpeechRequest, known: Sequence[str]
+) -> str | None:
     """The model's name of the language. It may have a region that the request left out.
 
     None if the model does not declare its languages and neither request nor options name one.
@@ -137,7 +110,6 @@ def choose_language(model: ModelConfig, request: SpeechRequest, known: Sequence[
         InvalidRequest: the model does not speak it.
 
     """
-    options: SpeechOptions = model.options
     asked = request.language or options.language
     if asked is None:
         return known[0] if known else None
@@ -150,7 +122,7 @@ def choose_language(model: ModelConfig, request: SpeechRequest, known: Sequence[
         return options.language
     there = ", ".join(known) or options.language or "only its own"
     raise InvalidRequest(
-        f"The model {model.id!r} does not speak {asked!r}; there is {there}.", param="language"
+        f"The model {model_id!r} does not speak {asked!r}; there is {there}.", param="language"
     )
 
 

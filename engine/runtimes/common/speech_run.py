@@ -13,8 +13,8 @@ from engine.events import Event, Speech
 from engine.process.gate import GATE
 from engine.process.randomness import seeded
 from engine.requests import SpeechRequest
-from engine.runtimes.common.speech import Utterance
 from engine.runtimes.common.torch_run import TorchParts, TorchRun, children_of
+from engine.runtimes.common.utterance import Utterance
 
 
 class Speaker(TorchParts, ABC):

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from engine.errors import EngineError
 from engine.events import Event
+from engine.process.endings import wait_for_end
 from engine.process.switches import quick_switches
 from engine.process.watchdog import WATCHDOG, Work
 
@@ -68,5 +69,4 @@ async def run_on_thread(
     finally:
         run.cancel()
         # The lease must not end before the memory is free, even if the caller is cancelled again.
-        while not done.done():
-            await asyncio.shield(asyncio.wait([done]))
+        await wait_for_end(done)

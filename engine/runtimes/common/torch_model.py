@@ -12,15 +12,13 @@ from abc import abstractmethod
 from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from engine.config import ModelConfig
 from engine.errors import EngineError, LoadFailed, OutOfDeviceMemory, reason
 from engine.events import Event
 from engine.memory.block import Block
-from engine.memory.device import Device
-from engine.runtimes.base import LoadedModel, Prepared, Runtime
+from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.common.compute_thread import ComputeThread
 from engine.runtimes.common.thread_run import Emit, ThreadRun, run_on_thread
 from engine.runtimes.common.torch_errors import torch_error
@@ -74,9 +72,8 @@ class TorchModel(LoadedModel, Generic[PartsT]):
 class TorchRuntime(Runtime):
     """Loads models that torch runs, one at a time, on its own thread."""
 
-    def __init__(self, device: Device, cache_dir: Path) -> None:
-        self._device = device
-        self._cache_dir = cache_dir
+    def __init__(self, context: RuntimeContext) -> None:
+        super().__init__(context)
         self._loader = ComputeThread(f"{self.name}-load")
 
     @abstractmethod
@@ -109,7 +106,7 @@ class TorchRuntime(Runtime):
     def _load(self, model: ModelConfig) -> LoadedModel:
         loaded = self._build(model)
         assert loaded.model is not None
-        loaded.model.place(self.host)
+        loaded.model.place(self.context.host)
         return loaded
 
     async def unload(self, loaded: LoadedModel) -> None:
@@ -127,7 +124,7 @@ class TorchRuntime(Runtime):
 
     def _collect(self) -> None:
         gc.collect()
-        self._device.release_cached()
+        self.context.device.release_cached()
 
     async def park(self, loaded: LoadedModel, blocks: Collection[str]) -> None:
         """Drop the bytes of these parts on the device."""
@@ -137,7 +134,7 @@ class TorchRuntime(Runtime):
 
     def _park(self, model: TorchParts, blocks: Collection[str]) -> None:
         model.park(blocks)
-        self._device.release_weights()
+        self.context.device.release_weights()
 
     async def wake(self, loaded: LoadedModel, blocks: Collection[str]) -> None:
         """Copy parts from their masters to the device.
@@ -161,7 +158,7 @@ class TorchRuntime(Runtime):
         try:
             model.wake(blocks)
         except BaseException:
-            self._device.release_weights()
+            self.context.device.release_weights()
             raise
 
     async def stop(self) -> None:

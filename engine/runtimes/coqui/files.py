@@ -1,8 +1,8 @@
-"""A folder of a Coqui model, read without its library: what it is, speaks and consists of.
+"""A folder of a Coqui model, read without its library: its kind, speakers, languages and files.
 
-`config.json` of a released model has absolute paths of the machine it was trained on; here they
-are taken for names in the folder. What is pickled is read by torch with `weights_only`, which
-builds tensors and plain containers and runs no code.
+`config.json` of a released model has absolute paths of the machine that trained it. Here they are
+read as names in the folder. torch reads pickled files with `weights_only`, which builds tensors and
+plain containers and runs no code.
 """
 
 from __future__ import annotations
@@ -16,44 +16,46 @@ from typing import Any, Literal
 from engine.errors import LoadFailed, reason
 from engine.files.pickled import load_pickled
 
+CONFIG_FILE = "config.json"
+
 CHECKPOINTS = ("model_file.pth", "model.pth", "best_model.pth")
-"""Names of the weights: of Coqui's releases, of XTTS, of what its trainer writes."""
+"""Names of the weights: in Coqui's releases, in XTTS, and as the trainer writes them."""
 
 XTTS_SPEAKERS = "speakers_xtts.pth"
 
 _FILE_KEYS = ("speakers_file", "speaker_file", "d_vector_file", "language_ids_file")
-"""Settings that name a file, in the configuration and once more in its `model_args`."""
+"""Settings that name a file, in the configuration and again in its `model_args`."""
 
 _ENCODER_KEYS = ("speaker_encoder_config_path", "speaker_encoder_model_path")
-"""Of the network that VITS is trained with, and that speaking does not need."""
+"""Settings of the network that helps to train VITS, and that speaking does not need."""
 
 
 @dataclass(frozen=True, slots=True)
 class CoquiFiles:
-    """What is in the folder."""
+    """The contents of the folder."""
 
     folder: Path
     kind: Literal["vits", "xtts"]
     config: Mapping[str, Any]
-    """`config.json`, its paths in the folder."""
+    """`config.json`, with its paths in the folder."""
     checkpoint: Path
     speakers: tuple[str, ...]
-    """The model's order; none where it has one voice without a name."""
+    """In the model's order; none if it has one voice without a name."""
     languages: tuple[str, ...]
-    """As the model names them; none where it does not tell."""
+    """As the model names them; none if it does not declare any."""
     sample_rate: int
     """Hertz."""
 
 
 def read_folder(folder: Path) -> CoquiFiles:
-    """What is in the folder. Reads no weights, but the speakers' own file.
+    """The contents of the folder. It reads the file of the speakers, but no weights.
 
     Raises:
-        LoadFailed: a file is missing or unreadable, or it is another kind of model.
+        LoadFailed: a file is missing or unreadable, or the model is of another kind.
 
     """
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         kind = str(config.get("model", "")).lower()
         arguments = dict(config.get("model_args") or {})
         config["model_args"] = arguments
@@ -104,7 +106,7 @@ def _checkpoint(folder: Path) -> Path:
 
 
 def _setting(config: Mapping[str, Any], key: str) -> Any:
-    """Of `model_args`, else of the configuration, as Coqui looks it up."""
+    """The setting in `model_args`, otherwise in the configuration. Coqui uses the same order."""
     return config["model_args"].get(key) or config.get(key)
 
 
@@ -134,7 +136,7 @@ def _xtts_speakers(folder: Path) -> tuple[str, ...]:
 
 
 def _languages(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The order in which Coqui looks: `LanguageManager.init_from_config`."""
+    """The languages, looked up in the order of Coqui's `LanguageManager.init_from_config`."""
     if _setting(config, "use_language_embedding") and (
         path := _setting(config, "language_ids_file")
     ):

@@ -1,7 +1,7 @@
-"""Coqui's VITS and XTTS v2: built, filled, spoken with.
+"""Coqui's VITS and XTTS v2: built, filled, and spoken with.
 
-Importing this module imports torch and the library (some seconds), and puts right what the
-library does to the process.
+Importing this module imports torch and the library, which takes some seconds. It also undoes what
+the library does to the process.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import wave
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,21 +32,19 @@ from engine.media.sentences import split_sentences
 from engine.process.gate import GATE
 from engine.process.randomness import draw_by_thread
 from engine.requests import SpeechRequest
-from engine.runtimes.common.speech import Utterance
 from engine.runtimes.common.speech_run import Speaker
+from engine.runtimes.common.utterance import Utterance
 from engine.runtimes.coqui.files import CoquiFiles
-
-if TYPE_CHECKING:
-    from engine.runtimes.coqui.runtime import CoquiOptions
+from engine.runtimes.coqui.options import CoquiOptions
 
 log = logging.getLogger(__name__)
 
 PAUSE_SAMPLES = 10_000
-"""Silence after every sentence of VITS: `PAD_SILENCE_SAMPLES` of Coqui's `Synthesizer`."""
+"""Silence after every sentence of VITS, as `PAD_SILENCE_SAMPLES` of Coqui's `Synthesizer`."""
 
 MAX_CLONES = 64
-"""Voices whose latents stay in host memory (130 KB each in XTTS v2); beyond, the one longest unused
-goes."""
+"""Cloned voices whose latents stay in host memory, 130 KB each in XTTS v2. Beyond that, the least
+recently used voice goes."""
 
 draw_by_thread(
     "TTS.tts.models.vits",
@@ -56,10 +54,10 @@ draw_by_thread(
 
 
 def own_logging() -> None:
-    """Take the library's loggers under the process's own rules.
+    """Put the library's loggers under the rules of the process.
 
-    The trainer, which comes with the library, prints by a handler of its own; and the tokenizers
-    warn with the text that they were given.
+    The trainer, which comes with the library, prints through its own handler. The tokenizers warn
+    with the text of the request.
     """
     trainer = logging.getLogger("trainer")
     trainer.handlers.clear()
@@ -72,8 +70,8 @@ def build(files: CoquiFiles, options: CoquiOptions, device: str) -> Speaker:
     """The model, filled, in host memory. Call inside `GATE.exclusive()`.
 
     Raises:
-        LoadFailed: the checkpoint is damaged, or would have to be executed to be read.
-        Exception: what the library raised: the weights are not those of the configuration.
+        LoadFailed: the checkpoint is damaged, or holds what would have to be executed.
+        Exception: any error of the library. The weights do not match the configuration.
 
     """
     made = XttsSpeaker if files.kind == "xtts" else VitsSpeaker
@@ -81,7 +79,7 @@ def build(files: CoquiFiles, options: CoquiOptions, device: str) -> Speaker:
 
 
 class VitsSpeaker(Speaker):
-    """VITS with one voice or several; every sentence is one piece of audio."""
+    """VITS with one voice or several. Every sentence is one piece of audio."""
 
     def __init__(self, files: CoquiFiles, options: CoquiOptions, device: str) -> None:  # noqa: ARG002
         config = VitsConfig()
@@ -89,18 +87,18 @@ class VitsSpeaker(Speaker):
         model = Vits(config)
         with GATE.yielded():
             tensors = load_pickled(files.checkpoint)["model"]
-            # As the library's `load_checkpoint`: what an encoder baked into it was trained with.
+            # As in the library's `load_checkpoint`: some checkpoints hold the training's encoder.
             kept = {name: each for name, each in tensors.items() if "speaker_encoder" not in name}
             model.load_state_dict(kept)
         model.eval()
-        # Training and the conversion of voices need these, speaking does not.
+        # Training and voice conversion need these. Speaking does not.
         model.disc = None
         model.posterior_encoder = None
         self._many_languages = len(files.languages) > 1
         super().__init__(model, device)
 
     def speak(self, request: SpeechRequest, utterance: Utterance) -> Iterator[Speech]:
-        """Each sentence, with the library's pause behind it."""
+        """Each sentence, with the library's pause after it."""
         model = self.module
         model.length_scale = model.args.length_scale / request.speed
         for sentence in utterance.sentences:
@@ -118,16 +116,16 @@ class VitsSpeaker(Speaker):
             yield Speech(np.concatenate([wave_form, pause]), model.config.audio.sample_rate)
 
     def forget_run(self) -> None:
-        """Every attention layer keeps its last scores: heads × positions²."""
+        """Drop the last scores, which every attention layer keeps: heads × positions²."""
         for each in self.module.modules():
             if isinstance(each, RelativePositionMultiHeadAttention):
                 each.attn = None
 
 
 class _XttsFromFile(Xtts):  # type: ignore[misc]
-    """XTTS that reads its checkpoint in the one way we allow.
+    """XTTS that reads its checkpoint in the only way that we allow.
 
-    The library's way writes the file anew where it holds the old classes.
+    The library would rewrite the file if it holds the old classes.
     """
 
     def _load_checkpoint(self, model_path: Path) -> Any:
@@ -136,7 +134,7 @@ class _XttsFromFile(Xtts):  # type: ignore[misc]
 
 
 class XttsSpeaker(Speaker):
-    """XTTS v2: the voices it comes with and clones; audio comes before a sentence is finished."""
+    """XTTS v2, with its own voices and clones. Audio comes before a sentence is finished."""
 
     def __init__(self, files: CoquiFiles, options: CoquiOptions, device: str) -> None:
         log.warning(
@@ -164,7 +162,7 @@ class XttsSpeaker(Speaker):
         super().__init__(model, device)
 
     def speak(self, request: SpeechRequest, utterance: Utterance) -> Iterator[Speech]:
-        """Pieces of `stream_chunk_tokens` tokens of 46 ms, the last of a sentence shorter."""
+        """Pieces of `stream_chunk_tokens` tokens of 46 ms. The last of a sentence is shorter."""
         assert utterance.language is not None
         latents, embedding = self._voice(request, utterance)
         for sentence in utterance.sentences:
@@ -178,17 +176,17 @@ class XttsSpeaker(Speaker):
                     speed=request.speed,
                     **self._sampling,
                 ):
-                    # A copy: the library goes on writing to the end of what it gave.
+                    # A copy: the library keeps writing to the end of the chunk that it returned.
                     samples: Samples = chunk.cpu().numpy().astype(np.float32, copy=True)
                     if len(samples):
                         yield Speech(samples, self._config.audio.output_sample_rate)
 
     def forget_run(self) -> None:
-        """The language model keeps the embeddings of its last prompt."""
+        """Drop the embeddings of the last prompt, which the language model keeps."""
         self.module.gpt.gpt_inference.cached_prefix_emb = None
 
     def _fitting(self, sentence: str, language: str) -> Iterator[str]:
-        """The sentence, or pieces of it where it has too many tokens, as numbers in words do."""
+        """The sentence, or pieces of it if it has too many tokens, as numbers in words may."""
         tokens = self.module.tokenizer.encode(sentence.strip().lower(), lang=language)
         if len(tokens) < self.module.args.gpt_max_text_tokens or len(sentence) < 2:
             yield sentence
@@ -224,10 +222,10 @@ class XttsSpeaker(Speaker):
 
 
 def _read_wav(path: str, sample_rate: int) -> torch.Tensor:
-    """(1, samples) of a mono WAV file of 16 bit, at the rate.
+    """(1, samples) of a mono WAV file of 16 bits, at the given rate.
 
-    In the place of the library's `load_audio`: torchaudio needs torchcodec and FFmpeg's shared
-    libraries to open any file.
+    It replaces the library's `load_audio`. That needs torchaudio, which needs torchcodec and
+    FFmpeg's shared libraries to open any file.
     """
     with wave.open(path, "rb") as file:
         if file.getnchannels() != 1 or file.getsampwidth() != 2:
@@ -241,8 +239,8 @@ def _read_wav(path: str, sample_rate: int) -> torch.Tensor:
 
 
 xtts_module.load_audio = _read_wav
-# The checkpoint of XTTS v2 as it is released holds its configuration as objects: plain fields, of
-# classes that have moved since.
+# The released checkpoint of XTTS v2 holds its configuration as objects. They have plain fields, and
+# their classes have moved since.
 add_safe_globals([XttsArgs, XttsAudioConfig, XttsConfig, BaseDatasetConfig])
 add_safe_globals(
     [(each, f"{xtts_module.__name__}.{each.__name__}") for each in (XttsArgs, XttsAudioConfig)]

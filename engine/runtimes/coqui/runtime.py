@@ -1,7 +1,8 @@
 """Coqui TTS: VITS with one voice or many, and XTTS v2 with cloned voices.
 
-Nothing here imports the library before `start`; the models themselves are in `coqui_models`.
-The weights of XTTS v2 may be used for non-commercial purposes only (Coqui Public Model License).
+Nothing here imports the library before `start`; the models themselves are in
+`engine.runtimes.coqui.models`. The weights of XTTS v2 may be used for non-commercial purposes only
+(Coqui Public Model License).
 """
 
 from __future__ import annotations
@@ -13,22 +14,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field
-
 from engine.config import ModelConfig, Section
 from engine.errors import InvalidRequest, LoadFailed
+from engine.files.hub.repository import Repository
+from engine.files.hub.selection import HubSource
 from engine.files.pickled import load_pickled
 from engine.media.sentences import split_sentences
 from engine.memory.block import Block, Estimate
-from engine.memory.device import Device
-from engine.model_folder import local_folder, present_folder
+from engine.model_folder import PresentFolders
 from engine.process.gate import GATE
 from engine.requests import Request, SpeechRequest
-from engine.runtimes.base import Prepared, Voice
+from engine.runtimes.base import Prepared, RuntimeContext, Voice
 from engine.runtimes.common.speech import (
     SpeechModel,
-    SpeechOptions,
-    Utterance,
     check_no_clone,
     check_speech,
     choose_language,
@@ -37,45 +35,51 @@ from engine.runtimes.common.speech import (
     primary_language,
 )
 from engine.runtimes.common.torch_model import TorchRuntime
-from engine.runtimes.coqui.files import CoquiFiles, read_folder
+from engine.runtimes.common.utterance import Utterance
+from engine.runtimes.coqui.files import CONFIG_FILE, CoquiFiles, read_folder
+from engine.runtimes.coqui.options import CoquiOptions
+from engine.runtimes.recognised import Recognised
 
 FILES = ("*.json", "*.pth")
-"""What is fetched from a hub. Coqui keeps weights pickled; they are read with `weights_only`."""
+"""The files to fetch from a hub. Coqui's weights are pickled, and read with `weights_only`."""
 
 ONLY_VOICE = "default"
-"""What the voice of a model with one voice is called here; the library has no name for it."""
+"""The name of the voice of a model with one voice. The library has none for it."""
 
 XTTS_CHARS = {"ar": 166, "cs": 186, "hi": 150, "ja": 71, "ko": 95, "ru": 182, "zh": 82}
-"""Of a sentence, where it is under 200: `char_limits` of the library's XTTS tokenizer. Beyond,
-the end of the audio may be missing."""
+"""The longest sentence by language, if under 200: `char_limits` of the library's XTTS tokenizer.
+A longer sentence may lose the end of its audio."""
 
 XTTS_PACKAGES = {"ja": "cutlet", "ko": "hangul_romanize", "zh": "pypinyin"}
-"""What the tokenizer imports at the first sentence of a language."""
+"""The packages that the tokenizer imports at the first sentence of a language."""
 
 UNUSED_PARTS = frozenset({"disc", "posterior_encoder", "speaker_encoder", "mel_stats"})
-"""Of a checkpoint, by the beginning of the names: not kept, or too small to count."""
-
-
-class CoquiOptions(SpeechOptions):
-    """Options of a VITS or XTTS model; the last five are XTTS's, and None is the checkpoint's."""
-
-    stream_chunk_tokens: int = Field(default=20, ge=4)
-    """How much is spoken before it is heard: 46 ms each. Less is sooner, and costs more."""
-    temperature: float | None = Field(default=None, gt=0, le=2)
-    top_k: int | None = Field(default=None, ge=1)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    repetition_penalty: float | None = Field(default=None, ge=1)
+"""Parts of a checkpoint that are not kept, or too small to count."""
 
 
 class CoquiRuntime(TorchRuntime):
     """Loads VITS and XTTS models."""
 
     name: ClassVar[str] = "coqui"
+    tasks: ClassVar[tuple[str, ...]] = ("speech",)
     Options: ClassVar[type[Section]] = CoquiOptions
 
-    def __init__(self, device: Device, cache_dir: Path) -> None:
-        super().__init__(device, cache_dir)
-        self._files: dict[str, CoquiFiles] = {}
+    def __init__(self, context: RuntimeContext) -> None:
+        super().__init__(context)
+        self._files = PresentFolders(context.cache_dir, read_folder, [CONFIG_FILE])
+
+    @classmethod
+    def hub_sources(cls, model: ModelConfig) -> tuple[HubSource, ...]:
+        """The model's own repository. Its weights are always pickled, and read as tensors only."""
+        return (HubSource(model.source, FILES, model.options_as(CoquiOptions).revision),)
+
+    @classmethod
+    def recognise(cls, repository: Repository) -> Recognised | None:
+        """`config.json` names the kind of model, beside a pickled checkpoint."""
+        kind = str(repository.config.get("model", "")).lower()
+        if kind not in ("xtts", "vits") or not repository.has(".pth"):
+            return None
+        return Recognised(cls.name, "speech")
 
     def start(self) -> None:
         """Import torch, transformers and coqui-tts (some seconds)."""
@@ -83,14 +87,16 @@ class CoquiRuntime(TorchRuntime):
 
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Check text, voice, language and speed; fill in the defaults."""
-        asked = check_speech(model, request)
-        files = self._present(model)
+        options = model.options_as(CoquiOptions)
+        asked = check_speech(model, options.max_chars, request)
+        files = self._files.get(model.source, options.revision)
         if files is None:
             return prepared_speech(asked, None, 0)
-        return prepared_speech(asked, _utterance(model, files, asked), files.sample_rate)
+        utterance = _utterance(model.id, options, files, asked)
+        return prepared_speech(asked, utterance, files.sample_rate)
 
     def voices(self, model: ModelConfig) -> tuple[Voice, ...]:
-        """The speakers by their names; those of XTTS speak every language."""
+        """The speakers by name. Those of XTTS speak every language."""
         files = self._fetched(model)
         one = files.kind == "vits" and len(files.languages) == 1
         language = files.languages[0] if one else None
@@ -98,22 +104,9 @@ class CoquiRuntime(TorchRuntime):
             return (Voice(ONLY_VOICE, ONLY_VOICE, language),)
         return tuple(Voice(speaker, speaker, language) for speaker in files.speakers)
 
-    def _present(self, model: ModelConfig) -> CoquiFiles | None:
-        """What the folder holds, if it is here already."""
-        if model.id not in self._files:
-            folder = present_folder(model.source, self._cache_dir, revision=model.options.revision)
-            if folder is None:
-                return None
-            self._files[model.id] = read_folder(folder)
-        return self._files[model.id]
-
     def _fetched(self, model: ModelConfig) -> CoquiFiles:
-        """What the folder holds now; it is fetched first if need be."""
-        folder = local_folder(
-            model.source, self._cache_dir, revision=model.options.revision, patterns=FILES
-        )
-        self._files[model.id] = read_folder(folder)
-        return self._files[model.id]
+        """The contents of the folder now. It is fetched first if need be."""
+        return read_folder(self._folder(model))
 
     def weight_files(self, model: ModelConfig) -> Sequence[Path]:
         """The checkpoint."""
@@ -133,52 +126,58 @@ class CoquiRuntime(TorchRuntime):
             part = name.removeprefix("xtts.").partition(".")[0]
             if part not in UNUSED_PARTS:
                 sizes[part] += tensor.numel() * tensor.element_size()
-        parkable = self.host is not None
+        parkable = self.context.host is not None
         blocks = tuple(Block(name, nbytes, parkable) for name, nbytes in sizes.items() if nbytes)
         nbytes = sum(block.nbytes for block in blocks)
-        # Disk at 1 GB/s and a second of building; the first measured load replaces it.
+        # Disk at 1 GB/s and a second of building. The first measured load replaces it.
         return Estimate(blocks=blocks, load_seconds=1.0 + nbytes / 1e9)
 
     def _build(self, model: ModelConfig) -> SpeechModel:
         from engine.runtimes.coqui.models import build
 
         files = self._fetched(model)
+        options = model.options_as(CoquiOptions)
         with GATE.exclusive():
-            speaker = build(files, model.options, self._device.kind)
-        return SpeechModel(speaker, model.id, partial(_utterance, model, files))
+            speaker = build(files, options, self.context.device.kind)
+        return SpeechModel(speaker, model.id, partial(_utterance, model.id, options, files))
 
 
-def _utterance(model: ModelConfig, files: CoquiFiles, request: SpeechRequest) -> Utterance:
-    """The request as the model knows it.
+def _utterance(
+    model_id: str, options: CoquiOptions, files: CoquiFiles, request: SpeechRequest
+) -> Utterance:
+    """The request in the model's terms.
 
     Raises:
         InvalidRequest: naming `voice` or `language`.
 
     """
-    options: CoquiOptions = model.options
-    language = choose_language(model, request, files.languages)
+    language = choose_language(model_id, options, request, files.languages)
     sentence_chars = options.sentence_chars
     if files.kind == "xtts":
         _check_xtts_language(language)
         sentence_chars = min(sentence_chars, XTTS_CHARS.get(primary_language(language or ""), 200))
     sentences = split_sentences(request.text, language or "en", max_chars=sentence_chars)
     assert request.seed is not None
-    return Utterance(tuple(sentences), _voice(model, request, files), language, request.seed)
+    return Utterance(
+        tuple(sentences), _voice(model_id, options, request, files), language, request.seed
+    )
 
 
-def _voice(model: ModelConfig, request: SpeechRequest, files: CoquiFiles) -> str | None:
+def _voice(
+    model_id: str, options: CoquiOptions, request: SpeechRequest, files: CoquiFiles
+) -> str | None:
     if files.kind != "xtts":
-        check_no_clone(model, request)
+        check_no_clone(model_id, request)
     if request.voice_sample is not None:
         if not request.voice_sample.is_file():
             raise InvalidRequest("There is no recording of this voice.", param="voice")
         return None
     if not files.speakers and files.kind == "xtts":
         raise InvalidRequest(
-            f"The model {model.id!r} has no voices of its own; give a cloned one.",
+            f"The model {model_id!r} has no voices of its own; give a cloned one.",
             param="voice",
         )
-    voice = choose_voice(model, request, files.speakers or (ONLY_VOICE,))
+    voice = choose_voice(model_id, options, request, files.speakers or (ONLY_VOICE,))
     return voice if files.speakers else None
 
 

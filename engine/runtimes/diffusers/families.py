@@ -14,9 +14,9 @@ class Family:
     size_multiple: int = 8
     """Width and height must be multiples of this many pixels."""
     frame_step: int = 1
-    """The frames that can be made are 1, 1 + step, 1 + 2 · step, …; others are cut from more."""
+    """A pipeline makes 1, 1 + step, 1 + 2 · step, … frames. Other numbers are cut from more."""
     frames_at_once: int | None = None
-    """Frames that the VAE decodes together; None: all."""
+    """Frames that the VAE decodes at once; None: all."""
     decoder_scale: int = 1
     """How much smaller than the image, on each side, the widest block of the VAE's decoder is."""
     many_images: bool = False
@@ -34,9 +34,11 @@ FAMILIES = {
     "StableVideoDiffusion": Family(size_multiple=64),
     "Wan": Family(size_multiple=16, frame_step=4, frames_at_once=4),
 }
-"""By the beginning of the pipeline's class name. Sizes: VAE scale × patch (for Stable Video
-Diffusion × the UNet's own scale, as it has no odd sizes inside); frames: the VAE's compression in
-time, and how its code batches them; LTX's decoder leaves a patch of 4 × 4 to its last layer."""
+"""By the beginning of the pipeline's class name.
+
+Sizes are VAE scale × patch. For Stable Video Diffusion the UNet's own scale comes on top, as it
+cannot have odd sizes inside. Frames come from the VAE's compression in time and from how its code
+batches them. LTX's decoder leaves a patch of 4 × 4 to its last layer."""
 
 
 def family_of(pipeline_class: str) -> Family:

@@ -1,38 +1,38 @@
-"""The files of a pipeline, of its parts, and of its adapters."""
+"""The files of a pipeline, and of its parts and adapters from elsewhere."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from engine.files.hub.selection import HubSource
+from engine.files.lora_folder import LORA_FILE
+from engine.model_folder import WANTED_FILES
 from engine.runtimes.diffusers.options import IpAdapter
 
 CONFIG_FILES = ("*.json", "*.txt", "*.model")
-"""What a pipeline needs beside the weights of its parts. Repositories hold the same weights once
-more in one file at their root, for other programs: more than the parts together."""
+"""What a pipeline needs beside the weights of its parts. Many repositories also have one file at
+their root with all weights, for other programs. It is larger than the parts together."""
 
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+def part_source(source: str) -> HubSource:
+    """The files of a part from elsewhere, or of a ControlNet."""
+    return HubSource(source, WANTED_FILES)
 
 
-def lora_files(folder: Path | None) -> dict[str, Path]:
-    """The adapters of a folder by name."""
-    if folder is None or not folder.is_dir():
-        return {}
-    found = {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
-    for path in sorted(folder.glob(f"*/{LORA_FILE}")):
-        found[path.parent.name] = path
-    return found
-
-
-def ip_adapter_files(adapter: IpAdapter) -> tuple[str, ...]:
-    """What is read of an IP-Adapter's repository, which holds those of many models."""
+def ip_adapter_source(adapter: IpAdapter) -> HubSource:
+    """The files of one IP-Adapter in a repository with those of many models."""
     encoder = f"{adapter.subfolder}/image_encoder"
     weights = f"{adapter.subfolder}/{adapter.weight_name}"
-    return (weights, f"{encoder}/*.safetensors", f"{encoder}/*.json")
+    return HubSource(adapter.source, (weights, f"{encoder}/*.safetensors", f"{encoder}/*.json"))
+
+
+def lora_source(source: str) -> HubSource:
+    """The file of a LoRA."""
+    return HubSource(source, (LORA_FILE,))
 
 
 def component_weights(folder: Path, variant: str | None) -> list[Path]:
-    """The component's safetensors files, of the variant where it has it."""
+    """The component's safetensors files; those of the variant, if it has them."""
     files = sorted(folder.glob("*.safetensors"))
     varied = [path for path in files if variant and f".{variant}." in path.name]
     plain = [path for path in files if path.name.count(".") == 1]

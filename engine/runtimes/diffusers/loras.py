@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from engine.errors import InvalidRequest, reason
+from engine.files.lora_folder import LORA_FILE, lora_files
 from engine.files.safetensors_header import tensor_sizes
 from engine.process.gate import GATE
 from engine.requests import LoraChoice
 from engine.runtimes.common.torch_run import named_tensors
-from engine.runtimes.diffusers.files import LORA_FILE, lora_files
 
 MAX_LORAS = 4
 """LoRAs that stay attached for the next request. Beyond that, the least recently used one goes."""

@@ -11,7 +11,7 @@ from engine.config import Section
 from engine.requests import Quality
 
 MAX_STEPS = 500
-"""Models are trained with 1000 time steps; some schedulers fail near that many."""
+"""Models are trained with 1000 time steps. Some schedulers fail near that many."""
 
 
 OFFLOADED = ("transformer", "unet", "text_encoder")
@@ -19,14 +19,14 @@ OFFLOADED = ("transformer", "unet", "text_encoder")
 
 
 class Profile(Section):
-    """How much work an image or video of one quality is."""
+    """The work for an image or video of one quality."""
 
     steps: int = Field(ge=1, le=MAX_STEPS)
     guidance: float = Field(ge=0, le=100)
 
 
 class IpAdapter(Section):
-    """Where an IP-Adapter's weights are, laid out as in the repository h94/IP-Adapter."""
+    """The place of an IP-Adapter's weights, in the layout of the repository h94/IP-Adapter."""
 
     source: str
     subfolder: str = "models"
@@ -42,16 +42,16 @@ class DiffusersOptions(Section):
 
     dtype: Dtype = "bfloat16"
     vae_dtype: Dtype | None = None
-    """Of the VAE alone, where it needs more; Wan's is meant to run in float32."""
+    """The type of the VAE, if it differs. Wan's is meant to run in float32."""
     vae_tiling: bool = False
-    """Decode in tiles: less memory, more time, and seams where a model is unlucky."""
+    """Decode in tiles: less memory, more time, and seams in some images."""
     variant: str | None = None
     """`fp16` takes the files named `*.fp16.safetensors`."""
     revision: str | None = None
     pipeline: str | None = None
-    """The pipeline class, where `model_index.json` names another than is wanted."""
+    """The pipeline class, if it is not that of `model_index.json`."""
     scheduler: dict[str, Any] = Field(default_factory=dict)
-    """`class` and any of its settings; the rest is kept as the checkpoint has it."""
+    """`class` and any of its settings. The others stay as the checkpoint has them."""
     components: dict[str, str] = Field(default_factory=dict)
     """Sources of parts that come from elsewhere, such as `motion_adapter`."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
@@ -69,7 +69,7 @@ class DiffusersOptions(Section):
     max_frames: int = Field(default=256, ge=1)
     fps: int = Field(default=8, ge=1, le=120)
     strength: float = Field(default=0.8, gt=0, le=1)
-    """How far an edit or variation leaves its image where the request does not say."""
+    """How far an edit or variation leaves its image, for requests that do not say."""
     default: Profile = Profile(steps=30, guidance=7.5)
     low: Profile | None = None
     medium: Profile | None = None
@@ -83,11 +83,11 @@ class DiffusersOptions(Section):
     control_scale: float = Field(default=1.0, ge=0, le=2)
     ip_adapter: IpAdapter | None = None
     first_frame_model: str | None = None
-    """The image model that makes the first frame where a request for a video brings none."""
+    """The image model that makes the first frame of videos whose request brings none."""
     call: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of every call of the pipeline, such as `decode_chunk_size`."""
 
     def profile(self, quality: Quality) -> Profile:
-        """The profile of a quality; one that is not configured is the default."""
+        """The profile of a quality; the default if that one is not configured."""
         chosen = None if quality is Quality.AUTO else getattr(self, quality.value)
         return chosen or self.default

@@ -8,11 +8,11 @@ from math import ceil
 from typing import TypeVar
 
 from engine.errors import InvalidRequest
+from engine.files.lora_folder import lora_files
 from engine.files.safetensors_header import DTYPE_BYTES
 from engine.requests import ImageOperation, ImageRequest, VideoRequest
 from engine.runtimes.base import Prepared
 from engine.runtimes.diffusers.families import Family, check_size, size_text
-from engine.runtimes.diffusers.files import lora_files
 from engine.runtimes.diffusers.options import MAX_STEPS, DiffusersOptions
 
 DECODER_COPIES = 3
@@ -21,14 +21,14 @@ DECODER_COPIES = 3
 MAX_SEED = 2**32 - 1
 
 TILE_PIXELS = 512 * 512
-"""What a VAE with tiling decodes at once, at most."""
+"""The most pixels that a VAE with tiling decodes at once."""
 
 ImageOrVideo = TypeVar("ImageOrVideo", ImageRequest, VideoRequest)
 
 
 @dataclass(frozen=True, slots=True)
 class RequestChecks:
-    """What is known of a model while its requests are checked."""
+    """The facts about a model that its requests are checked against."""
 
     model_id: str
     options: DiffusersOptions

@@ -9,30 +9,39 @@ pipelines themselves run in `engine.runtimes.diffusers.pipeline`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from engine.config import ModelConfig, Section
 from engine.errors import InvalidRequest, LoadFailed
+from engine.files.hub.repository import Repository
+from engine.files.hub.selection import HubSource
 from engine.files.safetensors_header import DTYPE_BYTES, tensor_sizes, weight_bytes
 from engine.memory.block import Block, Estimate
-from engine.memory.device import Device
-from engine.model_folder import local_folder, present_folder
+from engine.model_folder import PresentFolders
 from engine.process.gate import GATE
 from engine.requests import ImageRequest, Request, VideoRequest
-from engine.runtimes.base import Prepared
+from engine.runtimes.base import Prepared, RuntimeContext
 from engine.runtimes.common.thread_run import Emit, ThreadRun
 from engine.runtimes.common.torch_model import TorchModel, TorchRuntime
-from engine.runtimes.diffusers.families import Family, family_of
+from engine.runtimes.diffusers.description import (
+    INDEX_FILE,
+    VAE_CONFIG_FILE,
+    PipelineDescription,
+)
+from engine.runtimes.diffusers.families import family_of
 from engine.runtimes.diffusers.files import (
     CONFIG_FILES,
-    LORA_FILE,
     component_weights,
-    ip_adapter_files,
+    ip_adapter_source,
+    lora_source,
+    part_source,
 )
 from engine.runtimes.diffusers.options import OFFLOADED, DiffusersOptions
+from engine.runtimes.diffusers.recognition import recognise_pipeline
 from engine.runtimes.diffusers.request_checks import RequestChecks
+from engine.runtimes.recognised import Recognised
 
 if TYPE_CHECKING:
     from engine.runtimes.diffusers.pipeline import Pipeline  # noqa: F401 - used in a string
@@ -53,11 +62,40 @@ class DiffusersRuntime(TorchRuntime):
     """Loads image and video pipelines."""
 
     name: ClassVar[str] = "diffusers"
+    tasks: ClassVar[tuple[str, ...]] = ("image", "video")
     Options: ClassVar[type[Section]] = DiffusersOptions
 
-    def __init__(self, device: Device, cache_dir: Path) -> None:
-        super().__init__(device, cache_dir)
-        self._read: dict[tuple[str, str], Mapping[str, Any]] = {}
+    def __init__(self, context: RuntimeContext) -> None:
+        super().__init__(context)
+        self._described = PresentFolders(
+            context.cache_dir, PipelineDescription.read, [INDEX_FILE, VAE_CONFIG_FILE]
+        )
+
+    @classmethod
+    def hub_sources(cls, model: ModelConfig) -> tuple[HubSource, ...]:
+        """The pipeline's own repository, then those of parts and adapters from elsewhere."""
+        options = model.options_as(DiffusersOptions)
+        variant = f".{options.variant}*" if options.variant else ""
+        weights = f"*/*{variant}.safetensors"
+        sources = [HubSource(model.source, (weights, *CONFIG_FILES), options.revision)]
+        sources += [part_source(part) for part in options.components.values()]
+        if options.controlnet is not None:
+            sources.append(part_source(options.controlnet))
+        if options.ip_adapter is not None:
+            sources.append(ip_adapter_source(options.ip_adapter))
+        sources += [lora_source(lora) for lora in options.lora_sources.values()]
+        return tuple(sources)
+
+    @classmethod
+    def recognise(cls, repository: Repository) -> Recognised | None:
+        """Any repository with a `model_index.json`."""
+        return recognise_pipeline(repository)
+
+    @classmethod
+    def lora_folder(cls, model: ModelConfig) -> Path | None:
+        """The folder that the options name."""
+        folder = model.options_as(DiffusersOptions).loras
+        return None if folder is None else folder.expanduser()
 
     def start(self) -> None:
         """Import torch, transformers and diffusers (some seconds)."""
@@ -76,52 +114,15 @@ class DiffusersRuntime(TorchRuntime):
         )
 
     def _checks(self, model: ModelConfig) -> RequestChecks:
-        return RequestChecks(
-            model.id, model.options, self._family(model), self._decoder_channels(model)
-        )
-
-    def _decoder_channels(self, model: ModelConfig) -> int:
-        """Channels of the VAE at full size: its second block's come in, its first's go out."""
-        config = self._present(model, "vae/config.json")
-        try:
-            channels = config["block_out_channels"]
-            return int(channels[min(1, len(channels) - 1)])
-        except (ValueError, KeyError, TypeError, IndexError):
-            return 256  # as in SDXL and FLUX
-
-    def _family(self, model: ModelConfig) -> Family:
-        """Of the pipeline class; while its files are not here, the run itself checks again."""
-        index = self._present(model, "model_index.json")
-        return family_of(model.options.pipeline or str(index.get("_class_name", "")))
-
-    def _present(self, model: ModelConfig, name: str) -> Mapping[str, Any]:
-        """A JSON file of the model, read once, where it is here already; else nothing."""
-        key = model.id, name
-        if key not in self._read:
-            folder = present_folder(model.source, self._cache_dir, revision=model.options.revision)
-            if folder is None:
-                return {}
-            try:
-                self._read[key] = json.loads((folder / name).read_text())
-            except (OSError, ValueError):
-                return {}
-        return self._read[key]
-
-    def _folder(self, model: ModelConfig) -> Path:
-        options: DiffusersOptions = model.options
-        patterns = None
-        if options.variant is not None:
-            patterns = [f"*/*.{options.variant}*.safetensors", *CONFIG_FILES]
-        return local_folder(
-            model.source,
-            self._cache_dir,
-            revision=options.revision,
-            patterns=patterns or ["*/*.safetensors", *CONFIG_FILES],
-        )
+        options = model.options_as(DiffusersOptions)
+        # While the files are not here, the run itself checks what the family demands.
+        described = self._described.get(model.source, options.revision) or PipelineDescription()
+        family = family_of(options.pipeline or described.pipeline_class)
+        return RequestChecks(model.id, options, family, described.decoder_channels)
 
     def weight_files(self, model: ModelConfig) -> Sequence[Path]:
         """Those of every component."""
-        variant = model.options.variant
+        variant = model.options_as(DiffusersOptions).variant
         parts = self._parts(model).values()
         return [path for folder in parts for path in component_weights(folder, variant)]
 
@@ -145,10 +146,10 @@ class DiffusersRuntime(TorchRuntime):
             LoadFailed: the files are missing or unreadable.
 
         """
-        options: DiffusersOptions = model.options
+        options = model.options_as(DiffusersOptions)
         folder = self._folder(model)
         try:
-            index = json.loads((folder / "model_index.json").read_text())
+            index = json.loads((folder / INDEX_FILE).read_text())
         except (OSError, ValueError) as error:
             raise LoadFailed(f"{folder.name}: cannot read model_index.json: {error}") from error
         parts = {
@@ -157,15 +158,11 @@ class DiffusersRuntime(TorchRuntime):
             if isinstance(value, list) and value and value[0] is not None
         }
         for name, source in options.components.items():
-            parts[name] = local_folder(source, self._cache_dir)
+            parts[name] = self._folder_of(part_source(source))
         if options.controlnet is not None:
-            parts["controlnet"] = local_folder(options.controlnet, self._cache_dir)
+            parts["controlnet"] = self._folder_of(part_source(options.controlnet))
         if options.ip_adapter is not None:
-            adapter = local_folder(
-                options.ip_adapter.source,
-                self._cache_dir,
-                patterns=ip_adapter_files(options.ip_adapter),
-            )
+            adapter = self._folder_of(ip_adapter_source(options.ip_adapter))
             parts["image_encoder"] = adapter / options.ip_adapter.subfolder / "image_encoder"
             parts["ip_adapter"] = adapter / options.ip_adapter.subfolder
         return parts
@@ -177,7 +174,7 @@ class DiffusersRuntime(TorchRuntime):
             LoadFailed: the files are missing or unreadable.
 
         """
-        options: DiffusersOptions = model.options
+        options = model.options_as(DiffusersOptions)
         sizes = {}
         for name, path in self._parts(model).items():
             try:
@@ -193,32 +190,34 @@ class DiffusersRuntime(TorchRuntime):
 
     def _streams(self, model: ModelConfig, nbytes: int) -> bool:
         """Whether its large parts stay in host memory, their layers coming when they compute."""
-        offload = model.options.offload
-        too_large = self.budget_bytes is not None and nbytes > self.budget_bytes
+        offload = model.options_as(DiffusersOptions).offload
+        too_large = self.context.budget_bytes is not None and nbytes > self.context.budget_bytes
         return offload == "group" or (
-            offload == "auto" and self._device.kind == "cuda" and too_large
+            offload == "auto" and self.context.device.kind == "cuda" and too_large
         )
 
     def _build(self, model: ModelConfig) -> DiffusersModel:
         from engine.runtimes.diffusers.pipeline import Pipeline
 
-        options: DiffusersOptions = model.options
+        options = model.options_as(DiffusersOptions)
         sources = dict(options.components)
         if options.controlnet is not None:
             sources["controlnet"] = options.controlnet
-        folders = {name: local_folder(each, self._cache_dir) for name, each in sources.items()}
-        if (ip_adapter := options.ip_adapter) is not None:
-            folders["ip_adapter"] = local_folder(
-                ip_adapter.source, self._cache_dir, patterns=ip_adapter_files(ip_adapter)
-            )
+        folders = {name: self._folder_of(part_source(each)) for name, each in sources.items()}
+        if options.ip_adapter is not None:
+            folders["ip_adapter"] = self._folder_of(ip_adapter_source(options.ip_adapter))
         adapters = {
-            name: local_folder(each, self._cache_dir, patterns=(LORA_FILE,))
-            for name, each in options.lora_sources.items()
+            name: self._folder_of(lora_source(each)) for name, each in options.lora_sources.items()
         }
         folder = self._folder(model)
         group_offload = self._streams(model, sum(self._part_bytes(model).values()))
         with GATE.exclusive():
             pipeline = Pipeline(
-                folder, folders, adapters, options, self._device.kind, group_offload=group_offload
+                folder,
+                folders,
+                adapters,
+                options,
+                self.context.device.kind,
+                group_offload=group_offload,
             )
         return DiffusersModel(pipeline, model.id)

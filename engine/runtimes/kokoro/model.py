@@ -1,14 +1,14 @@
-"""Kokoro's module: built and checked, spoken with, stopped within a sentence.
+"""Kokoro's module and its runs. A run stops within a sentence.
 
 Importing this module imports torch, spaCy and kokoro.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.utils import remove_weight_norm
@@ -21,23 +21,23 @@ from engine.process.randomness import draw_by_thread, seeded
 from engine.runtimes.common.speech import NOTHING_TO_SPEAK
 from engine.runtimes.common.torch_run import TorchParts, TorchRun, children_of
 from engine.runtimes.kokoro.phonemes import MAX_PHONEMES, Chunk, Phonemizer
+from engine.runtimes.kokoro.utterance import Utterance
 from kokoro import KModel, KPipeline
 
-if TYPE_CHECKING:
-    from engine.runtimes.kokoro.runtime import Utterance
-
 SAMPLE_RATE = 24_000
-"""Hertz; fixed in Kokoro's vocoder."""
+"""Hertz. Kokoro's vocoder has no other rate."""
 
 STYLE_WIDTH = 256
-"""Of a voice: 128 numbers for the decoder, 128 for the prosody."""
+"""Numbers of a voice: 128 for the decoder, and 128 for the prosody."""
 
 PREFIX = "module."
-"""Of the keys of a checkpoint that was saved from several GPUs, as Kokoro-82M's was."""
-
+"""Prefix of the keys in a checkpoint that was saved from several GPUs, such as Kokoro-82M's."""
 
 NORMS = ".weight_g"
-"""How the names of a checkpoint's weight norms end, which are multiplied into the weights."""
+"""Suffix of a checkpoint's weight norms, which are multiplied into the weights."""
+
+STYLED = re.compile(r"(?:^|\.)(?:norm[12]|adain[12]\.\d+)\.fc\.bias$")
+"""The bias of a projection in an AdaIN: two numbers for each channel that it normalises."""
 
 draw_by_thread("kokoro.istftnet")
 
@@ -45,14 +45,17 @@ draw_by_thread("kokoro.istftnet")
 def stored_parts(path: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors of a checkpoint by part and name, on the meta device: no weight is read.
 
+    The InstanceNorm of each AdaIN is among them even if the checkpoint lacks it, as Kokoro-82M's
+    does: the library leaves it at 1 and 0, and the module has it.
+
     Raises:
-        LoadFailed: it is no checkpoint of Kokoro, or holds more than tensors.
+        LoadFailed: it is not a checkpoint of Kokoro, or it holds more than tensors.
 
     """
     try:
         parts = torch.load(path, map_location="meta", weights_only=True)
         return {
-            part: {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+            part: _with_norms({name.removeprefix(PREFIX): each for name, each in tensors.items()})
             for part, tensors in parts.items()
         }
     except Exception as error:
@@ -60,7 +63,7 @@ def stored_parts(path: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 class VoiceModel(TorchParts):
-    """One model and the voices it was asked for so far."""
+    """One model, and the voices that requests have asked for so far."""
 
     def __init__(self, config: Path, weights: Path, device: str) -> None:
         """Build and fill the module, in host memory. Call inside `GATE.exclusive()`.
@@ -72,8 +75,8 @@ class VoiceModel(TorchParts):
         stored = stored_parts(weights)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the library's use of torch is not the operator's
-            # The repository is named only to keep the library quiet; with both paths it asks
-            # nobody.
+            # The repository is named only to keep the library quiet. With both paths it opens no
+            # connection.
             module = KModel(repo_id="hexgrad/Kokoro-82M", config=str(config), model=str(weights))
         for part, child in module.named_children():
             missing = sorted(child.state_dict().keys() - stored.get(part, {}).keys())
@@ -87,7 +90,7 @@ class VoiceModel(TorchParts):
         self._packs: dict[Path, torch.Tensor] = {}
 
     def park(self, blocks: Collection[str]) -> None:
-        """Take parts off the device; the voices, read again in a moment, go with them."""
+        """Take parts off the device. The voices go with them, as they are quickly read again."""
         self._packs.clear()
         super().park(blocks)
 
@@ -95,13 +98,13 @@ class VoiceModel(TorchParts):
         """The style of a voice, or the weighted mean of several: (lengths, 1, `STYLE_WIDTH`).
 
         Raises:
-            InvalidRequest: a file is no voice of this model.
+            InvalidRequest: a file is not a voice of this model.
 
         """
         packs = torch.stack([self._pack(path) for path, _ in voices])
         weights = [weight for _, weight in voices]
         if len(set(weights)) == 1:
-            return packs.mean(dim=0)  # bit for bit as the library blends
+            return packs.mean(dim=0)  # to the bit as the library blends
         shares = torch.tensor(weights) / sum(weights)
         return (packs * shares.view(-1, 1, 1, 1)).sum(dim=0)
 
@@ -140,7 +143,7 @@ class KokoroRun(TorchRun):
         model, utterance = self._voice_model, self._utterance
         style = model.style(utterance.voices)
         spoken = 0  # samples
-        # The noise in the vocoder is one stream for the whole text, as after `torch.manual_seed`.
+        # The vocoder's noise is one stream for the whole text, as after `torch.manual_seed`.
         with GATE.step(), seeded(utterance.seed), self._measured():
             for sentence in utterance.sentences:
                 for chunk in self._phonemizer.chunks(sentence, utterance.language):
@@ -152,14 +155,14 @@ class KokoroRun(TorchRun):
                         return_output=True,
                     )
                     words = self._words(chunk, output.pred_dur, spoken / SAMPLE_RATE)
-                    # A copy: what is heard later must not keep the library's tensor.
+                    # A copy, so that queued events do not keep the library's tensor.
                     self._emit(Speech(output.audio.numpy().copy(), SAMPLE_RATE, words))
                     spoken += len(output.audio)
             if not spoken:
                 raise InvalidRequest(NOTHING_TO_SPEAK, param="input")
 
     def _words(self, chunk: Chunk, durations: torch.Tensor, offset_s: float) -> tuple[Word, ...]:
-        """When each word is spoken: the library's reckoning, from the predicted durations."""
+        """When each word is spoken, as the library computes it from the predicted durations."""
         if not self._utterance.word_times:
             return ()
         tokens = list(chunk.tokens)
@@ -173,11 +176,22 @@ class KokoroRun(TorchRun):
         )
 
 
-def _multiply_norms(module: torch.nn.Module) -> None:
-    """Make one parameter of each weight that is kept as a direction and a length.
+def _with_norms(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a part with those of the InstanceNorm of each AdaIN."""
+    norms = {}
+    for name, bias in tensors.items():
+        if STYLED.search(name):
+            norm = f"{name.removesuffix('.fc.bias')}.norm"
+            norms[f"{norm}.weight"] = norms[f"{norm}.bias"] = bias[: len(bias) // 2]
+    return norms | tensors
 
-    The library would compute it before every call, to the same bits, and keep the result beside
-    the two: twice the memory, of which half is no parameter and would never leave the device.
+
+def _multiply_norms(module: torch.nn.Module) -> None:
+    """Make one parameter of each weight that is stored as a direction and a length.
+
+    The library would compute it before every call, to the same bits, and keep the result beside the
+    two. That is twice the memory, and half of it is not a parameter, so it would never leave the
+    device.
     """
     for each in list(module.modules()):
         if any(isinstance(hook, WeightNorm) for hook in each._forward_pre_hooks.values()):

@@ -1,8 +1,8 @@
 """Sentences as the phonemes that Kokoro speaks.
 
-English goes through misaki's lexicon, with espeak for the words it lacks; its parts of speech
-come from spaCy's `en_core_web_sm` where that is installed, else from `kokoro_tagger`. Other
-languages go through espeak alone. Nothing here asks the network.
+English uses misaki's lexicon, and espeak for words that the lexicon lacks. Its parts of speech
+come from spaCy's `en_core_web_sm` if that is installed, otherwise from the rules. Other languages
+use espeak alone. Nothing here uses the network.
 
 Importing this module imports torch, spaCy and kokoro.
 """
@@ -22,41 +22,41 @@ from engine.runtimes.kokoro.tagger import tag_english
 from kokoro import KPipeline
 
 MAX_PHONEMES = 510
-"""Of one chunk: Kokoro's context is 512, less the marks of beginning and end."""
+"""Limit of one chunk: Kokoro's context of 512, less the marks of beginning and end."""
 
 TAGGER_PACKAGE = "en_core_web_sm"
 
 ESPEAK_LANGUAGES = ("es", "fr-fr", "hi", "it", "pt-br")
 
 _LONG_NUMBER = re.compile(r"\d{19,}")
-"""Nobody says quintillions, and `num2words` fails beyond 306 digits."""
+"""Spoken digit by digit: quintillions are not said, and `num2words` fails beyond 306 digits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What is spoken in one go."""
+    """The phonemes that the model speaks in one call."""
 
     phonemes: str
     """At most `MAX_PHONEMES`."""
     tokens: tuple[Any, ...] = ()
-    """misaki's, of which `KPipeline.join_timestamps` finds the times; none but of English."""
+    """misaki's tokens, whose times `KPipeline.join_timestamps` finds. Only English has any."""
 
 
 class Phonemizer:
-    """Turns sentences of any of Kokoro's languages into chunks. Any thread may call it."""
+    """Turns sentences of any language of Kokoro into chunks. Any thread may call it."""
 
     def __init__(self) -> None:
         """Read the lexicons (about a second)."""
-        # espeak is no library for several threads, nor are spaCy's pipelines.
+        # Neither espeak nor spaCy's pipelines may be used by several threads at once.
         self._lock = threading.Lock()
         self._english = {"en-us": _English(british=False), "en-gb": _English(british=True)}
         self._others = {name: espeak.EspeakG2P(language=name) for name in ESPEAK_LANGUAGES}
 
     def chunks(self, sentence: str, language: str) -> Iterator[Chunk]:
-        """The phonemes of a sentence; none if there is nothing in it to say.
+        """The phonemes of a sentence; none if it has nothing to speak.
 
         Raises:
-            KeyError: not one of Kokoro's languages.
+            KeyError: Kokoro does not have this language.
 
         """
         sentence = _LONG_NUMBER.sub(lambda match: " ".join(match.group()), sentence)
@@ -70,18 +70,18 @@ class Phonemizer:
         if all(len(chunk.phonemes) <= MAX_PHONEMES for chunk in chunks):
             yield from (chunk for chunk in chunks if chunk.phonemes)
             return
-        # The library would cut off the rest without a word.
+        # The library would silently cut off the rest.
         for half in _halves(sentence):
             yield from self.chunks(half, language)
 
 
 class _English(en.G2P):  # type: ignore[misc]
-    """misaki's English without its constructor, which downloads a tagger."""
+    """misaki's English, without the constructor that downloads a tagger."""
 
     def __init__(self, *, british: bool) -> None:
         self.version = None
         self.british = british
-        self.unk = ""  # as KPipeline has it: what cannot be pronounced is left out
+        self.unk = ""  # as in KPipeline: what cannot be pronounced is left out
         self.lexicon = en.Lexicon(british)
         self.fallback = espeak.EspeakFallback(british=british)
         if spacy.util.is_package(TAGGER_PACKAGE):
@@ -100,7 +100,7 @@ class _English(en.G2P):  # type: ignore[misc]
 
 
 def _halves(sentence: str) -> tuple[str, str]:
-    """The sentence in two, at the space nearest to its middle if there is one."""
+    """The sentence in two, cut at the space nearest to its middle if there is one."""
     middle = len(sentence) // 2
     left, right = sentence.rfind(" ", 1, middle + 1), sentence.find(" ", middle)
     near = min((at for at in (left, right) if at > 0), key=lambda at: abs(at - middle), default=0)

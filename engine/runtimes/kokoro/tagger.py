@@ -1,8 +1,8 @@
-"""Parts of speech for English by rules, where no trained tagger is installed.
+"""Parts of speech for English by rules, for use without a trained tagger.
 
-misaki looks words up with their Penn Treebank tag: for words with two pronunciations (`the use`,
-`to use`), for currency, for punctuation and for weak forms. The tags here are what decides
-those; of the tags that make no difference to it, one stands for all (every noun is `NN`).
+misaki looks up words by their Penn Treebank tag. The tag matters for words with two pronunciations
+(`the use`, `to use`), for currency, for punctuation and for weak forms. The tags here decide these
+cases. Where tags make no difference to misaki, one stands for all: every noun is `NN`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _WORDS = {
     " ninety hundred thousand million billion trillion",
 }
 _CLOSED = {word: tag for tag, words in _WORDS.items() for word in words.split()}
-"""The words whose part of speech hardly ever depends on where they are."""
+"""Words whose part of speech hardly ever depends on their place."""
 
 _BE = frozenset(("be", "is", "are", "am", "was", "were", "been", "being", "'s", "'re", "'m"))
 _HAVE = frozenset(("have", "has", "had", "having", "'ve"))
@@ -61,7 +61,7 @@ _ADDRESS = re.compile(r"^(?:\w+://\S+|www\.\S+|\S+@\S+\.\w+|(?:[\w-]+\.)+[a-z]{2
 
 
 def tag_english(words: Sequence[str], spaces: Sequence[bool]) -> list[str]:
-    """The Penn Treebank tag of each token; `spaces` tells which have white space after them."""
+    """The Penn Treebank tag of each token. `spaces` says which have white space after them."""
     tags: list[str] = []
     quoted = False
     shouted = not any(any(map(str.islower, word)) for word in words)

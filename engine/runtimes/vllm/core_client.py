@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,6 +48,8 @@ class CoreClient:
         self._thread = thread
         self._loop: asyncio.AbstractEventLoop | None = None
         self._outputs: asyncio.Queue[Any] = asyncio.Queue()
+        self._calls: set[Future[Any]] = set()
+        """Calls without a result, to be answered if the thread ends before it gets to them."""
         self.core: Any = EngineCore(vllm_config, executor_class, log_stats)
         thread.attach(self)
 
@@ -71,18 +74,25 @@ class CoreClient:
             self.core.post_step(model_executed=executed)
         except Exception as error:
             log.exception("a vLLM engine core failed")
-            self._fail(error)
+            self.lose(error)
             return
         if outputs and (mine := outputs.get(0)) is not None:
             self._deliver(mine)
 
-    def _fail(self, error: BaseException) -> None:
-        self._lost = True
-        # First of all: a caller may ask again as soon as it gets the error, and must not be given
-        # this core.
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._tell_lost, error)
-        self._deliver(EngineDeadError())
+    def lose(self, error: BaseException) -> None:
+        """Step no more. All requests and calls get an error."""
+        if not self._lost:
+            self._lost = True
+            # First of all: a caller may ask again as soon as it gets the error, and must not be
+            # given this core.
+            if self._loop is None:
+                self.error = error
+            elif not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._tell_lost, error)
+            self._deliver(EngineDeadError())
+        for call in tuple(self._calls):
+            with suppress(InvalidStateError):  # it has its result
+                call.set_exception(EngineDeadError())
 
     def _deliver(self, item: Any) -> None:
         if self._loop is not None and not self._loop.is_closed():
@@ -128,9 +138,8 @@ class CoreClient:
                 )
                 self._deliver(EngineCoreOutputs(outputs=[refused]))
 
-        if self.error is not None:
+        if self.error is not None or not self._thread.post(add):
             raise EngineDeadError
-        self._thread.post(add)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Drop requests and free their KV cache before the next step."""
@@ -142,16 +151,27 @@ class CoreClient:
         self._thread.post(abort)
 
     def call(self, function: Callable[[Any], Any]) -> Future[Any]:
-        """Run `function(core)` on the core thread."""
+        """Run `function(core)` on the core thread.
+
+        Raises:
+            Exception: through the future: what the function raised, or EngineDeadError if the
+                thread has ended or does so first.
+
+        """
         result: Future[Any] = Future()
+        self._calls.add(result)
+        result.add_done_callback(self._calls.discard)
 
         def job() -> None:
+            if not result.set_running_or_notify_cancel():
+                return  # whoever asked is gone
             try:
                 result.set_result(function(self.core))
             except Exception as error:
                 result.set_exception(error)
 
-        self._thread.post(job)
+        if not self._thread.post(job):
+            result.set_exception(EngineDeadError())
         return result
 
     def set_aside(self, blocks: Collection[str]) -> Future[None]:

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from threadpoolctl import threadpool_limits
 
+from engine.process.faults import FAULTS
 from engine.process.gate import GATE
 from engine.process.watchdog import WATCHDOG
 from engine.runtimes.common.compute_thread import end_openmp_pools
@@ -25,8 +26,12 @@ ALIVE_S = 0.2
 """Interval at which a caller that waits for the core thread checks that the thread is alive."""
 
 
+class CoreThreadEnded(RuntimeError):
+    """The thread that steps the cores has ended, so no core can be used any more."""
+
+
 class Stepped(Protocol):
-    """What the thread needs of a core's client. Both methods run on the thread."""
+    """What the thread needs of a core's client. All methods run on the thread."""
 
     def has_work(self) -> bool:
         """Whether a step would do something."""
@@ -34,16 +39,29 @@ class Stepped(Protocol):
     def step(self) -> None:
         """One scheduling and decoding step; the caller holds the gate."""
 
+    def lose(self, error: BaseException) -> None:
+        """The thread has ended: answer all requests and calls with an error. Must not raise."""
+
 
 class CoreThread:
-    """The one thread that steps every engine core."""
+    """The one thread that steps every engine core.
+
+    An exception on it is a bug, and nobody knows in which state it left the cores. The thread then
+    ends, all clients are lost, and the process is replaced.
+    """
 
     def __init__(self, omp_threads: int | None = None) -> None:
         """Steps compute with `omp_threads` OpenMP threads. None leaves that to the libraries."""
         self._omp_threads = omp_threads
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._clients: list[Stepped] = []
-        self._thread = threading.Thread(target=self._run, name="vllm-cores", daemon=True)
+        """Those that are stepped. Only the thread changes it."""
+        self._attached: set[Stepped] = set()
+        """Those that are told if the thread dies, from the call of `attach` on."""
+        self._ending = threading.Lock()
+        self._ended = False
+        """No further job is taken."""
+        self._thread = threading.Thread(target=self._live, name="vllm-cores", daemon=True)
         self._thread.start()
 
     @property
@@ -51,13 +69,28 @@ class CoreThread:
         """Whether the thread waits for exclusive work to end."""
         return GATE.waits(self._thread.ident or 0)
 
-    def post(self, job: Callable[[], None]) -> None:
-        """Run `job` on the thread between two steps, in the order posted."""
-        self._inbox.put(job)
+    def post(self, job: Callable[[], None]) -> bool:
+        """Run `job` on the thread between two steps, in the order posted.
+
+        Returns False if the thread has ended: the job does not run. An exception of the job ends
+        the thread.
+        """
+        with self._ending:
+            if not self._ended:
+                self._inbox.put(job)
+            return not self._ended
 
     def attach(self, client: Stepped) -> None:
-        """Start stepping a core."""
-        self.post(lambda: self._clients.append(client))
+        """Start stepping a core.
+
+        Raises:
+            CoreThreadEnded: there is no thread to step it.
+
+        """
+        self._attached.add(client)
+        if not self.post(lambda: self._clients.append(client)):
+            self._attached.discard(client)
+            raise CoreThreadEnded("the thread that steps vLLM's models has ended")
 
     def detach(self, client: Stepped) -> None:
         """Stop stepping a core. Returns once no step of it is under way.
@@ -65,6 +98,7 @@ class CoreThread:
         This may be called after the thread has ended: an `AsyncLLM` that was not shut down calls it
         when it is collected.
         """
+        self._attached.discard(client)
         done: Future[None] = Future()
 
         def job() -> None:
@@ -79,8 +113,20 @@ class CoreThread:
 
     def stop(self) -> None:
         """End the thread after the jobs posted so far."""
-        self._inbox.put(None)
+        with self._ending:
+            self._ended = True
+            self._inbox.put(None)
         self._thread.join()
+
+    def _live(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:
+            with self._ending:
+                self._ended = True
+            FAULTS.report("the thread that steps vLLM's models", error)
+            for client in tuple(self._attached):
+                client.lose(error)
 
     def _run(self) -> None:
         if self._omp_threads is not None:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from engine.runtimes.vllm.park import ModelMemory
 
 
+SERVER_ERRORS = frozenset({"internal_error", "api_error", "overloaded_error"})
+"""Types of Anthropic's errors that are not the client's."""
+
+
 class VllmModel(LoadedModel):
     """One `AsyncLLM` and the serving objects built on it."""
 
@@ -65,14 +69,11 @@ class VllmModel(LoadedModel):
             if not hasattr(answer, "__aiter__"):
                 yield Document(self._document(answer))
                 return
-            first = True
             PACE.streams += 1
             try:
                 async for piece in answer:
                     frame = Frame(piece if isinstance(piece, str) else _named_event(piece))
-                    if first:
-                        self._check_first(frame)
-                        first = False
+                    self._check(frame)
                     yield frame
             finally:
                 PACE.streams -= 1
@@ -111,21 +112,21 @@ class VllmModel(LoadedModel):
             case TextOperation.DETOKENIZE:
                 return await serving.serving_tokenization.create_detokenize(payload, None)
 
-    def _check_first(self, frame: Frame) -> None:
-        """Fail before the first byte: vLLM streams a refusal like an answer."""
-        _, _, data = frame.data.partition("data: ")
-        if '"error"' not in data[:64]:
+    def _check(self, frame: Frame) -> None:
+        """Raise the error that a frame is, if it is one: vLLM streams errors like answers.
+
+        So a refusal fails before the first byte, and a stream that breaks ends with the error that
+        a whole answer would get.
+        """
+        error = _streamed_error(frame.data)
+        if error is None:
             return
-        error = json.loads(data)["error"]
-        raise self._refusal(
-            SimpleNamespace(
-                error=SimpleNamespace(
-                    message=error["message"],
-                    code=error.get("code") if isinstance(error.get("code"), int) else 400,
-                    param=error.get("param"),
-                )
-            )
-        )
+        code = error.get("code")
+        if not isinstance(code, int):  # Anthropic's errors have a type only
+            code = 500 if error.get("type") in SERVER_ERRORS else 400
+        message = str(error.get("message", "The model gave an error."))
+        info = SimpleNamespace(message=message, code=code, param=error.get("param"))
+        raise self._refusal(SimpleNamespace(error=info))
 
     def _document(self, answer: Any) -> bytes:
         from vllm.entrypoints.anthropic.protocol import (
@@ -154,6 +155,29 @@ class VllmModel(LoadedModel):
         if 400 <= info.code < 500:
             return InvalidRequest(info.message, param=info.param, status=info.code)
         return RuntimeFailed(info.message)
+
+
+def _streamed_error(text: str) -> dict[str, Any] | None:
+    """The `error` of an event that is an error; None of any other event.
+
+    Quotes inside a JSON string are escaped. So the search finds keys and whole strings only, and
+    few events need to be parsed.
+    """
+    if '"error"' not in text:
+        return None
+    for line in text.splitlines():
+        if not line.startswith("data: {"):
+            continue
+        try:
+            document = json.loads(line.removeprefix("data: "))
+        except ValueError:
+            continue
+        error = document.get("error")
+        if isinstance(error, dict):
+            return error
+        if document.get("type") == "error":  # the fields of the Responses API are at the top
+            return {**document, "type": None}
+    return None
 
 
 def _named_event(event: Any) -> str:

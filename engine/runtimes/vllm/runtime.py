@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from prometheus_client.registry import CollectorRegistry
 from pydantic import ValidationError
 
-from engine.config import ModelConfig, Section
+from engine.config import ModelConfig, Section, is_service_link
 from engine.errors import (
     EngineError,
     InvalidRequest,
@@ -26,18 +27,22 @@ from engine.errors import (
     OutOfDeviceMemory,
     reason,
 )
+from engine.files.hub.repository import Repository
+from engine.files.hub.selection import HubSource
 from engine.files.source import starter_source
 from engine.memory.block import Block, Estimate
-from engine.memory.device import CudaDevice, Device
-from engine.model_folder import local_folder
+from engine.memory.device import CudaDevice
+from engine.model_folder import WANTED_FILES
 from engine.process.gate import GATE
 from engine.requests import Request, TextOperation, TextRequest
-from engine.runtimes.base import LoadedModel, Prepared, Runtime
+from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.common.compute_thread import ComputeThread
 from engine.runtimes.common.torch_errors import is_out_of_memory
+from engine.runtimes.recognised import Recognised
 from engine.runtimes.vllm.checkpoint import Checkpoint
 from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.options import VllmOptions
+from engine.runtimes.vllm.recognition import recognise_language_model
 
 if TYPE_CHECKING:
     from engine.runtimes.vllm.core_thread import CoreThread
@@ -46,17 +51,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENVIRONMENT = {
-    # The CPU platform else forces a worker process.
+    # Otherwise the CPU platform forces a worker process.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # Else vLLM pins the whole process to the cores of its first engine.
+    # Otherwise vLLM pins the whole process to the cores of its first engine.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-"""Set before vLLM is imported, unless the operator set them."""
+"""Set before vLLM is imported. The operator's own values stay."""
+
+PORT_VARIABLE = "VLLM_PORT"
+"""Kubernetes sets it to `tcp://…` for a Service called `vllm`, and vLLM fails on that."""
 
 ALIVE_POLL_S = 0.2
-"""How often a thread that does not answer is looked at."""
+"""Interval between checks of a thread that does not answer."""
 
 LAZY_MODULES = (
     "compressed_tensors.quantization",
@@ -67,7 +75,7 @@ LAZY_MODULES = (
     "vllm.entrypoints.scale_out.factories",
     "vllm.model_executor.warmup.kernel_warmup",
 )
-"""What vLLM imports only at the first load: 50 MB and seconds that belong to the start."""
+"""Modules that vLLM imports only at the first load: 50 MB, and seconds that belong to the start."""
 
 GENERATE_OPERATIONS = frozenset(TextOperation) - {TextOperation.EMBEDDINGS}
 EMBED_OPERATIONS = frozenset(
@@ -79,11 +87,11 @@ class VllmRuntime(Runtime):
     """Loads language and embedding models into vLLM engines of this process."""
 
     name: ClassVar[str] = "vllm"
+    tasks: ClassVar[tuple[str, ...]] = ("generate", "embed")
     Options: ClassVar[type[Section]] = VllmOptions
 
-    def __init__(self, device: Device, cache_dir: Path) -> None:
-        self._device = device
-        self._cache_dir = cache_dir
+    def __init__(self, context: RuntimeContext) -> None:
+        super().__init__(context)
         self._cores: CoreThread | None = None
         self._loader = ComputeThread("vllm-load")
         self._schemas: dict[TextOperation, Any] = {}
@@ -92,8 +100,20 @@ class VllmRuntime(Runtime):
         self._series = CollectorRegistry()
         self.metrics = self._series
 
+    @classmethod
+    def hub_sources(cls, model: ModelConfig) -> tuple[HubSource, ...]:
+        """The model's own repository."""
+        return (HubSource(model.source, WANTED_FILES, model.options_as(VllmOptions).revision),)
+
+    @classmethod
+    def recognise(cls, repository: Repository) -> Recognised | None:
+        """Any architecture with safetensors."""
+        return recognise_language_model(repository)
+
     def start(self) -> None:
-        """Import vLLM (some ten seconds) and take over what it would share."""
+        """Import vLLM (some ten seconds) and replace its process-wide parts by ours."""
+        if is_service_link("vllm", PORT_VARIABLE, os.environ.get(PORT_VARIABLE, "")):
+            del os.environ[PORT_VARIABLE]
         for variable, value in ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
@@ -144,7 +164,7 @@ class VllmRuntime(Runtime):
         The event loop wants a core as well, and threads that wait for each other at barriers
         get nothing done without theirs: on two cores one stream was half as fast with two.
         """
-        if self._device.kind != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        if self.context.device.kind != "cpu" or "OMP_NUM_THREADS" in os.environ:
             return None
         import torch
 
@@ -156,13 +176,22 @@ class VllmRuntime(Runtime):
 
         The first engine of a process joins parallel groups, starts thread pools,
         fills kernel caches and imports the rest of vLLM: a second and some 50 MB
-        that would else be taken for the first model's.
+        that would otherwise count as the first model's.
         """
         model = ModelConfig(
             id="warm-up",
             source=starter_source("tiny-llama"),
             options={"dtype": "float32", "max_model_len": 512, "kv_cache": "16MiB"},
         )
+        # Nothing of it is parked: it needs no master copies.
+        context, self.context = self.context, replace(self.context, host=None)
+        try:
+            await self._warm_up_with(model)
+        finally:
+            self.context = context
+        self._warm = True
+
+    async def _warm_up_with(self, model: ModelConfig) -> None:
         loaded = await self.load(model, lambda reason: log.error("warm-up failed: %s", reason))
         body = {"prompt": "hello " * 60, "max_tokens": 32, "stream": True}
         request = TextRequest(model.id, TextOperation.COMPLETION, body, request_id="warm-up")
@@ -173,7 +202,6 @@ class VllmRuntime(Runtime):
 
         await asyncio.gather(*(answer() for _ in range(8)))
         await self.unload(loaded)
-        self._warm = True
 
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Parse the body with vLLM's own schema for the operation."""
@@ -204,23 +232,24 @@ class VllmRuntime(Runtime):
         """Sum the safetensors headers; fetch the files first if they are on a hub."""
         checkpoint = Checkpoint(self._folder(model))
         expected = self._expected(model, checkpoint)
-        expected["weights"] += checkpoint.rotary_bytes(model.options.dtype)
-        if self._device.kind == "cpu" and model.task == "generate":
+        dtype = model.options_as(VllmOptions).dtype
+        expected["weights"] += checkpoint.rotary_bytes(dtype)
+        if self.context.device.kind == "cpu" and model.task == "generate":
             # A CPU kernel may keep its own form of the matrix that gives the logits beside it.
-            expected["weights"] += checkpoint.embedding_bytes(model.options.dtype)
+            expected["weights"] += checkpoint.embedding_bytes(dtype)
         nbytes = sum(expected.values())
-        parkable = self.host is not None
+        parkable = self.context.host is not None
         blocks = tuple(
             Block(name, size, parkable, scratch=name != "weights")
             for name, size in expected.items()
             if size
         )
-        # Disk at 1 GB/s and a second of building; the first measured load replaces it.
+        # Disk at 1 GB/s and a second of building. The first measured load replaces it.
         return Estimate(blocks=blocks, load_seconds=1.0 + nbytes / 1e9)
 
     def _expected(self, model: ModelConfig, checkpoint: Checkpoint) -> dict[str, int]:
-        """Bytes of each block as the files and the options tell them."""
-        options = model.options
+        """Bytes of each block by the files and the options."""
+        options = model.options_as(VllmOptions)
         kv_bytes = options.kv_cache or 0
         if not kv_bytes and checkpoint.has_kv_cache(model.task):
             tokens = 4 * checkpoint.max_model_len(options)
@@ -230,9 +259,6 @@ class VllmRuntime(Runtime):
             "kv_cache": kv_bytes,
             "workspace": checkpoint.workspace_bytes(options),
         }
-
-    def _folder(self, model: ModelConfig) -> Path:
-        return local_folder(model.source, self._cache_dir, revision=model.options.revision)
 
     async def load(self, model: ModelConfig, on_failure: Callable[[str], None]) -> LoadedModel:
         """Build the engine on the loading thread and its serving objects on the loop."""
@@ -265,14 +291,15 @@ class VllmRuntime(Runtime):
         from vllm.v1.engine.async_llm import AsyncLLM
 
         expected = self._expected(model, Checkpoint(self._folder(model)))
-        with GATE.exclusive():  # for its speed: Python beside a step slows both fivefold
+        with GATE.exclusive():  # faster: Python during a step slows both down fivefold
             arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(
                 self._command_line(model, expected["kv_cache"])
             )
             config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
             if not config.model_config.enforce_eager:
                 prepare_to_compile()
-        keep_plain = self.host is not None and self.host.free_bytes >= expected["weights"]
+        host = self.context.host
+        keep_plain = host is not None and host.free_bytes >= expected["weights"]
         with packing(keep_plain=keep_plain) as packed:
             llm = AsyncLLM(
                 config,
@@ -288,22 +315,22 @@ class VllmRuntime(Runtime):
         except BaseException:
             llm.shutdown()
             raise
-        return VllmModel(llm, memory, model.options), arguments
+        return VllmModel(llm, memory, model.options_as(VllmOptions)), arguments
 
     def _take_over(self, worker: Any, packed: Packing, expected: dict[str, int]) -> ModelMemory:
-        if self._device.kind == "cpu":
+        if self.context.device.kind == "cpu":
             from engine.runtimes.vllm.park import CpuMemory
 
-            return CpuMemory(worker, packed, self.host, expected)
+            return CpuMemory(worker, packed, self.context.host, expected)
         from engine.runtimes.vllm.cuda_memory import MAPPED, CudaMemory
 
-        assert isinstance(self._device, CudaDevice)
-        self._device.unmapped_bytes = MAPPED.unmapped_bytes
-        return CudaMemory(worker, self.host, expected)
+        assert isinstance(self.context.device, CudaDevice)
+        self.context.device.unmapped_bytes = MAPPED.unmapped_bytes
+        return CudaMemory(worker, self.context.host, expected)
 
     def _command_line(self, model: ModelConfig, kv_bytes: int) -> list[str]:
-        options = model.options
-        on_cpu = self._device.kind == "cpu"
+        options = model.options_as(VllmOptions)
+        on_cpu = self.context.device.kind == "cpu"
         eager = on_cpu if options.enforce_eager is None else options.enforce_eager
         line = [
             "--model", str(self._folder(model)),
@@ -313,7 +340,7 @@ class VllmRuntime(Runtime):
             "--max-num-seqs", str(options.max_num_seqs),
             "--load-format", "roundhouse",
             "--runner", "pooling" if model.task == "embed" else "generate",
-            # vLLM only checks that this share of the card is free; the ledger has done that.
+            # vLLM only checks that this share of the GPU is free. The ledger has done that.
             "--gpu-memory-utilization", "0.01",
             "--no-enable-log-requests",
             "--no-use-tqdm-on-load",
@@ -349,7 +376,7 @@ class VllmRuntime(Runtime):
         )
 
     async def unload(self, loaded: LoadedModel) -> None:
-        """Shut the engine down without touching what the other engines share."""
+        """Shut the engine down. The parts that other engines share stay."""
         assert isinstance(loaded, VllmModel)
         llm, loaded.llm, loaded.serving = loaded.llm, None, None
         handler = llm.output_handler
@@ -372,13 +399,13 @@ class VllmRuntime(Runtime):
         assert isinstance(loaded, VllmModel)
         if loaded.runs:
             raise RuntimeError("a model was to be parked while requests run on it")
-        # vLLM aborts what a closed stream asked for some turns of the event loop later.
+        # vLLM aborts the request of a closed stream some turns of the event loop later.
         await loaded.llm.abort(list(loaded.llm.output_processor.request_states), internal=True)
         await asyncio.wrap_future(loaded.client.set_aside(blocks))
 
         def leave() -> None:
             loaded.memory.park(blocks)
-            self._device.release_cached()
+            self.context.device.release_cached()
 
         await asyncio.get_running_loop().run_in_executor(self._loader, leave)
 
@@ -399,13 +426,13 @@ class VllmRuntime(Runtime):
 
         forget_tokenizers()
         gc.collect()
-        self._device.release_cached()
+        self.context.device.release_cached()
 
     async def check_alive(self) -> None:
-        """Wait until the core thread has come round to a job of ours.
+        """Wait until the core thread has done a job of ours, or is found to wait at the gate.
 
-        Or is found to wait at the gate: a load may hold that for longer than probes are patient,
-        and who holds it for too long is found by `engine.process.health`.
+        A load may hold the gate for longer than the timeout of a probe. `engine.process.health`
+        finds a holder that takes too long.
         """
         if self._cores is None:
             return

@@ -16,38 +16,38 @@ from engine.errors import InvalidRequest, RuntimeFailed
 from engine.events import Event, Heard, Progress, Samples, Segment, Word
 from engine.media.audio_input import decode_audio
 from engine.requests import TranscriptionOperation, TranscriptionRequest
-from engine.runtimes.whisper.runtime import WhisperOptions
+from engine.runtimes.whisper.options import WhisperOptions
 
 BUSY_S = 2.0
-"""How long the library's worker may take to count a run that has ended as ended."""
+"""How long the library's worker may take to register the end of a run."""
 
 
 class Cancelled(Exception):
-    """The caller went away."""
+    """The caller cancelled the run."""
 
 
 class CancellableWhisper(WhisperModel):  # type: ignore[misc]
-    """A model that asks before every window whether to go on.
+    """A model that checks before every window whether to continue.
 
-    The library's generator gives nothing for a window without speech: hours of silence are one
-    call of `next`, which only what it calls itself can stop.
+    The library's generator yields nothing for a window without speech. Hours of silence are one
+    call of `next`, which can only be stopped from inside.
     """
 
     check: Callable[[], None] = staticmethod(lambda: None)
 
     def encode(self, features: Any) -> Any:
-        """As the library's, which every window begins with."""
+        """Encode a window as the library does. Every window begins with this call."""
         self.check()
         return super().encode(features)
 
     def leave_device(self, *, to_host: bool) -> None:
         """Take the weights off the device, into host memory or for good.
 
-        The library passes over what it is told while it counts a run as under way, for a moment
-        longer than the run takes, and says nothing; nor is there anything to wait for.
+        The library silently ignores the call while it counts a run as under way, which lasts a
+        moment longer than the run. There is nothing to wait for, so the call is repeated.
 
         Raises:
-            RuntimeFailed: the weights are still there.
+            RuntimeFailed: the weights are still on the device.
 
         """
         deadline_s = time.monotonic() + BUSY_S
@@ -60,7 +60,7 @@ class CancellableWhisper(WhisperModel):  # type: ignore[misc]
 
 
 def import_everything() -> frozenset[str]:
-    """Bring in what the first run would else, and tell the languages there are."""
+    """Load what the first run would otherwise load. Return the codes of the languages."""
     get_vad_model()
     return frozenset(_LANGUAGE_CODES)
 
@@ -81,17 +81,17 @@ class Run:
         self._emit = emit
         self._cancelled = False
         self.progress = 0
-        """Packets and windows begun so far."""
+        """Number of packets and windows begun so far."""
 
     def cancel(self) -> None:
         """Make `execute` return at the next packet or window."""
         self._cancelled = True
 
     def execute(self) -> None:
-        """Decode, tell what was heard, then every segment as it is known.
+        """Decode, emit what was heard, then each segment as it is known.
 
         Raises:
-            InvalidRequest: the file is no audio, or the model cannot do what is asked.
+            InvalidRequest: the file is not audio, or the model cannot serve the request.
 
         """
         self._model.check = self._check
@@ -119,7 +119,7 @@ class Run:
             raise Cancelled
 
     def _check_model(self) -> None:
-        """Only the loaded model knows its languages."""
+        """Check the language and the task, which only the loaded model shows."""
         language = self._request.language
         multilingual = self._model.model.is_multilingual
         if self._request.operation is TranscriptionOperation.TRANSLATION and not multilingual:
@@ -149,17 +149,17 @@ class Run:
             "word_timestamps": request.word_times,
         }
         if request.temperature > 0:
-            # Else the library's own list, which it goes up where a window came out badly.
+            # Otherwise the library goes up its list of temperatures if a window came out badly.
             arguments["temperature"] = request.temperature
         seconds = len(samples) / self._model.feature_extractor.sampling_rate
         if options.batch_after is None or seconds <= options.batch_after:
             found = self._model.transcribe(samples, vad_filter=request.vad, **arguments)
         else:
-            # A pipeline of its own: it remembers where the last run's speech ended.
+            # A new pipeline for each run: it remembers where the last run's speech ended.
             found = BatchedInferencePipeline(self._model).transcribe(
                 samples,
                 batch_size=options.batch_size,
-                # Its default is one segment for each window, of up to half a minute.
+                # By default it makes one segment of each window, up to half a minute.
                 without_timestamps=False,
                 **arguments,
             )
@@ -168,7 +168,7 @@ class Run:
 
 
 def _segment(segment: LibrarySegment) -> Segment:
-    """In the types of Python: the library leaves some of NumPy's, which are no JSON."""
+    """The segment in Python's types. The library leaves some of NumPy's, which are not JSON."""
     return Segment(
         id=segment.id - 1,
         start_s=float(segment.start),

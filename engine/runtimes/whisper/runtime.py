@@ -1,15 +1,15 @@
 """faster-whisper: transcription with Whisper models that CTranslate2 runs.
 
 Any model folder or hub repository in CTranslate2's format. Nothing here imports the library
-before `start`; the runs themselves are in `whisper_run`.
+before `start`; the runs themselves are in `engine.runtimes.whisper.run`.
 
 Loads and runs do without the gate. CTranslate2 has threads, memory and an OpenMP of its own and
 lets go of the interpreter while it computes; faster-whisper around it is NumPy on local arrays.
 Neither reads nor changes what the gate guards: torch and the global random generators.
 
 On CUDA a model is parked by CTranslate2's own calls, which keep its weights in host memory from the
-first time on; written after its documentation and source, not run on a card. On a CPU the host's
-memory is where the model is, so there it is only loaded and unloaded.
+first time on. This was written after its documentation and source, and not run on a GPU. On a CPU
+the model is in host memory anyway, so it is only loaded and unloaded.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ from dataclasses import replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, ClassVar
 
 from engine.config import ModelConfig, Section
 from engine.errors import (
@@ -39,72 +37,42 @@ from engine.errors import (
 )
 from engine.events import Event
 from engine.files.ctranslate2_file import Variable, read_variables, weight_bytes
+from engine.files.hub.repository import Repository
+from engine.files.hub.selection import HubSource
 from engine.memory.block import Block, Estimate
-from engine.memory.device import Device
-from engine.model_folder import local_folder, present_folder
+from engine.model_folder import PresentFolders
 from engine.requests import Request, TranscriptionRequest
-from engine.runtimes.base import LoadedModel, Prepared, Runtime
+from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.common.thread_run import run_on_thread
-from engine.units import Duration
+from engine.runtimes.recognised import Recognised
+from engine.runtimes.whisper.options import WhisperOptions
 
 if TYPE_CHECKING:
     from engine.runtimes.whisper.run import CancellableWhisper
 
-ComputeType = Literal[
-    "auto",
-    "float32",
-    "float16",
-    "bfloat16",
-    "int8",
-    "int8_float32",
-    "int8_float16",
-    "int8_bfloat16",
-]
 
-FILES = ("model.bin", "*.json", "*.txt")
-"""What is fetched from a hub: CTranslate2's own format; nothing in it is pickled."""
+MODEL_FILE = "model.bin"
+
+FILES = (MODEL_FILE, "*.json", "*.txt")
+"""The files to fetch from a hub: CTranslate2's own format, which has no pickles."""
 
 AUDIO_FRAMES = 1500
 """Positions that the encoder makes of one window of 30 s."""
 
 TEXT_POSITIONS = 448
-"""Tokens that a window can have at most, the prompt with them."""
+"""The most tokens of a window, prompt included."""
 
 LARGE = (1280, 32)
-"""Width and decoder layers of the largest models, taken while the files are not here."""
+"""Width and decoder layers of the largest models, assumed as long as the files are not here."""
 
 USUAL_BYTES_PER_S = 8000
-"""Of a compressed recording (64 kbit/s): what its length is guessed from before it is decoded."""
+"""Of a compressed recording (64 kbit/s). It gives the length before the recording is decoded."""
 
 FEATURE_BYTES_PER_S = 1_100_000
-"""Host memory of samples and spectra while the features of a recording are made, measured."""
+"""Measured host memory of samples and spectra during the making of a recording's features."""
 
 BATCHED_BYTES_PER_S = 250_000
-"""The same in the batched pipeline, which makes them window by window."""
-
-
-class WhisperOptions(Section):
-    """Options of a transcription model."""
-
-    compute_type: ComputeType = "auto"
-    """What the weights are turned into. `auto`: int8 on a CPU, float16 on a GPU."""
-    revision: str | None = None
-    language: str | None = None
-    """Taken where a request names none; None lets the model find out."""
-    beam_size: int = Field(default=5, ge=1, le=100)
-    cpu_threads: int | None = Field(default=None, ge=1)
-    """None: the processor's cores, four at most."""
-    batch_after: Duration | None = 600.0
-    """Seconds beyond which a recording goes through the batched pipeline; None: none does.
-
-    It is cut where nobody speaks, whether the request asks for `vad` or not, and several windows
-    run at once. They do not see the text before them, and are not tried again at a higher
-    temperature.
-    """
-    batch_size: int = Field(default=8, ge=1, le=256)
-    """Windows at once in the batched pipeline."""
-    max_seconds: float = Field(default=4 * 3600.0, gt=0)
-    """Of a recording; a longer one is refused."""
+"""The same for the batched pipeline, which makes them window by window."""
 
 
 class LoadedWhisper(LoadedModel):
@@ -131,12 +99,12 @@ class LoadedWhisper(LoadedModel):
         self.thread = thread
 
     def blocks(self) -> tuple[Block, ...]:
-        """The weights in the type they were loaded in; CTranslate2 tells no sizes."""
+        """The weights in their loaded type. CTranslate2 reports no sizes."""
         return (self.weights,)
 
     @property
     def host_bytes(self) -> int:
-        """What CTranslate2 keeps in host memory once the model was parked."""
+        """Bytes that CTranslate2 keeps in host memory once the model was parked."""
         return self.weights.nbytes if self.weights.parkable else 0
 
     async def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
@@ -157,21 +125,53 @@ class WhisperRuntime(Runtime):
     """Loads Whisper models."""
 
     name: ClassVar[str] = "whisper"
+    tasks: ClassVar[tuple[str, ...]] = ("transcribe",)
     Options: ClassVar[type[Section]] = WhisperOptions
 
-    def __init__(self, device: Device, cache_dir: Path) -> None:
-        self._device = device
-        self._cache_dir = cache_dir
+    def __init__(self, context: RuntimeContext) -> None:
+        super().__init__(context)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="whisper-load")
         self._languages: frozenset[str] = frozenset()
-        self._shapes: dict[str, tuple[int, int]] = {}
+        self._shapes = PresentFolders(context.cache_dir, _read_shape, [MODEL_FILE])
+
+    @classmethod
+    def hub_sources(cls, model: ModelConfig) -> tuple[HubSource, ...]:
+        """The model's own repository."""
+        return (HubSource(model.source, FILES, model.options_as(WhisperOptions).revision),)
+
+    @classmethod
+    def recognise(cls, repository: Repository) -> Recognised | None:
+        """`config.json` beside `model.bin` is a model of CTranslate2's.
+
+        Raises:
+            LoadFailed: it is another model of CTranslate2's, lacks its tokenizer, or is a Whisper
+                in the format of transformers.
+
+        """
+        config = repository.config
+        if "config.json" in repository.paths and MODEL_FILE in repository.paths:
+            if "alignment_heads" not in config and "lang_ids" not in config:
+                raise LoadFailed(f"{repository.name} is a model of CTranslate2's, but no Whisper")
+            if "tokenizer.json" not in repository.paths:
+                raise LoadFailed(
+                    f"{repository.name} has no tokenizer.json; convert the model with"
+                    " --copy_files tokenizer.json preprocessor_config.json"
+                )
+            return Recognised(cls.name, "transcribe")
+        if config.get("model_type") == "whisper":
+            raise LoadFailed(
+                f"{repository.name} is a Whisper of transformers' format: take one of"
+                " CTranslate2's, such as Systran/faster-whisper-small, or convert it with"
+                " ct2-transformers-converter"
+            )
+        return None
 
     def start(self) -> None:
         """Import faster-whisper and load its voice activity detector (2 MB)."""
         from engine.runtimes.whisper.run import import_everything
 
         self._languages = import_everything()
-        logging.getLogger("faster_whisper").setLevel(logging.WARNING)  # it tells of every request
+        logging.getLogger("faster_whisper").setLevel(logging.WARNING)  # it logs every request
 
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Check what can be checked without decoding; fill in the language."""
@@ -180,7 +180,7 @@ class WhisperRuntime(Runtime):
                 f"The model {model.id!r} does not support {request.operation.value}.",
                 param="model",
             )
-        options: WhisperOptions = model.options
+        options = model.options_as(WhisperOptions)
         if not request.audio:
             raise InvalidRequest("The file is empty.", param="file")
         if not (isfinite(request.temperature) and 0 <= request.temperature <= 1):
@@ -198,77 +198,66 @@ class WhisperRuntime(Runtime):
         return Prepared(replace(request, language=language), None, working_bytes=working)
 
     def _working_bytes(self, model: ModelConfig, file_bytes: int) -> int:
-        """What the windows under way take, and on a CPU the recording as well.
+        """The working memory of the running windows, and on a CPU of the recording as well.
 
         A window is in the encoder (twelve tensors of the model's width and the attention of one
         head for every 64 of it, at the peak) or in the decoder (keys and values of all frames
         once and of all tokens for each beam).
         """
-        options: WhisperOptions = model.options
-        width, layers = self._shape(model)
+        options = model.options_as(WhisperOptions)
+        width, layers = self._shape(model.source, options)
         seconds = min(options.max_seconds, file_bytes / USUAL_BYTES_PER_S)
         batched = options.batch_after is not None and seconds > options.batch_after
         encoder = AUDIO_FRAMES * (12 * width + width // 64 * AUDIO_FRAMES)
         decoder = layers * 2 * width * (AUDIO_FRAMES + options.beam_size * TEXT_POSITIONS)
         item_bytes = 2 if self._compute_type(options).endswith("16") else 4
         working = max(encoder, decoder) * item_bytes * (options.batch_size if batched else 1)
-        if self._device.kind == "cpu":
+        if self.context.device.kind == "cpu":
             per_second = BATCHED_BYTES_PER_S if batched else FEATURE_BYTES_PER_S
-            # The library fills up what is shorter than a window.
+            # The library pads recordings that are shorter than a window.
             working += int(max(30.0, seconds) * per_second)
         return working
 
-    def _shape(self, model: ModelConfig) -> tuple[int, int]:
-        """Width and decoder layers, where the files are here already."""
-        if model.id not in self._shapes:
-            folder = present_folder(model.source, self._cache_dir, revision=model.options.revision)
-            try:
-                variables = read_variables(folder / "model.bin") if folder else {}
-                width = variables["encoder/conv1/weight"].shape[0]
-            except (OSError, ValueError, KeyError):
-                return LARGE
-            layers = {name.split("/")[1] for name in variables if name.startswith("decoder/layer_")}
-            self._shapes[model.id] = (width, len(layers - {"layer_norm"}))
-        return self._shapes[model.id]
+    def _shape(self, source: str, options: WhisperOptions) -> tuple[int, int]:
+        """Width and decoder layers, if the files are here already."""
+        try:
+            return self._shapes.get(source, options.revision) or LARGE
+        except (OSError, ValueError, KeyError):
+            return LARGE
 
     def weight_files(self, model: ModelConfig) -> Sequence[Path]:
-        """The one that CTranslate2 reads."""
-        return (self._folder(model) / "model.bin",)
+        """The one file that CTranslate2 reads."""
+        return (self._folder(model) / MODEL_FILE,)
 
     def estimate(self, model: ModelConfig) -> Estimate:
         """Read the header of `model.bin`; fetch the files first if need be."""
         folder = self._folder(model)
         variables = _variables(folder)
-        nbytes = weight_bytes(variables, self._compute_type(model.options))
-        # Disk at 1 GB/s and half a second of building; the first measured load replaces it.
-        seconds = 0.5 + (folder / "model.bin").stat().st_size / 1e9
+        nbytes = weight_bytes(variables, self._compute_type(model.options_as(WhisperOptions)))
+        # Disk at 1 GB/s and half a second of building. The first measured load replaces it.
+        seconds = 0.5 + (folder / MODEL_FILE).stat().st_size / 1e9
         return Estimate(blocks=(self._block(nbytes),), load_seconds=seconds)
 
     def _block(self, nbytes: int) -> Block:
-        parkable = self._device.kind == "cuda" and self.host is not None
+        parkable = self.context.device.kind == "cuda" and self.context.host is not None
         return Block("weights", nbytes, parkable)
-
-    def _folder(self, model: ModelConfig) -> Path:
-        return local_folder(
-            model.source, self._cache_dir, revision=model.options.revision, patterns=FILES
-        )
 
     def _compute_type(self, options: WhisperOptions) -> str:
         if options.compute_type != "auto":
             return options.compute_type
-        return "float16" if self._device.kind == "cuda" else "int8"
+        return "float16" if self.context.device.kind == "cuda" else "int8"
 
     async def load(
         self,
         model: ModelConfig,
-        on_failure: Callable[[str], None],  # noqa: ARG002 - a model has no life of its own
+        on_failure: Callable[[str], None],  # noqa: ARG002 - no model here fails between runs
     ) -> LoadedModel:
         """Read the model on the loading thread."""
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._loader, self._build, model)
         except Exception as error:
-            await loop.run_in_executor(self._loader, self._device.release_cached)
+            await loop.run_in_executor(self._loader, self.context.device.release_cached)
             if isinstance(error, EngineError):
                 raise
             raise LoadFailed(reason(error)) from error
@@ -276,20 +265,20 @@ class WhisperRuntime(Runtime):
     def _build(self, model: ModelConfig) -> LoadedWhisper:
         from engine.runtimes.whisper.run import CancellableWhisper
 
-        options: WhisperOptions = model.options
+        options = model.options_as(WhisperOptions)
         folder = self._folder(model)
         variables = _variables(folder)
         if not (folder / "tokenizer.json").is_file():
-            # The library would go and fetch that of another model.
+            # The library would fetch that of another model.
             raise LoadFailed(f"{folder.name}: no tokenizer.json")
         whisper = CancellableWhisper(
             str(folder),
-            device=self._device.kind,
+            device=self.context.device.kind,
             compute_type=self._compute_type(options),
             cpu_threads=options.cpu_threads or min(4, len(os.sched_getaffinity(0))),
             local_files_only=True,
         )
-        # What the processor cannot do was turned into what it can.
+        # The library replaced types that the processor lacks.
         nbytes = weight_bytes(variables, whisper.model.compute_type)
         thread = ThreadPoolExecutor(1, thread_name_prefix=model.id)
         return LoadedWhisper(whisper, options, self._block(nbytes), thread)
@@ -310,7 +299,7 @@ class WhisperRuntime(Runtime):
 
     def _park(self, model: CancellableWhisper) -> None:
         model.leave_device(to_host=True)
-        self._device.release_weights()
+        self.context.device.release_weights()
 
     async def wake(
         self,
@@ -342,19 +331,32 @@ class WhisperRuntime(Runtime):
 
     def _drop(self, loaded: LoadedWhisper) -> None:
         assert loaded.model is not None
-        # A thread that has just ended a run still holds it, and it the model, for a moment.
+        # For a moment after a run, its thread still holds the run, and the run the model.
         loaded.thread.shutdown()
         loaded.model.model.unload_model()
         loaded.model = None
-        self._device.release_cached()
+        self.context.device.release_cached()
 
     async def stop(self) -> None:
         """End the loading thread."""
         self._loader.shutdown()
 
 
+def _read_shape(folder: Path) -> tuple[int, int]:
+    """Width and decoder layers of a model.
+
+    Raises:
+        OSError, ValueError, KeyError: it is not a readable Whisper model.
+
+    """
+    variables = read_variables(folder / MODEL_FILE)
+    width: int = variables["encoder/conv1/weight"].shape[0]
+    layers = {name.split("/")[1] for name in variables if name.startswith("decoder/layer_")}
+    return width, len(layers - {"layer_norm"})
+
+
 def _variables(folder: Path) -> dict[str, Variable]:
-    path = folder / "model.bin"
+    path = folder / MODEL_FILE
     if not path.is_file():
         raise LoadFailed(f"{folder.name}: no model.bin, so no model in CTranslate2's format")
     try:

@@ -29,9 +29,12 @@ from engine.files.hub.fetch import FetchCancelledError, FetchProgress, fetch
 from engine.files.hub.selection import HubSource, choose
 from engine.memory.device import CpuDevice
 from engine.model_folder import WANTED_FILES, local_folder, present_folder
+from engine.runtimes.base import RuntimeContext
 from engine.runtimes.diffusers.runtime import DiffusersRuntime
 from engine.runtimes.registry import runtime_class
 from tests.hub import TOKEN, Hub, etag, point_client_at, serving
+
+pytestmark = pytest.mark.slow  # a second each: many requests to a hub, and processes
 
 REPO = "me/tiny"
 WEIGHTS = random.Random(1).randbytes(3_000_000)
@@ -532,7 +535,7 @@ class TestLoads:
         (folder,) = pull(sources_of(model), lambda _: None, threading.Event())
         os.utime(folder, (1, 1))
         asked, listed = list(hub.ranges), list(hub.listed)
-        made: Any = runtime_class(runtime)(CpuDevice(), tmp_path)
+        made: Any = runtime_class(runtime)(RuntimeContext(CpuDevice(), tmp_path))
         found = made._fetched(model).folder if runtime == "coqui" else made._folder(model)
         assert found == folder
         assert (hub.ranges, hub.listed) == (asked, listed)
@@ -557,7 +560,7 @@ class TestLoads:
         pull(sources_of(model), lambda _: None, threading.Event())
         asked = list(hub.ranges)
         assert "models/ip-adapter_sd15_vit-G.safetensors" not in {path for path, _ in asked}
-        runtime = DiffusersRuntime(CpuDevice(), tmp_path)
+        runtime = DiffusersRuntime(RuntimeContext(CpuDevice(), tmp_path))
         assert runtime._parts(model).keys() == {"motion_adapter", "image_encoder", "ip_adapter"}
         assert hub.ranges == asked
 

@@ -93,7 +93,7 @@ def video_engine(runtime: FakeVideoRuntime, folder: Path, **settings: object) ->
         **settings,
     }
     config = EngineConfig.model_validate(raw)
-    return Engine(config, device=FakeDevice(), runtimes={NAME: runtime})
+    return Engine(config, device=FakeDevice(), runtimes={NAME: lambda _: runtime})
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -37,6 +38,7 @@ from engine.errors import (
     ShuttingDown,
 )
 from engine.events import Event, Progress
+from engine.jobs import queue
 from engine.jobs.queue import Jobs
 from engine.jobs.queue_place import QueuePlace
 from engine.jobs.store import FILE_NAME, Job, JobState, JobStore
@@ -478,6 +480,115 @@ async def test_a_failure_is_tried_again_after_a_while(
     assert naps.taken_s == [1.0, 4.0]
 
 
+async def test_a_job_has_one_run_at_a_time(jobs: Jobs, runtime: FakeVideoRuntime) -> None:
+    """The delay before an attempt may be over while the last one is still being recorded."""
+    stage = Stage(runtime)
+    failed = False
+
+    async def answer(request: Any) -> AsyncGenerator[Event, None]:
+        nonlocal failed
+        if not failed:
+            failed = True
+            raise RuntimeFailed("once")
+        async for event in stage.play(request):
+            yield event
+
+    runtime.answer = answer
+    job = await jobs.submit(ask())
+    await stage.begun()
+    assert list(jobs._runs) == [job.id]
+    assert (await jobs.cancel(job.id)).state is JobState.CANCELLED
+    assert stage.closed == ["a train"]
+    assert not jobs._runs
+
+
+async def test_the_next_attempt_waits_until_the_last_one_is_recorded(
+    jobs: Jobs, runtime: FakeVideoRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[str] = []
+    may_write = asyncio.Event()
+    write = jobs._records.write
+
+    async def slow_write(function: Any, *args: Any) -> Any:
+        if args and isinstance(args[0], Job) and args[0].state is JobState.QUEUED and runs:
+            await may_write.wait()
+        return await write(function, *args)
+
+    async def answer(request: Any) -> AsyncGenerator[Event, None]:
+        runs.append(request.prompt)
+        if len(runs) == 1:
+            raise RuntimeFailed("once")
+        async for event in make(request):
+            yield event
+
+    runtime.answer = answer
+    monkeypatch.setattr(jobs._records, "write", slow_write)
+    job = await jobs.submit(ask())
+    while not runs:
+        await asyncio.wait([jobs._runs[job.id].task], timeout=0.01)
+    jobs._dispatch()  # as the end of another job does
+    await asyncio.wait([jobs._runs[job.id].task], timeout=0.05)
+    assert len(runs) == 1
+    may_write.set()
+    assert (await jobs.ended(job.id)).state is JobState.COMPLETED
+    assert len(runs) == 2
+
+
+async def test_pruning_goes_on_after_an_error(
+    runtime: FakeVideoRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "PRUNE_EVERY_S", 0.01)
+    calls, loop, again = 0, asyncio.get_running_loop(), asyncio.Event()
+
+    def prune(_: Outputs, now: float) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        loop.call_soon_threadsafe(again.set)
+
+    monkeypatch.setattr(Outputs, "prune", prune)
+    async with serving(video_engine(runtime, tmp_path)), asyncio.timeout(30):
+        await again.wait()
+
+
+async def test_a_full_disk_is_told(
+    jobs: Jobs, runtime: FakeVideoRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/secret/path")
+
+    monkeypatch.setattr(queue, "save_video", full)
+    job = await jobs.ended((await jobs.submit(ask())).id)
+    assert job.error is not None
+    assert job.error.code == "no_space_left"
+    assert job.error.message == "The server has no space left for the result."
+
+
+async def test_a_job_ends_though_its_end_cannot_be_recorded(
+    jobs: Jobs, engine: Engine, runtime: FakeVideoRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = JobStore.update
+
+    def full(self: JobStore, job: Job) -> None:
+        if job.state.final:
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+        update(self, job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobStore, "update", full)
+        job = await jobs.submit(ask())
+        async with asyncio.timeout(30):
+            ended = await jobs.ended(job.id)
+        assert ended.state is JobState.COMPLETED
+        assert jobs.list()[0] == [ended]
+        assert jobs._records.store.get(job.id).state is JobState.IN_PROGRESS
+    await jobs._record_ends()
+    assert jobs._records.store.get(job.id) == ended
+
+
 async def test_running_out_of_memory_is_tried_again(
     engine: Engine, runtime: FakeVideoRuntime
 ) -> None:
@@ -830,6 +941,7 @@ class Child:
         assert self._process.wait(60) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["run", "half", "saved"])
 def test_a_killed_process_loses_no_job(tmp_path: Path, point: str) -> None:
     with Child(tmp_path, point, "first", "second", "third") as child:
@@ -851,6 +963,7 @@ def test_a_killed_process_loses_no_job(tmp_path: Path, point: str) -> None:
     assert jobs[0]["attempts"] == 2
 
 
+@pytest.mark.slow
 def test_a_job_that_kills_the_process_is_given_up_and_the_one_beside_it_is_not(
     tmp_path: Path,
 ) -> None:

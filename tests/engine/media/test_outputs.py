@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.config import EngineConfig
-from engine.errors import NotFound
+from engine.errors import NoSpaceLeft, NotFound
 from engine.media.outputs import Outputs
 from tests.engine.scheduling.world import Clock, config
 
@@ -156,6 +159,58 @@ def test_a_folder_that_was_never_written_has_nothing_to_prune(outputs: Outputs) 
     outputs.prune(0.0)
     outputs.remove("job")
     assert outputs.find("job.mp4") is None
+
+
+def test_a_full_disk_is_named(outputs: Outputs) -> None:
+    def full(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(NoSpaceLeft, match="no space left for the result"):
+        outputs.add("job.mp4", full)
+
+
+def test_a_new_file_costs_no_look_at_all_the_others(
+    outputs: Outputs, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = outputs.put(bytes(600), ".png")
+    clock.now += 1
+
+    def scandir(_: Path) -> None:
+        raise AssertionError("the whole folder was listed")
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    second = outputs.put(bytes(600), ".png")
+    assert outputs.path(second)
+    with pytest.raises(NotFound):
+        outputs.path(first)
+
+
+def test_what_is_added_while_the_folder_is_listed_counts(
+    outputs: Outputs, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = outputs._list
+
+    def slow() -> Any:
+        listed = real()
+        outputs.add("late.mp4", lambda path: _write(path, 700))  # no lock is held meanwhile
+        return listed
+
+    outputs.add("early.mp4", lambda path: _write(path, 700))
+    monkeypatch.setattr(outputs, "_list", slow)
+    clock.now += 1
+    outputs.prune(clock.now)
+    assert outputs.find("late.mp4") and not outputs.find("early.mp4")
+
+
+def test_a_folder_that_cannot_be_listed_is_no_error(
+    outputs: Outputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(outputs, "_list", broken)
+    assert outputs.path(outputs.put(b"one", ".png")).read_bytes() == b"one"
 
 
 def _write(path: Path, nbytes: int) -> None:

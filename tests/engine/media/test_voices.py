@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import Conflict, InvalidRequest, NotFound
+from engine.files import atomic
 from engine.media import voices
 from engine.media.voices import MAX_SAMPLE_BYTES, VoiceStore
 
@@ -205,7 +206,7 @@ def test_a_failed_write_leaves_nothing(
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(voices, "sync", full)
+    monkeypatch.setattr(atomic, "sync", full)
     with pytest.raises(OSError, match="No space"):
         store.add("A", wav(tone(4)))
     assert not list(folder.iterdir())

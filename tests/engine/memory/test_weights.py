@@ -19,6 +19,8 @@ from engine.memory.host_memory import PAGE_BYTES, HostMemory
 from engine.memory.slabs import CPU_ALIGNMENT, SharedMemory
 from engine.memory.weights import Weights
 
+pytestmark = pytest.mark.slow
+
 MIB = 1024**2
 PART = "part"
 

@@ -147,6 +147,7 @@ def test_exclusive_work_lets_a_waiting_step_through_once_it_has_held_long_enough
     assert log == ["too early", "step", "after", "the time counts from the last turn", "step"]
 
 
+@pytest.mark.slow
 def test_a_module_under_construction_lets_steps_through() -> None:
     from torch import nn
 
@@ -243,6 +244,47 @@ def test_exclusive_work_leaves_the_state_as_it_was(gate: Gate, variable: dict[st
     assert variable["value"] == "usual"
     with gate.step():
         pass  # and the gate is open again
+
+
+def test_a_state_that_cannot_be_restored_does_not_keep_the_gate_closed(gate: Gate) -> None:
+    def restore(_: str) -> None:
+        raise KeyError("gone")
+
+    gate.state.register("broken", lambda: "usual", restore)
+
+    def exclusive() -> None:
+        with pytest.raises(KeyError), gate.exclusive():
+            pass
+
+    finish(run(exclusive))
+    finish(run(exclusive))
+
+
+@pytest.mark.parametrize("how", ["step", "exclusive"])
+def test_a_wait_at_the_gate_that_is_broken_off_leaves_nothing_behind(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with gate.exclusive():
+            held.set()
+            over.wait(WAIT_S)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    holder = run(hold)
+    held.wait(WAIT_S)
+    with monkeypatch.context() as patch:
+        patch.setattr(gate._changed, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt), getattr(gate, how)():
+            pass
+    over.set()
+    finish(holder)
+    for _ in range(2):
+        finish(run(lambda: exclusively(gate, lambda: None)))
+    assert not gate.exclusive_waiting
 
 
 def test_steps_never_see_what_yielded_work_changed(gate: Gate, variable: dict[str, str]) -> None:

@@ -13,6 +13,8 @@ import torch
 
 from engine.process.randomness import draw_by_thread, seeded
 
+pytestmark = pytest.mark.slow
+
 SEED = 5
 
 

@@ -10,12 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-import torch
 
-from engine.events import Event
 from engine.process.gate import Gate
 from engine.process.watchdog import MAX_INTERVAL_S, SystemUsage, Watchdog
-from engine.runtimes.common.torch_run import TorchParts, TorchRun
 
 HANG_S, STALL_S = 10.0, 900.0
 
@@ -215,18 +212,3 @@ def test_the_system_counts_children() -> None:
     finally:
         child.kill()
         child.wait()
-
-
-class Steps(TorchRun):
-    def _run(self) -> None:
-        for _ in range(5):
-            self._model._parts["all"](torch.zeros(1))
-
-
-def test_a_run_of_torch_counts_its_modules_made_of_others() -> None:
-    inner = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
-    module = torch.nn.Sequential(inner, torch.nn.Linear(1, 1))
-    events: list[Event] = []
-    run = Steps(TorchParts({"all": module}, "cpu"), "", events.append)
-    run.execute()
-    assert run.progress == 5 * 2

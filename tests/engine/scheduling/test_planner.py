@@ -587,6 +587,12 @@ def test_a_request_for_loaded_models_only_does_not_wait(there: ModelView) -> Non
     assert decide([model("a")], [ticket(1, "a", if_loaded_only=True)]).grants == (1,)
 
 
+def test_and_does_not_wait_behind_others_of_its_model_either() -> None:
+    loaded_only = ticket(2, "a", if_loaded_only=True)
+    decision = decide([absent("a")], [ticket(1, "a"), loaded_only])
+    assert [refusal.ticket_id for refusal in decision.refusals] == [2]
+
+
 def test_the_model_that_comes_next_is_named_while_it_must_wait() -> None:
     waits = decide([model("a", 60, leases=1), absent("b", 60)], [ticket(1, "b")])
     assert (waits.transition, waits.next_model) == (None, "b")
@@ -703,6 +709,13 @@ def test_no_plan_breaks_a_promise(before: Snapshot) -> None:
     refused = {refusal.ticket_id for refusal in decision.refusals}
     assert refused.isdisjoint(decision.grants)
     assert len(set(decision.grants)) == len(decision.grants)
+
+    for each in before.tickets:
+        if each.if_loaded_only and views[each.model].state in (
+            ModelState.ABSENT,
+            ModelState.PARKED,
+        ):
+            assert each.id in refused, "it waits for a load that it must not cause"
 
     granted = [tickets[number] for number in decision.grants]
     assert sum(each.working_bytes for each in granted) <= max(0, before.free_bytes)

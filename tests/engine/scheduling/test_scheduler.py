@@ -24,6 +24,7 @@ from engine.memory.block import Block
 from engine.requests import Priority
 from engine.scheduling.lease import Lease
 from engine.scheduling.ledger import Ledger
+from engine.scheduling.order import Order, OrderKind
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
 from engine.scheduling.ticket import Ticket
@@ -40,6 +41,27 @@ from tests.engine.scheduling.world import (
 
 
 @dataclass
+class Answer:
+    """What became of an order."""
+
+    order: Order = field(init=False)
+    done: bool = False
+    error: EngineError | None = None
+
+    def on_done(self) -> None:
+        assert self.waits, "answered twice"
+        self.done = True
+
+    def on_refused(self, error: EngineError) -> None:
+        assert self.waits, "answered twice"
+        self.error = error
+
+    @property
+    def waits(self) -> bool:
+        return not self.done and self.error is None
+
+
+@dataclass
 class Bench:
     """A scheduler over 100 bytes with models a, b and c, and everything around it."""
 
@@ -48,6 +70,11 @@ class Bench:
     ledger: Ledger
     clock: Clock
     events: list[SchedulerEvent] = field(default_factory=list)
+    empties: list[None] = field(default_factory=list)
+
+    @property
+    def emptied(self) -> bool:
+        return bool(self.empties)
 
     def ask(self, model_id: str, **options: Any) -> Client:
         return ask(self.scheduler, model_id, **options)
@@ -65,6 +92,24 @@ class Bench:
     def model(self, model_id: str) -> ModelStatus:
         return next(each for each in self.scheduler.report.models() if each.id == model_id)
 
+    def unload(self, model_id: str) -> Answer:
+        return self.order(OrderKind.UNLOAD, model_id)
+
+    def park(self, model_id: str) -> Answer:
+        return self.order(OrderKind.PARK, model_id)
+
+    def order(self, kind: OrderKind, model_id: str, timeout_s: float = 1000.0) -> Answer:
+        answer = Answer()
+        answer.order = Order(
+            kind=kind,
+            model_id=model_id,
+            timeout_s=timeout_s,
+            on_done=answer.on_done,
+            on_refused=answer.on_refused,
+        )
+        self.scheduler.on_order(answer.order)
+        return answer
+
     def kinds(self) -> list[EventKind]:
         return [event.kind for event in self.events]
 
@@ -78,15 +123,17 @@ def make() -> Make:
         clock, effects = Clock(), RecordedEffects()
         ledger = Ledger(budget_bytes=100, total_bytes=100)
         events: list[SchedulerEvent] = []
+        empties: list[None] = []
         scheduler = Scheduler(
             config(models or ("a", "b", "c"), **limits),
             ledger,
             effects,
             clock,
             on_event=events.append,
+            on_empty=lambda: empties.append(None),
             created=7,
         )
-        return Bench(scheduler, effects, ledger, clock, events)
+        return Bench(scheduler, effects, ledger, clock, events, empties)
 
     return build
 
@@ -430,7 +477,7 @@ def test_a_good_load_ends_the_doubling(bench: Bench) -> None:
         else:
             bench.loaded("a", 50)
             asked.release()
-            bench.scheduler.request_unload("a")
+            bench.unload("a")
             bench.scheduler.on_unloaded("a")
     assert bench.ask("a").waits, "2 s of backoff for a first failure"
 
@@ -508,7 +555,7 @@ def test_only_overflows_in_a_row_count_as_failed(bench: Bench) -> None:
     waiting = overflow(50)
     bench.loaded("a", 60)
     waiting.release()
-    bench.scheduler.request_unload("a")
+    bench.unload("a")
     bench.scheduler.on_unloaded("a")
     waiting = overflow(None)
     bench.loaded("a", 81)
@@ -520,7 +567,7 @@ def test_only_overflows_in_a_row_count_as_failed(bench: Bench) -> None:
 
 def test_a_model_that_dies_before_it_serves_again_is_a_failed_load(bench: Bench) -> None:
     bench.bring_in("a", 50).release()
-    bench.scheduler.request_unload("a")
+    bench.unload("a")
     bench.scheduler.on_unloaded("a")
     waiting = bench.ask("a")
     bench.scheduler.on_model_failed("a", "died young")
@@ -566,29 +613,29 @@ def test_a_model_that_dies_before_it_served_anyone_is_a_failed_load(
 
 
 def test_unloading_by_hand_is_refused_while_it_would_hurt(bench: Bench) -> None:
-    bench.scheduler.request_unload("a")  # absent: nothing to do
+    bench.unload("a")  # absent: nothing to do
     running = bench.ask("a")
     bench.scheduler.on_estimate("a", estimate(50))
     with pytest.raises(Conflict, match="being loaded"):
-        bench.scheduler.request_unload("a")
+        bench.unload("a")
     bench.loaded("a", 50, leases=1)
     with pytest.raises(Conflict, match="in use"):
-        bench.scheduler.request_unload("a")
+        bench.unload("a")
     running.release()
     bench.scheduler.pin("a")
     with pytest.raises(Conflict, match="pinned"):
-        bench.scheduler.request_unload("a")
+        bench.unload("a")
     bench.scheduler.unpin("a")
     using = bench.bring_in("b", 50)
     stuck = bench.ask("a", working_bytes=10)
     with pytest.raises(Conflict, match="waited for"):
-        bench.scheduler.request_unload("a")
+        bench.unload("a")
     bench.scheduler.on_cancel(stuck.ticket)
     using.release()
-    bench.scheduler.request_unload("a")
+    bench.unload("a")
     assert bench.effects.calls[-1] == ("unload", "a")
     assert bench.model("a").idle_s is None
-    bench.scheduler.request_unload("a")  # leaving: nothing to do
+    bench.unload("a")  # leaving: nothing to do
     bench.scheduler.on_unloaded("a")
     assert bench.model("a").state is ModelState.ABSENT
 
@@ -597,7 +644,7 @@ def test_unloading_by_hand_waits_for_the_transition_under_way(bench: Bench) -> N
     bench.bring_in("a", 30).release()
     bench.ask("b")
     bench.scheduler.on_estimate("b", estimate(30))
-    bench.scheduler.request_unload("a")
+    bench.unload("a")
     assert ("unload", "a") not in bench.effects.calls
     bench.loaded("b", 30)
     assert bench.effects.calls[-1] == ("unload", "a")
@@ -695,6 +742,28 @@ def test_a_model_that_cannot_be_woken_is_loaded_afresh(parked: Bench) -> None:
     assert waiting.lease is not None
 
 
+def test_a_wake_that_fails_gives_its_reservation_back_at_once(parked: Bench) -> None:
+    """Not only once the model has left: until then others may take the bytes."""
+    parked.ask("a")
+    parked.scheduler.on_unloaded("b")
+    assert parked.ledger.granted_bytes == 60
+    parked.scheduler.on_wake_failed("a", LoadFailed("no room"))
+    assert parked.model("a").state is ModelState.UNLOADING
+    assert [entry.name for entry in parked.ledger.status().entries] == ["kv_cache"]
+    assert parked.ledger.granted_bytes == parked.model("a").device_bytes == 10
+
+
+def test_what_a_park_freed_is_measured(bench: Bench) -> None:
+    first = bench.ask("a")
+    bench.scheduler.on_estimate("a", estimate(60))
+    bench.scheduler.on_loaded("a", PARTS, 2.0, 4, host_bytes=50)
+    first.release()
+    bench.park("a")
+    bench.effects.external_bytes = 25  # a library kept some, or others took it
+    bench.scheduler.on_parked("a")
+    assert bench.ledger.free_bytes == 75
+
+
 def test_a_parked_model_that_dies_is_unloaded(parked: Bench) -> None:
     parked.scheduler.on_model_failed("a", "its core failed")
     assert parked.effects.calls[-1] == ("unload", "a")
@@ -705,19 +774,124 @@ def test_parking_by_hand(bench: Bench) -> None:
     bench.scheduler.on_estimate("a", estimate(60))
     bench.scheduler.on_loaded("a", PARTS, 2.0, 4, host_bytes=50)
     with pytest.raises(Conflict, match="in use"):
-        bench.scheduler.request_park("a")
+        bench.park("a")
     first.release()
-    bench.scheduler.request_park("a")
+    bench.park("a")
     assert bench.effects.calls[-1] == ("park", "a:kv_cache+weights")
     with pytest.raises(Conflict, match="being parked"):
-        bench.scheduler.request_unload("a")
+        bench.unload("a")
     bench.scheduler.on_parked("a")
-    bench.scheduler.request_park("a")  # it is off already
+    bench.park("a")  # it is off already
     bench.bring_in("b", 40).release()
     with pytest.raises(Conflict, match="cannot be parked"):
-        bench.scheduler.request_park("b")
-    bench.scheduler.request_unload("a")
+        bench.park("b")
+    bench.unload("a")
     assert bench.effects.calls[-1] == ("unload", "a")
+
+
+def test_an_order_is_done_once_the_bytes_are_free(bench: Bench) -> None:
+    bench.bring_in("a", 50).release()
+    ordered = bench.unload("a")
+    assert ordered.waits
+    bench.scheduler.on_unloaded("a")
+    assert ordered.done
+    assert bench.unload("a").done  # it is absent
+    assert bench.park("a").done
+
+
+def test_parking_is_done_only_once_all_is_off_the_device(bench: Bench) -> None:
+    """A part that leaves for another model is not what was asked for."""
+    first = bench.ask("a")
+    bench.scheduler.on_estimate("a", estimate(60))
+    bench.scheduler.on_loaded("a", PARTS, 2.0, 4, host_bytes=50)
+    first.release()
+    bench.ask("b")
+    bench.scheduler.on_estimate("b", estimate(50))
+    assert bench.effects.calls[-1] == ("park", "a:kv_cache")
+    ordered = bench.park("a")
+    bench.scheduler.on_parked("a")
+    assert ordered.waits
+    bench.loaded("b", 50)
+    assert bench.effects.calls[-1] == ("park", "a:weights")
+    bench.scheduler.on_parked("a")
+    assert ordered.done
+
+
+@pytest.mark.parametrize("kind", OrderKind)
+def test_an_order_that_waits_is_refused_once_its_model_is_pinned(
+    bench: Bench, kind: OrderKind
+) -> None:
+    first = bench.ask("a")
+    bench.scheduler.on_estimate("a", estimate(60))
+    bench.scheduler.on_loaded("a", PARTS, 2.0, 4, host_bytes=50)
+    first.release()
+    bench.ask("b")
+    bench.scheduler.on_estimate("b", estimate(10))  # a transition is under way
+    ordered = bench.order(kind, "a")
+    assert ordered.waits
+    bench.scheduler.pin("a")
+    assert isinstance(ordered.error, Conflict)
+    bench.loaded("b", 10)
+    assert bench.model("a").state is ModelState.RESIDENT
+    assert bench.ask("a").lease is not None
+
+
+@pytest.mark.parametrize("kind", OrderKind)
+def test_an_order_waits_no_longer_than_its_deadline(bench: Bench, kind: OrderKind) -> None:
+    first = bench.ask("a")
+    bench.scheduler.on_estimate("a", estimate(60))
+    bench.scheduler.on_loaded("a", PARTS, 2.0, 4, host_bytes=50)
+    first.release()
+    bench.ask("b")
+    bench.scheduler.on_estimate("b", estimate(10))
+    ordered = bench.order(kind, "a", timeout_s=5.0)
+    assert bench.effects.wake_at == bench.clock.now + 5.0
+    bench.clock.now += 5.0
+    bench.scheduler.on_timer()
+    assert isinstance(ordered.error, QueueTimeout)
+    assert bench.ask("a").lease is not None  # it stays
+
+
+def test_an_order_of_which_the_caller_left_is_not_carried_out(bench: Bench) -> None:
+    bench.bring_in("a", 30).release()
+    bench.ask("b")
+    bench.scheduler.on_estimate("b", estimate(30))
+    ordered = bench.unload("a")
+    bench.scheduler.on_order_cancelled(ordered.order)
+    bench.loaded("b", 30)
+    assert bench.model("a").state is ModelState.RESIDENT
+    assert ordered.waits
+
+
+def test_an_order_is_done_also_where_its_model_dies(bench: Bench) -> None:
+    bench.bring_in("a", 30).release()
+    ordered = bench.unload("a")
+    bench.scheduler.on_transition_lost("a", "a bug")
+    assert ordered.done
+
+
+def test_the_end_of_a_drain_is_told_however_the_last_model_left(make: Make) -> None:
+    for end in ("load_failed", "wake_failed", "lost"):
+        bench = make()
+        waiting = bench.ask("a")
+        bench.scheduler.on_estimate("a", estimate(30))
+        if end == "wake_failed":
+            bench.scheduler.on_loaded("a", PARTS, 2.0, 4, host_bytes=50)
+            waiting.release()
+            bench.park("a")
+            bench.scheduler.on_parked("a")
+            bench.ask("a")
+        bench.scheduler.on_drain()
+        assert not bench.emptied
+        if end == "load_failed":
+            bench.scheduler.on_load_failed("a", LoadFailed("torn"))
+        elif end == "lost":
+            bench.scheduler.on_transition_lost("a", "a bug")
+        else:
+            bench.scheduler.on_wake_failed("a", LoadFailed("torn"))
+            assert not bench.emptied
+            bench.scheduler.on_unloaded("a")
+        assert bench.emptied
 
 
 def test_the_files_of_the_next_model_are_read_ahead_once(bench: Bench) -> None:
@@ -903,7 +1077,7 @@ def test_status_tells_what_is(bench: Bench) -> None:
 def test_load_seconds_are_a_running_mean_of_what_was_measured(bench: Bench) -> None:
     bench.bring_in("a", 40).release()
     assert bench.model("a").estimated_load_s == 2.0, "the estimate counts for nothing now"
-    bench.scheduler.request_unload("a")
+    bench.unload("a")
     bench.scheduler.on_unloaded("a")
     bench.ask("a")
     bench.loaded("a", 40, seconds=12.0)

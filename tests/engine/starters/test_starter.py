@@ -106,6 +106,7 @@ def test_the_card_says_that_the_weights_are_random(name: str, starter_dir: Start
     assert "The weights are random numbers" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LANGUAGE_STARTERS)
 def test_the_weights_are_of_the_declared_type_and_vocabulary(
     name: str, starter_dir: StarterDir, tokenizer_of: Any
@@ -117,6 +118,7 @@ def test_the_weights_are_of_the_declared_type_and_vocabulary(
         assert file.metadata() == {"format": "pt"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LANGUAGE_STARTERS)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_survives_the_tokenizer(name: str, tokenizer_of: Any, text: str) -> None:
@@ -129,11 +131,13 @@ def test_any_text_survives_the_tokenizer(name: str, tokenizer_of: Any, text: str
     assert decoded == text
 
 
+@pytest.mark.slow
 def test_qwen_composes_what_it_reads(tokenizer_of: Any) -> None:
     tokenizer = tokenizer_of("tiny-qwen")
     assert tokenizer.decode(tokenizer.encode("e\u0301 \uf900")) == "\u00e9 \u8c48"
 
 
+@pytest.mark.slow
 def test_each_tokenizer_frames_a_text_as_its_kind_does(tokenizer_of: Any) -> None:
     framed = {
         name: tokenizer_of(name).decode(tokenizer_of(name).encode("hello"))
@@ -146,6 +150,7 @@ def test_each_tokenizer_frames_a_text_as_its_kind_does(tokenizer_of: Any) -> Non
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LANGUAGE_STARTERS)
 def test_transformers_finds_every_weight_it_wants(name: str, starter_dir: StarterDir) -> None:
     from transformers import AutoModel, AutoModelForCausalLM
@@ -155,6 +160,7 @@ def test_transformers_finds_every_weight_it_wants(name: str, starter_dir: Starte
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS)
 def test_greedy_text_is_varied_and_readable(
     name: str, starter_dir: StarterDir, tokenizer_of: Any
@@ -174,6 +180,7 @@ def test_greedy_text_is_varied_and_readable(
     assert text.isascii() and text.isprintable()
 
 
+@pytest.mark.slow
 def test_llama_template_carries_tools_calls_and_results(tokenizer_of: Any) -> None:
     text = tokenizer_of("tiny-llama").apply_chat_template(
         TOOL_CONVERSATION, tools=TOOLS, tokenize=False, add_generation_prompt=True
@@ -190,6 +197,7 @@ def test_llama_template_carries_tools_calls_and_results(tokenizer_of: Any) -> No
     )
 
 
+@pytest.mark.slow
 def test_qwen_template_carries_tools_calls_and_results(tokenizer_of: Any) -> None:
     text = tokenizer_of("tiny-qwen").apply_chat_template(
         TOOL_CONVERSATION, tools=TOOLS, tokenize=False, add_generation_prompt=True
@@ -206,6 +214,7 @@ def test_qwen_template_carries_tools_calls_and_results(tokenizer_of: Any) -> Non
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

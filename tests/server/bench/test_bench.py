@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from engine.runtimes.vllm.options import VllmOptions
 from server.bench import plot, report
 from server.bench.errors import BadSetUp, InvalidRun, NotStarted
 from server.bench.exchange import BadAnswer, Exchange, events, exchange, read_response
@@ -597,8 +598,9 @@ class TestTargets:
         set_up.write()
         config, _ = load_settings(set_up.config_path, {})
         (model,) = config.models
-        assert model.options.kv_cache == 256 * 2**20
-        assert (model.id, model.options.dtype, model.options.max_model_len) == (
+        options = model.options_as(VllmOptions)
+        assert options.kv_cache == 256 * 2**20
+        assert (model.id, options.dtype, options.max_model_len) == (
             "tiny-llama",
             "float32",
             2048,

@@ -129,6 +129,7 @@ async def served(folder: Path, *arguments: str, drain_s: float = 30) -> AsyncIte
         await process.communicate()
 
 
+@pytest.mark.slow
 class TestProcess:
     async def test_sigterm_lets_streams_end(self, tmp_path: Path) -> None:
         pipe = tmp_path / "pipe"

@@ -20,7 +20,7 @@ from engine.catalog.config_file import with_model
 from engine.config import ENV_CONFIG, EngineConfig
 from engine.errors import ConfigError
 from engine.files.hub.cache import PARTIAL
-from engine.runtimes.registry import runtime_class
+from engine.runtimes.registry import RUNTIMES, options_of, runtime_class
 from server.commands import cli, terminal
 from tests.hub import Hub, etag, point_client_at, serving
 
@@ -135,6 +135,7 @@ class TestPull:
         assert unknown.exit_code == 1
         assert "Did you mean 'llama'" in unknown.stderr
 
+    @pytest.mark.slow
     def test_ctrl_c_at_half_and_again(
         self, hub: Hub, cache: Path, config: Path, tmp_path: Path
     ) -> None:
@@ -480,8 +481,8 @@ class TestRecognition:
         entry = added(config)
         assert (entry.get("runtime", "vllm"), entry.get("task", "generate")) == (runtime, task)
         assert entry.get("options", {}) == options
-        read = EngineConfig.model_validate({"models": [entry]}).models[0]
-        assert isinstance(read.options, runtime_class(runtime).Options)
+        read = EngineConfig.model_validate({"models": [entry]}, context=RUNTIMES).models[0]
+        assert isinstance(options_of(read), runtime_class(runtime).Options)
         documents = sum(len(data) for path, data in files.items() if path.endswith(".json"))
         assert f"{weights + documents} B\n" in result.output
 

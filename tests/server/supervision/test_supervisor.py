@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -155,6 +156,45 @@ class TestRestart:
         config = stand.config("wait,fault:the device is lost", "exit:2")
         assert Supervisor(config, stand.listener, clock).run() == 2
         assert reasons(stand) == [None, "the device is lost"]
+
+    @pytest.mark.parametrize("error", [errno.EAGAIN, errno.ENOMEM, errno.EMFILE])
+    def test_a_machine_without_room_for_a_process_is_asked_again(
+        self, stand: Stand, monkeypatch: pytest.MonkeyPatch, error: int
+    ) -> None:
+        calls, popen = 0, subprocess.Popen
+
+        def limited(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+            nonlocal calls
+            calls += 1
+            if calls in (2, 3):
+                raise OSError(error, os.strerror(error))
+            return popen(*args, **options)
+
+        monkeypatch.setattr(subprocess, "Popen", limited)
+        stand.clock.step_s = 1.0
+        assert stand.run("beats:1,exit:1", "exit:2") == 2
+        assert calls == 4
+        assert reasons(stand) == [None, "it ended with status 1"]
+
+    def test_one_that_cannot_be_started_at_all_is_reported(
+        self, stand: Stand, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def missing(*_: Any, **__: Any) -> None:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+        monkeypatch.setattr(subprocess, "Popen", missing)
+        with pytest.raises(FileNotFoundError):
+            stand.run("exit:2")
+
+    def test_the_longest_messages_are_shortened_and_not_cut(self, stand: Stand) -> None:
+        assert stand.run("beats-of-many:5000,long-fault:1000000", "exit:2") == 2
+        _, second = stand.starts()
+        assert second["residents"] == [f"{number:0120}" for number in range(528)]
+        assert set(second["reason"]) == {"x"}
+
+    def test_a_damaged_message_does_not_end_the_supervisor(self, stand: Stand) -> None:
+        assert stand.run("beats:1,garbage,exit:1", "exit:2") == 2
+        assert len(stand.starts()) == 2
 
     def test_one_that_crashes_while_it_starts_is_not(self, stand: Stand) -> None:
         assert stand.run("signal:11", "exit:2") == 2

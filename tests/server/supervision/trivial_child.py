@@ -40,6 +40,12 @@ def act(word: str, heartbeat: Heartbeat, listener: socket.socket) -> None:
         case "beats-until-steady":
             while not Path(sys.argv[1]).with_suffix(".steady").exists():
                 beat(heartbeat)
+        case "beats-of-many":
+            heartbeat.beat(ready=True, residents=[f"{number:0120}" for number in range(int(value))])
+            while unread_bytes(heartbeat):
+                pass
+        case "garbage":
+            heartbeat._channel.send(b'{"fault":')
         case "starts":
             heartbeat.beat(ready=False, residents=[])
         case "exit":
@@ -50,6 +56,9 @@ def act(word: str, heartbeat: Heartbeat, listener: socket.socket) -> None:
             os.kill(os.getppid(), int(value))
         case "fault":
             heartbeat.report(value)
+            os._exit(70)
+        case "long-fault":
+            heartbeat.report("x" * int(value))
             os._exit(70)
         case "wait":
             Path(sys.argv[1]).with_suffix(".gate").read_text()

@@ -18,7 +18,7 @@ from engine.process.gate import GATE
 from engine.process.heap import freeze_heap
 from engine.process.torch_state import share_torch_state
 from engine.runtimes.bark.runtime import BarkRuntime
-from engine.runtimes.base import Voice
+from engine.runtimes.base import RuntimeContext, Voice
 from engine.starters.registry import ensure_starter
 from tests.engine.runtimes.common.speaking import (
     SEED,
@@ -42,7 +42,7 @@ SENTENCES = ("Hello world, how are you?", "This is the second sentence.")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def runtime(cache_dir: Path) -> BarkRuntime:
-    made = BarkRuntime(CpuDevice(), cache_dir)
+    made = BarkRuntime(RuntimeContext(CpuDevice(), cache_dir))
     made.start()
     share_torch_state()
     freeze_heap()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from engine.memory.weights import Weights
 from engine.process.gate import GATE
 from engine.process.torch_state import share_torch_state
 from engine.runtimes.bark.runtime import BarkRuntime
+from engine.runtimes.base import RuntimeContext
 from engine.runtimes.common.torch_model import TorchModel, TorchRuntime
 from engine.runtimes.common.torch_run import WHOLE
 from engine.runtimes.coqui.runtime import CoquiRuntime
@@ -76,10 +77,9 @@ async def say(
 
 
 def started(config: ModelConfig, cache_dir: Path, host: HostMemory | None) -> TorchRuntime:
-    runtime = RUNTIMES[config.runtime](CpuDevice(), cache_dir)
+    runtime = RUNTIMES[config.runtime](RuntimeContext(CpuDevice(), cache_dir, host))
     runtime.start()
     share_torch_state()
-    runtime.host = host
     return runtime
 
 
@@ -192,11 +192,11 @@ async def test_estimates_say_what_the_load_will_do(loaded: Loaded) -> None:
     assert all(block.parkable for block in estimate.blocks)
     assert {block.name for block in estimate.blocks} <= measured.keys()
     assert estimate.host_bytes == pytest.approx(loaded.model.host_bytes, rel=0.05)
-    runtime.host = None
+    runtime.context = replace(runtime.context, host=None)
     try:
         assert not any(block.parkable for block in runtime.estimate(config).blocks)
     finally:
-        runtime.host = loaded.host
+        runtime.context = replace(runtime.context, host=loaded.host)
 
 
 async def test_speech_without_master_copies_is_the_same(loaded: Loaded, cache_dir: Path) -> None:

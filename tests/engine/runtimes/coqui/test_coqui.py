@@ -26,7 +26,7 @@ from engine.process.gate import GATE
 from engine.process.heap import freeze_heap
 from engine.process.torch_state import share_torch_state
 from engine.requests import ImageOperation, ImageRequest
-from engine.runtimes.base import Voice
+from engine.runtimes.base import RuntimeContext, Voice
 from engine.runtimes.coqui.runtime import CoquiRuntime
 from engine.starters.registry import ensure_starter
 from tests.engine.runtimes.common.speaking import (
@@ -53,7 +53,7 @@ XTTS = speech_model("coqui", "tiny-xtts", voices={"alloy": "Damien Black"}, lang
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def runtime(cache_dir: Path) -> CoquiRuntime:
-    made = CoquiRuntime(CpuDevice(), cache_dir)
+    made = CoquiRuntime(RuntimeContext(CpuDevice(), cache_dir))
     made.start()
     share_torch_state()
     freeze_heap()
@@ -448,7 +448,7 @@ async def test_a_damaged_folder_says_so(
 
 async def test_a_request_before_the_files_are_here(tmp_path: Path) -> None:
     """What needs them is checked when they are."""
-    runtime = CoquiRuntime(CpuDevice(), tmp_path)
+    runtime = CoquiRuntime(RuntimeContext(CpuDevice(), tmp_path))
     prepared = runtime.prepare(MULTI, speech_request())
     wrong = runtime.prepare(MULTI, speech_request(voice="p999"))
     async with loaded(runtime, MULTI) as vits:

@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from engine.requests import (
     TextRequest,
     VideoRequest,
 )
-from engine.runtimes.diffusers import runtime as diffusers_runtime
+from engine.runtimes.base import RuntimeContext
 from engine.runtimes.diffusers.runtime import DiffusersModel, DiffusersRuntime
 from engine.runtimes.vllm.runtime import VllmRuntime
 from engine.starters.registry import ensure_starter
@@ -116,7 +117,7 @@ def model_of(name: str, task: str, spec: dict[str, Any], **options: Any) -> Mode
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def runtime(cache_dir: Path, vllm_runtime: VllmRuntime) -> DiffusersRuntime:
     """The runtime, started after vLLM's as in a server that has both."""
-    made = DiffusersRuntime(CpuDevice(), cache_dir)
+    made = DiffusersRuntime(RuntimeContext(CpuDevice(), cache_dir))
     thaw_heap()
     made.start()
     share_torch_state()
@@ -162,7 +163,7 @@ async def engine(
         state_dir=tmp_path_factory.mktemp("state"),
         models=tuple(models),
     )
-    engine = Engine(config, device=CpuDevice(), runtimes={"diffusers": Shared(runtime)})
+    engine = Engine(config, device=CpuDevice(), runtimes={"diffusers": Shared})
     await engine.start()
     yield engine
     await engine.stop()
@@ -170,9 +171,6 @@ async def engine(
 
 class Shared(DiffusersRuntime):
     """The session's runtime: the libraries are imported already and stay after the engine."""
-
-    def __init__(self, runtime: DiffusersRuntime) -> None:
-        super().__init__(runtime._device, runtime._cache_dir)
 
     def start(self) -> None:
         pass
@@ -266,7 +264,8 @@ async def test_one_part_leaves_and_comes_back_while_the_others_stay(
     runtime: DiffusersRuntime, cache_dir: Path
 ) -> None:
     """A text encoder can make room alone; the model does not run without it."""
-    runtime.host = HostMemory(64 * 1024**2, pinned=False)
+    host = HostMemory(64 * 1024**2, pinned=False)
+    runtime.context = replace(runtime.context, host=host)
     model = model_of("tiny-flux-schnell", "image", IMAGE_FAMILIES["tiny-flux-schnell"])
     loaded = await runtime.load(model, lambda _: None)
     assert isinstance(loaded, DiffusersModel)
@@ -295,7 +294,7 @@ async def test_one_part_leaves_and_comes_back_while_the_others_stay(
         np.testing.assert_array_equal(await image(), expected)
     finally:
         await runtime.unload(loaded)
-        host, runtime.host = runtime.host, None
+        runtime.context = replace(runtime.context, host=None)
     assert host.used_bytes == 0
 
 
@@ -629,8 +628,7 @@ async def test_what_a_video_model_cannot_do_is_told_before_anything_is_loaded(
 async def test_what_only_the_loaded_pipeline_knows(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str, fields: dict[str, Any], param: str
 ) -> None:
-    monkeypatch.setattr(diffusers_runtime, "present_folder", lambda *_, **__: None)
-    engine._runtimes["diffusers"]._read.clear()  # type: ignore[attr-defined]
+    monkeypatch.setattr("engine.model_folder.present_folder", lambda *_, **__: None)
     with pytest.raises(InvalidRequest) as raised:
         await events(engine, video_request(name, **fields))
     assert raised.value.param == param

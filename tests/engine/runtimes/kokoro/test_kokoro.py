@@ -28,15 +28,13 @@ from engine.media.sentences import split_sentences
 from engine.memory.device import CpuDevice
 from engine.process.gate import GATE
 from engine.requests import SpeechRequest
+from engine.runtimes.base import RuntimeContext
+from engine.runtimes.kokoro.languages import find_language
+from engine.runtimes.kokoro.options import KokoroOptions
 from engine.runtimes.kokoro.phonemes import MAX_PHONEMES, Phonemizer
-from engine.runtimes.kokoro.runtime import (
-    OPENAI_VOICES,
-    KokoroModel,
-    KokoroRuntime,
-    find_language,
-    parse_blend,
-)
+from engine.runtimes.kokoro.runtime import KokoroModel, KokoroRuntime
 from engine.runtimes.kokoro.tagger import tag_english
+from engine.runtimes.kokoro.voices import OPENAI_VOICES, parse_blend
 from engine.starters.registry import ensure_starter
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
@@ -94,9 +92,7 @@ async def engine(
             ),
         ),
     )
-    device = CpuDevice()
-    runtime = KokoroRuntime(device, cache_dir)
-    engine = Engine(config, device=device, runtimes={"kokoro": runtime})
+    engine = Engine(config, device=CpuDevice(), runtimes={"kokoro": KokoroRuntime})
     await engine.start()
     yield engine
     await engine.stop()
@@ -213,7 +209,7 @@ async def test_names_of_voices(engine: Engine) -> None:
 
 
 async def test_voices_are_listed(cache_dir: Path, folder: Path, tmp_path: Path) -> None:
-    runtime = KokoroRuntime(CpuDevice(), cache_dir)
+    runtime = KokoroRuntime(RuntimeContext(CpuDevice(), cache_dir))
     model = kokoro("tts", voices={"both": "af_heart+am_adam", "gone": "af_nobody"})
     found = {voice.id: voice for voice in runtime.voices(model)}
     assert found["af_heart"].name == "Heart" and found["af_heart"].language == "en-us"
@@ -345,7 +341,7 @@ async def test_limits_of_configuration(engine: Engine) -> None:
         await engine.open(speech_request("a" * 21, model="own"))
     for options in ({"language": "ja"}, {"voices": {"a": "b c"}}, {"dtype": "float16"}):
         with pytest.raises((ConfigError, ValueError)):
-            kokoro("tts", **options)
+            kokoro("tts", **options).options_as(KokoroOptions)
 
 
 async def test_blends_and_languages_are_read() -> None:
@@ -366,7 +362,7 @@ async def test_an_unspeakable_text_is_refused(engine: Engine) -> None:
 
 
 async def test_closing_stops_within_a_sentence(cache_dir: Path) -> None:
-    runtime = KokoroRuntime(CpuDevice(), cache_dir)
+    runtime = KokoroRuntime(RuntimeContext(CpuDevice(), cache_dir))
     runtime.start()
     model = kokoro("tts")
     loaded = await runtime.load(model, pytest.fail)
@@ -411,7 +407,7 @@ async def test_closing_stops_within_a_sentence(cache_dir: Path) -> None:
 
 
 async def test_blocks_are_what_was_estimated(cache_dir: Path, bare: Any) -> None:
-    runtime = KokoroRuntime(CpuDevice(), cache_dir)
+    runtime = KokoroRuntime(RuntimeContext(CpuDevice(), cache_dir))
     runtime.start()
     model = kokoro("tts")
     estimate = runtime.estimate(model)
@@ -427,11 +423,47 @@ async def test_blocks_are_what_was_estimated(cache_dir: Path, bare: Any) -> None
     await runtime.stop()
 
 
+async def test_a_checkpoint_without_the_norms_of_adain(
+    cache_dir: Path, folder: Path, bare: Any, tmp_path: Path
+) -> None:
+    """Kokoro-82M holds none of them. Other checkpoints may, and come to the same bytes."""
+    runtime = KokoroRuntime(RuntimeContext(CpuDevice(), cache_dir))
+    runtime.start()
+    parts = torch.load(folder / "kokoro-v1_0.pth", weights_only=True)
+    keys = {part: child.state_dict().keys() for part, child in bare.named_children()}
+    norms = {
+        part: {f"module.{name}" for name in names} - parts[part].keys()
+        for part, names in keys.items()
+    }
+    assert len(norms["predictor"]) > 0 and len(norms["decoder"]) > 0
+    assert all(
+        name.endswith((".norm.weight", ".norm.bias")) for names in norms.values() for name in names
+    )
+    shutil.copytree(folder, tmp_path / "whole")
+    whole = {
+        part: {f"module.{name}": each for name, each in child.state_dict().items()}
+        for part, child in bare.named_children()
+    }
+    torch.save(whole, tmp_path / "whole" / "kokoro-v1_0.pth")
+    without, with_norms = kokoro("tts"), kokoro("whole", source=str(tmp_path / "whole"))
+    assert runtime.estimate(without).blocks == runtime.estimate(with_norms).blocks
+
+    loaded = await runtime.load(without, pytest.fail)
+    assert isinstance(loaded, KokoroModel) and loaded.model is not None
+    weights = dict(loaded.model.module.named_parameters())
+    for part, names in norms.items():
+        for name in names:
+            value = 1.0 if name.endswith("weight") else 0.0
+            assert (weights[f"{part}.{name.removeprefix('module.')}"] == value).all()
+    await runtime.unload(loaded)
+    await runtime.stop()
+
+
 @pytest.mark.parametrize("fault", ["no file", "two files", "lacks", "pickle", "truncated"])
 async def test_what_cannot_be_loaded(
     cache_dir: Path, folder: Path, tmp_path: Path, fault: str
 ) -> None:
-    runtime = KokoroRuntime(CpuDevice(), cache_dir)
+    runtime = KokoroRuntime(RuntimeContext(CpuDevice(), cache_dir))
     runtime.start()
     shutil.copytree(folder, tmp_path / "bad")
     weights = tmp_path / "bad" / "kokoro-v1_0.pth"
@@ -470,7 +502,7 @@ class Evil:
 
 
 async def test_a_damaged_voice_is_refused(cache_dir: Path, folder: Path, tmp_path: Path) -> None:
-    runtime = KokoroRuntime(CpuDevice(), cache_dir)
+    runtime = KokoroRuntime(RuntimeContext(CpuDevice(), cache_dir))
     runtime.start()
     shutil.copytree(folder, tmp_path / "bad")
     torch.save(torch.zeros(3, 1, 256), tmp_path / "bad" / "voices" / "af_heart.pt")
@@ -495,6 +527,7 @@ from engine.config import ModelConfig
 from engine.memory.device import CpuDevice
 from engine.process.torch_state import share_torch_state
 from engine.requests import SpeechRequest
+from engine.runtimes.base import RuntimeContext
 from engine.runtimes.kokoro.runtime import KokoroRuntime
 
 def refuse(*arguments, **_):
@@ -508,7 +541,7 @@ def state():
             torch.get_default_dtype(), torch.get_rng_state().tolist())
 
 async def main():
-    runtime = KokoroRuntime(CpuDevice(), Path(sys.argv[1]))
+    runtime = KokoroRuntime(RuntimeContext(CpuDevice(), Path(sys.argv[1])))
     before = state()
     runtime.start()
     model = ModelConfig(id="m", runtime="kokoro", task="speech", source="starter:tiny-kokoro")

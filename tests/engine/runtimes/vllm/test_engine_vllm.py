@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.errors import Conflict, InsufficientCapacity, LoadFailed
 from engine.requests import TextOperation, TextRequest
+from engine.runtimes.base import RuntimeContext
 from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.runtime import VllmRuntime
 from engine.scheduling.ledger import Change, LedgerRecord
@@ -39,8 +41,9 @@ MakeEngine = Callable[..., Awaitable[Engine]]
 class RunningRuntime(VllmRuntime):
     """The session's runtime, lent to an engine that must not start or stop it again."""
 
-    def __init__(self, runtime: VllmRuntime) -> None:
+    def __init__(self, runtime: VllmRuntime, context: RuntimeContext) -> None:
         self.__dict__.update(runtime.__dict__)
+        self.context = context
 
     def start(self) -> None:
         pass
@@ -66,7 +69,9 @@ async def make_engine(
             **settings,
         )
         engine = Engine(
-            config, device=vllm_runtime._device, runtimes={"vllm": RunningRuntime(vllm_runtime)}
+            config,
+            device=vllm_runtime.context.device,
+            runtimes={"vllm": partial(RunningRuntime, vllm_runtime)},
         )
         await engine.start()
         engines.append(engine)

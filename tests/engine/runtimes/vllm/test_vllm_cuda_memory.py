@@ -15,6 +15,7 @@ import pytest
 
 from engine.config import ModelConfig
 from engine.memory.host_memory import HostMemory
+from engine.runtimes.base import RuntimeContext
 from engine.runtimes.vllm.runtime import VllmRuntime
 
 pytestmark = pytest.mark.slow
@@ -209,7 +210,7 @@ def test_the_worker_takes_the_place_of_vllms_own(
     from engine.runtimes.vllm import cuda_memory
 
     device: Any = SimpleNamespace(kind="cuda")
-    runtime = VllmRuntime(device, tmp_path)
+    runtime = VllmRuntime(RuntimeContext(device, tmp_path))
     line = runtime._command_line(ModelConfig(id="m", source="starter:tiny-llama"), 1)
     found = resolve_obj_by_qualname(line[line.index("--worker-cls") + 1])
     assert issubclass(found, Worker)

@@ -19,9 +19,10 @@ START = """
 import json, sys
 from pathlib import Path
 from engine.memory.device import CpuDevice
+from engine.runtimes.base import RuntimeContext
 from engine.runtimes.vllm.runtime import VllmRuntime
 
-VllmRuntime(CpuDevice(), Path("nowhere")).start()
+VllmRuntime(RuntimeContext(CpuDevice(), Path("nowhere"))).start()
 loaded = [*sys.modules]
 from torch._inductor.lowering import FALLBACK_ALLOW_LIST
 from transformers.utils import is_scipy_available, is_sklearn_available

@@ -9,6 +9,7 @@ import shutil
 import statistics
 import threading
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,9 @@ MakeLlama = Callable[..., Path]
 def host(vllm_runtime: VllmRuntime) -> Iterator[HostMemory]:
     """Room for master copies, all of which must be back in the end."""
     memory = HostMemory(2 * 2**30, pinned=False)
-    vllm_runtime.host = memory
+    vllm_runtime.context = replace(vllm_runtime.context, host=memory)
     yield memory
-    vllm_runtime.host = None
+    vllm_runtime.context = replace(vllm_runtime.context, host=None)
     assert memory.used_bytes == 0
 
 
@@ -62,7 +63,7 @@ def block_bytes(loaded: VllmModel) -> dict[str, int]:
 
 def resident_bytes(runtime: VllmRuntime) -> int:
     gc.collect()
-    runtime._device.release_cached()
+    runtime.context.device.release_cached()
     memory = psutil.Process().memory_info()
     return int(memory.rss - memory.shared)  # pages of files come and go as the system likes
 
@@ -442,7 +443,7 @@ async def test_without_host_memory_only_the_weights_stay(
     vllm_runtime: VllmRuntime, make_model: MakeModel, room: int | None
 ) -> None:
     host = None if room is None else HostMemory(room, pinned=False)
-    vllm_runtime.host = host
+    vllm_runtime.context = replace(vllm_runtime.context, host=host)
     model = make_model("llama")
     loaded = await load(vllm_runtime, model)
     parkable = {block.name: block.parkable for block in loaded.blocks()}

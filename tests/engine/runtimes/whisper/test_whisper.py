@@ -25,8 +25,9 @@ from engine.files.ctranslate2_file import read_variables, weight_bytes, write_va
 from engine.memory.device import CpuDevice
 from engine.memory.host_memory import HostMemory
 from engine.requests import SpeechRequest, TranscriptionOperation, TranscriptionRequest
-from engine.runtimes.base import LoadedModel
-from engine.runtimes.whisper.runtime import LoadedWhisper, WhisperOptions, WhisperRuntime
+from engine.runtimes.base import LoadedModel, RuntimeContext
+from engine.runtimes.whisper.options import WhisperOptions
+from engine.runtimes.whisper.runtime import LoadedWhisper, WhisperRuntime
 from engine.starters.registry import ensure_starter
 from tests.engine.recordings import FILES, encode, silence, voice
 
@@ -396,7 +397,7 @@ async def test_what_libraries_share_stays_as_it_was(engine: Engine) -> None:
 async def test_unloading_ends_threads_and_frees_the_model(cache_dir: Path) -> None:
     import weakref
 
-    runtime = WhisperRuntime(CpuDevice(), cache_dir)
+    runtime = WhisperRuntime(RuntimeContext(CpuDevice(), cache_dir))
     runtime.start()
     model = model_of()
     counts = []
@@ -424,7 +425,7 @@ async def drain(loaded: LoadedModel, runtime: WhisperRuntime, model: ModelConfig
 async def test_the_estimate_is_what_the_weights_take(
     cache_dir: Path, tmp_path: Path, engine: Engine
 ) -> None:
-    runtime = WhisperRuntime(CpuDevice(), cache_dir)
+    runtime = WhisperRuntime(RuntimeContext(CpuDevice(), cache_dir))
     folder = ensure_starter("tiny-whisper", cache_dir)
     stored = (folder / "model.bin").stat().st_size
     as_stored = runtime.estimate(model_of(compute_type="float16")).nbytes
@@ -442,7 +443,7 @@ async def test_the_estimate_is_what_the_weights_take(
 
 
 async def test_working_memory_grows_with_the_recording_and_the_model(cache_dir: Path) -> None:
-    runtime = WhisperRuntime(CpuDevice(), cache_dir)
+    runtime = WhisperRuntime(RuntimeContext(CpuDevice(), cache_dir))
     model = model_of()
 
     def working(seconds: float, **options: Any) -> int:
@@ -474,7 +475,7 @@ HARMS = {
 async def test_a_damaged_folder_fails_with_the_reason(
     cache_dir: Path, tmp_path: Path, harm: str
 ) -> None:
-    runtime = WhisperRuntime(CpuDevice(), cache_dir)
+    runtime = WhisperRuntime(RuntimeContext(CpuDevice(), cache_dir))
     runtime.start()
     folder = tmp_path / "model"
     shutil.copytree(ensure_starter("tiny-whisper", cache_dir), folder)
@@ -502,7 +503,7 @@ async def test_a_damaged_folder_fails_with_the_reason(
 
 
 async def test_a_type_that_the_processor_cannot_do_fails_with_the_reason(cache_dir: Path) -> None:
-    runtime = WhisperRuntime(CpuDevice(), cache_dir)
+    runtime = WhisperRuntime(RuntimeContext(CpuDevice(), cache_dir))
     runtime.start()
     with pytest.raises(LoadFailed, match="float16"):
         await runtime.load(model_of(compute_type="float16"), pytest.fail)
@@ -536,8 +537,7 @@ async def test_weights_are_parkable_where_they_are_on_a_gpu(cache_dir: Path) -> 
         (Card(), None, False),
         (CpuDevice(), HostMemory(2**30, pinned=False), False),
     ):
-        runtime = WhisperRuntime(device, cache_dir)
-        runtime.host = host
+        runtime = WhisperRuntime(RuntimeContext(device, cache_dir, host))
         estimate = runtime.estimate(model_of())
         assert [block.parkable for block in estimate.blocks] == [parkable]
     loaded = await runtime.load(model_of(), pytest.fail)
@@ -551,7 +551,7 @@ async def test_a_park_that_the_library_passes_over_is_no_park(
 ) -> None:
     """On a CPU it always does, as it does on a GPU for a model in use."""
     monkeypatch.setattr("engine.runtimes.whisper.run.BUSY_S", 0.0)
-    runtime = WhisperRuntime(CpuDevice(), cache_dir)
+    runtime = WhisperRuntime(RuntimeContext(CpuDevice(), cache_dir))
     runtime.start()
     loaded = await runtime.load(model_of(), pytest.fail)
     with pytest.raises(RuntimeFailed):
@@ -560,7 +560,7 @@ async def test_a_park_that_the_library_passes_over_is_no_park(
 
 
 async def test_a_woken_model_hears_as_before(cache_dir: Path) -> None:
-    runtime = WhisperRuntime(CpuDevice(), cache_dir)
+    runtime = WhisperRuntime(RuntimeContext(CpuDevice(), cache_dir))
     runtime.start()
     model = model_of()
     loaded = await runtime.load(model, pytest.fail)

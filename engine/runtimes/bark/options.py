@@ -1,0 +1,13 @@
+"""What the configuration says of a Bark model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from engine.runtimes.common.speech_options import SpeechOptions
+
+
+class BarkOptions(SpeechOptions):
+    """Options of a Bark model."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -1,0 +1,45 @@
+"""What the configuration says of a transcription model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from engine.config import Section
+from engine.units import Duration
+
+ComputeType = Literal[
+    "auto",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int8",
+    "int8_float32",
+    "int8_float16",
+    "int8_bfloat16",
+]
+
+
+class WhisperOptions(Section):
+    """Options of a transcription model."""
+
+    compute_type: ComputeType = "auto"
+    """The type of the loaded weights. `auto`: int8 on a CPU, float16 on a GPU."""
+    revision: str | None = None
+    language: str | None = None
+    """The language of requests that name none. None: the model detects it."""
+    beam_size: int = Field(default=5, ge=1, le=100)
+    cpu_threads: int | None = Field(default=None, ge=1)
+    """None: the processor's cores, four at most."""
+    batch_after: Duration | None = 600.0
+    """Longer recordings, in seconds, go through the batched pipeline; None: none does.
+
+    That pipeline cuts a recording at pauses, with or without `vad` in the request, and runs
+    several windows at once. They do not see the text before them, and are not tried again at a
+    higher temperature.
+    """
+    batch_size: int = Field(default=8, ge=1, le=256)
+    """Windows at once in the batched pipeline."""
+    max_seconds: float = Field(default=4 * 3600.0, gt=0)
+    """A longer recording is refused."""
