@@ -147,8 +147,8 @@ def test_frame_is_one_event_whatever_the_message() -> None:
     [
         ("GET", "/nowhere", 404, "not_found"),
         ("GET", "/v1/models/", 404, "model_not_found"),
-        ("GET", "/openapi.json", 404, "not_found"),
-        ("GET", "/docs", 404, "not_found"),
+        ("GET", "/openapi.yaml", 404, "not_found"),
+        ("GET", "/redoc", 404, "not_found"),
         ("GET", CHAT, 405, "method_not_allowed"),
         ("POST", f"{CHAT}/", 404, "not_found"),
     ],
