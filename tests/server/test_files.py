@@ -226,13 +226,13 @@ class TestLoras:
     ) -> None:
         folder = tmp_path / "loras"
         folder.mkdir()
-        for number, name in enumerate((".style.part", ".style.0123.part")):
+        for name in (".style.part", ".old.0123.part"):
             (folder / name).write_bytes(b"half")
-            os.utime(folder / name, (number * 1e9, number * 1e9))
-        (folder / ".other.part").write_bytes(b"half")  # just now: somebody may be writing it
+        os.utime(folder / ".old.0123.part", (1e9, 1e9))
         assert (await self.upload(client)).is_success
+        # Somebody may be writing the one that is new.
         assert sorted(path.name for path in folder.iterdir()) == [
-            ".other.part",
+            ".style.part",
             "style.safetensors",
         ]
 
