@@ -25,7 +25,7 @@ from engine.errors import (
     QueueTimeout,
     RuntimeFailed,
 )
-from engine.events import Document, Event, ImageResult, PartialImage, Progress, WorkingMemory
+from engine.events import Event, ImageResult, PartialImage, Progress, WorkingMemory
 from engine.memory.block import Block, Estimate
 from engine.process.switches import QUICK_SWITCH_S
 from engine.requests import ImageOperation, ImageRequest, Request, SchedulingOptions
@@ -416,15 +416,19 @@ async def test_an_error_of_a_library_does_not_hide_a_cancellation(
 
 
 async def test_a_run_whose_end_fails_gives_its_lease_back(
-    engine: Engine, runtime: Measured
+    engine: Engine, runtime: Measured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def answer(_: Any) -> AsyncGenerator[Event, None]:
-        try:
-            yield Document(b"{}")
-        finally:
+    class Stubborn:
+        async def __anext__(self) -> Event:
+            raise RuntimeFailed("at the beginning")
+
+        async def aclose(self) -> None:
             raise RuntimeFailed("at the end")
 
-    runtime.answer = answer
+    await engine.load("small")
+    loaded: Any = engine._residency.loaded["small"]
+    loaded.run = lambda _: Stubborn()
+    monkeypatch.setattr(runtime, "prepare", lambda _, request: Prepared(request, None))
     with pytest.raises(RuntimeFailed, match="at the end"):
         await engine.open(request())
     assert engine.model_status("small").leases == 0
