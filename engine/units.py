@@ -18,6 +18,8 @@ _SIZE_FACTORS = {
     "t": 10**12, "tb": 10**12, "ti": 2**40, "tib": 2**40,
 }  # fmt: skip
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\s*$", re.IGNORECASE)
+_DURATION_PARTS = re.compile(r"^\s*(?:\d+(?:\.\d+)?(?:ms|s|m|h|d)\s*){2,}$", re.IGNORECASE)
+_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", re.IGNORECASE)
 _DURATION_FACTORS = {None: 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -39,7 +41,7 @@ def parse_size(value: object) -> int:
 
 
 def parse_duration(value: object) -> float:
-    """Seconds from `300`, `"90s"`, `"5m"`, `"1h"`; `"forever"` is infinity.
+    """Seconds from `300`, `"90s"`, `"5m"`, `"1h30m"`; `"forever"` is infinity.
 
     Raises:
         ValueError: not a duration, or negative.
@@ -51,6 +53,9 @@ def parse_duration(value: object) -> float:
         return float(value)
     if isinstance(value, str) and value.strip().lower() == "forever":
         return math.inf
+    if isinstance(value, str) and _DURATION_PARTS.match(value):
+        parts = _DURATION_PART.findall(value)
+        return sum(float(number) * _DURATION_FACTORS[unit.lower()] for number, unit in parts)
     match = _DURATION.match(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError(f"{value!r} is not a duration; write seconds, 5m, 1h or forever")

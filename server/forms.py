@@ -67,7 +67,9 @@ async def read_fields(request: Request, max_bytes: int) -> Fields:
         request, max_bytes, MAX_FILES, MAX_FIELDS, text_bytes=max_bytes, spool_bytes=max_bytes
     )
     try:
-        return Fields(await _structured(form), typed=False)
+        values = await _structured(form)
+        # Clients send an empty field for each setting that they were given no value for.
+        return Fields({name: each for name, each in values.items() if each != ""}, typed=False)
     finally:
         await form.close()
 

@@ -20,6 +20,10 @@ def models_router(engine: Engine) -> APIRouter:
     """
     router = APIRouter(tags=["models"])
 
+    # Clients probe with HEAD, and some end their base address with a slash.
+    @router.head("/v1/models", include_in_schema=False)
+    @router.head("/v1/models/", include_in_schema=False)
+    @router.get("/v1/models/", include_in_schema=False)
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         return {

@@ -110,7 +110,36 @@ VoiceName: TypeAlias = Annotated[
 ]
 """OpenAI's custom voices are objects with an `id`. Here the id alone works too."""
 
-Language: TypeAlias = Annotated[str, Field(min_length=2, max_length=MAX_LANGUAGE_CHARS)]
+
+def _read_language(value: Any) -> Any:
+    """A code for a name; None for none and for `auto`."""
+    if not isinstance(value, str):
+        return value
+    asked = value.strip().lower()
+    return None if asked in ("", "auto") else _CODES.get(asked, value.strip())
+
+
+def _read_heard_language(value: Any) -> Any:
+    """The same, and without the region, which Whisper does not know."""
+    value = _read_language(value)
+    if not isinstance(value, str):
+        return value
+    primary = value.lower().replace("_", "-").partition("-")[0]
+    return primary if primary in LANGUAGES else value
+
+
+_CODES = {name: code for code, name in LANGUAGES.items()}
+
+Language: TypeAlias = Annotated[
+    Annotated[str, Field(min_length=2, max_length=MAX_LANGUAGE_CHARS)] | None,
+    BeforeValidator(_read_language),
+]
+"""A code (ISO 639-1) with or without a region, or an English name. `auto` is the default."""
+
+HeardLanguage: TypeAlias = Annotated[
+    Annotated[str, Field(min_length=2, max_length=MAX_LANGUAGE_CHARS)] | None,
+    BeforeValidator(_read_heard_language),
+]
 
 
 class SpeechBody(Body):
@@ -125,7 +154,7 @@ class SpeechBody(Body):
     instructions: str = Field(default="", max_length=4096)
     """Without effect, as in OpenAI's own tts-1."""
     # Additions of ours:
-    language: Language | None = None
+    language: Language = None
     word_times: bool = False
     seed: Seed | None = None
 
@@ -261,7 +290,7 @@ class TranscriptionBody(RecordingBody):
 
     operation = TranscriptionOperation.TRANSCRIPTION
 
-    language: Language | None = None
+    language: HeardLanguage = None
     stream: bool = False
     include: Annotated[list[str], BeforeValidator(as_list)] = Field(default_factory=list)
     timestamp_granularities: Annotated[

@@ -19,6 +19,7 @@ from engine.config import (
 from engine.errors import ConfigError
 from engine.runtimes.registry import REGISTRY, RUNTIMES, options_of
 from engine.runtimes.vllm.options import VllmOptions
+from engine.units import parse_duration
 
 
 def model(**options: Any) -> ModelConfig:
@@ -202,3 +203,11 @@ class TestServiceLinks:
         assert all(is_service_link("vllm", *each) for each in links_of("VLLM").items())
         assert not is_service_link("vllm", "VLLM_PORT", "5000")
         assert not is_service_link("vllm", "VLLM_PORT", "")
+
+
+def test_a_duration_of_several_units() -> None:
+    assert parse_duration("1h30m") == 5400.0
+    assert parse_duration(" 1m 500ms ") == 60.5
+    for text in ("1h30", "h", "1h-3m"):
+        with pytest.raises(ValueError, match="not a duration"):
+            parse_duration(text)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import tempfile
+import zlib
 from typing import Any, NoReturn
 
 import httpx
@@ -11,6 +13,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from engine.errors import InvalidRequest
+from server.body import read_object
 from server.forms import MAX_FIELDS, MAX_FILES, Fields, read_fields
 
 MAX_BYTES = 4 * 2**20
@@ -126,3 +129,37 @@ async def test_nothing_is_written_to_disk(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(tempfile, "TemporaryFile", fail)
     large = b"x" * (MAX_BYTES - 2**16)
     assert (await read([("image", large)])).values == {"image": [large]}
+
+
+async def test_an_empty_field_stands_for_the_default() -> None:
+    fields = await read([("language", ""), ("prompt", "a"), ("file", b"")])
+    assert fields.values == {"prompt": "a", "file": [b""]}
+
+
+def encoded_request(content: bytes, encoding: str) -> Request:
+    made = request_of(content, "application/json")
+    made.scope["headers"].append((b"content-encoding", encoding.encode()))
+    return made
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "deflate", "identity"])
+async def test_an_encoded_body_is_decoded_within_the_limit(encoding: str) -> None:
+    text = b'\xef\xbb\xbf{"a": "' + b"x" * 3_000_000 + b'"}'
+    packed = {"gzip": gzip.compress(text), "deflate": zlib.compress(text)}
+    sent = packed.get(encoding.lower(), text)
+    found = await read_object(encoded_request(sent, encoding), MAX_BYTES)
+    assert len(found["a"]) == 3_000_000
+    with pytest.raises(InvalidRequest) as caught:
+        await read_object(encoded_request(sent, encoding), 2_999_999)
+    assert caught.value.status == 413
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "status"),
+    [(b"{}", "br", 415), (b"{}", "gzip", 400), (gzip.compress(b"{}", mtime=0)[:-3], "gzip", 400)],
+    ids=["unknown", "plain", "cut"],
+)
+async def test_an_encoding_that_cannot_be_read(content: bytes, encoding: str, status: int) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await read_object(encoded_request(content, encoding), MAX_BYTES)
+    assert caught.value.status == status

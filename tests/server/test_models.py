@@ -90,3 +90,10 @@ async def test_a_model_in_use_is_not_unloaded(
     assert (await client.post("/v1/engine/models/small/unload")).status_code == 409
     may_end.set()
     assert (await call).status_code == 200
+
+
+async def test_the_list_answers_head_and_a_trailing_slash(client: httpx.AsyncClient) -> None:
+    wanted = (await client.get("/v1/models")).json()
+    assert (await client.get("/v1/models/")).json() == wanted
+    assert (await client.head("/v1/models")).status_code == 200
+    assert (await client.head("/v1/models/")).status_code == 200

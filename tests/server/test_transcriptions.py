@@ -14,6 +14,7 @@ import openai
 import pytest
 import srt
 import webvtt
+from pydantic import TypeAdapter
 
 from engine.config import ModelConfig
 from engine.engine import Engine
@@ -22,6 +23,7 @@ from engine.events import Event, Heard, Segment, Word
 from engine.requests import Priority, Request, TranscriptionOperation, TranscriptionRequest
 from engine.runtimes.base import Prepared
 from server.languages import LANGUAGES
+from server.schemas.audio import HeardLanguage, Language
 from tests.contract.openai import conforms
 from tests.server.fake import FakeRuntime, fake_engine
 from tests.server.test_audio import events_of, files_in
@@ -379,7 +381,6 @@ class TestRefusal:
             ({"temperature": "-0.1"}, "temperature"),
             ({"temperature": "nan"}, "temperature"),
             ({"prompt": "x" * 32_001}, "prompt"),
-            ({"hotwords": ""}, "hotwords"),
             ({"vad": "maybe"}, "vad"),
             ({"frobnicate": "1"}, "frobnicate"),
         ],
@@ -506,3 +507,19 @@ async def test_client_that_leaves_ends_the_run(
     runtime.answer = write_down
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S) as client:
         assert (await client.post(TRANSCRIPTIONS, **sent)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("sent", "heard", "spoken"),
+    [
+        ("", None, None),
+        ("auto", None, None),
+        ("en-US", "en", "en-US"),
+        ("zh_CN", "zh", "zh_CN"),
+        ("English", "en", "en"),
+        ("xx-YY", "xx-YY", "xx-YY"),
+    ],
+)
+def test_languages_as_clients_send_them(sent: str, heard: str | None, spoken: str | None) -> None:
+    assert TypeAdapter(HeardLanguage).validate_python(sent) == heard
+    assert TypeAdapter(Language).validate_python(sent) == spoken
