@@ -59,7 +59,7 @@ def openapi_document(
     schemas = components()
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
-        if isinstance(route, APIRoute):
+        if isinstance(route, APIRoute) and route.include_in_schema:
             path = route.path.replace(":path}", "}")
             for method in sorted(route.methods):
                 operation = OPERATIONS[path][method.lower()]

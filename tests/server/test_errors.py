@@ -146,7 +146,7 @@ def test_frame_is_one_event_whatever_the_message() -> None:
     ("method", "path", "status", "code"),
     [
         ("GET", "/nowhere", 404, "not_found"),
-        ("GET", "/v1/models/", 404, "model_not_found"),
+        ("GET", "/v1/models/nothing", 404, "model_not_found"),
         ("GET", "/openapi.yaml", 404, "not_found"),
         ("GET", "/redoc", 404, "not_found"),
         ("GET", CHAT, 405, "method_not_allowed"),

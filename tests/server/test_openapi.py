@@ -137,7 +137,7 @@ def served(app: FastAPI) -> set[tuple[str, str]]:
     return {
         (route.path.replace(":path}", "}"), method.lower())
         for route in app.routes
-        if isinstance(route, APIRoute)
+        if isinstance(route, APIRoute) and route.include_in_schema
         for method in route.methods
     }
 
