@@ -74,7 +74,7 @@ class Outputs:
             path.write_bytes(data)
 
         with self.held(name.removesuffix(suffix)):
-            self.add(name, write)
+            self.add(name, write, sweep=False)  # a new name has no leftovers to look for
             self._make_room(self._clock())
         return name
 
@@ -92,10 +92,11 @@ class Outputs:
                     return path
         raise NotFound("There is no such file, or it has expired.")
 
-    def add(self, name: str, write: Callable[[Path], None]) -> None:
+    def add(self, name: str, write: Callable[[Path], None], *, sweep: bool = True) -> None:
         """Keep the file that `write` writes to a given path, whole and on disk, or not at all.
 
-        It replaces a file of the same name.
+        It replaces a file of the same name. `sweep` removes what a killed process left of it, for
+        which it lists the folder.
 
         Raises:
             NoSpaceLeft: the disk is full.
@@ -104,8 +105,7 @@ class Outputs:
         """
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
-            # A sweep would list the folder. Leftovers count and expire as files do.
-            with new_file(self._folder / name, sweep=False) as unfinished:
+            with new_file(self._folder / name, sweep=sweep) as unfinished:
                 write(unfinished)
                 now = self._clock()
                 os.utime(unfinished, (now, now))  # ages are measured by our clock

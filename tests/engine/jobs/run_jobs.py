@@ -49,7 +49,7 @@ class StoppingOutputs(Outputs):
 
     point = ""
 
-    def add(self, name: str, write: Callable[[Path], None]) -> None:
+    def add(self, name: str, write: Callable[[Path], None], *, sweep: bool = True) -> None:
         def half(path: Path) -> None:
             write(path)
             with path.open("r+b") as file:
@@ -57,11 +57,11 @@ class StoppingOutputs(Outputs):
             self._stop()
 
         if not name.endswith(".mp4"):
-            super().add(name, write)
+            super().add(name, write, sweep=sweep)
         elif self.point == "half":
-            super().add(name, half)
+            super().add(name, half, sweep=sweep)
         else:
-            super().add(name, write)
+            super().add(name, write, sweep=sweep)
             self._stop()
 
     def _stop(self) -> None:
