@@ -183,9 +183,9 @@ class Admission:
             on_granted=on_granted,
             on_refused=on_refused,
         )
-        self._scheduler.on_request(ticket, ignore_backoff=ignore_backoff)
-        waiting.stage, waiting.ticket = Stage.QUEUED, ticket
         try:
+            self._scheduler.on_request(ticket, ignore_backoff=ignore_backoff)
+            waiting.stage, waiting.ticket = Stage.QUEUED, ticket
             lease = await granted
         except asyncio.CancelledError:
             if granted.done() and not granted.cancelled() and granted.exception() is None:
@@ -194,6 +194,8 @@ class Admission:
             raise
         except Conflict:  # only `if_loaded_only` is refused so; the caller gets the cost as well
             raise await self._not_loaded(model) from None
+        finally:
+            granted.cancel()  # nobody waits any more, even if a bug ended the call
         deadline.stop()
         waiting.stage, waiting.ticket = Stage.RUNNING, None
         return lease

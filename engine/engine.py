@@ -412,10 +412,11 @@ class Engine:
             on_done=on_done,
             on_refused=on_refused,
         )
-        self._scheduler.on_order(order)
         try:
+            self._scheduler.on_order(order)
             await done
         finally:
+            done.cancel()
             self._scheduler.on_order_cancelled(order)
 
     def pin(self, name: str) -> None:
@@ -497,8 +498,7 @@ class Engine:
 
 def _has_all_files(model: ModelConfig, config: EngineConfig) -> bool:
     """Whether all that a model reads is on this disk. Asks no hub."""
-    from engine.catalog.model_files import (
-        files_of,  # it brings NumPy, which commands need not wait for
-    )
+    # It brings NumPy, which commands need not wait for.
+    from engine.catalog.model_files import files_of
 
     return all(files.present for files in files_of(model, config))

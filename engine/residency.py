@@ -1,4 +1,4 @@
-"""Carries decisions out: estimates and moves models, and reports the outcomes as events."""
+"""Carries the scheduler's transitions out, and reports each outcome to it as an event."""
 
 from __future__ import annotations
 
@@ -171,10 +171,7 @@ class Residency:
         self._parked_blocks.pop(model_id, None)
         self._overhead_before.pop(model_id, None)
         if loaded is not None:
-            try:
-                await self._runtime(self._models[model_id]).unload(loaded)
-            except Exception:
-                log.exception("unloading %s failed", model_id)
+            await self._unload_whatever_comes(model_id, loaded)
 
     def _runtime(self, model: ModelConfig) -> Runtime:
         return self._runtimes[model.runtime]
@@ -252,13 +249,19 @@ class Residency:
         loaded = self.loaded.pop(model_id)
         nbytes = sum(block.nbytes for block in loaded.blocks())
         self._parked_blocks.pop(model_id, None)
+        await self._unload_whatever_comes(model_id, loaded)
+        del loaded
+        self._check_leak(model_id, nbytes)
+
+    async def _unload_whatever_comes(self, model_id: str, loaded: LoadedModel) -> None:
+        """Have the runtime unload a model; an error is logged only.
+
+        From here on the bytes count as free. The really free bytes are measured.
+        """
         try:
             await self._runtime(self._models[model_id]).unload(loaded)
         except Exception:
-            # From here on the bytes count as free. The really free bytes are measured.
             log.exception("unloading %s failed", model_id)
-        del loaded
-        self._check_leak(model_id, nbytes)
 
     def _overhead_bytes(self) -> int:
         """Bytes that the process uses of the device beyond the blocks of the models there.

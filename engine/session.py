@@ -1,4 +1,4 @@
-"""A request that runs: its first event is here, the others follow."""
+"""A running request: it holds the lease and gives the events, the first of which is here."""
 
 from __future__ import annotations
 

@@ -68,18 +68,23 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         openapi_url=None,
         redirect_slashes=False,
     )
-    app.include_router(probes_router(engine, start, metrics))
-    app.include_router(text_router(engine, settings))
-    app.include_router(images_router(engine, outputs, settings))
-    app.include_router(videos_router(jobs, settings))
-    app.include_router(speech_router(engine, voices, settings))
-    app.include_router(transcriptions_router(engine, settings))
-    app.include_router(voices_router(engine, voices, settings))
-    app.include_router(models_router(engine))
-    app.include_router(engine_router(engine, settings))
-    app.include_router(files_router(engine))
-    app.include_router(web_router())
-    app.include_router(docs_router(engine, settings))
+    for router in (
+        probes_router(engine, start, metrics),
+        text_router(engine, settings),
+        images_router(engine, outputs, settings),
+        videos_router(jobs, settings),
+        speech_router(engine, voices, settings),
+        transcriptions_router(engine, settings),
+        voices_router(engine, voices, settings),
+        models_router(engine),
+        engine_router(engine, settings),
+        files_router(engine),
+        web_router(),
+        docs_router(engine, settings),
+    ):
+        app.router.routes += (
+            router.routes
+        )  # Not app.include_router(): it builds each of them again.
     app.add_exception_handler(EngineError, _on_engine_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_middleware(Guard, settings=settings)

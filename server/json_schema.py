@@ -6,6 +6,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
@@ -15,7 +16,10 @@ from pydantic_core import core_schema
 from engine.units import MemoryBudget, parse_duration, parse_size
 
 SIZE_PATTERN = r"^\s*\d+(\.\d+)?\s*([kKmMgGtT][iI]?)?[bB]?\s*$"
-DURATION_PATTERN = r"^\s*(\d+(\.\d+)?\s*([mM]?[sS]|[mMhHdD])?|[fF][oO][rR][eE][vV][eE][rR])\s*$"
+_UNIT = r"([mM]?[sS]|[mMhHdD])"
+DURATION_PATTERN = (
+    rf"^\s*(\d+(\.\d+)?\s*{_UNIT}?|(\d+(\.\d+)?{_UNIT}\s*)+|[fF][oO][rR][eE][vV][eE][rR])\s*$"
+)
 SHARE_PATTERN = r"^\s*\d+(\.\d+)?\s*%\s*$"
 
 _CONSTRAINTS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
@@ -31,7 +35,7 @@ def size_schema(number: Mapping[str, Any]) -> JsonSchemaValue:
 def duration_schema(number: Mapping[str, Any]) -> JsonSchemaValue:
     """A duration: seconds, or text such as `90s`. `number` has the bounds of the seconds."""
     bounds = {"minimum": 0, **_bounds(number)}
-    text = {"type": "string", "pattern": DURATION_PATTERN, "examples": ["90s", "5m", "forever"]}
+    text = {"type": "string", "pattern": DURATION_PATTERN, "examples": ["90s", "1h30m", "forever"]}
     return {"anyOf": [{"type": "number", **bounds}, text]}
 
 
@@ -103,7 +107,8 @@ def _described(document: JsonSchemaValue, kind: type[Any]) -> JsonSchemaValue:
     return document
 
 
-def _own_docstrings(kind: type[Any]) -> dict[str, str]:
+@cache  # many bodies inherit from the same classes, and reading their source takes long
+def _own_docstrings(kind: type[Any]) -> Mapping[str, str]:
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(body, ast.ClassDef)
     found = {}

@@ -1,4 +1,4 @@
-"""The requests without a response, which need one if the process gives up."""
+"""The requests without a response: they get a 503 when the process must end."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from engine.errors import ShuttingDown
+from engine.memory.malloc import share_one_heap
 from server.app import create_app
 from server.exit_codes import FAULT, INTERRUPTED
 from server.http_protocol import http_protocol
@@ -69,6 +70,7 @@ def run(
         Exception: the error that kept the engine from starting.
 
     """
+    share_one_heap()
     start = Start(engine)
     requests = OpenRequests(create_app(engine, settings, start))
     config = uvicorn.Config(

@@ -1,7 +1,7 @@
 """Fixtures that tests of the engine and of the server share, and the option `--quick`.
 
-A quick run leaves out the tests that are marked `slow`: those that load a native library. It
-fails where any other test loads one.
+A quick run leaves out the tests that are marked `slow`: those that load a native library, and
+files that wait long. It fails where any other test loads a native library.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import gc
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -24,6 +25,10 @@ from tests.quick import sitecustomize
 # Before torch is imported. With more threads equal calls may differ in the last bit, as memory
 # alignment decides what each gets; and they spin at barriers while other tests have the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# For the processes of pytest-xdist, which have a second thread before any of our code runs
+# (`engine.memory.malloc`). Tests measure what a park gives back to the system.
+os.environ["MALLOC_ARENA_MAX"] = "1"
 
 # The same examples in every run: what is submitted is judged by what it changes, not by chance.
 # `pytest --hypothesis-profile=search` looks for new ones.
@@ -49,6 +54,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("quick"):
+        if loaded := sitecustomize.NATIVE & sys.modules.keys():
+            raise pytest.UsageError(f"{', '.join(sorted(loaded))}: loaded before the first test")
         descriptor, name = tempfile.mkstemp(prefix="roundhouse-native-")
         os.close(descriptor)
         config.stash[RECORD] = Path(name)

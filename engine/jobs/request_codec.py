@@ -1,4 +1,4 @@
-"""The request of a job as JSON, which its record stores."""
+"""Converts the request of a job to JSON for its record, and back."""
 
 from __future__ import annotations
 

@@ -151,15 +151,18 @@ class Outputs:
         folder that cannot be listed.
         """
         with self._listing:
+            added: list[tuple[str, int, float]] = []
             with self._lock:
-                self._added = []
+                self._added = added
             try:
                 index = self._list()
             except OSError as error:
                 log.warning("cannot list the outputs: %s", error)
+                with self._lock:
+                    self._added = None
                 return
             with self._lock:
-                for name, nbytes, made_at in self._added:
+                for name, nbytes, made_at in added:
                     index.note(name, nbytes, made_at)
                 self._added = None
                 self._index = index

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import platform
 import shutil
 import subprocess
@@ -15,15 +13,9 @@ from typing import ClassVar
 import psutil
 
 from engine.errors import ConfigError
+from engine.memory import malloc
 
 CGROUP = Path("/sys/fs/cgroup")
-
-M_ARENA_MAX = -8
-"""glibc's number for the setting, from its malloc.h."""
-ARENAS = 1
-"""Heaps that threads share, instead of glibc's eight a core. Every model has its own threads, and
-memory that one thread leaves in its own heap is no use to the next. After a dozen loads and runs of
-a tiny Whisper that was 52 MB, with two heaps 24 MB, and with one heap nothing."""
 
 
 class Device(ABC):
@@ -72,10 +64,7 @@ class CpuDevice(Device):
         self._limit_bytes = _cgroup_number("memory.max")
         self.total_bytes = host_memory_bytes()
         self.set_baseline()
-        libc = ctypes.util.find_library("c") if platform.libc_ver()[0] == "glibc" else None
-        self._libc = ctypes.CDLL(libc) if libc else None
-        if self._libc is not None:
-            self._libc.mallopt(M_ARENA_MAX, ARENAS)
+        malloc.share_one_heap()
 
     def set_baseline(self) -> None:
         """Record the process's memory now, as the part that is not a model."""
@@ -97,9 +86,8 @@ class CpuDevice(Device):
         return int(self._process.memory_info().rss - self._baseline_bytes)
 
     def release_cached(self) -> None:
-        """Give the C allocator's free pages back to the system. Otherwise glibc keeps them."""
-        if self._libc is not None:
-            self._libc.malloc_trim(0)
+        """Give the free pages of the C library's heap back to the system."""
+        malloc.trim()
 
 
 class CudaDevice(Device):

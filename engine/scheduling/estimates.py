@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -40,14 +39,13 @@ class EstimateStore:
         self._options_of = options_of
         self._lock = threading.Lock()
         self._entries: dict[str, dict[str, Any]] = {}
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                entries = json.loads(self._path.read_text(encoding="utf-8"))
-                self._entries = entries if isinstance(entries, dict) else {}
-            except (OSError, ValueError) as error:
-                if isinstance(error, FileNotFoundError):
-                    raise
-                log.warning("cannot read %s: %s; starting afresh", self._path, error)
+        try:
+            entries = json.loads(self._path.read_text(encoding="utf-8"))
+            self._entries = entries if isinstance(entries, dict) else {}
+        except FileNotFoundError:
+            pass  # nothing was measured yet
+        except (OSError, ValueError) as error:
+            log.warning("cannot read %s: %s; starting afresh", self._path, error)
 
     def get(self, model: ModelConfig) -> Estimate | None:
         """The last measurement, or None."""

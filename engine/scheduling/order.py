@@ -1,4 +1,7 @@
-"""An administrator's order to take an idle model off the device."""
+"""An administrator's order to take an idle model off the device.
+
+The order in which tickets are served is `service_order` in `engine.scheduling.planner`.
+"""
 
 from __future__ import annotations
 

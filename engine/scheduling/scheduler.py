@@ -451,7 +451,8 @@ class Scheduler:
             if decision.grants or decision.refusals:
                 self._answer(decision)
             elif decision.transition is None:
-                return min(filter(None, (decision.wake_at, order_at)), default=None)
+                times = [at for at in (decision.wake_at, order_at) if at is not None]
+                return min(times, default=None)
             elif not measured:
                 # Other programs may have taken or freed memory since. Measure, then plan again.
                 self._measure()

@@ -1,4 +1,4 @@
-"""The probes of load balancers and orchestrators, and the metrics."""
+"""`/health`, `/ready`, `/ping` and `/metrics`: for load balancers, orchestrators, Prometheus."""
 
 from __future__ import annotations
 

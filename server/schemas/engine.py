@@ -1,4 +1,4 @@
-"""The requests to the engine's own routes."""
+"""The body of `/v1/engine/plan` and the query of `/v1/engine/events`."""
 
 from __future__ import annotations
 

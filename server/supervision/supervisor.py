@@ -1,7 +1,7 @@
 """The parent of the process that serves: starts it, reads its heartbeat, restarts it.
 
 It imports only the standard library, `server.exit_codes` and the fallback responder. What is not
-imported cannot break and takes no memory: 13 MB, where the command line alone takes 68. So
+imported cannot break and takes no memory; `docs/design/supervisor.md` has the figures. So
 `roundhouse serve` becomes this program once it listens (`become`). This program runs the same
 command again and passes the listener to it. The socket stays open while no process serves. Clients
 that connect during a restart wait in its queue, and the next process answers them.

@@ -49,7 +49,7 @@ class Measured(FakeRuntime):
 
 
 @pytest.fixture
-def runtime(monkeypatch: pytest.MonkeyPatch) -> Measured:
+def runtime(monkeypatch: pytest.MonkeyPatch, unfrozen_heap: None) -> Measured:
     monkeypatch.setitem(REGISTRY, "fake", "tests.server.fake:FakeRuntime")
     return Measured()
 

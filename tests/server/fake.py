@@ -151,10 +151,14 @@ async def listening(app: FastAPI, http: type[asyncio.Protocol] | None = None) ->
         app, http=http or "auto", lifespan="on", log_config=None, timeout_graceful_shutdown=1
     )
     server = uvicorn.Server(config)
-    # Not serve(): it would take the signals of the test process.
-    serving = asyncio.create_task(server._serve(sockets=[listener]))
+    # Not serve(): it would take the signals of the test process, and looks only ten times a second
+    # whether it should stop.
+    config.load()
+    server.lifespan = config.lifespan_class(config)
+    await server.startup(sockets=[listener])
+    assert server.started
+    await server.on_tick(0)  # writes the headers of every answer
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
-        server.should_exit = True
-        await serving
+        await server.shutdown(sockets=[listener])

@@ -31,7 +31,7 @@ async def test_a_client_that_does_not_read_does_not_keep_the_model(
             yield Document(b"{}")
             return
         try:
-            while True:  # it never ends by itself
+            while True:  # only a closed connection ends it
                 yield Frame(f"data: {'x' * 200_000}\n\n")
                 await asyncio.sleep(0.001)
         finally:

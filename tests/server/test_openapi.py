@@ -86,14 +86,18 @@ def runtime() -> FakeRuntime:
     return AnyRuntime()
 
 
-@pytest.fixture
-def engine(runtime: FakeRuntime, tmp_path: Path) -> Engine:
+def engine_of(runtime: FakeRuntime, folder: Path) -> Engine:
     models: list[dict[str, object]] = [
         {"id": "text", "aliases": ["gpt-4o"], "source": "none", "keep_alive": "forever"},
     ]
     for task in ("embed", "image", "video", "speech", "transcribe"):
         models.append({"id": f"any-{task}", "source": "none", "task": task})
-    return fake_engine(runtime, tmp_path, models=[{"runtime": "fake", **model} for model in models])
+    return fake_engine(runtime, folder, models=[{"runtime": "fake", **model} for model in models])
+
+
+@pytest.fixture
+def engine(runtime: FakeRuntime, tmp_path: Path) -> Engine:
+    return engine_of(runtime, tmp_path)
 
 
 @pytest.fixture
@@ -114,8 +118,12 @@ async def client(url: str, start: Start) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-@pytest.fixture
-def document(app: FastAPI, engine: Engine, settings: ServerSettings) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Made once, as it takes a third of a second."""
+    engine = engine_of(AnyRuntime(), tmp_path_factory.mktemp("document"))
+    settings = ServerSettings()
+    app = create_app(engine, settings, Start(engine))
     return openapi_document(app.routes, engine.config, settings)
 
 

@@ -28,6 +28,8 @@ from server.app import create_app
 from server.settings import ServerSettings
 from tests.server.fake import FakeRuntime, fake_engine, listening
 
+pytestmark = pytest.mark.slow  # thirteen seconds: they wait for comments of a stream
+
 CHAT = "/v1/chat/completions"
 TIMEOUT_S = 60
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]

@@ -48,7 +48,7 @@ def plain_errors(repo: str) -> Iterator[None]:
             ) from error
         raise LoadFailed(f"the hub failed to give {repo}: {reason(error)}") from error
     except HFValidationError as error:
-        raise NotFound(f"{repo!r} is no name of a repository (owner/name)") from error
+        raise NotFound(f"{repo!r} is not the name of a repository (owner/name)") from error
     except OfflineModeIsEnabled as error:
         raise LoadFailed(f"{repo} cannot be fetched: HF_HUB_OFFLINE is set") from error
     except (httpx2.HTTPError, LocalEntryNotFoundError, FileMetadataError) as error:

@@ -1,4 +1,4 @@
-"""Bark through transformers: built, and spoken with.
+"""Builds Bark with transformers, and runs it to speak.
 
 Importing this module imports torch and transformers.
 """

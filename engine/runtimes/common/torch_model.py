@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import traceback
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
@@ -15,11 +14,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from engine.config import ModelConfig
-from engine.errors import EngineError, LoadFailed, OutOfDeviceMemory, reason
+from engine.errors import LoadFailed, OutOfDeviceMemory, reason
 from engine.events import Event
 from engine.memory.block import Block
 from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.common.compute_thread import ComputeThread
+from engine.runtimes.common.loading import load_on_thread
 from engine.runtimes.common.thread_run import Emit, ThreadRun, run_on_thread
 from engine.runtimes.common.torch_errors import torch_error
 
@@ -92,16 +92,7 @@ class TorchRuntime(Runtime):
         on_failure: Callable[[str], None],  # noqa: ARG002 - no model here fails between runs
     ) -> LoadedModel:
         """Build the model and bring it onto the device, on the loading thread."""
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(self._loader, self._load, model)
-        except Exception as error:
-            # The frames hold the parts built so far, as long as anything holds the error.
-            traceback.clear_frames(error.__traceback__)
-            await loop.run_in_executor(self._loader, self._collect)
-            if isinstance(error, EngineError):
-                raise
-            raise LoadFailed(reason(error)) from error
+        return await load_on_thread(self._loader, self._load, model, self._collect)
 
     def _load(self, model: ModelConfig) -> LoadedModel:
         loaded = self._build(model)

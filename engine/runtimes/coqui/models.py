@@ -1,4 +1,4 @@
-"""Coqui's VITS and XTTS v2: built, filled, and spoken with.
+"""Builds and fills Coqui's VITS and XTTS v2, and runs them to speak.
 
 Importing this module imports torch and the library, which takes some seconds. It also undoes what
 the library does to the process.

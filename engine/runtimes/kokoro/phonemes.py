@@ -1,8 +1,8 @@
 """Sentences as the phonemes that Kokoro speaks.
 
 English uses misaki's lexicon, and espeak for words that the lexicon lacks. Its parts of speech
-come from spaCy's `en_core_web_sm` if that is installed, otherwise from the rules. Other languages
-use espeak alone. Nothing here uses the network.
+come from spaCy's `en_core_web_sm` if that is installed, otherwise from the rules of
+`engine.runtimes.kokoro.tagger`. Other languages use espeak alone. Nothing here uses the network.
 
 Importing this module imports torch, spaCy and kokoro.
 """

@@ -43,6 +43,7 @@ from engine.memory.block import Block, Estimate
 from engine.model_folder import PresentFolders
 from engine.requests import Request, TranscriptionRequest
 from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
+from engine.runtimes.common.loading import load_on_thread
 from engine.runtimes.common.thread_run import run_on_thread
 from engine.runtimes.recognised import Recognised
 from engine.runtimes.whisper.options import WhisperOptions
@@ -253,14 +254,8 @@ class WhisperRuntime(Runtime):
         on_failure: Callable[[str], None],  # noqa: ARG002 - no model here fails between runs
     ) -> LoadedModel:
         """Read the model on the loading thread."""
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(self._loader, self._build, model)
-        except Exception as error:
-            await loop.run_in_executor(self._loader, self.context.device.release_cached)
-            if isinstance(error, EngineError):
-                raise
-            raise LoadFailed(reason(error)) from error
+        give_back = self.context.device.release_cached
+        return await load_on_thread(self._loader, self._build, model, give_back)
 
     def _build(self, model: ModelConfig) -> LoadedWhisper:
         from engine.runtimes.whisper.run import CancellableWhisper

@@ -1,4 +1,4 @@
-"""Images, one after the other."""
+"""The scenario of images, one after the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory of a server's processes after the same load."""
+"""The scenario of memory: that of a server's processes after the same load."""
 
 from __future__ import annotations
 

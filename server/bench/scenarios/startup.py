@@ -1,4 +1,4 @@
-"""From the start of the process to the first token."""
+"""The scenario of a start: seconds from the start of the process to the first token."""
 
 from __future__ import annotations
 

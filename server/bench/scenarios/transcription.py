@@ -1,4 +1,4 @@
-"""Transcription of a recording."""
+"""The scenario of transcription: one recording after the other."""
 
 from __future__ import annotations
 

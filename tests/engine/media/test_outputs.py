@@ -186,6 +186,21 @@ def test_a_new_file_costs_no_look_at_all_the_others(
         outputs.path(first)
 
 
+def test_after_a_listing_that_failed_nothing_piles_up(
+    outputs: Outputs, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs.put(b"one", ".png")
+
+    def unreadable() -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(outputs, "_list", unreadable)
+        outputs.prune(clock.now)
+    outputs.put(b"two", ".png")
+    assert outputs._added is None
+
+
 def test_what_is_added_while_the_folder_is_listed_counts(
     outputs: Outputs, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,7 +64,7 @@ async def test_a_poisoned_context_is_found_at_once_where_there_is_doubt() -> Non
     async with watched(device) as (fault, recheck):
         await asyncio.to_thread(device.checked.acquire)
         device.error = RuntimeError(f"{POISONED}\nCompile with TORCH_USE_CUDA_DSA")
-        recheck.set()  # the next check by itself is seconds away
+        recheck.set()  # otherwise the next check is seconds away
         async with asyncio.timeout(health.CHECK_S / 2):
             assert await fault == f"the device does not work any more: {POISONED}"
 

@@ -397,6 +397,7 @@ class TestFifoLru:
         assert [visit.left_s for visit in fifo_lru(given).visits] == [5, 5, 9]
 
 
+@pytest.mark.slow
 class TestClairvoyant:
     @pytest.mark.parametrize(
         ("requests", "best_s"),
@@ -506,6 +507,7 @@ def small_traces(draw: st.DrawFn) -> Trace:
     return Trace("small", models, tuple(requests), 100, draw(st.sampled_from([0, 300])))
 
 
+@pytest.mark.slow
 class TestComparison:
     def test_the_zipf_mix(self) -> None:
         given = generate("zipf").warmed()
@@ -546,6 +548,7 @@ class TestComparison:
         assert Waits.of([3.0]) == Waits(1, 3.0, 3.0, 3.0)
 
 
+@pytest.mark.slow
 class TestCommand:
     def invoke(self, *arguments: str) -> Any:
         return CliRunner(env={"COLUMNS": "160"}).invoke(command, ["simulate", *arguments])

@@ -275,6 +275,7 @@ def answered(sent_s: float, *times_s: float, tokens: int = 0) -> Answer:
     return Answer(sent_s, times_s[-1], times_s, tokens or len(times_s))
 
 
+@pytest.mark.slow
 class TestScenarios:
     def test_figures_of_text(self) -> None:
         llm = Llm(["m"], Settings())
@@ -663,6 +664,7 @@ def invoke(*arguments: str) -> Result:
     return CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, ["bench", *arguments])
 
 
+@pytest.mark.slow
 class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "said"),

@@ -105,6 +105,7 @@ def test_what_the_configuration_takes(
 VALUES: list[Any] = [
     *(0, 1, 1024, -1, 1.5, True, None, "", "1", "12 b", "1.5 kb", "64MiB", "8 gB", "1Ti", "3tIb"),
     *("-1", "1e3", "MiB", "1 XB", "90s", "5 m", "500ms", "1H", "7d", "1.5h", "1w", "forever"),
+    *("1h30m", " 1d 2h ", "1 h30m", "1h30", "90s500ms", "h30m"),
     *(" Forever ", "for ever", "80%", " 5 %", "80 %%", "%", [], {}),
 ]
 

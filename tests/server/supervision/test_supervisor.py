@@ -32,6 +32,8 @@ from server.supervision.supervisor import (
     pause_s,
 )
 
+pytestmark = pytest.mark.slow  # twelve seconds: they start processes and wait for them
+
 TIMEOUT_S = 30.0
 
 
