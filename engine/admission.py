@@ -9,17 +9,17 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 
 from prometheus_client import Histogram
 
+from engine.catalog.fetcher import Fetcher
 from engine.config import ModelConfig
 from engine.errors import (
     Conflict,
     EngineError,
+    LoadFailed,
     NotLoaded,
     OutOfDeviceMemory,
-    QueueTimeout,
     RuntimeFailed,
 )
 from engine.events import Document, Event, WorkingMemory
-from engine.memory.block import Estimate
 from engine.requests import Request, SchedulingOptions
 from engine.residency import Residency
 from engine.runtimes.base import Prepared, Runtime
@@ -52,6 +52,7 @@ class Admission:
         runtimes: Mapping[str, Runtime],
         residency: Residency,
         scheduler: Scheduler,
+        fetcher: Fetcher,
         clock: Callable[[], float],
         request_seconds: Histogram,
     ) -> None:
@@ -61,11 +62,9 @@ class Admission:
         self._runtimes = runtimes
         self._residency = residency
         self._scheduler = scheduler
+        self._fetcher = fetcher
         self._clock = clock
         self._request_seconds = request_seconds
-        self._fetches: dict[str, asyncio.Task[Estimate]] = {}
-        self._with_files: set[str] = set()
-        """Models whose files are known to be here."""
 
     async def open(
         self, model: ModelConfig, request: Request, deadline: Deadline, waiting: Waiting
@@ -84,7 +83,8 @@ class Admission:
         waiting.stage = Stage.FETCHING
         if request.scheduling.if_loaded_only:
             await self.check_loaded(model)
-        if prepared.working_bytes and not await self._has_files(model, deadline):
+        if not self._fetcher.has_files(model):
+            await self.bring_files(model, deadline)
             # Only now do the files say what a run takes, and what it cannot do.
             prepared = runtime.prepare(model, request)
 
@@ -110,6 +110,17 @@ class Admission:
         if self._scheduler.report.model(model.id).state not in COMPLETE:
             raise await self._not_loaded(model)
 
+    async def bring_files(self, model: ModelConfig, deadline: Deadline) -> None:
+        """Wait until the model's files are here. If they are not to be had, its load will say so.
+
+        Raises:
+            QueueTimeout: they take longer to come. Fetching them goes on.
+            ShuttingDown: the engine stops.
+
+        """
+        with contextlib.suppress(LoadFailed):
+            await self._fetcher.bring(model, deadline)
+
     async def know_size(self, model: ModelConfig, deadline: Deadline) -> None:
         """Give the scheduler the model's estimate, if it has none yet.
 
@@ -122,7 +133,7 @@ class Admission:
             return
         estimate = self.estimates.get(model) if self.estimates is not None else None
         if estimate is None:
-            estimate = (await self._fetched(model, deadline)).result()
+            estimate = await self._fetcher.estimate(model, deadline)
         self._scheduler.on_estimate(model.id, estimate)
 
     def working_bytes(self, model: ModelConfig, prepared: Prepared) -> int:
@@ -211,33 +222,6 @@ class Admission:
             load_s=forecast.move_s,
             evicts=tuple(eviction.model for eviction in forecast.evictions),
         )
-
-    async def _has_files(self, model: ModelConfig, deadline: Deadline) -> bool:
-        """Whether the model's files were read before; otherwise wait until they are here.
-
-        Raises:
-            QueueTimeout: they take longer to come. Fetching them goes on.
-
-        """
-        if model.id in self._with_files:
-            return True
-        task = await self._fetched(model, deadline)
-        if task.exception() is None:  # otherwise the load fails, and gives the same reason
-            self._with_files.add(model.id)
-        return False
-
-    async def _fetched(self, model: ModelConfig, deadline: Deadline) -> asyncio.Task[Estimate]:
-        task = self._fetches.get(model.id)
-        if task is None:
-            estimate = self._runtimes[model.runtime].estimate
-            task = asyncio.create_task(asyncio.to_thread(estimate, model))
-            self._fetches[model.id] = task
-            task.add_done_callback(lambda _: self._fetches.pop(model.id))
-        await asyncio.wait([task], timeout=deadline.left_s)
-        if not task.done():
-            message = f"The files of the model {model.id!r} are still being fetched."
-            raise QueueTimeout(message, retry_after_s=10.0)
-        return task
 
     async def _attempt(
         self,

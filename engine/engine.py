@@ -7,13 +7,22 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 from prometheus_client.registry import CollectorRegistry
 
 from engine.admission import Admission
+from engine.catalog.fetcher import Fetcher
 from engine.config import EngineConfig, ModelConfig
-from engine.errors import ConfigError, EngineError, QueueTimeout, RuntimeFailed, ShuttingDown
+from engine.errors import (
+    ConfigError,
+    Conflict,
+    EngineError,
+    QueueTimeout,
+    RuntimeFailed,
+    ShuttingDown,
+)
+from engine.files.hub.fetch import FetchProgress
 from engine.memory.device import CudaDevice, Device, host_memory_bytes, open_device
 from engine.memory.host_memory import HostMemory
 from engine.metrics import EngineMetrics
@@ -82,7 +91,12 @@ class Engine:
         self._emptied = asyncio.Event()
         self._ledger = Ledger(0, 0)
         self._metrics = EngineMetrics(self.status)
-        self._residency = Residency(self._models, self._runtimes, clock, self._metrics.residual)
+        self._fetcher = Fetcher(
+            self._models, self._runtimes, config.cache_dir, self._on_files_changed
+        )
+        self._residency = Residency(
+            self._models, self._runtimes, self._fetcher, clock, self._metrics.residual
+        )
         self._scheduler = Scheduler(
             config,
             self._ledger,
@@ -97,6 +111,7 @@ class Engine:
             self._runtimes,
             self._residency,
             self._scheduler,
+            self._fetcher,
             clock,
             self._metrics.request_seconds,
         )
@@ -183,6 +198,7 @@ class Engine:
         self.state = EngineState.DRAINING
         for task in self._preloads:
             task.cancel()
+        self._fetcher.stop()  # what waits for files would be refused when they are here
         self._scheduler.on_drain()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
@@ -313,16 +329,23 @@ class Engine:
         stage = _STAGES.get(state, Stage.QUEUED)
         return WaitStatus(stage, ticket.position, ticket.eta_s)
 
-    async def voices(self, name: str) -> tuple[Voice, ...]:
-        """The voices of a model; none if it does not speak.
+    async def voices(self, name: str, *, fetch: bool = True) -> tuple[Voice, ...]:
+        """The voices of a model; none if it does not speak. Its files are fetched if need be.
+
+        Without `fetch` a model has no voices while its files are not here.
 
         Raises:
             ModelNotFound: there is no such model.
-            LoadFailed: its files are missing or unreadable.
+            LoadFailed: its files are not to be had, or unreadable.
+            QueueTimeout: the engine is still starting, or the files still being fetched.
 
         """
         model = self.config.find(name)
-        await self._wait_started(self._usual_deadline())
+        deadline = self._usual_deadline()
+        await self._wait_started(deadline)
+        if not fetch and not await self._fetcher.look(model):
+            return ()
+        await self._fetcher.bring(model, deadline)
         return await asyncio.to_thread(self._runtimes[model.runtime].voices, model)
 
     def status(self) -> EngineStatus:
@@ -358,6 +381,7 @@ class Engine:
         model = self.config.find(name)
         deadline = self._usual_deadline()
         await self._wait_started(deadline)
+        await self._admission.bring_files(model, deadline)
         lease = await self._admission.lease(
             model,
             request_id=f"load-{model.id}",
@@ -418,6 +442,46 @@ class Engine:
         finally:
             done.cancel()
             self._scheduler.on_order_cancelled(order)
+
+    async def pull(self, name: str, every_s: float) -> AsyncGenerator[FetchProgress, None]:
+        """Fetch the newest files of a model; yields the progress, the last time at the end.
+
+        A loaded model keeps its old files until it is unloaded (`ModelStatus.outdated`).
+
+        Raises:
+            ModelNotFound: there is no such model.
+            NotFound: there is no such repository or revision.
+            LoadFailed: they are not to be had.
+            Overloaded: the engine is still starting or shuts down.
+
+        """
+        model = self.config.find(name)
+        await self._wait_started(self._usual_deadline())
+        async with contextlib.aclosing(self._fetcher.follow(model, every_s)) as progress:
+            async for each in progress:
+                yield each
+
+    async def remove_files(self, name: str, delete: Callable[[], int]) -> int:
+        """Delete the files of a model by `delete`, on a thread; returns the freed bytes.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            Conflict: it is loaded or waited for, or its files are just being fetched.
+            Exception: what `delete` raised.
+
+        """
+        status = self.model_status(name)
+        if status.state is not ModelState.ABSENT:
+            raise Conflict(f"The model {status.id!r} is loaded; unload it first.")
+        if status.waiting:
+            raise Conflict(f"Requests wait for the model {status.id!r}.")
+        return await self._fetcher.remove(self.config.find(name), delete)
+
+    def _on_files_changed(self, model: ModelConfig) -> None:
+        log.info("%s: newer files are here", model.id)
+        if self._admission.estimates is not None:
+            self._admission.estimates.forget(model)
+        self._scheduler.on_files_changed(model.id)
 
     def pin(self, name: str) -> None:
         """Never evict a model from now on.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -10,17 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from engine.errors import ConfigError, EngineError, LoadFailed
-from engine.files.hub.cache import present, snapshot
-from engine.files.hub.fetch import fetch
-from engine.files.hub.selection import HubSource
+from engine.errors import ConfigError, LoadFailed
+from engine.files.hub.cache import snapshot
 from engine.files.source import STARTER, Source
 from engine.starters.registry import ensure_starter, starter_folder
 
-log = logging.getLogger(__name__)
-
 WANTED_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-"""The files to fetch from a hub: never pickled weights, never code."""
+"""The files to fetch from a hub: never pickled weights, never code. Paths count, and `*` matches a
+slash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +38,13 @@ def is_built_here(source: str) -> bool:
     return Source(source).scheme in BUILDERS
 
 
-def local_folder(
-    source: str,
-    cache_dir: Path,
-    *,
-    revision: str | None = None,
-    patterns: Sequence[str] = WANTED_FILES,
-) -> Path:
-    """The folder with the files of `source`, built or downloaded if need be. May take minutes.
+def local_folder(source: str, cache_dir: Path, *, revision: str | None = None) -> Path:
+    """The folder with the files of `source`, built if need be. May take some seconds.
 
-    Files that are present are taken as they are: no hub is asked for something newer.
-
-    `patterns` are the files to fetch from a hub; paths count, and `*` matches a slash.
+    Fetches nothing from a hub: `engine.catalog.fetcher` has done that before.
 
     Raises:
-        LoadFailed: there is no such folder or built model, or the hub could not be asked.
+        LoadFailed: there is no such folder or built model, or nothing of the repository is here.
 
     """
     named = Source(source)
@@ -70,16 +58,9 @@ def local_folder(
         return folder
     if folder.is_absolute() or named.is_path:
         raise LoadFailed(f"there is no folder {source}")
-    wanted = HubSource(source, tuple(patterns), revision)
-    found = present(wanted)
+    found = snapshot(source, revision)
     if found is None:
-        try:
-            found = fetch(wanted)
-        except EngineError as error:
-            found = snapshot(source, revision)
-            if found is None:
-                raise LoadFailed(f"cannot fetch {source}: {error.message}") from error
-            log.warning("using what is here of %s: %s", source, error.message)
+        raise LoadFailed(f"nothing of {source} is on this disk")
     with suppress(OSError):
         os.utime(found)  # the time of the last use, for `roundhouse prune`
     return found

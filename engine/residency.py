@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
@@ -33,6 +33,16 @@ LEAK_BYTES = 16 * 1024**2
 """What an allocator may keep for itself. A smaller leak cannot be distinguished from it."""
 
 
+class ModelFiles(Protocol):
+    """What is needed of `engine.catalog.fetcher.Fetcher`."""
+
+    async def estimate(self, model: ModelConfig) -> Estimate:
+        """What the model will take, read from its files, which are fetched first if need be."""
+
+    async def bring_again(self, model: ModelConfig) -> None:
+        """Fetch the files that are not here, or not any more."""
+
+
 class Residency:
     """The scheduler's effects. Every method returns at once; an event has the outcome."""
 
@@ -40,6 +50,7 @@ class Residency:
         self,
         models: Mapping[str, ModelConfig],
         runtimes: Mapping[str, Runtime],
+        files: ModelFiles,
         clock: Callable[[], float],
         on_residual: Callable[[str, int], None] = lambda _model_id, _nbytes: None,
     ) -> None:
@@ -52,6 +63,7 @@ class Residency:
         self.loaded: dict[str, LoadedModel] = {}
         self._models = models
         self._runtimes = runtimes
+        self._files = files
         self._device: Device | None = None
         self._estimates: EstimateStore | None = None
         self._host: HostMemory | None = None
@@ -180,7 +192,7 @@ class Residency:
         estimate = self._estimates.get(model) if self._estimates is not None else None
         if estimate is None:
             try:
-                estimate = await asyncio.to_thread(self._runtime(model).estimate, model)
+                estimate = await self._files.estimate(model)
             except Exception as error:
                 self.outcomes.on_estimate_failed(model.id, str(_load_error(model, error)))
                 return
@@ -205,6 +217,7 @@ class Residency:
 
         self._overhead_before[model.id] = self._overhead_bytes()
         try:
+            await self._files.bring_again(model)
             loaded = await self._runtime(model).load(model, on_failure)
         except Exception as error:
             self.outcomes.on_load_failed(model.id, _load_error(model, error))

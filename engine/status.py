@@ -75,6 +75,8 @@ class ModelStatus:
     idle_s: float | None
     """Seconds since the last lease ended; None while absent or in use."""
     last_error: str | None
+    outdated: bool
+    """A pull has brought newer files since its load. It takes them once it has been unloaded."""
     created: int
     """Unix seconds at which the model was configured (OpenAI's `created`)."""
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from engine.config import ModelConfig
-from engine.errors import ShuttingDown
 from engine.files.hub.cache import check_room
-from engine.files.hub.fetch import Fetch, FetchCancelledError, FetchProgress, OnProgress
+from engine.files.hub.fetch import Fetch, FetchProgress, OnProgress
 from engine.files.hub.selection import HubSource
 from engine.files.source import Source
 from engine.runtimes.registry import runtime_class
@@ -24,11 +22,13 @@ def sources_of(model: ModelConfig, *, allow_pickle: bool = False) -> tuple[HubSo
 
     Weights that a runtime only has pickled, and reads as tensors, need no `allow_pickle`.
     """
-    return tuple(
-        replace(source, allow_pickle=allow_pickle)
-        for source in runtime_class(model.runtime).hub_sources(model)
-        if Source(source.repo).is_repo
-    )
+    sources = of_a_hub(runtime_class(model.runtime).hub_sources(model))
+    return tuple(replace(source, allow_pickle=allow_pickle) for source in sources)
+
+
+def of_a_hub(sources: Sequence[HubSource]) -> tuple[HubSource, ...]:
+    """Those that are repositories, and no local folders."""
+    return tuple(source for source in sources if Source(source.repo).is_repo)
 
 
 def pull(
@@ -75,71 +75,3 @@ def _after(before: FetchProgress, now: FetchProgress) -> FetchProgress:
         done_bytes=before.done_bytes + now.done_bytes,
         files_done=before.files_done + now.files_done,
     )
-
-
-@dataclass(slots=True)
-class _Pull:
-    """One pull on a thread, and its last progress."""
-
-    task: asyncio.Task[tuple[Path, ...]]
-    cancelled: threading.Event
-    progress: list[FetchProgress]
-    """A single item, which the thread replaces."""
-    followers: int = 0
-
-
-class Pulls:
-    """The pulls that run in a server. All requests for the same model share one."""
-
-    def __init__(self) -> None:
-        self._pulls: dict[str, _Pull] = {}
-
-    def is_pulling(self, model_id: str) -> bool:
-        """Whether a pull of that model runs."""
-        return model_id in self._pulls
-
-    async def follow(
-        self, model: ModelConfig, every_s: float
-    ) -> AsyncGenerator[FetchProgress, None]:
-        """Pull a model, or follow its running pull. The last progress is that of the end.
-
-        When the last follower leaves, the pull stops. The next pull goes on from there.
-
-        Raises:
-            NotFound: there is no such repository or revision.
-            LoadFailed: see `pull`.
-
-        """
-        one = self._pulls.get(model.id) or self._begin(model.id, sources_of(model))
-        one.followers += 1
-        try:
-            while not one.task.done():
-                yield one.progress[0]
-                await asyncio.wait([one.task], timeout=every_s)
-            try:
-                one.task.result()
-            except FetchCancelledError:  # by the last of the followers before
-                raise ShuttingDown("The pull was stopped.", retry_after_s=1.0) from None
-            yield one.progress[0]
-        finally:
-            one.followers -= 1
-            if not one.followers:
-                one.cancelled.set()
-                await asyncio.wait([one.task])
-
-    def _begin(self, model_id: str, sources: Sequence[HubSource]) -> _Pull:
-        cancelled = threading.Event()
-        progress = [NO_PROGRESS]
-
-        def tell(now: FetchProgress) -> None:
-            progress[0] = now
-
-        task = asyncio.create_task(asyncio.to_thread(pull, sources, tell, cancelled))
-        one = self._pulls[model_id] = _Pull(task, cancelled, progress)
-
-        def done(task: asyncio.Task[tuple[Path, ...]]) -> None:
-            del self._pulls[model_id]
-            task.cancelled() or task.exception()  # looked at, whether anyone follows or not
-
-        task.add_done_callback(done)
-        return one

@@ -165,21 +165,16 @@ class Runtime(ABC):
         return None
 
     def _folder(self, model: ModelConfig) -> Path:
-        """The folder of the model's own files, fetched or built if need be. May take minutes.
+        """The folder of the model's own files, built if need be.
 
         Raises:
-            LoadFailed: the files are not to be had.
+            LoadFailed: they are not here.
 
         """
         return self._folder_of(self.hub_sources(model)[0])
 
     def _folder_of(self, source: HubSource) -> Path:
-        return local_folder(
-            source.repo,
-            self.context.cache_dir,
-            revision=source.revision,
-            patterns=source.patterns,
-        )
+        return local_folder(source.repo, self.context.cache_dir, revision=source.revision)
 
     @abstractmethod
     def start(self) -> None:

@@ -77,6 +77,12 @@ class EstimateStore:
             entry.update(blocks=blocks, load_seconds=round(estimate.load_seconds, 3))
             self._write()
 
+    def forget(self, model: ModelConfig) -> None:
+        """Drop what was measured of the model, whose files are others now."""
+        with self._lock:
+            if self._entries.pop(self._key(model), None) is not None:
+                self._write()
+
     def working_bytes(self, model: ModelConfig, shape: str) -> int | None:
         """The last measured peak of a run of this shape, or None."""
         entry = self._entries.get(self._key(model))

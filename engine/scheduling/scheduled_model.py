@@ -83,6 +83,8 @@ class ScheduledModel:
     orders: dict[Order, float] = field(default_factory=dict)
     """Orders to park or unload it, each with its deadline."""
     failed_while_loading: str | None = None
+    outdated: bool = False
+    """Newer files are here than those it was loaded from."""
     demand: Demand = field(default_factory=Demand)
     service_s: float | None = None
     failures: int = 0
@@ -146,6 +148,14 @@ class ScheduledModel:
         self.granted_bytes = self.host_bytes = 0
         self.resident_since = self.idle_since = None
         self.unload_reason = self.failed_while_loading = None
+        if self.outdated:
+            self.outdated = False
+            self.forget_measurements()
+
+    def forget_measurements(self) -> None:
+        """Forget what was read and measured of the files: they may be others the next time."""
+        self.needed_bytes = self.reload_s = None
+        self.load_measured = self.overflowed = False
 
     def status(self, now: float, created: int) -> ModelStatus:
         """What is reported of it; `created` is Unix seconds."""
@@ -175,6 +185,7 @@ class ScheduledModel:
             keep_alive_s=self.keep_alive_s,
             idle_s=None if self.idle_since is None else now - self.idle_since,
             last_error=self.last_error,
+            outdated=self.outdated,
             created=created,
         )
 

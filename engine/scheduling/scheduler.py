@@ -246,6 +246,17 @@ class Scheduler:
             self._fail_waiting(model, reason)
         self._replan()
 
+    def on_files_changed(self, model_id: str) -> None:
+        """Measure afresh what the model takes: newer files are here.
+
+        A model that is there, or on its way, keeps what it has until it leaves.
+        """
+        model = self._models[model_id]
+        model.outdated = model.state is not ModelState.ABSENT
+        if not model.outdated:
+            model.forget_measurements()
+        self._replan()
+
     def on_loaded(
         self,
         model_id: str,
@@ -547,9 +558,7 @@ class Scheduler:
 
     def _fail_waiting(self, model: ScheduledModel, reason: str) -> None:
         """Fail every ticket that waits for the model, and back off."""
-        # Somebody may repair the files before the next try, so forget what was read of them.
-        model.needed_bytes = model.reload_s = None
-        model.load_measured = model.overflowed = False
+        model.forget_measurements()  # somebody may repair the files before the next try
         model.last_error = reason
         backoff_s = min(LAST_BACKOFF_S, FIRST_BACKOFF_S * 2**model.failures)
         model.failures += 1

@@ -21,8 +21,15 @@ ROOT = Path(__file__).resolve().parents[2]
 _FETCH = """
 import sys
 from pathlib import Path
-from engine.model_folder import local_folder
+from engine.files.hub.cache import present
+from engine.files.hub.fetch import fetch
+from engine.files.hub.selection import HubSource
+from engine.files.source import Source
+from engine.model_folder import WANTED_FILES, local_folder
 for source in sys.argv[2:]:
+    wanted = HubSource(source, WANTED_FILES)
+    if Source(source).is_repo and not present(wanted):
+        fetch(wanted)
     print(local_folder(source, Path(sys.argv[1])))
 """
 

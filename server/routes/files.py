@@ -13,12 +13,11 @@ from fastapi import APIRouter, Request, Response
 from starlette.datastructures import UploadFile
 from starlette.types import Send
 
-from engine.catalog.downloads import NO_PROGRESS, Pulls, sources_of
+from engine.catalog.downloads import NO_PROGRESS, sources_of
 from engine.catalog.loras import MAX_LORA_BYTES, add, check_name, folder_of
 from engine.catalog.model_files import Files, files_of, removable, remove
 from engine.errors import Conflict, EngineError, InvalidRequest
 from engine.files.hub.fetch import FetchProgress
-from engine.status import ModelState
 from server.body import stream_body
 from server.connection import ConnectedResponse
 from server.errors import Failure
@@ -43,7 +42,6 @@ SPOOL_BYTES = 2**20
 def files_router(engine: Engine) -> APIRouter:
     """`/v1/engine/files`, `/v1/engine/models/{id}/pull` and `…/files`, `/v1/engine/loras`."""
     router = APIRouter(tags=["engine"])
-    pulls = Pulls()
 
     @router.get("/v1/engine/files")
     async def list_files() -> dict[str, Any]:
@@ -55,17 +53,13 @@ def files_router(engine: Engine) -> APIRouter:
         async for _ in stream_body(request, MAX_IGNORED_BYTES):
             pass  # the request has no fields, but some clients send an empty object
         request_id: str = request.state.request_id
-        return ConnectedResponse(partial(_send_pull, pulls, model, request_id))
+        return ConnectedResponse(partial(_send_pull, engine, model, request_id))
 
     @router.delete("/v1/engine/models/{name:path}/files")
     async def delete_files(name: str) -> dict[str, Any]:
         model = engine.config.find(name)
-        if engine.model_status(model.id).state is not ModelState.ABSENT:
-            raise Conflict(f"The model {model.id!r} is loaded; unload it first.")
-        if pulls.is_pulling(model.id):
-            raise Conflict(f"The files of {model.id!r} are just being fetched.")
         found = await asyncio.to_thread(removable, model, engine.config)
-        freed = await asyncio.to_thread(_remove, found)
+        freed = await engine.remove_files(model.id, partial(_remove, found))
         return {
             "id": model.id,
             "object": "engine.files",
@@ -80,7 +74,7 @@ def files_router(engine: Engine) -> APIRouter:
     return router
 
 
-async def _send_pull(pulls: Pulls, model: ModelConfig, request_id: str, send: Send) -> None:
+async def _send_pull(engine: Engine, model: ModelConfig, request_id: str, send: Send) -> None:
     """Send the events of a pull: `pull.progress`, then `pull.completed` or `error`.
 
     The pull stops when the last client that follows it leaves. The hub is asked only after the
@@ -94,7 +88,7 @@ async def _send_pull(pulls: Pulls, model: ModelConfig, request_id: str, send: Se
     await stream.begin({})
     last = NO_PROGRESS
     try:
-        async with aclosing(pulls.follow(model, PROGRESS_INTERVAL_S)) as progress:
+        async with aclosing(engine.pull(model.id, PROGRESS_INTERVAL_S)) as progress:
             async for last in progress:
                 await stream.send(frame("pull.progress", last))
         await stream.send(frame("pull.completed", last))

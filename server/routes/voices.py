@@ -39,7 +39,7 @@ def voices_router(engine: Engine, voices: VoiceStore, settings: ServerSettings) 
         data = []
         for model in speech_models(query.model):
             try:
-                known = await engine.voices(model.id)
+                known = await engine.voices(model.id, fetch=query.model is not None)
             except LoadFailed as error:
                 if query.model is not None:
                     raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest_asyncio
 from PIL import Image
 
 from engine.admission import OUT_OF_MEMORY_FACTOR, WORKING_MARGIN
+from engine.catalog import fetcher
 from engine.config import ModelConfig
 from engine.engine import Engine
 from engine.errors import (
@@ -26,7 +27,8 @@ from engine.errors import (
     RuntimeFailed,
 )
 from engine.events import Event, ImageResult, PartialImage, Progress, WorkingMemory
-from engine.memory.block import Block, Estimate
+from engine.files.hub.selection import HubSource
+from engine.memory.block import Estimate
 from engine.process.switches import QUICK_SWITCH_S
 from engine.requests import ImageOperation, ImageRequest, Request, SchedulingOptions
 from engine.runtimes.base import Prepared
@@ -159,21 +161,22 @@ async def test_what_a_run_takes_is_estimated_again_once_the_files_are_there(
     def prepare(_model: Any, request: Request) -> Prepared:
         return Prepared(request, None, working_bytes=ESTIMATE_BYTES if fetched else 10**9)
 
-    def estimate(model: Any) -> Estimate:
-        fetched.append(model.id)
-        return Estimate((Block("weights", MODEL_BYTES),), 0.1)
+    def pull(sources: Sequence[HubSource], *_: Any) -> None:
+        fetched.extend(source.repo for source in sources)
 
     async def answer(_: Any) -> AsyncGenerator[Event, None]:
         granted.extend(granted_bytes(engine))
         yield RESULT
 
     monkeypatch.setattr(runtime, "prepare", prepare)
-    monkeypatch.setattr(runtime, "estimate", estimate)
+    monkeypatch.setattr(runtime, "hub_sources", lambda _: (HubSource("me/tiny", ("*",)),))
+    monkeypatch.setattr(fetcher, "present", lambda _: Path() if fetched else None)
+    monkeypatch.setattr(fetcher, "pull", pull)
     runtime.answer = answer
     for _ in range(2):
         assert await events(engine) == [RESULT]
     assert granted == [ESTIMATE_BYTES] * 2
-    assert len(fetched) == 2  # once for the run, once for the load
+    assert fetched == ["me/tiny"]
 
 
 async def test_files_that_cannot_be_had_fail_the_load(

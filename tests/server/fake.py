@@ -18,6 +18,7 @@ from engine.config import EngineConfig, ModelConfig, Section
 from engine.engine import Engine
 from engine.errors import LoadFailed
 from engine.events import Document, Event, Frame
+from engine.files.hub.selection import HubSource
 from engine.memory.block import Block, Estimate
 from engine.memory.device import Device
 from engine.requests import Request, TextRequest
@@ -96,6 +97,10 @@ class FakeRuntime(Runtime):
         self.may_start = threading.Event()
         self.may_start.set()
         self.start_error: Exception | None = None
+
+    @classmethod
+    def hub_sources(cls, model: ModelConfig) -> tuple[HubSource, ...]:
+        return () if model.source == "none" else super().hub_sources(model)
 
     def options(self, model: ModelConfig) -> FakeOptions:
         found = model.options_as(self.Options)

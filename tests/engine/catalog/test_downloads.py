@@ -2,70 +2,48 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import hashlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 
-from engine.catalog.downloads import Pulls, pull, sources_of
+from engine.catalog.downloads import pull, sources_of
 from engine.catalog.model_files import files_of, other_repos, removable, remove, unused_repos
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import Conflict, LoadFailed, NotFound
 from engine.files.hub import cache as hub_cache
 from engine.files.hub import fetch as hub_fetch
-from engine.files.hub.cache import PARTIAL, present
+from engine.files.hub.cache import present
 from engine.files.hub.fetch import FetchCancelledError, FetchProgress, fetch
 from engine.files.hub.selection import HubSource, choose
 from engine.memory.device import CpuDevice
-from engine.model_folder import WANTED_FILES, local_folder, present_folder
+from engine.model_folder import WANTED_FILES
 from engine.runtimes.base import RuntimeContext
 from engine.runtimes.diffusers.runtime import DiffusersRuntime
 from engine.runtimes.registry import runtime_class
-from tests.hub import TOKEN, Hub, etag, point_client_at, serving
+from tests.engine.catalog.conftest import (
+    FILES,
+    REPO,
+    SMALL,
+    WEIGHTS,
+    nothing_is_registered,
+    partial,
+)
+from tests.hub import TOKEN, Hub, etag
 
 pytestmark = pytest.mark.slow  # a second each: many requests to a hub, and processes
 
-REPO = "me/tiny"
-WEIGHTS = random.Random(1).randbytes(3_000_000)
-SMALL = {"config.json": b'{"architectures": ["LlamaForCausalLM"]}', "tokenizer.json": b"{}"}
-FILES = {**SMALL, "model.safetensors": WEIGHTS, "README.md": b"hello"}
 VITS = b'{"model": "vits", "audio": {"sample_rate": 22050}}'
 SOURCE = HubSource(REPO, WANTED_FILES)
 TIMEOUT_S = 60
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with serving(Hub()) as hub:
-        hub.repos[REPO] = dict(FILES)
-        yield hub
-
-
-@pytest.fixture
-def cache(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(hub_fetch, "RETRY_S", 0.01)
-    return point_client_at(hub, tmp_path, monkeypatch)
-
-
-def partial(cache: Path) -> Path:
-    name = etag("model.safetensors", WEIGHTS)
-    return cache / "models--me--tiny" / "blobs" / (name + PARTIAL)
-
-
-def nothing_is_registered(cache: Path) -> bool:
-    repo = cache / "models--me--tiny"
-    return not (repo / "snapshots").exists() and not (repo / "refs").exists()
 
 
 class TestFetch:
@@ -242,7 +220,7 @@ class TestRefusals:
             fetch(HubSource(REPO, WANTED_FILES, "v9"))
 
     def test_no_name(self, hub: Hub, cache: Path) -> None:
-        with pytest.raises(NotFound, match="no name"):
+        with pytest.raises(NotFound, match="is not the name of a repository"):
             fetch(HubSource("a//b", WANTED_FILES))
 
     def test_gated_without_a_token(self, hub: Hub, cache: Path) -> None:
@@ -386,46 +364,6 @@ def configuration(tmp_path: Path, *models: dict[str, Any]) -> EngineConfig:
     )
 
 
-class TestPulls:
-    async def test_followers_share_one_pull(self, hub: Hub, cache: Path) -> None:
-        pulls, model = Pulls(), ModelConfig(id="a", source=REPO)
-
-        async def follow() -> list[FetchProgress]:
-            return [now async for now in pulls.follow(model, 0.01)]
-
-        async with asyncio.timeout(TIMEOUT_S):
-            told = await asyncio.gather(follow(), follow())
-        assert hub.sent["model.safetensors"] == len(WEIGHTS)
-        # By one pull: to know what there is, and by the library as it registers the snapshot.
-        assert hub.listed == [REPO, REPO]
-        for each in told:
-            assert each[-1].done_bytes == each[-1].total_bytes > len(WEIGHTS)
-        assert not pulls.is_pulling("a")
-
-    async def test_the_last_follower_to_leave_stops_it(self, hub: Hub, cache: Path) -> None:
-        half = len(WEIGHTS) // 2
-        hub.stall["model.safetensors"] = half
-        pulls, model = Pulls(), ModelConfig(id="a", source=REPO)
-        async with asyncio.timeout(TIMEOUT_S):
-            follow = pulls.follow(model, 0.01)
-            async for now in follow:
-                if now.done_bytes >= half:
-                    break
-            assert pulls.is_pulling("a")
-            hub.let_go.set()
-            await follow.aclose()
-        assert not pulls.is_pulling("a")
-        assert partial(cache).stat().st_size == half
-        assert nothing_is_registered(cache)
-
-    async def test_it_fails_for_all_who_follow(self, hub: Hub, cache: Path) -> None:
-        pulls, model = Pulls(), ModelConfig(id="a", source="me/nothing")
-        with pytest.raises(NotFound):
-            async for _ in pulls.follow(model, 0.01):
-                pass
-        assert not pulls.is_pulling("a")
-
-
 class TestFilesOfModels:
     def test_before_and_after(self, hub: Hub, cache: Path, tmp_path: Path) -> None:
         config = configuration(tmp_path)
@@ -563,21 +501,6 @@ class TestLoads:
         runtime = DiffusersRuntime(RuntimeContext(CpuDevice(), tmp_path))
         assert runtime._parts(model).keys() == {"motion_adapter", "image_encoder", "ip_adapter"}
         assert hub.ranges == asked
-
-    def test_without_a_hub_what_is_here_is_taken(
-        self, hub: Hub, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        from huggingface_hub import constants
-
-        with pytest.raises(LoadFailed, match="cannot fetch me/nothing"):
-            local_folder("me/nothing", tmp_path)
-        assert present_folder(REPO, tmp_path) is None
-        folder = local_folder(REPO, tmp_path)
-        assert present_folder(REPO, tmp_path) == folder
-        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-        assert local_folder(REPO, tmp_path) == folder
-        (folder / "config.json").unlink()  # as a program leaves it that wanted the weights only
-        assert local_folder(REPO, tmp_path) == folder
 
 
 def test_the_etags_are_those_of_the_hub() -> None:
