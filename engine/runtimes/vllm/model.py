@@ -129,6 +129,7 @@ class VllmModel(LoadedModel):
         raise self._refusal(SimpleNamespace(error=info))
 
     def _document(self, answer: Any) -> bytes:
+        from engine.runtimes.vllm.answers import complete_answer
         from vllm.entrypoints.anthropic.protocol import (
             AnthropicCountTokensResponse,
             AnthropicMessagesResponse,
@@ -139,6 +140,7 @@ class VllmModel(LoadedModel):
             raise self._refusal(answer)
         if hasattr(answer, "body"):  # the pooling classes return a finished response
             return bytes(answer.body)
+        complete_answer(answer)
         anthropic = isinstance(answer, AnthropicMessagesResponse | AnthropicCountTokensResponse)
         text: str = answer.model_dump_json(by_alias=True, exclude_none=anthropic)
         return text.encode()

@@ -16,7 +16,9 @@ import vllm.config.vllm as vllm_config_module
 import vllm.v1.engine.core as vllm_core_module
 from engine.process.gate import GATE
 from engine.runtimes.vllm import loader  # noqa: F401 - registers the load format
+from engine.runtimes.vllm.answers import answer_messages
 from engine.runtimes.vllm.executor import GatedWorker
+from engine.runtimes.vllm.forced_calls import bind_forced_calls
 from engine.runtimes.vllm.output_collector import keep_outputs_apart
 from engine.runtimes.vllm.park import note_packed_layers
 from engine.runtimes.vllm.request_state import pace_streams
@@ -60,6 +62,8 @@ def patch_vllm() -> None:
     note_packed_layers()
     pace_streams()
     keep_outputs_apart()
+    bind_forced_calls()
+    answer_messages()
     GATE.state.register(
         "vllm.current_config",
         lambda: vllm_config_module._current_vllm_config,

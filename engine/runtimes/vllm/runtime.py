@@ -43,6 +43,7 @@ from engine.runtimes.vllm.checkpoint import Checkpoint
 from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.recognition import recognise_language_model
+from engine.runtimes.vllm.tool_choice import narrow_to_allowed
 
 if TYPE_CHECKING:
     from engine.runtimes.vllm.core_thread import CoreThread
@@ -211,10 +212,10 @@ class VllmRuntime(Runtime):
                 f"The model {model.id!r} does not support {request.operation.value}.",
                 param="model",
             )
+        body = {**request.body, "model": model.id}
+        narrow_to_allowed(body)
         try:
-            payload = self._schemas[request.operation].validate_python(
-                {**request.body, "model": model.id}
-            )
+            payload = self._schemas[request.operation].validate_python(body)
         except ValidationError as error:
             raise _invalid(error) from error
         except EngineError:
