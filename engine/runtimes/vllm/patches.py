@@ -22,6 +22,7 @@ from engine.runtimes.vllm.forced_calls import bind_forced_calls
 from engine.runtimes.vllm.output_collector import keep_outputs_apart
 from engine.runtimes.vllm.park import note_packed_layers
 from engine.runtimes.vllm.request_state import pace_streams
+from engine.runtimes.vllm.structured_output import prepare_structured_output
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.scale_out import factories as scale_out_factories
 from vllm.model_executor.model_loader import utils as loader_utils
@@ -64,6 +65,7 @@ def patch_vllm() -> None:
     keep_outputs_apart()
     bind_forced_calls()
     answer_messages()
+    prepare_structured_output()
     GATE.state.register(
         "vllm.current_config",
         lambda: vllm_config_module._current_vllm_config,

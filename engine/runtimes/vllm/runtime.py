@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -44,6 +45,7 @@ from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.recognition import recognise_language_model
 from engine.runtimes.vllm.tool_choice import narrow_to_allowed
+from engine.runtimes.vllm.warm_up import warm_up_requests
 
 if TYPE_CHECKING:
     from engine.runtimes.vllm.core_thread import CoreThread
@@ -122,7 +124,7 @@ class VllmRuntime(Runtime):
 
         from engine.runtimes.vllm.imports import sparing_imports
 
-        with sparing_imports():
+        with sparing_imports(eager=self.context.device.kind == "cpu"):
             from engine.runtimes.vllm import core_client, core_thread, metrics, patches
             from vllm.entrypoints.anthropic.protocol import (
                 AnthropicCountTokensRequest,
@@ -182,7 +184,12 @@ class VllmRuntime(Runtime):
         model = ModelConfig(
             id="warm-up",
             source=starter_source("tiny-llama"),
-            options={"dtype": "float32", "max_model_len": 512, "kv_cache": "16MiB"},
+            options={
+                "dtype": "float32",
+                "max_model_len": 1024,
+                "kv_cache": "16MiB",
+                "tool_call_parser": "llama3_json",
+            },
         )
         # Nothing of it is parked: it needs no master copies.
         context, self.context = self.context, replace(self.context, host=None)
@@ -197,11 +204,19 @@ class VllmRuntime(Runtime):
         body = {"prompt": "hello " * 60, "max_tokens": 32, "stream": True}
         request = TextRequest(model.id, TextOperation.COMPLETION, body, request_id="warm-up")
 
-        async def answer() -> None:
+        async def answer(request: TextRequest) -> None:
             async for _ in loaded.run(self.prepare(model, request)):
                 pass
 
-        await asyncio.gather(*(answer() for _ in range(8)))
+        await asyncio.gather(*(answer(request) for _ in range(8)))
+
+        async def try_out(request: TextRequest) -> None:
+            try:
+                await answer(request)
+            except EngineError as error:  # a model may do without this kind
+                log.error("%s failed: %s", request.request_id, error)
+
+        await asyncio.gather(*(try_out(each) for each in warm_up_requests(model.id)))
         await self.unload(loaded)
 
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
@@ -283,7 +298,7 @@ class VllmRuntime(Runtime):
 
     def _build(self, model: ModelConfig) -> tuple[VllmModel, Any]:
         from engine.runtimes.vllm.executor import GatedExecutor
-        from engine.runtimes.vllm.imports import prepare_to_compile
+        from engine.runtimes.vllm.imports import compiling_late, prepare_to_compile
         from engine.runtimes.vllm.park import packing
         from engine.runtimes.vllm.request_state import ADAPTIVE
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -297,11 +312,15 @@ class VllmRuntime(Runtime):
                 self._command_line(model, expected["kv_cache"])
             )
             config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
-            if not config.model_config.enforce_eager:
+            compiles = not config.model_config.enforce_eager
+            if compiles:
                 prepare_to_compile()
         host = self.context.host
         keep_plain = host is not None and host.free_bytes >= expected["weights"]
-        with packing(keep_plain=keep_plain) as packed:
+        # An architecture's module is imported here: it may decorate functions of its own.
+        eager = not compiles and self.context.device.kind == "cpu"
+        late = compiling_late(eager=True) if eager else nullcontext()
+        with late, packing(keep_plain=keep_plain) as packed:
             llm = AsyncLLM(
                 config,
                 GatedExecutor,
