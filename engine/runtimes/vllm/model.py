@@ -183,5 +183,12 @@ def _streamed_error(text: str) -> dict[str, Any] | None:
 
 
 def _named_event(event: Any) -> str:
-    """An event of the Responses API as the text of a server-sent event."""
-    return f"event: {event.type}\ndata: {event.model_dump_json(by_alias=True)}\n\n"
+    """An event of the Responses API as the text of a server-sent event.
+
+    vLLM says "completed" also of a response that was cut.
+    """
+    kind = event.type
+    if kind == "response.completed" and event.response.status == "incomplete":
+        kind = "response.incomplete"
+        event = event.model_copy(update={"type": kind})
+    return f"event: {kind}\ndata: {event.model_dump_json(by_alias=True)}\n\n"

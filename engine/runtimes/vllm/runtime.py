@@ -40,11 +40,11 @@ from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.common.compute_thread import ComputeThread
 from engine.runtimes.common.torch_errors import is_out_of_memory
 from engine.runtimes.recognised import Recognised
+from engine.runtimes.vllm.body import prepared_body, schema_fields
 from engine.runtimes.vllm.checkpoint import Checkpoint
 from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.recognition import recognise_language_model
-from engine.runtimes.vllm.tool_choice import narrow_to_allowed
 from engine.runtimes.vllm.warm_up import warm_up_requests
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ class VllmRuntime(Runtime):
         self._cores: CoreThread | None = None
         self._loader = ComputeThread("vllm-load")
         self._schemas: dict[TextOperation, Any] = {}
+        self._fields: dict[TextOperation, frozenset[str]] = {}
         self._stat_logger: Any = None
         self._warm = False
         self._series = CollectorRegistry()
@@ -150,16 +151,18 @@ class VllmRuntime(Runtime):
             return core_client.CoreClient(cores, vllm_config, executor_class, log_stats=log_stats)
 
         EngineCoreClient.make_async_mp_client = staticmethod(make_client)
-        self._schemas = {
-            TextOperation.CHAT: TypeAdapter(ChatCompletionRequest),
-            TextOperation.COMPLETION: TypeAdapter(CompletionRequest),
-            TextOperation.RESPONSES: TypeAdapter(ResponsesRequest),
-            TextOperation.MESSAGES: TypeAdapter(AnthropicMessagesRequest),
-            TextOperation.COUNT_TOKENS: TypeAdapter(AnthropicCountTokensRequest),
-            TextOperation.EMBEDDINGS: TypeAdapter(EmbeddingRequest),
-            TextOperation.TOKENIZE: TypeAdapter(TokenizeRequest),
-            TextOperation.DETOKENIZE: TypeAdapter(DetokenizeRequest),
+        schemas: dict[TextOperation, Any] = {
+            TextOperation.CHAT: ChatCompletionRequest,
+            TextOperation.COMPLETION: CompletionRequest,
+            TextOperation.RESPONSES: ResponsesRequest,
+            TextOperation.MESSAGES: AnthropicMessagesRequest,
+            TextOperation.COUNT_TOKENS: AnthropicCountTokensRequest,
+            TextOperation.EMBEDDINGS: EmbeddingRequest,
+            TextOperation.TOKENIZE: TokenizeRequest,
+            TextOperation.DETOKENIZE: DetokenizeRequest,
         }
+        self._schemas = {each: TypeAdapter(schema) for each, schema in schemas.items()}
+        self._fields = {each: schema_fields(schema) for each, schema in schemas.items()}
 
     def _omp_threads(self) -> int | None:
         """One fewer than there are, as vLLM has it, unless the operator says how many.
@@ -227,9 +230,9 @@ class VllmRuntime(Runtime):
                 f"The model {model.id!r} does not support {request.operation.value}.",
                 param="model",
             )
-        body = {**request.body, "model": model.id}
-        narrow_to_allowed(body)
+        known = self._fields[request.operation]
         try:
+            body = prepared_body(request, model, known)
             payload = self._schemas[request.operation].validate_python(body)
         except ValidationError as error:
             raise _invalid(error) from error
@@ -238,6 +241,10 @@ class VllmRuntime(Runtime):
         except Exception as error:  # vLLM's validators also raise errors of their own
             parameter = getattr(error, "parameter", None)
             raise InvalidRequest(str(error), param=parameter) from error
+        no_thoughts = model.options_as(VllmOptions).reasoning_parser is None
+        if no_thoughts and getattr(payload, "thinking", None) is not None:
+            # vLLM would refuse to bound thoughts that it cannot tell from the answer.
+            payload.thinking = None
         return Prepared(request=request, payload=payload)
 
     def weight_files(self, model: ModelConfig) -> Sequence[Path]:

@@ -120,6 +120,7 @@ def _read_stream(operation: TextOperation, events: list[Event]) -> tuple[str | N
             elif data["type"] == "message_delta":
                 end = data["delta"]["stop_reason"]
             elif data["type"] in {"response.completed", "response.incomplete"}:
+                assert data["type"] == f"response.{data['response']['status']}"
                 end = data["response"]["status"]
     return end, [(name, arguments) for name, arguments in calls.values()]
 
@@ -147,7 +148,8 @@ async def ask(vllm_runtime: VllmRuntime, make_model: MakeModel, starter: str) ->
     async def answer(operation: TextOperation, fields: dict[str, Any]) -> Any:
         request = TextRequest(model.id, operation, fields, request_id="test")
         prepared = vllm_runtime.prepare(model, request)
-        return read(operation, [event async for event in loaded.run(prepared)])
+        answer.events = [event async for event in loaded.run(prepared)]  # type: ignore[attr-defined]
+        return read(operation, answer.events)  # type: ignore[attr-defined]
 
     yield answer
     await vllm_runtime.unload(loaded)
@@ -285,3 +287,13 @@ async def test_a_streamed_call_of_a_tool_without_parameters_has_arguments(
     assert stream(now + now) == {0: "{}", 1: "{}"}
     # What the tool needs is not made up.
     assert stream(move) == {0: ""}
+
+
+async def test_a_response_that_was_cut_is_incomplete(ask: Ask) -> None:
+    for stream in (False, True):
+        fields = {"input": "hi", "max_output_tokens": 2, "stream": stream}
+        end, _ = await ask(TextOperation.RESPONSES, fields)
+        assert end == "incomplete"
+    named = {event.data.partition("\n")[0] for event in ask.events}  # type: ignore[attr-defined]
+    assert "event: response.incomplete" in named
+    assert "event: response.completed" not in named
