@@ -18,8 +18,8 @@ import torch
 
 
 @contextmanager
-def sparing_imports() -> Iterator[None]:
-    """Import vLLM inside this context.
+def sparing_imports(*, eager: bool) -> Iterator[None]:
+    """Import vLLM inside this context. With `eager`, no function of it compiles.
 
     Three packages are left out, which vLLM and transformers declare optional: scikit-learn for
     assisted generation, SciPy for training object detectors, and OpenTelemetry for vLLM's tracing.
@@ -31,7 +31,7 @@ def sparing_imports() -> Iterator[None]:
     with _replaced(utils, is_sklearn_available=_no, is_scipy_available=_no):
         import_module("transformers.generation.candidate_generator")
         import_module("transformers.loss.loss_utils")
-    with _replaced(torch, compile=_compiling_late(torch.compile)):
+    with compiling_late(eager=eager):
         with _absent("torch._inductor.lowering"):
             import_module("vllm.env_override")
         with _absent("opentelemetry"):
@@ -40,6 +40,18 @@ def sparing_imports() -> Iterator[None]:
             audio = import_module("vllm.multimodal.audio")
         lazy_loader = import_module("vllm.utils.import_utils").LazyLoader
         vars(audio)["scipy_signal"] = lazy_loader("scipy_signal", vars(audio), "scipy.signal")
+        yield
+
+
+@contextmanager
+def compiling_late(*, eager: bool) -> Iterator[None]:
+    """Decorate functions with `torch.compile` inside this context, and compile them when called.
+
+    vLLM's small helpers, those with a `backend` of their own, never compile. They count tokens for
+    `logprobs` and the like. The first request that needed one held up all models for 22 s, and
+    killed its model where there is no C++ compiler. With `eager`, no function compiles.
+    """
+    with _replaced(torch, compile=_compiling_late(torch.compile, eager=eager)):
         yield
 
 
@@ -78,7 +90,7 @@ def _absent(module: str) -> Iterator[None]:
             sys.modules.pop(module)
 
 
-def _compiling_late(torch_compile: Callable[..., Any]) -> Callable[..., Any]:
+def _compiling_late(torch_compile: Callable[..., Any], *, eager: bool) -> Callable[..., Any]:
     """`torch.compile` that compiles a function when it is first called.
 
     The original imports the compiler as soon as a function is decorated.
@@ -89,6 +101,8 @@ def _compiling_late(torch_compile: Callable[..., Any]) -> Callable[..., Any]:
             return lambda function: decorate(function, **options)
         if isinstance(model, torch.nn.Module):
             return torch_compile(model, **options)
+        if eager or "backend" in options:
+            return model
         compiled: Callable[..., Any] | None = None
 
         @functools.wraps(model)

@@ -129,6 +129,7 @@ class VllmModel(LoadedModel):
         raise self._refusal(SimpleNamespace(error=info))
 
     def _document(self, answer: Any) -> bytes:
+        from engine.runtimes.vllm.answers import complete_answer
         from vllm.entrypoints.anthropic.protocol import (
             AnthropicCountTokensResponse,
             AnthropicMessagesResponse,
@@ -139,6 +140,7 @@ class VllmModel(LoadedModel):
             raise self._refusal(answer)
         if hasattr(answer, "body"):  # the pooling classes return a finished response
             return bytes(answer.body)
+        complete_answer(answer)
         anthropic = isinstance(answer, AnthropicMessagesResponse | AnthropicCountTokensResponse)
         text: str = answer.model_dump_json(by_alias=True, exclude_none=anthropic)
         return text.encode()
@@ -181,5 +183,12 @@ def _streamed_error(text: str) -> dict[str, Any] | None:
 
 
 def _named_event(event: Any) -> str:
-    """An event of the Responses API as the text of a server-sent event."""
-    return f"event: {event.type}\ndata: {event.model_dump_json(by_alias=True)}\n\n"
+    """An event of the Responses API as the text of a server-sent event.
+
+    vLLM says "completed" also of a response that was cut.
+    """
+    kind = event.type
+    if kind == "response.completed" and event.response.status == "incomplete":
+        kind = "response.incomplete"
+        event = event.model_copy(update={"type": kind})
+    return f"event: {kind}\ndata: {event.model_dump_json(by_alias=True)}\n\n"

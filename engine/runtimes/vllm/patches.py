@@ -16,10 +16,13 @@ import vllm.config.vllm as vllm_config_module
 import vllm.v1.engine.core as vllm_core_module
 from engine.process.gate import GATE
 from engine.runtimes.vllm import loader  # noqa: F401 - registers the load format
+from engine.runtimes.vllm.answers import answer_messages
 from engine.runtimes.vllm.executor import GatedWorker
+from engine.runtimes.vllm.forced_calls import bind_forced_calls
 from engine.runtimes.vllm.output_collector import keep_outputs_apart
 from engine.runtimes.vllm.park import note_packed_layers
 from engine.runtimes.vllm.request_state import pace_streams
+from engine.runtimes.vllm.structured_output import prepare_structured_output
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.scale_out import factories as scale_out_factories
 from vllm.model_executor.model_loader import utils as loader_utils
@@ -60,6 +63,9 @@ def patch_vllm() -> None:
     note_packed_layers()
     pace_streams()
     keep_outputs_apart()
+    bind_forced_calls()
+    answer_messages()
+    prepare_structured_output()
     GATE.state.register(
         "vllm.current_config",
         lambda: vllm_config_module._current_vllm_config,

@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -39,10 +40,12 @@ from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.common.compute_thread import ComputeThread
 from engine.runtimes.common.torch_errors import is_out_of_memory
 from engine.runtimes.recognised import Recognised
+from engine.runtimes.vllm.body import prepared_body, schema_fields
 from engine.runtimes.vllm.checkpoint import Checkpoint
 from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.recognition import recognise_language_model
+from engine.runtimes.vllm.warm_up import warm_up_requests
 
 if TYPE_CHECKING:
     from engine.runtimes.vllm.core_thread import CoreThread
@@ -95,6 +98,7 @@ class VllmRuntime(Runtime):
         self._cores: CoreThread | None = None
         self._loader = ComputeThread("vllm-load")
         self._schemas: dict[TextOperation, Any] = {}
+        self._fields: dict[TextOperation, frozenset[str]] = {}
         self._stat_logger: Any = None
         self._warm = False
         self._series = CollectorRegistry()
@@ -121,7 +125,7 @@ class VllmRuntime(Runtime):
 
         from engine.runtimes.vllm.imports import sparing_imports
 
-        with sparing_imports():
+        with sparing_imports(eager=self.context.device.kind == "cpu"):
             from engine.runtimes.vllm import core_client, core_thread, metrics, patches
             from vllm.entrypoints.anthropic.protocol import (
                 AnthropicCountTokensRequest,
@@ -147,16 +151,18 @@ class VllmRuntime(Runtime):
             return core_client.CoreClient(cores, vllm_config, executor_class, log_stats=log_stats)
 
         EngineCoreClient.make_async_mp_client = staticmethod(make_client)
-        self._schemas = {
-            TextOperation.CHAT: TypeAdapter(ChatCompletionRequest),
-            TextOperation.COMPLETION: TypeAdapter(CompletionRequest),
-            TextOperation.RESPONSES: TypeAdapter(ResponsesRequest),
-            TextOperation.MESSAGES: TypeAdapter(AnthropicMessagesRequest),
-            TextOperation.COUNT_TOKENS: TypeAdapter(AnthropicCountTokensRequest),
-            TextOperation.EMBEDDINGS: TypeAdapter(EmbeddingRequest),
-            TextOperation.TOKENIZE: TypeAdapter(TokenizeRequest),
-            TextOperation.DETOKENIZE: TypeAdapter(DetokenizeRequest),
+        schemas: dict[TextOperation, Any] = {
+            TextOperation.CHAT: ChatCompletionRequest,
+            TextOperation.COMPLETION: CompletionRequest,
+            TextOperation.RESPONSES: ResponsesRequest,
+            TextOperation.MESSAGES: AnthropicMessagesRequest,
+            TextOperation.COUNT_TOKENS: AnthropicCountTokensRequest,
+            TextOperation.EMBEDDINGS: EmbeddingRequest,
+            TextOperation.TOKENIZE: TokenizeRequest,
+            TextOperation.DETOKENIZE: DetokenizeRequest,
         }
+        self._schemas = {each: TypeAdapter(schema) for each, schema in schemas.items()}
+        self._fields = {each: schema_fields(schema) for each, schema in schemas.items()}
 
     def _omp_threads(self) -> int | None:
         """One fewer than there are, as vLLM has it, unless the operator says how many.
@@ -181,7 +187,12 @@ class VllmRuntime(Runtime):
         model = ModelConfig(
             id="warm-up",
             source=starter_source("tiny-llama"),
-            options={"dtype": "float32", "max_model_len": 512, "kv_cache": "16MiB"},
+            options={
+                "dtype": "float32",
+                "max_model_len": 1024,
+                "kv_cache": "16MiB",
+                "tool_call_parser": "llama3_json",
+            },
         )
         # Nothing of it is parked: it needs no master copies.
         context, self.context = self.context, replace(self.context, host=None)
@@ -196,11 +207,19 @@ class VllmRuntime(Runtime):
         body = {"prompt": "hello " * 60, "max_tokens": 32, "stream": True}
         request = TextRequest(model.id, TextOperation.COMPLETION, body, request_id="warm-up")
 
-        async def answer() -> None:
+        async def answer(request: TextRequest) -> None:
             async for _ in loaded.run(self.prepare(model, request)):
                 pass
 
-        await asyncio.gather(*(answer() for _ in range(8)))
+        await asyncio.gather(*(answer(request) for _ in range(8)))
+
+        async def try_out(request: TextRequest) -> None:
+            try:
+                await answer(request)
+            except EngineError as error:  # a model may do without this kind
+                log.error("%s failed: %s", request.request_id, error)
+
+        await asyncio.gather(*(try_out(each) for each in warm_up_requests(model.id)))
         await self.unload(loaded)
 
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
@@ -211,10 +230,10 @@ class VllmRuntime(Runtime):
                 f"The model {model.id!r} does not support {request.operation.value}.",
                 param="model",
             )
+        known = self._fields[request.operation]
         try:
-            payload = self._schemas[request.operation].validate_python(
-                {**request.body, "model": model.id}
-            )
+            body = prepared_body(request, model, known)
+            payload = self._schemas[request.operation].validate_python(body)
         except ValidationError as error:
             raise _invalid(error) from error
         except EngineError:
@@ -222,6 +241,10 @@ class VllmRuntime(Runtime):
         except Exception as error:  # vLLM's validators also raise errors of their own
             parameter = getattr(error, "parameter", None)
             raise InvalidRequest(str(error), param=parameter) from error
+        no_thoughts = model.options_as(VllmOptions).reasoning_parser is None
+        if no_thoughts and getattr(payload, "thinking", None) is not None:
+            # vLLM would refuse to bound thoughts that it cannot tell from the answer.
+            payload.thinking = None
         return Prepared(request=request, payload=payload)
 
     def weight_files(self, model: ModelConfig) -> Sequence[Path]:
@@ -282,7 +305,7 @@ class VllmRuntime(Runtime):
 
     def _build(self, model: ModelConfig) -> tuple[VllmModel, Any]:
         from engine.runtimes.vllm.executor import GatedExecutor
-        from engine.runtimes.vllm.imports import prepare_to_compile
+        from engine.runtimes.vllm.imports import compiling_late, prepare_to_compile
         from engine.runtimes.vllm.park import packing
         from engine.runtimes.vllm.request_state import ADAPTIVE
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -296,11 +319,15 @@ class VllmRuntime(Runtime):
                 self._command_line(model, expected["kv_cache"])
             )
             config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
-            if not config.model_config.enforce_eager:
+            compiles = not config.model_config.enforce_eager
+            if compiles:
                 prepare_to_compile()
         host = self.context.host
         keep_plain = host is not None and host.free_bytes >= expected["weights"]
-        with packing(keep_plain=keep_plain) as packed:
+        # An architecture's module is imported here: it may decorate functions of its own.
+        eager = not compiles and self.context.device.kind == "cpu"
+        late = compiling_late(eager=True) if eager else nullcontext()
+        with late, packing(keep_plain=keep_plain) as packed:
             llm = AsyncLLM(
                 config,
                 GatedExecutor,

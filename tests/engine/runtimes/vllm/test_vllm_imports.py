@@ -70,7 +70,7 @@ def compile_late() -> tuple[Late, list[Any]]:
         compiled.append(function)
         return torch.compile(function, backend="eager", **options)
 
-    return _compiling_late(torch_compile), compiled
+    return _compiling_late(torch_compile, eager=False), compiled
 
 
 def test_a_function_is_compiled_once_when_it_is_called(
@@ -111,6 +111,25 @@ def test_a_function_is_a_part_of_a_compiled_one_that_calls_it(
     whole = torch.compile(outer, backend="eager", fullgraph=True)
     assert whole(torch.tensor(1)).item() == 3
     assert compiled == []
+
+
+@pytest.mark.parametrize("options", [{"backend": "inductor"}, {"backend": "eager"}])
+def test_a_helper_with_a_backend_never_compiles(
+    compile_late: tuple[Late, list[Any]], options: dict[str, str]
+) -> None:
+    late, compiled = compile_late
+    assert late(dynamic=True, **options)(abs) is abs
+    assert compiled == []
+
+
+def test_nothing_compiles_for_an_eager_model() -> None:
+    import torch
+
+    from engine.runtimes.vllm.imports import compiling_late
+
+    with compiling_late(eager=True):
+        assert torch.compile(abs) is abs
+        assert torch.compile(fullgraph=True)(abs) is abs
 
 
 def test_a_module_is_compiled_as_ever(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import random
 import shutil
@@ -431,8 +432,6 @@ async def test_what_only_the_loaded_model_can_refuse_fails_before_the_first_byte
 
 
 async def test_embeddings(vllm_runtime: VllmRuntime, make_model: MakeModel) -> None:
-    import json
-
     model = make_model("embed", "tiny-embed")
     loaded = await load(vllm_runtime, model)
     body = request(TextOperation.EMBEDDINGS, input=["one", "two"])
@@ -472,6 +471,52 @@ async def test_one_stream_has_frames_and_ends_as_the_protocol_says(
     frames = [event async for event in loaded.run(prepared)]
     assert all(isinstance(frame, Frame) and frame.data.endswith("\n\n") for frame in frames)
     assert frames[-1] == Frame("data: [DONE]\n\n")
+
+
+async def test_logprobs_compile_nothing(
+    vllm_runtime: VllmRuntime, pair: list[tuple[ModelConfig, VllmModel]]
+) -> None:
+    import torch
+
+    model, loaded = pair[0]
+    for more in ({"logprobs": 3}, {"prompt_logprobs": 2, "stream": False}):
+        prepared = vllm_runtime.prepare(model, completion(model.id, "hello", **more))
+        assert [event async for event in loaded.run(prepared)]
+    from vllm.v1.sample.ops.logprobs import batched_count_greater_than
+
+    assert not hasattr(batched_count_greater_than, "__wrapped__")
+    ranks = batched_count_greater_than(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([[2.0]]))
+    assert ranks.tolist() == [2]
+
+
+async def test_each_grammar_has_the_backend_that_knows_its_rules(
+    vllm_runtime: VllmRuntime, pair: list[tuple[ModelConfig, VllmModel]]
+) -> None:
+    """vLLM took that of the first request for all: then 3 is a multiple of 10."""
+    model, loaded = pair[1]
+    manager = loaded.client.core.structured_output_manager
+    for rule, backends in ({}, {"xgrammar"}), ({"multipleOf": 1000}, {"xgrammar", "guidance"}):
+        number = {"type": "integer", "minimum": 1000, "maximum": 9999, **rule}
+        schema = {
+            "type": "object",
+            "properties": {"a": number},
+            "required": ["a"],
+            "additionalProperties": False,
+        }
+        body = {
+            "messages": [{"role": "user", "content": "hi"}],
+            "max_tokens": 60,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "s", "schema": schema},
+            },
+        }
+        prepared = vllm_runtime.prepare(model, request(TextOperation.CHAT, **body))
+        (event,) = [event async for event in loaded.run(prepared)]
+        assert isinstance(event, Document)
+        text = json.loads(event.body)["choices"][0]["message"]["content"]
+        assert json.loads(text)["a"] % rule.get("multipleOf", 1) == 0
+        assert {*manager._backends} == backends
 
 
 @pytest.fixture

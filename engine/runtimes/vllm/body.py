@@ -1,0 +1,68 @@
+"""A client's document, made into one that vLLM's schemas take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from engine.config import ModelConfig
+from engine.errors import InvalidRequest
+from engine.requests import TextOperation, TextRequest
+from engine.runtimes.vllm.options import VllmOptions
+from engine.runtimes.vllm.request_fields import check_fields
+from engine.runtimes.vllm.tool_choice import narrow_to_allowed
+
+MAY_CALL = frozenset({TextOperation.CHAT, TextOperation.RESPONSES, TextOperation.MESSAGES})
+NO_CALLS = ("none", {"type": "none"})
+
+
+def schema_fields(schema: Any) -> frozenset[str]:
+    """The fields of a schema, or of all models of a union, with their aliases."""
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        fields = schema.model_fields
+        return frozenset(fields) | {each.alias for each in fields.values() if each.alias}
+    return frozenset().union(*(schema_fields(each) for each in get_args(schema)))
+
+
+def prepared_body(
+    request: TextRequest, model: ModelConfig, known: frozenset[str]
+) -> dict[str, Any]:
+    """The body for vLLM's schema, whose fields are `known`.
+
+    Raises:
+        InvalidRequest: naming a field that is not served, or that this model cannot serve.
+
+    """
+    options = model.options_as(VllmOptions)
+    body = check_fields(request.operation, dict(request.body), known)
+    body["model"] = model.id
+    narrow_to_allowed(body)
+    if not isinstance(body.get("messages", []), list):
+        raise InvalidRequest("messages: it is a list.", param="messages")
+    chooses = request.operation in MAY_CALL and body.get("tool_choice") not in NO_CALLS
+    if chooses and body.get("tools") and options.tool_call_parser is None:
+        raise _without("tools", model, "tool_call_parser")
+    budget = body.get("thinking_token_budget")
+    if budget is not None and options.reasoning_parser is None:
+        raise _without("thinking_token_budget", model, "reasoning_parser")
+    if request.operation is TextOperation.RESPONSES and isinstance(body.get("input"), list):
+        body["input"] = [_with_type(item) for item in body["input"]]
+    return body
+
+
+def _with_type(item: Any) -> Any:
+    """An item of the Responses API with the type that it may leave out.
+
+    vLLM takes the assistant's own text only with it. Clients send it back without.
+    """
+    if isinstance(item, Mapping) and item.get("role") == "assistant" and "type" not in item:
+        return {**item, "type": "message"}
+    return item
+
+
+def _without(param: str, model: ModelConfig, option: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{param}: the model {model.id!r} has no '{option}' in its options.", param=param
+    )

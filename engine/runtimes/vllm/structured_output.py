@@ -1,0 +1,78 @@
+"""vLLM's manager of structured output, with a backend for each kind of grammar.
+
+vLLM builds one backend for an engine at its first structured request, on the thread that steps all
+models: half a second for a vocabulary of 128,000 tokens. That request also decides which backend:
+after an ordinary schema, rules that only the other one knows were dropped in silence.
+
+Importing this module imports vLLM.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import vllm.v1.engine.core as vllm_core_module
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.backend_guidance import GuidanceBackend
+from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
+
+USUAL = "xgrammar"
+"""The backend of all grammars that it can express."""
+
+
+class PreparedManager(StructuredOutputManager):  # type: ignore[misc]
+    """Builds backends on threads of its own, and the usual one while the model loads."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        super().__init__(vllm_config)
+        self.backend: Any = None
+        self._backends: dict[str, Any] = {}
+        self._building = threading.Lock()
+        model = vllm_config.model_config
+        if model.runner_type == "generate" and not model.skip_tokenizer_init:
+            self.executor.submit(self._backend, USUAL)
+
+    def _backend(self, name: str) -> Any:
+        with self._building:
+            if name not in self._backends:
+                self._backends[name] = _backend_class(name)(
+                    self.vllm_config,
+                    tokenizer=self.tokenizer,
+                    vocab_size=self.vllm_config.model_config.get_vocab_size(),
+                )
+                # The masks of all have one form. vLLM asks the first for the memory of a batch.
+                self.backend = next(iter(self._backends.values()))
+            return self._backends[name]
+
+    def grammar_init(self, request: Any) -> None:
+        """Begin to compile the request's grammar."""
+        wanted = request.structured_output_request
+        if wanted is not None:
+            wanted.grammar = self.executor.submit(self._create_grammar, request)
+
+    def _create_grammar(self, request: Any) -> Any:
+        parameters = request.sampling_params
+        kind, text = request.structured_output_request.structured_output_key
+        return self._backend(parameters.structured_outputs._backend).compile_grammar(
+            kind, text, stop_token_ids=parameters.all_stop_token_ids
+        )
+
+    def clear_backend(self) -> None:
+        """End the threads, and drop the backends."""
+        super().clear_backend()
+        self._backends.clear()
+
+
+def _backend_class(name: str) -> Any:
+    known = {"xgrammar": XgrammarBackend, "guidance": GuidanceBackend}
+    if name in known:
+        return known[name]
+    from vllm.v1.structured_output.backend_outlines import OutlinesBackend
+
+    return OutlinesBackend  # for what neither of the two can express
+
+
+def prepare_structured_output() -> None:
+    """Have vLLM use the class above. Call once, before the first engine."""
+    vllm_core_module.StructuredOutputManager = PreparedManager

@@ -1,0 +1,299 @@
+"""Tool calls that a request forces: they validate, streamed and whole, in every API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import jsonschema
+import pytest
+import pytest_asyncio
+
+from engine.errors import InvalidRequest
+from engine.events import Document, Event
+from engine.requests import TextOperation, TextRequest
+from engine.runtimes.vllm.runtime import VllmRuntime
+from engine.runtimes.vllm.tool_choice import narrow_to_allowed
+from tests.engine.conftest import MakeModel
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.usefixtures("frozen_heap"),
+]
+
+Call = tuple[str, str]
+Ask = Callable[..., Any]
+
+POINT = {"$defs": {"Unit": {"enum": ["c", "f"]}}, "type": "object"}
+TOOLS: dict[str, dict[str, Any] | None] = {
+    "weather": {
+        **POINT,
+        "properties": {"days": {"type": "integer"}, "unit": {"$ref": "#/$defs/Unit"}},
+        "required": ["days", "unit"],
+    },
+    "move": {
+        # Another tool's definition of the same name.
+        **POINT,
+        "$defs": {"Unit": {"enum": ["m"]}},
+        "properties": {"by": {"type": "integer"}, "unit": {"$ref": "#/$defs/Unit"}},
+        "required": ["by", "unit"],
+    },
+    "now": None,
+}
+
+
+def body(operation: TextOperation, choice: str, tools: Any = TOOLS, **more: Any) -> dict[str, Any]:
+    """A request that forces a call: of any tool, or of the one named."""
+    ask = [{"role": "user", "content": "hi"}]
+    if operation is TextOperation.MESSAGES:
+        return {
+            "messages": ask,
+            "max_tokens": 200,
+            "tools": [
+                {"name": name, "input_schema": schema or {"type": "object", "properties": {}}}
+                for name, schema in tools.items()
+            ],
+            "tool_choice": {"type": "any"}
+            if choice == "required"
+            else {"type": "tool", "name": choice},
+            **more,
+        }
+    functions = [
+        {"name": name, **({"parameters": schema} if schema else {})}
+        for name, schema in tools.items()
+    ]
+    if operation is TextOperation.RESPONSES:
+        named: Any = {"type": "function", "name": choice}
+        given = [{"type": "function", "parameters": None, **each} for each in functions]
+        own: Any = {"input": "hi", "max_output_tokens": 200}
+    else:
+        named = {"type": "function", "function": {"name": choice}}
+        given = [{"type": "function", "function": each} for each in functions]
+        own = {"messages": ask, "max_tokens": 200}
+    wanted = choice if choice == "required" else named
+    return {**own, "tools": given, "tool_choice": wanted, **more}
+
+
+def read(operation: TextOperation, events: list[Event]) -> tuple[str | None, list[Call]]:
+    """Why the answer ended, and its calls."""
+    if isinstance(events[0], Document):
+        document = json.loads(events[0].body)
+        if operation is TextOperation.CHAT:
+            (choice,) = document["choices"]
+            made = [call["function"] for call in choice["message"].get("tool_calls") or []]
+            return choice["finish_reason"], [(each["name"], each["arguments"]) for each in made]
+        if operation is TextOperation.RESPONSES:
+            made = [item for item in document["output"] if item["type"] == "function_call"]
+            return document["status"], [(each["name"], each["arguments"]) for each in made]
+        made = [block for block in document["content"] if block["type"] == "tool_use"]
+        return document["stop_reason"], [(e["name"], json.dumps(e["input"])) for e in made]
+    return _read_stream(operation, events)
+
+
+def _read_stream(operation: TextOperation, events: list[Event]) -> tuple[str | None, list[Call]]:
+    end: str | None = None
+    calls: dict[int, list[str]] = {}
+    for event in events:
+        for line in event.data.splitlines():  # type: ignore[union-attr]
+            if not line.startswith("data: {"):
+                continue
+            data = json.loads(line.removeprefix("data: "))
+            if operation is TextOperation.CHAT:
+                for choice in data["choices"]:
+                    end = choice["finish_reason"] or end
+                    for piece in choice["delta"].get("tool_calls") or []:
+                        call = calls.setdefault(piece["index"], ["", ""])
+                        call[0] += piece["function"].get("name") or ""
+                        call[1] += piece["function"].get("arguments") or ""
+            elif data["type"] == "response.output_item.done":
+                if data["item"]["type"] == "function_call":
+                    item = data["item"]
+                    calls[data["output_index"]] = [item["name"], item["arguments"]]
+            elif data["type"] == "content_block_start":
+                if data["content_block"]["type"] == "tool_use":
+                    calls[data["index"]] = [data["content_block"]["name"], ""]
+            elif data["type"] == "content_block_delta":
+                if data["delta"]["type"] == "input_json_delta":
+                    calls[data["index"]][1] += data["delta"]["partial_json"]
+            elif data["type"] == "message_delta":
+                end = data["delta"]["stop_reason"]
+            elif data["type"] in {"response.completed", "response.incomplete"}:
+                assert data["type"] == f"response.{data['response']['status']}"
+                end = data["response"]["status"]
+    return end, [(name, arguments) for name, arguments in calls.values()]
+
+
+def valid(call: Call, tools: Any = TOOLS) -> bool:
+    name, arguments = call
+    schema = tools[name]
+    jsonschema.validate(json.loads(arguments), schema or {"type": "object", "maxProperties": 0})
+    return True
+
+
+@pytest.fixture(scope="module", params=["tiny-llama", "tiny-qwen"])
+def starter(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def ask(vllm_runtime: VllmRuntime, make_model: MakeModel, starter: str) -> AsyncIterator[Ask]:
+    """Ask one loaded model, and read its answer."""
+    parser = "llama3_json" if starter == "tiny-llama" else "hermes"
+    model = make_model(starter, starter, max_model_len=2048, tool_call_parser=parser)
+    loaded = await vllm_runtime.load(model, lambda _: None)
+
+    async def answer(operation: TextOperation, fields: dict[str, Any]) -> Any:
+        request = TextRequest(model.id, operation, fields, request_id="test")
+        prepared = vllm_runtime.prepare(model, request)
+        answer.events = [event async for event in loaded.run(prepared)]  # type: ignore[attr-defined]
+        return read(operation, answer.events)  # type: ignore[attr-defined]
+
+    yield answer
+    await vllm_runtime.unload(loaded)
+
+
+APIS = [TextOperation.CHAT, TextOperation.RESPONSES, TextOperation.MESSAGES]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("operation", APIS)
+async def test_forced_calls_validate(ask: Ask, operation: TextOperation, stream: bool) -> None:
+    for choice in ("required", "weather", "now"):
+        end, calls = await ask(operation, body(operation, choice, stream=stream))
+        if end in {"length", "incomplete", "max_tokens"} and len(calls) > 1:
+            calls.pop()  # the last one was cut
+        assert calls
+        assert all(valid(call) for call in calls)
+        if choice != "required":
+            assert [name for name, _ in calls] == [choice]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("operation", APIS)
+async def test_a_cut_call_does_not_lose_the_whole_ones(
+    ask: Ask, operation: TextOperation, stream: bool
+) -> None:
+    nothing = {"now": TOOLS["now"], "later": None}
+    limit = "max_output_tokens" if operation is TextOperation.RESPONSES else "max_tokens"
+    fields = body(operation, "required", nothing, stream=stream, **{limit: 60})
+    for _ in range(12):
+        end, calls = await ask(operation, fields)
+        assert calls
+        if end in {"length", "incomplete", "max_tokens"}:
+            assert all(valid(call, nothing) for call in calls[:-1])
+            if len(calls) > 1:
+                return
+    pytest.fail("no list of calls was cut")
+
+
+async def test_an_answer_without_calls_has_not_ended_for_its_calls(ask: Ask) -> None:
+    for stream in (False, True):
+        fields = body(TextOperation.CHAT, "required", max_tokens=2, stream=stream)
+        end, calls = await ask(TextOperation.CHAT, fields)
+        assert (end, calls) == ("length", [])
+        fields = body(TextOperation.CHAT, "required", stop=["["], stream=stream)
+        end, calls = await ask(TextOperation.CHAT, fields)
+        assert (end, calls) == ("stop", [])
+
+
+@pytest.mark.parametrize("choice", ["required", "weather"])
+async def test_a_cut_call_is_no_error_of_the_client(ask: Ask, choice: str) -> None:
+    end, calls = await ask(
+        TextOperation.MESSAGES, body(TextOperation.MESSAGES, choice, max_tokens=6)
+    )
+    assert (end, calls) == ("max_tokens", [])
+
+
+@pytest.mark.parametrize("operation", [TextOperation.CHAT, TextOperation.RESPONSES])
+async def test_only_allowed_tools_are_called(ask: Ask, operation: TextOperation) -> None:
+    nested = operation is TextOperation.CHAT
+    tool: Any = {
+        "type": "function",
+        **({"function": {"name": "now"}} if nested else {"name": "now"}),
+    }
+    allowed: Any = {"mode": "required", "tools": [tool]}
+    choice = {"type": "allowed_tools", **({"allowed_tools": allowed} if nested else allowed)}
+    fields = {**body(operation, "required"), "tool_choice": choice}
+    _, calls = await ask(operation, fields)
+    assert {name for name, _ in calls} == {"now"}
+
+
+@pytest.mark.parametrize(
+    ("allowed", "param"),
+    [
+        ({"mode": "none", "tools": [{"type": "function", "name": "now"}]}, "tool_choice.mode"),
+        ({"mode": "auto", "tools": []}, "tool_choice.tools"),
+        ({"mode": "auto", "tools": [{"type": "function", "name": "x"}]}, "tool_choice.tools[0]"),
+    ],
+)
+async def test_wrong_allowed_tools_are_named(allowed: dict[str, Any], param: str) -> None:
+    fields = body(TextOperation.RESPONSES, "required")
+    fields["tool_choice"] = {"type": "allowed_tools", **allowed}
+    with pytest.raises(InvalidRequest) as caught:
+        narrow_to_allowed(fields)
+    assert caught.value.param == param
+
+
+async def test_every_parser_takes_forced_calls_so(vllm_runtime: VllmRuntime) -> None:
+    """Those of vLLM that read a whole answer themselves at least bind the arguments."""
+    from vllm.parser import ParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    from engine.runtimes.vllm.forced_calls import CompleteCalls, JsonForcedCalls
+
+    own = {"cohere_command3", "cohere_command4", "kimi_k3", "minicpmv"}
+    for name in {*ToolParserManager.list_registered()} - {"hf"}:
+        try:
+            parser = ParserManager.get_parser(name, None, enable_auto_tools=True)
+        except ImportError:  # a package of the parser's own is not installed
+            continue
+        assert parser is not None
+        assert issubclass(parser, CompleteCalls if name in own else JsonForcedCalls), name
+
+
+async def test_a_streamed_call_of_a_tool_without_parameters_has_arguments(
+    vllm_runtime: VllmRuntime, make_model: MakeModel
+) -> None:
+    """Also a call that the model made without being forced, in its parser's format."""
+    from transformers import AutoTokenizer
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.parser import ParserManager
+
+    tokenizer = AutoTokenizer.from_pretrained(vllm_runtime._folder(make_model("q", "tiny-qwen")))
+    fields = {"messages": [], "model": "q", "tools": body(TextOperation.CHAT, "now")["tools"]}
+    parser_class = ParserManager.get_parser("hermes", None, enable_auto_tools=True)
+    assert parser_class is not None
+
+    def stream(text: str) -> dict[int, str]:
+        request = ChatCompletionRequest.model_validate({**fields, "tool_choice": "auto"})
+        parser = parser_class(tokenizer, request.tools)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        arguments: dict[int, str] = {}
+        for index, token in enumerate(ids):
+            finished = index == len(ids) - 1
+            piece = tokenizer.decode([token])
+            delta = parser.parse_delta(piece, [token], request, [], finished=finished)
+            for call in delta.tool_calls if delta else ():
+                arguments.setdefault(call.index, "")
+                arguments[call.index] += call.function.arguments or ""
+        return arguments
+
+    now = '<tool_call>\n{"name": "now"}\n</tool_call>'
+    move = '<tool_call>\n{"name": "move"}\n</tool_call>'
+    assert stream(now) == {0: "{}"}
+    assert stream(now + now) == {0: "{}", 1: "{}"}
+    # What the tool needs is not made up.
+    assert stream(move) == {0: ""}
+
+
+async def test_a_response_that_was_cut_is_incomplete(ask: Ask) -> None:
+    for stream in (False, True):
+        fields = {"input": "hi", "max_output_tokens": 2, "stream": stream}
+        end, _ = await ask(TextOperation.RESPONSES, fields)
+        assert end == "incomplete"
+    named = {event.data.partition("\n")[0] for event in ask.events}  # type: ignore[attr-defined]
+    assert "event: response.incomplete" in named
+    assert "event: response.completed" not in named
