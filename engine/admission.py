@@ -19,8 +19,8 @@ from engine.errors import (
     OutOfDeviceMemory,
     RuntimeFailed,
 )
-from engine.events import Document, Event, WorkingMemory
-from engine.requests import Request, SchedulingOptions
+from engine.events import Cut, Document, Event, WorkingMemory
+from engine.requests import Request, SchedulingOptions, TextRequest
 from engine.residency import Residency
 from engine.runtimes.base import Prepared, Runtime
 from engine.scheduling.deadline import Deadline
@@ -29,7 +29,7 @@ from engine.scheduling.lease import Lease
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.ticket import Ticket
 from engine.scheduling.waiting import Stage, Waiting
-from engine.session import Peak, Session, Timings
+from engine.session import Notes, Session, Timings
 from engine.status import COMPLETE
 
 log = logging.getLogger(__name__)
@@ -244,10 +244,10 @@ class Admission:
             waiting=waiting,
         )
         granted_at = self._clock()
-        peak = Peak()
+        notes = Notes()
         events = self._residency.loaded[model.id].run(prepared)
-        if prepared.shape:
-            events = self._measured(model, prepared, events, peak)
+        if not isinstance(request, TextRequest):  # it has no notes, and many events
+            events = self._noted(model, prepared, events, notes)
         try:
             try:
                 first = await anext(events)
@@ -274,27 +274,31 @@ class Admission:
         timings = Timings(
             queue_s * 1e3, lease.timings.load_s * 1e3, run_s * 1e3, lease.timings.tier
         )
-        return Session(model, first, events, lease, timings, peak)
+        return Session(model, first, events, lease, timings, notes)
 
-    async def _measured(
+    async def _noted(
         self,
         model: ModelConfig,
         prepared: Prepared,
         events: AsyncGenerator[Event, None],
-        peak: Peak,
+        notes: Notes,
     ) -> AsyncGenerator[Event, None]:
-        """The events of a run, without its measured peak, which is remembered for the next run."""
+        """The events of a run without its notes. The next run is granted the measured peak."""
         assert self.estimates is not None  # a run needs a loaded model, a load the estimates
         remember = self.estimates.put_working_bytes
         async with contextlib.aclosing(events):
             try:
                 async for event in events:
-                    if isinstance(event, WorkingMemory):
-                        peak.nbytes = event.nbytes
+                    if isinstance(event, Cut):
+                        notes.cuts.append(event)
+                    elif isinstance(event, WorkingMemory):
+                        notes.peak_bytes = event.nbytes
                         await asyncio.to_thread(remember, model, prepared.shape, event.nbytes)
                     else:
                         yield event
             except OutOfDeviceMemory:
+                if not prepared.shape:
+                    raise
                 granted = self.working_bytes(model, prepared)
                 more = int(granted * OUT_OF_MEMORY_FACTOR)
                 await asyncio.to_thread(remember, model, prepared.shape, more)

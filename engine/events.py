@@ -114,6 +114,21 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """A text of the request that was longer than the model takes. It comes before any result.
+
+    The engine keeps it with the session, and does not pass it on.
+    """
+
+    param: str
+    """The field of the request."""
+    kept: int
+    """Tokens that the model got."""
+    given: int
+    """Tokens of the text."""
+
+
+@dataclass(frozen=True, slots=True)
 class WorkingMemory:
     """The peak device bytes of a run, above the model's blocks.
 
@@ -133,6 +148,7 @@ Event: TypeAlias = (
     | Speech
     | Heard
     | Segment
+    | Cut
     | WorkingMemory
 )
 """Text models give one `Document`, or one or more `Frame`s. Image and video models give any number

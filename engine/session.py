@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.config import ModelConfig
 from engine.errors import OutOfDeviceMemory
-from engine.events import Event, Frame, Progress
+from engine.events import Cut, Event, Frame, Progress
 from engine.run import Run
 from engine.scheduling.lease import Lease
 
@@ -29,10 +29,13 @@ class Timings:
 
 
 @dataclass(slots=True)
-class Peak:
-    """Peak device bytes of a run above its model's blocks; None until they are measured."""
+class Notes:
+    """What a run reports beside its results."""
 
-    nbytes: int | None = None
+    peak_bytes: int | None = None
+    """Peak device bytes above the model's blocks; None until they are measured."""
+    cuts: list[Cut] = field(default_factory=list)
+    """Texts of the request that were too long. They are known before the first event."""
 
 
 class Session:
@@ -45,12 +48,12 @@ class Session:
         rest: AsyncGenerator[Event, None],
         lease: Lease,
         timings: Timings,
-        peak: Peak,
+        notes: Notes,
     ) -> None:
         self.model = model
         self.first = first
         self.timings = timings
-        self.peak = peak
+        self.notes = notes
         self.again: Callable[[], Awaitable[Session]] | None = None
         """How to run the request once more after it ran out of device memory."""
         self._run = Run(rest, lease)
@@ -80,7 +83,7 @@ class Session:
                     log.warning("%s; trying once more, alone", error)
                     await self.close()
                     second, self.again = await self.again(), None
-                    self._run, self.peak = second._run, second.peak
+                    self._run, self.notes = second._run, second.notes
                     following = second.first
                 if following is None:
                     return

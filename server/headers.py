@@ -1,4 +1,4 @@
-"""The headers of our own: how long an answer waited and ran, and the memory of its run."""
+"""The headers of our own: how long an answer waited and ran, its memory, and what was cut."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def answer_headers(session: Session, ran_ms: float = 0.0) -> dict[str, str]:
         f"{HEADER_PREFIX}run-ms": f"{timings.run_ms + ran_ms:.1f}",
         f"{HEADER_PREFIX}tier": timings.tier,
     }
-    if session.peak.nbytes is not None:
-        headers[f"{HEADER_PREFIX}peak-bytes"] = str(session.peak.nbytes)
+    if session.notes.peak_bytes is not None:
+        headers[f"{HEADER_PREFIX}peak-bytes"] = str(session.notes.peak_bytes)
+    if session.notes.cuts:
+        # As in `prompt=112/250, hotwords=111/300`: tokens kept, of tokens given.
+        headers[f"{HEADER_PREFIX}cut"] = ", ".join(
+            f"{cut.param}={cut.kept}/{cut.given}" for cut in session.notes.cuts
+        )
     return headers

@@ -13,8 +13,8 @@ import math
 import secrets
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -36,7 +36,7 @@ from engine.errors import (
     RuntimeFailed,
     ShuttingDown,
 )
-from engine.events import VideoResult
+from engine.events import Cut, VideoResult
 from engine.jobs.first_frame import first_frame_request
 from engine.jobs.input_images import InputImages
 from engine.jobs.queue_place import QueuePlace, queue_place
@@ -82,6 +82,7 @@ class _Run:
     written_at: float = -math.inf
     """When the progress was last written to disk."""
     run_s: float = 0.0
+    cuts: Sequence[Cut] = ()
 
 
 class Jobs:
@@ -428,6 +429,7 @@ class Jobs:
         maker = VideoMaker(self._engine, partial(self._on_progress, run, job.id), self._clock)
         result = await maker.make(request)
         run.run_s = maker.run_s
+        run.cuts = maker.cuts
         return result
 
     async def _on_progress(self, run: _Run, job_id: str, progress: float) -> None:
@@ -446,6 +448,7 @@ class Jobs:
             "fps": result.fps,
             "seconds": frames / result.fps,
             "seed": result.seed,
+            "cut": [asdict(cut) for cut in run.cuts],
         }
         with self._outputs.held(job.id):
             await asyncio.to_thread(save_video, self._outputs, job.id, result)

@@ -94,7 +94,7 @@ class Job:
     request: dict[str, Any]
     """The request as JSON, with the model's defaults filled in (`request_codec.py`). `image` is
     whether one was given. Once the job is completed, sizes, frames, fps and seed are those of the
-    file."""
+    file, and `cut` has the texts that were too long."""
     priority: Priority
     state: JobState
     progress: float

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from engine.engine import Engine
 from engine.errors import RuntimeFailed
-from engine.events import ImageResult, Progress, VideoResult
+from engine.events import Cut, ImageResult, Progress, VideoResult
 from engine.jobs.first_frame import FIRST_FRAME_SHARE, first_frame_request
 from engine.media.mp4 import write_mp4, write_thumbnail
 from engine.media.outputs import Outputs
@@ -33,6 +33,8 @@ class VideoMaker:
         """`on_progress` gets the progress of the whole, 0 to 1; `clock` gives seconds."""
         self.run_s = 0.0
         """Seconds of the runs so far, without waiting for a turn or for a model."""
+        self.cuts: list[Cut] = []
+        """Texts of the request that were too long for a model."""
         self._engine = engine
         self._on_progress = on_progress
         self._clock = clock
@@ -71,6 +73,7 @@ class VideoMaker:
                     result = event
         if result is None:
             raise RuntimeFailed(f"{request.model!r} ended without a result.")
+        self.cuts += session.notes.cuts
         self.run_s += session.timings.run_ms / 1e3 + max(0.0, self._clock() - opened_at)
         return result
 

@@ -69,6 +69,11 @@ VIDEO = record(
     fps=INTEGER,
     num_frames=INTEGER,
     seed=nullable(INTEGER),
+    cut={
+        "type": "array",
+        "items": record(param=STRING, kept=INTEGER, given=INTEGER),
+        "description": "Texts that were too long for the model, in tokens.",
+    },
     position={**nullable(INTEGER), "description": "In the queue; 1 is next."},
     eta_s={**nullable(NUMBER), "description": "Seconds until it is expected to be done."},
 )

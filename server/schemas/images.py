@@ -69,7 +69,7 @@ class ImageBody(Body):
     output_format: PictureFormat = "png"
     output_compression: int | None = Field(default=None, ge=0, le=100)
     background: Literal["auto", "opaque", "transparent"] = "auto"
-    moderation: str = ""
+    moderation: Literal["auto", "low"] = "auto"
     """Without effect, as is `user`."""
     user: str = ""
     # Additions of ours:
@@ -81,6 +81,13 @@ class ImageBody(Body):
     loras: Loras = Field(default_factory=list)
     control_image: PictureField | None = None
     reference_image: PictureField | None = None
+
+    @field_validator("partial_images")
+    @classmethod
+    def _previews_are_streamed(cls, value: int, info: ValidationInfo) -> int:
+        if value and not info.data.get("stream"):
+            raise ValueError("previews are events of a stream; ask for stream")
+        return value
 
     @field_validator("response_format")
     @classmethod
@@ -159,7 +166,7 @@ class ImageBody(Body):
             control_image=None if control is None else control.rgb,
             reference_image=None if reference is None else reference.rgb,
             loras=tuple(lora.choice() for lora in self.loras),
-            partial_images=self.partial_images if self.stream else 0,
+            partial_images=self.partial_images,
             scheduling=scheduling,
         )
 
@@ -209,7 +216,7 @@ class GenerationBody(ImageBody):
     operation = ImageOperation.GENERATION
 
     prompt: RequiredPrompt
-    style: str = ""
+    style: Literal["vivid", "natural"] = "vivid"
     """DALL·E's, without effect."""
     image: PictureField | None = None
     """An addition of ours: a picture to start from."""

@@ -177,6 +177,7 @@ def video_document(job: Job, place: QueuePlace | None) -> dict[str, Any]:
         "fps": asked["fps"],
         "num_frames": asked["num_frames"],
         "seed": asked["seed"],
+        "cut": asked.get("cut", []),
         "position": place and place.position,
         "eta_s": place and place.eta_s,
     }

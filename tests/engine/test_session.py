@@ -202,9 +202,9 @@ async def test_the_peak_is_known_once_the_run_has_told_it(
 
     runtime.answer = answer
     session = await engine.open(request())
-    assert session.peak.nbytes is None
+    assert session.notes.peak_bytes is None
     assert [event async for event in session.events()][-1] == RESULT
-    assert session.peak.nbytes == 1000, "that of the second try was not taken over"
+    assert session.notes.peak_bytes == 1000, "that of the second try was not taken over"
 
 
 async def test_where_a_request_stands_can_be_seen(engine: Engine, runtime: Measured) -> None:

@@ -372,13 +372,6 @@ class TestStream:
         assert caught.value.code == "runtime_failed"
         assert engine.model_status("small").leases == 0
 
-    async def test_without_a_stream_no_previews_are_made(
-        self, plain: httpx.AsyncClient, runtime: FakeRuntime
-    ) -> None:
-        body = {"model": "small", "prompt": "a", "size": "64x64", "partial_images": 2}
-        assert (await plain.post(GENERATIONS, json=body)).status_code == 200
-        assert runtime.requests[0].partial_images == 0
-
 
 class TestEdit:
     async def test_images_and_mask(self, sdk: openai.AsyncOpenAI, runtime: FakeRuntime) -> None:
@@ -500,6 +493,8 @@ class TestRefusal:
             ({"seed": 2**63}, "seed"),
             ({"stream": "yes"}, "stream"),
             ({"stream": True, "partial_images": 4}, "partial_images"),
+            ({"partial_images": 1}, "partial_images"),
+            ({"style": "baroque"}, "style"),
             ({"stream": True, "response_format": "url"}, "response_format"),
             ({"response_format": "json"}, "response_format"),
             ({"output_format": "gif"}, "output_format"),

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from engine.config import ModelConfig
 from engine.engine import Engine
 from engine.errors import InvalidRequest, RuntimeFailed
-from engine.events import Event, Heard, Segment, Word
+from engine.events import Cut, Event, Heard, Segment, Word
 from engine.requests import Priority, Request, TranscriptionOperation, TranscriptionRequest
 from engine.runtimes.base import Prepared
 from server.languages import LANGUAGES
@@ -268,6 +268,25 @@ class TestTranscription:
         )
         is_json = response_format.endswith("json")
         assert (json.loads(raw.content)["text"] if is_json else raw.text) == expected
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+async def test_a_header_says_what_was_cut(
+    plain: httpx.AsyncClient, runtime: FakeRuntime, stream: str
+) -> None:
+    async def cut(request: TranscriptionRequest) -> AsyncGenerator[Event, None]:
+        yield Cut("hotwords", 111, 300)
+        yield Cut("prompt", 112, 250)
+        async for event in write_down(request):
+            yield event
+
+    form = {"model": "small", "stream": stream}
+    answer = await plain.post(TRANSCRIPTIONS, data=form, files={"file": FILE})
+    assert "x-roundhouse-cut" not in answer.headers
+    runtime.answer = cut
+    answer = await plain.post(TRANSCRIPTIONS, data=form, files={"file": FILE})
+    assert answer.status_code == 200
+    assert answer.headers["x-roundhouse-cut"] == "hotwords=111/300, prompt=112/250"
 
 
 class TestStream:

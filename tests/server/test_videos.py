@@ -22,7 +22,7 @@ from pydantic import SecretStr
 from engine.config import ModelConfig
 from engine.engine import Engine
 from engine.errors import InvalidRequest
-from engine.events import Event, Progress, VideoResult
+from engine.events import Cut, Event, Progress, VideoResult
 from engine.requests import LoraChoice, Priority, Quality, Request, VideoRequest
 from engine.runtimes.base import Prepared
 from server.app import create_app
@@ -216,6 +216,23 @@ async def test_json(
     assert request.scheduling.priority is (
         Priority.BATCH if header is None else Priority.INTERACTIVE
     )
+
+
+async def test_the_job_says_what_of_its_texts_was_cut(
+    sdk: openai.AsyncOpenAI, runtime: FakeRuntime
+) -> None:
+    plain_answer = runtime.answer
+
+    async def cut(request: VideoRequest) -> AsyncGenerator[Event, None]:
+        yield Cut("prompt", 127, 400)
+        async for event in plain_answer(request):
+            yield event
+
+    runtime.answer = cut
+    video: Any = await sdk.videos.create(model="small", prompt="a", size=SIZE)
+    assert video.cut == []
+    done: Any = await ended(sdk, video.id)
+    assert done.cut == [{"param": "prompt", "kept": 127, "given": 400}]
 
 
 async def test_reference_object_in_a_form(sdk: openai.AsyncOpenAI, runtime: FakeRuntime) -> None:

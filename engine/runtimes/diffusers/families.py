@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from engine.errors import InvalidRequest
 
@@ -21,17 +23,64 @@ class Family:
     """How much smaller than the image, on each side, the widest block of the VAE's decoder is."""
     many_images: bool = False
     """Whether an edit may start from several images."""
+    has_strength: bool = True
+    """Whether an edit starts from a noisy image. Otherwise it looks at the image as it is."""
+    negative_prompt: Literal["guidance", "true_cfg_scale", "never"] = "guidance"
+    """Whose value above 1 makes a negative prompt act: the guidance, or that argument's."""
+    true_cfg_scale: float = 1.0
+    """The pipeline's own value of that argument."""
+    embeds_guidance: bool = False
+    """Whether the guidance scale is an input of the denoiser, if its weights take one."""
+    first_frame: Literal["never", "maybe", "always"] = "maybe"
+    """Whether a video starts from an image."""
+    has_motion: bool = False
+    """Whether a request can set the amount of motion."""
 
 
 FAMILIES = {
-    "AnimateDiff": Family(),
-    "CogVideoX": Family(size_multiple=16, frame_step=4, frames_at_once=8),
-    "Flux2": Family(size_multiple=16, many_images=True),
-    "Flux": Family(size_multiple=16),
-    "HunyuanVideo": Family(size_multiple=16, frame_step=4, frames_at_once=16),
+    "AnimateDiff": Family(first_frame="never"),
+    "CogVideoX": Family(size_multiple=16, frame_step=4, frames_at_once=8, first_frame="never"),
+    "Flux2": Family(
+        size_multiple=16,
+        many_images=True,
+        has_strength=False,
+        negative_prompt="never",
+        embeds_guidance=True,
+    ),
+    "FluxKontext": Family(
+        size_multiple=16,
+        has_strength=False,
+        negative_prompt="true_cfg_scale",
+        embeds_guidance=True,
+    ),
+    "Flux": Family(size_multiple=16, negative_prompt="true_cfg_scale", embeds_guidance=True),
+    "HunyuanVideo": Family(
+        size_multiple=16,
+        frame_step=4,
+        frames_at_once=16,
+        first_frame="never",
+        negative_prompt="true_cfg_scale",
+        embeds_guidance=True,
+    ),
+    "LatentConsistencyModel": Family(negative_prompt="never"),
     "LTX": Family(size_multiple=32, frame_step=8, decoder_scale=4),
-    "QwenImageEditPlus": Family(size_multiple=16, many_images=True),
-    "StableVideoDiffusion": Family(size_multiple=64),
+    "QwenImageEditPlus": Family(
+        size_multiple=16,
+        many_images=True,
+        has_strength=False,
+        negative_prompt="true_cfg_scale",
+        true_cfg_scale=4.0,
+        embeds_guidance=True,
+    ),
+    "QwenImage": Family(
+        size_multiple=16,
+        negative_prompt="true_cfg_scale",
+        true_cfg_scale=4.0,
+        embeds_guidance=True,
+    ),
+    "StableVideoDiffusion": Family(
+        size_multiple=64, negative_prompt="never", first_frame="always", has_motion=True
+    ),
     "Wan": Family(size_multiple=16, frame_step=4, frames_at_once=4),
 }
 """By the beginning of the pipeline's class name.
@@ -45,8 +94,52 @@ def family_of(pipeline_class: str) -> Family:
     """What a pipeline class demands."""
     for beginning, family in FAMILIES.items():
         if pipeline_class.startswith(beginning):
-            return family
+            from_image = "ImageToVideo" in pipeline_class
+            return replace(family, first_frame="always") if from_image else family
     return Family()
+
+
+def check_guidance(
+    family: Family,
+    *,
+    negative_prompt: str | None,
+    asked: float | None,
+    guidance: float,
+    default: float,
+    is_input: bool | None,
+    call: Mapping[str, Any],
+) -> None:
+    """Refuse a negative prompt or a guidance that would have no effect.
+
+    `asked` is the guidance in the request, `guidance` that of the run, `default` the model's.
+    `is_input` is whether the denoiser takes it as an input; None: that is not known. `call` has
+    further arguments of the pipeline.
+
+    Raises:
+        InvalidRequest: naming `negative_prompt` or `guidance`.
+
+    """
+    without = family.embeds_guidance and is_input is False
+    if without and asked not in (None, default):
+        raise InvalidRequest(
+            "This model was trained to need no guidance, and takes none.", param="guidance"
+        )
+    if not negative_prompt:
+        return
+    if family.negative_prompt == "true_cfg_scale":
+        acts = float(call.get("true_cfg_scale", family.true_cfg_scale)) > 1
+    elif family.negative_prompt == "guidance":
+        acts = guidance > 1 and not (is_input and not family.embeds_guidance)
+    else:
+        acts = False
+    if acts:
+        return
+    hint = ""
+    if family.negative_prompt == "guidance" and not is_input:
+        hint = f" It acts with a guidance above 1, and this run has {guidance:g}."
+    raise InvalidRequest(
+        f"A negative prompt has no effect on this model.{hint}", param="negative_prompt"
+    )
 
 
 def check_size(size: tuple[int, int], family: Family) -> None:

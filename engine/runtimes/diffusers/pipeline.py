@@ -144,7 +144,12 @@ class Pipeline(TorchParts):
                 else:
                     made = self._image_to_video()
         except ValueError as error:
-            field = {"inpaint": "mask", "control": "control_image"}.get(kind, "image")
+            fields = {
+                "inpaint": "mask",
+                "control": "control_image",
+                "video-image": "input_reference",
+            }
+            field = fields.get(kind, "image")
             raise InvalidRequest(
                 f"{type(self.base).__name__} cannot do this: {error}", param=field
             ) from error

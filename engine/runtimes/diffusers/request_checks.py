@@ -12,13 +12,19 @@ from engine.files.lora_folder import lora_files
 from engine.files.safetensors_header import DTYPE_BYTES
 from engine.requests import ImageOperation, ImageRequest, VideoRequest
 from engine.runtimes.base import Prepared
-from engine.runtimes.diffusers.families import Family, check_size, size_text
+from engine.runtimes.diffusers.families import Family, check_guidance, check_size, size_text
 from engine.runtimes.diffusers.options import MAX_STEPS, DiffusersOptions
 
 DECODER_COPIES = 3
 """Tensors of full size alive at once in a VAE decoder's last block: input, normalised, output."""
 
 MAX_SEED = 2**32 - 1
+
+PIECE_WIDTH = 2 * 77 * 2048
+"""Numbers of one more chunk of two prompts, at the width of SDXL's two encoders."""
+
+FIELDS = ("negative_prompt", "guidance", "steps", "strength", "motion")
+"""Fields that some pipelines have no argument for."""
 
 TILE_PIXELS = 512 * 512
 """The most pixels that a VAE with tiling decodes at once."""
@@ -35,6 +41,8 @@ class RequestChecks:
     family: Family
     decoder_channels: int
     """Of the VAE's decoder at full size."""
+    guidance_is_input: bool | None = None
+    """Whether the denoiser takes the guidance scale as an input; None: that is not known."""
 
     def image(self, request: ImageRequest) -> Prepared:
         """Check a request for images.
@@ -72,6 +80,8 @@ class RequestChecks:
             raise InvalidRequest(
                 f"The model {self.model_id!r} has no IP-Adapter.", param="reference_image"
             )
+        if request.strength is not None:
+            self._check_strength(request)
         if request.images and request.width is None and request.height is None:
             width, height = _fit(request.images[0].size, family.size_multiple, options.max_pixels)
             request = replace(request, width=width, height=height)
@@ -82,7 +92,18 @@ class RequestChecks:
         parts = (("mask", filled.mask), ("partial", filled.partial_images),
                  ("control", filled.control_image), ("image", filled.images))  # fmt: skip
         shape += "".join(f"-{name}" for name, there in parts if there)
-        return self._prepared(filled, shape, frames=1)
+        return self._prepared(filled, shape, _asked(request), frames=1)
+
+    def _check_strength(self, request: ImageRequest) -> None:
+        if not request.images:
+            raise InvalidRequest(
+                "strength is how far an edit leaves its image. This request has no image.",
+                param="strength",
+            )
+        if not self.family.has_strength and request.mask is None:
+            raise InvalidRequest(
+                f"The model {self.model_id!r} edits without a strength.", param="strength"
+            )
 
     def _fill_strength(self, asked: ImageRequest, filled: ImageRequest) -> ImageRequest:
         strength = self.options.strength if filled.strength is None else filled.strength
@@ -105,6 +126,7 @@ class RequestChecks:
 
         """
         options = self.options
+        self._check_first_frame(request)
         fps = options.fps if request.fps is None else request.fps
         if not 1 <= fps <= 120:
             raise InvalidRequest("fps must be from 1 to 120.", param="fps")
@@ -121,11 +143,26 @@ class RequestChecks:
             )
         if request.motion is not None and not 0 <= request.motion <= 255:
             raise InvalidRequest("motion must be from 0 to 255.", param="motion")
+        if request.motion is not None and not self.family.has_motion:
+            raise InvalidRequest(
+                f"The model {self.model_id!r} has no setting for motion.", param="motion"
+            )
         filled = replace(self._fill(request), fps=fps, num_frames=frames, seconds=frames / fps)
         shape = f"video-{filled.width}x{filled.height}x{frames}"
         if filled.image is not None:
             shape += "-image"
-        return self._prepared(filled, shape, frames=frames)
+        return self._prepared(filled, shape, _asked(request), frames=frames)
+
+    def _check_first_frame(self, request: VideoRequest) -> None:
+        wanted, is_made = self.family.first_frame, self.options.first_frame_model is not None
+        if request.image is not None and wanted == "never":
+            raise InvalidRequest(
+                f"The model {self.model_id!r} cannot start from an image.", param="input_reference"
+            )
+        if request.image is None and wanted == "always" and not is_made:
+            raise InvalidRequest(
+                f"The model {self.model_id!r} starts from an image.", param="input_reference"
+            )
 
     def _fill(self, request: ImageOrVideo) -> ImageOrVideo:
         """Size, steps, guidance and seed, checked; and the adapters."""
@@ -146,12 +183,29 @@ class RequestChecks:
         guidance = profile.guidance if request.guidance is None else request.guidance
         if not 0 <= guidance <= 100:
             raise InvalidRequest("guidance must be from 0 to 100.", param="guidance")
+        self._check_guidance(request, guidance, profile.guidance)
         seed = random.randrange(MAX_SEED) if request.seed is None else request.seed
         if not 0 <= seed <= MAX_SEED:
             raise InvalidRequest(f"seed must be from 0 to {MAX_SEED}.", param="seed")
         self._check_loras(request)
         return replace(
             request, width=width, height=height, steps=steps, guidance=guidance, seed=seed
+        )
+
+    def _check_guidance(
+        self, request: ImageRequest | VideoRequest, guidance: float, default: float
+    ) -> None:
+        negative_prompt = request.negative_prompt
+        if self.options.first_frame_model is not None and self.family.negative_prompt == "never":
+            negative_prompt = None  # it acts on the first frame
+        check_guidance(
+            self.family,
+            negative_prompt=negative_prompt,
+            asked=request.guidance,
+            guidance=guidance,
+            default=default,
+            is_input=self.guidance_is_input,
+            call=self.options.call,
         )
 
     def _check_loras(self, request: ImageRequest | VideoRequest) -> None:
@@ -174,7 +228,12 @@ class RequestChecks:
             raise InvalidRequest("A LoRA is named twice.", param="loras")
 
     def _prepared(
-        self, request: ImageRequest | VideoRequest, shape: str, *, frames: int
+        self,
+        request: ImageRequest | VideoRequest,
+        shape: str,
+        asked: frozenset[str],
+        *,
+        frames: int,
     ) -> Prepared:
         """The request with an estimate from the decoder, whose last block is the peak."""
         options = self.options
@@ -192,7 +251,21 @@ class RequestChecks:
             shape += "-guided"  # the denoiser then has twice the batch
         if request.loras:
             shape += "-" + "+".join(sorted(choice.name for choice in request.loras))
-        return Prepared(request, None, working_bytes=working, shape=shape)
+        if pieces := _text_pieces(request):
+            shape += f"-text{pieces.bit_length()}"
+            working += pieces * PIECE_WIDTH * item_bytes
+        return Prepared(request, asked, working_bytes=working, shape=shape)
+
+
+def _asked(request: ImageRequest | VideoRequest) -> frozenset[str]:
+    """Those of `FIELDS` that the client set."""
+    return frozenset(name for name in FIELDS if getattr(request, name, None) is not None)
+
+
+def _text_pieces(request: ImageRequest | VideoRequest) -> int:
+    """About how many chunks of CLIP's a prompt has beyond the first, at four letters a token."""
+    texts = (request.prompt, request.negative_prompt or "")
+    return max(len(text.encode(errors="replace")) for text in texts) // (75 * 4)
 
 
 def _fit(size: tuple[int, int], multiple: int, max_pixels: int) -> tuple[int, int]:

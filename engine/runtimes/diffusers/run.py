@@ -6,7 +6,7 @@ Importing this module imports torch and diffusers.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,16 @@ from engine.runtimes.common.torch_run import TorchRun
 from engine.runtimes.diffusers.families import check_size, family_of
 from engine.runtimes.diffusers.pipeline import Pipeline
 from engine.runtimes.diffusers.previews import decode_latents, preview_steps
+from engine.runtimes.diffusers.prompts import in_chunks, takes_chunks, too_long
+
+ARGUMENTS = {
+    "negative_prompt": {"negative_prompt"},
+    "guidance": {"guidance_scale", "max_guidance_scale"},
+    "steps": {"num_inference_steps"},
+    "strength": {"strength"},
+    "motion": {"motion_bucket_id"},
+}
+"""The pipelines' arguments for a field of a request."""
 
 
 class Run(TorchRun):
@@ -30,10 +40,13 @@ class Run(TorchRun):
         self,
         pipeline: Pipeline,
         request: Any,
+        asked: Collection[str],
         shape: str,
         emit: Callable[[Event], None],
     ) -> None:
+        """`asked` are the fields that the client set, of those that not every pipeline has."""
         super().__init__(pipeline, shape, emit)
+        self._asked = asked
         self._pipeline = pipeline
         self._request: ImageRequest | VideoRequest = request
 
@@ -43,15 +56,46 @@ class Run(TorchRun):
         check_size((request.width, request.height), family_of(type(pipeline.base).__name__))
         pipeline.loras.set(request.loras)
         pipe = pipeline.variant(self._kind())
+        self._check_asked(pipe)
+        arguments = self._common(pipe)
+        cuts = too_long(pipe, arguments)
+        chunked = bool(cuts) and takes_chunks(pipe)
+        for cut in () if chunked else cuts:
+            self._emit(cut)
         with GATE.step():
             self._emit(Progress(0.0))
             with self._measured():
+                if chunked:
+                    arguments = in_chunks(pipe, arguments, guided=self._is_guided(pipe))
                 result = (
-                    self._images(pipe, request)
+                    self._images(pipe, request, arguments)
                     if isinstance(request, ImageRequest)
-                    else self._video(pipe, request)
+                    else self._video(pipe, request, arguments)
                 )
         self._emit(result)
+
+    def _check_asked(self, pipe: Any) -> None:
+        """Refuse what this pipeline has no argument for.
+
+        Raises:
+            InvalidRequest: naming the field.
+
+        """
+        accepted = inspect.signature(pipe.__call__).parameters.keys()
+        for field in sorted(self._asked):
+            if not ARGUMENTS[field] & accepted and not self._is_for_first_frame(field):
+                raise InvalidRequest(
+                    f"This model has no setting for {field.replace('_', ' ')}.", param=field
+                )
+
+    def _is_for_first_frame(self, field: str) -> bool:
+        made = self._pipeline.options.first_frame_model is not None
+        return field == "negative_prompt" and made
+
+    def _is_guided(self, pipe: Any) -> bool:
+        """Whether each step computes the negative prompt too, by the rule of UNet pipelines."""
+        assert self._request.guidance is not None
+        return self._request.guidance > 1 and pipe.unet.config.time_cond_proj_dim is None
 
     def _kind(self) -> str:
         """The kind of pipeline that the request needs."""
@@ -64,13 +108,13 @@ class Run(TorchRun):
             return "image"
         return "text" if request.control_image is None else "control"
 
-    def _images(self, pipe: Any, request: ImageRequest) -> ImageResult:
+    def _images(self, pipe: Any, request: ImageRequest, arguments: dict[str, Any]) -> ImageResult:
         """Make one image after the other.
 
         Each equals the image that its seed gives alone, and memory does not grow with the count.
         """
         assert request.seed is not None
-        arguments = self._common(pipe) | self._conditions(pipe)
+        arguments = arguments | self._conditions(pipe)
         images = []
         for index in range(request.n):
             # Partial images show the first image.
@@ -110,12 +154,11 @@ class Run(TorchRun):
         accepted = inspect.signature(pipe.__call__).parameters
         return {name: value for name, value in found.items() if name in accepted}
 
-    def _video(self, pipe: Any, request: VideoRequest) -> VideoResult:
+    def _video(self, pipe: Any, request: VideoRequest, arguments: dict[str, Any]) -> VideoResult:
         assert request.seed is not None and request.num_frames is not None and request.fps
         accepted = inspect.signature(pipe.__call__).parameters
         if request.image is None and "image" in accepted:
             raise InvalidRequest("This model starts from an image.", param="input_reference")
-        arguments = self._common(pipe)
         step = family_of(type(pipe).__name__).frame_step
         # The model makes 1 + n × step frames. Those beyond the wanted number are cut off.
         arguments["num_frames"] = -(-(request.num_frames - 1) // step) * step + 1
@@ -124,8 +167,6 @@ class Run(TorchRun):
         if request.image is not None:
             extras["image"] = _resized(request.image, (request.width, request.height))
         if request.motion is not None:
-            if "motion_bucket_id" not in accepted:
-                raise InvalidRequest("This model has no setting for motion.", param="motion")
             extras["motion_bucket_id"] = request.motion
         arguments |= {name: value for name, value in extras.items() if name in accepted}
         frames = pipe(
@@ -150,10 +191,6 @@ class Run(TorchRun):
             **options.call,
         }
         if request.negative_prompt:
-            if "negative_prompt" not in accepted:
-                raise InvalidRequest(
-                    "This model takes no negative prompt.", param="negative_prompt"
-                )
             wanted["negative_prompt"] = request.negative_prompt
         return {name: value for name, value in wanted.items() if name in accepted}
 

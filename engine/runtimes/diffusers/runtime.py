@@ -26,8 +26,8 @@ from engine.runtimes.base import Prepared, RuntimeContext
 from engine.runtimes.common.thread_run import Emit, ThreadRun
 from engine.runtimes.common.torch_model import TorchModel, TorchRuntime
 from engine.runtimes.diffusers.description import (
+    DESCRIPTION_FILES,
     INDEX_FILE,
-    VAE_CONFIG_FILE,
     PipelineDescription,
 )
 from engine.runtimes.diffusers.families import family_of
@@ -55,7 +55,7 @@ class DiffusersModel(TorchModel["Pipeline"]):
         from engine.runtimes.diffusers.run import Run
 
         assert self.model is not None
-        return Run(self.model, prepared.request, prepared.shape, emit)
+        return Run(self.model, prepared.request, prepared.payload, prepared.shape, emit)
 
 
 class DiffusersRuntime(TorchRuntime):
@@ -68,7 +68,7 @@ class DiffusersRuntime(TorchRuntime):
     def __init__(self, context: RuntimeContext) -> None:
         super().__init__(context)
         self._described = PresentFolders(
-            context.cache_dir, PipelineDescription.read, [INDEX_FILE, VAE_CONFIG_FILE]
+            context.cache_dir, PipelineDescription.read, DESCRIPTION_FILES
         )
 
     @classmethod
@@ -118,7 +118,12 @@ class DiffusersRuntime(TorchRuntime):
         # While the files are not here, the run itself checks what the family demands.
         described = self._described.get(model.source, options.revision) or PipelineDescription()
         family = family_of(options.pipeline or described.pipeline_class)
-        return RequestChecks(model.id, options, family, described.decoder_channels)
+        # A denoiser from elsewhere may differ from the folder's.
+        own = not {"unet", "transformer"} & options.components.keys()
+        guidance_is_input = described.guidance_is_input if own else None
+        return RequestChecks(
+            model.id, options, family, described.decoder_channels, guidance_is_input
+        )
 
     def weight_files(self, model: ModelConfig) -> Sequence[Path]:
         """Those of every component."""

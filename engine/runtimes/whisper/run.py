@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from faster_whisper import BatchedInferencePipeline, WhisperModel
-from faster_whisper.tokenizer import _LANGUAGE_CODES
+from faster_whisper.tokenizer import _LANGUAGE_CODES, Tokenizer
 from faster_whisper.transcribe import Segment as LibrarySegment
 from faster_whisper.transcribe import TranscriptionInfo
 from faster_whisper.vad import get_vad_model
 
 from engine.errors import InvalidRequest, RuntimeFailed
-from engine.events import Event, Heard, Progress, Samples, Segment, Word
+from engine.events import Cut, Event, Heard, Progress, Samples, Segment, Word
 from engine.media.audio_input import decode_audio
 from engine.requests import TranscriptionOperation, TranscriptionRequest
 from engine.runtimes.whisper.options import WhisperOptions
@@ -27,13 +27,68 @@ class Cancelled(Exception):
 
 
 class CancellableWhisper(WhisperModel):  # type: ignore[misc]
-    """A model that checks before every window whether to continue.
+    """A model that checks before every window whether to continue, and bounds what it is told.
 
     The library's generator yields nothing for a window without speech. Hours of silence are one
     call of `next`, which can only be stopped from inside.
     """
 
     check: Callable[[], None] = staticmethod(lambda: None)
+
+    hotwords: Sequence[int] = ()
+    """Tokens of the words to expect, in every window: `prompt_room` at most."""
+
+    @property
+    def prompt_room(self) -> int:
+        """Tokens before a window's own. Whisper was trained with half of the positions, less one.
+
+        The rest is for the answer. The library allows as many for hotwords and again for the text
+        before: no room is then left for an answer.
+        """
+        return int(self.max_length) // 2 - 1
+
+    def get_prompt(
+        self,
+        tokenizer: Tokenizer,
+        previous_tokens: Sequence[int],
+        without_timestamps: bool = False,
+        prefix: str | None = None,
+        hotwords: str | None = None,
+    ) -> Any:
+        """The tokens before the answer: hotwords, then the end of the text before.
+
+        The library calls it for every window, without `prefix` or `hotwords`.
+        """
+        assert prefix is None and hotwords is None
+        before = previous_tokens[max(0, len(previous_tokens) - self._room_before()) :]
+        told = [*self.hotwords, *before]
+        return super().get_prompt(tokenizer, told, without_timestamps=without_timestamps)
+
+    def _room_before(self) -> int:
+        return self.prompt_room - len(self.hotwords)
+
+    def tell(self, prompt: str | None, hotwords: str | None) -> tuple[Cut, ...]:
+        """Set the hotwords of a run, and say what of them and of its prompt is cut.
+
+        Hotwords may have half of the room, and what the prompt leaves. Of a prompt the end counts,
+        as of the text before a window.
+        """
+        prompt_count = len(self._tokens(prompt))
+        asked = self._tokens(hotwords)
+        self.hotwords = asked[: max(self.prompt_room - prompt_count, self.prompt_room // 2)]
+        counts = (
+            ("hotwords", len(self.hotwords), len(asked)),
+            ("prompt", min(prompt_count, self._room_before()), prompt_count),
+        )
+        return tuple(Cut(param, kept, given) for param, kept, given in counts if kept < given)
+
+    def _tokens(self, text: str | None) -> Sequence[int]:
+        if not text:
+            return ()
+        found: Sequence[int] = self.hf_tokenizer.encode(
+            f" {text.strip()}", add_special_tokens=False
+        ).ids
+        return found
 
     def encode(self, features: Any) -> Any:
         """Encode a window as the library does. Every window begins with this call."""
@@ -103,6 +158,8 @@ class Run:
                 max_seconds=self._options.max_seconds,
                 check=self._check,
             )
+            for cut in self._model.tell(self._request.prompt, self._request.hotwords):
+                self._emit(cut)
             segments, info = self._transcribe(samples)
             self._emit(Heard(info.language, info.duration))
             for segment in segments:
@@ -112,6 +169,7 @@ class Run:
             return
         finally:
             del self._model.check
+            self._model.hotwords = ()
 
     def _check(self) -> None:
         self.progress += 1
@@ -144,8 +202,8 @@ class Run:
             if request.operation is TranscriptionOperation.TRANSLATION
             else "transcribe",
             "beam_size": options.beam_size,
-            "initial_prompt": request.prompt or None,
-            "hotwords": request.hotwords or None,
+            # The batched pipeline, unlike the other, does not put the space before it.
+            "initial_prompt": f" {request.prompt.strip()}" if request.prompt else None,
             "word_timestamps": request.word_times,
         }
         if request.temperature > 0:

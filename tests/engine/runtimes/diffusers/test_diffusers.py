@@ -260,6 +260,183 @@ async def test_an_image_equals_that_of_the_library_alone(
     assert (await picture(engine, name, seed=SEED + 1) != expected).any()
 
 
+def single_tokens(tokenizer: Any) -> list[str]:
+    """Words of one token each."""
+    words = [
+        token.removesuffix("</w>")
+        for token in tokenizer.get_vocab()
+        if token.endswith("</w>") and token.removesuffix("</w>").isalpha()
+    ]
+    return [word for word in words if len(tokenizer(word).input_ids) == 3]
+
+
+CLIP_FAMILIES = {
+    name: {**IMAGE_FAMILIES, **VIDEO_FAMILIES}[name]
+    for name in ("tiny-sd15", "tiny-sdxl", "tiny-sdxl-turbo", "tiny-animatediff-sdxl")
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "negative_count"),
+    [
+        (name, count)
+        for name, spec in CLIP_FAMILIES.items()
+        for count in ((0, 30, 200) if spec["guidance"] > 1 else (0,))
+    ],
+)
+async def test_a_prompt_beyond_clips_positions_is_encoded_in_chunks(
+    engine: Engine, cache_dir: Path, name: str, negative_count: int
+) -> None:
+    """Each chunk as the library encodes it alone, one after the other, padded with empty ones."""
+    spec = CLIP_FAMILIES[name]
+    guided = spec["guidance"] > 1
+    with GATE.exclusive():
+        pipe = bare(name, cache_dir, spec)
+    words = single_tokens(pipe.tokenizer)
+    choose = np.random.default_rng(2)
+    prompt = [str(word) for word in choose.choice(words, 160)]
+    negative = [str(word) for word in choose.choice(words, negative_count)]
+
+    def pieces(words: list[str]) -> list[str]:
+        return [" ".join(words[at : at + 75]) for at in (0, 75, 150)]
+
+    each = "num_videos_per_prompt" if "frames" in spec else "num_images_per_prompt"
+    encoded = [
+        pipe.encode_prompt(
+            first,
+            device="cpu",
+            do_classifier_free_guidance=guided,
+            **{each: 1},
+            negative_prompt=second if negative else None,
+        )
+        for first, second in zip(pieces(prompt), pieces(negative), strict=True)
+    ]
+    names = ["prompt_embeds", "negative_prompt_embeds"]
+    names += ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+    arguments: dict[str, Any] = {}
+    for key, parts in zip(names, zip(*encoded, strict=True), strict=False):
+        if parts[0] is not None:
+            arguments[key] = parts[0] if "pooled" in key else torch.cat(parts, dim=1)
+    arguments |= {"width": 64, "height": 64, "num_inference_steps": spec["steps"]}
+    arguments |= {"guidance_scale": spec["guidance"], "generator": seeded()}
+    fields: dict[str, Any] = {"negative_prompt": " ".join(negative) or None}
+    if "frames" in spec:
+        made = pipe(**arguments, num_frames=spec["frames"], output_type="pil").frames[0]
+        expected = np.stack([np.asarray(frame) for frame in made])
+
+        async def ask(text: str) -> tuple[Any, NDArray[np.uint8]]:
+            session = await engine.open(video_request(name, prompt=text, **fields))
+            result = [event async for event in session.events()][-1]
+            assert isinstance(result, VideoResult)
+            return session, result.frames
+    else:
+        expected = np.asarray(pipe(**arguments).images[0])
+
+        async def ask(text: str) -> tuple[Any, NDArray[np.uint8]]:
+            session = await engine.open(image_request(name, prompt=text, **fields))
+            result = [event async for event in session.events()][-1]
+            assert isinstance(result, ImageResult)
+            return session, np.asarray(result.images[0])
+
+    session, found = await ask(" ".join(prompt))
+    np.testing.assert_array_equal(found, expected)
+    assert session.notes.cuts == []
+    _, other = await ask(" ".join([*prompt[:-1], next(w for w in words if w != prompt[-1])]))
+    assert (other != expected).any(), "the last word has no effect"
+
+
+async def test_a_long_prompt_has_a_working_memory_of_its_own(engine: Engine) -> None:
+    plain, longer = (
+        engine.prepare(image_request("tiny-sd15", prompt="word " * count)) for count in (10, 500)
+    )
+    assert longer.shape == f"{plain.shape}-text4"
+    assert longer.working_bytes > plain.working_bytes
+
+
+SEQUENCES = {
+    "tiny-flux-schnell": 512,
+    "tiny-wan": 512,
+    "tiny-ltx": 128,
+    "tiny-cogvideox": 226,
+    "tiny-hunyuanvideo": 256,
+}
+"""The longest sequence of each pipeline."""
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+async def test_what_a_longest_sequence_cuts_is_said(engine: Engine, name: str) -> None:
+    """The text beyond it has no effect."""
+    limit = SEQUENCES[name]
+    make = image_request if name in IMAGE_FAMILIES else video_request
+
+    async def ask(count: int, end: str) -> tuple[Any, bytes]:
+        text = f"{'a ' * (count - len(end) // 2)}{end}"
+        session = await engine.open(make(name, prompt=text))
+        last = [event async for event in session.events()][-1]
+        if isinstance(last, ImageResult):
+            return session.notes.cuts, last.images[0].tobytes()
+        assert isinstance(last, VideoResult)
+        return session.notes.cuts, last.frames.tobytes()
+
+    cuts, _ = await ask(20, "b ")
+    assert cuts == []
+    cuts, far = await ask(4 * limit, "b ")
+    [cut] = cuts
+    assert cut.param == "prompt" and cut.given > limit - 10
+    assert limit - 2 <= cut.kept < limit
+    again, other = await ask(4 * limit, "c ")
+    assert again == cuts and other == far
+
+
+UNGUIDED: list[tuple[str, dict[str, Any], str | None]] = [
+    ("tiny-sdxl-turbo", {"negative_prompt": "blurry"}, "negative_prompt"),
+    ("tiny-sdxl-turbo", {"negative_prompt": "blurry", "guidance": 5.0}, None),
+    ("tiny-sdxl", {"negative_prompt": "blurry", "guidance": 1.0}, "negative_prompt"),
+    ("tiny-sdxl", {"negative_prompt": "blurry"}, None),
+    ("tiny-sd15", {"negative_prompt": ""}, None),
+    ("tiny-flux-dev", {"negative_prompt": "blurry"}, "negative_prompt"),
+    ("tiny-flux-dev", {"guidance": 2.0}, None),
+    ("tiny-flux-schnell", {"negative_prompt": "blurry"}, "negative_prompt"),
+    ("tiny-flux-schnell", {"guidance": 5.0}, "guidance"),
+    ("tiny-flux-schnell", {"guidance": 0.0}, None),
+    ("tiny-sdxl", {"strength": 0.5}, "strength"),
+    ("controlled", {"strength": 0.5, "control_image": Image.new("RGB", (64, 64))}, "strength"),
+    ("tiny-svd", {"negative_prompt": "blurry", "image": Image.new("RGB", (64, 64))},
+     "negative_prompt"),
+    ("tiny-hunyuanvideo", {"negative_prompt": "blurry"}, "negative_prompt"),
+    ("tiny-wan", {"negative_prompt": "blurry"}, None),
+    ("tiny-wan", {"negative_prompt": "blurry", "guidance": 1.0}, "negative_prompt"),
+    ("tiny-wan", {"motion": 3}, "motion"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "fields", "param"), UNGUIDED)
+async def test_a_field_without_effect_is_refused_before_a_load(
+    engine: Engine, cache_dir: Path, name: str, fields: dict[str, Any], param: str | None
+) -> None:
+    """What is not refused changes the picture."""
+    ensure_starter(engine.config.find(name).source.removeprefix("starter:"), cache_dir)
+    make = video_request if name in VIDEO_FAMILIES else image_request
+    if param is not None:
+        with pytest.raises(InvalidRequest) as raised:
+            engine.prepare(make(name, **fields))
+        assert raised.value.param == param
+        return
+
+    async def shown(**fields: Any) -> bytes:
+        last = (await events(engine, make(name, **fields)))[-1]
+        if isinstance(last, VideoResult):
+            return last.frames.tobytes()
+        assert isinstance(last, ImageResult)
+        return last.images[0].tobytes()
+
+    same = not any(fields.values())  # "" and 0 are what it does anyway
+    plain = {key: value for key, value in fields.items() if key != "negative_prompt"}
+    assert (
+        await shown(**fields) == await shown(**(plain if len(plain) < len(fields) else {}))
+    ) == same
+
+
 async def test_one_part_leaves_and_comes_back_while_the_others_stay(
     runtime: DiffusersRuntime, cache_dir: Path
 ) -> None:
@@ -605,6 +782,9 @@ async def test_what_an_image_model_cannot_do_is_told_before_anything_is_loaded(
         ("tiny-wan", {"seconds": 1e9}, "seconds"),
         ("tiny-wan", {"fps": 0}, "fps"),
         ("tiny-svd", {"motion": 300, "image": scene()}, "motion"),
+        ("tiny-svd", {}, "input_reference"),
+        ("tiny-cogvideox", {"image": scene()}, "input_reference"),
+        ("tiny-animatediff", {"image": scene()}, "input_reference"),
     ],
 )
 async def test_what_a_video_model_cannot_do_is_told_before_anything_is_loaded(
@@ -622,7 +802,8 @@ async def test_what_a_video_model_cannot_do_is_told_before_anything_is_loaded(
         ("tiny-ltx", {"width": 80}, "size"),
         ("tiny-svd", {}, "input_reference"),
         ("tiny-wan", {"motion": 10}, "motion"),
-        ("tiny-wan", {"image": scene()}, "image"),
+        ("tiny-wan", {"image": scene()}, "input_reference"),
+        ("tiny-svd", {"image": scene(), "negative_prompt": "blur"}, "negative_prompt"),
     ],
 )
 async def test_what_only_the_loaded_pipeline_knows(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.errors import InvalidRequest, LoadFailed, RuntimeFailed
-from engine.events import Event, Heard, Progress, Segment, Word
+from engine.events import Cut, Event, Heard, Progress, Segment, Word
 from engine.files.ctranslate2_file import read_variables, weight_bytes, write_variables
 from engine.memory.device import CpuDevice
 from engine.memory.host_memory import HostMemory
@@ -176,6 +176,71 @@ async def test_every_option_does_what_it_does_in_the_library(
     assert await transcribed(engine, data, **fields) == expected
     plain = await transcribed(engine, data)
     assert plain != expected  # so the option has an effect that can be seen
+
+
+ROOM = 223
+"""Tokens before a window: half of Whisper's 448 positions, less one."""
+
+LONG_TEXTS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
+    "a prompt": ((250, 223), (0, 0)),
+    "hot words": ((0, 0), (250, 223)),
+    "both": ((250, 112), (250, 111)),
+    "both, which fit alone": ((200, 112), (200, 111)),
+    "many hot words": ((40, 40), (250, 183)),
+    "a long prompt": ((250, 193), (30, 30)),
+    "both, which fit": ((100, 100), (100, 100)),
+    "both, far beyond all positions": ((3000, 112), (3000, 111)),
+}
+"""Tokens given and kept, of the prompt and of the hot words."""
+
+
+@pytest.mark.parametrize("model", ["ears", "batched"])
+@pytest.mark.parametrize("name", LONG_TEXTS)
+async def test_a_text_beyond_the_decoders_positions_acts_like_a_shorter_one_that_fits(
+    engine: Engine, library: Any, name: str, model: str
+) -> None:
+    def words(count: int, seed: int) -> list[str]:
+        """Words of one token each."""
+        known = ["tree", "house", "river", "tower", "bridge", "tunnel", "signal", "station"]
+        return [str(word) for word in np.random.default_rng(seed).choice(known, count)]
+
+    def text(words: list[str]) -> str | None:
+        return " ".join(words) or None
+
+    (prompt_given, prompt_kept), (hot_given, hot_kept) = LONG_TEXTS[name]
+    prompt, hot = words(prompt_given, 1), words(hot_given, 2)
+    data = encode(voice(LONG_S if model == "batched" else 3))
+    session = await engine.open(request_of(data, model, prompt=text(prompt), hotwords=text(hot)))
+    found = [event async for event in session.events()]
+    cuts = [
+        Cut("hotwords", hot_kept, hot_given),
+        Cut("prompt", prompt_kept, prompt_given),
+    ]
+    assert session.notes.cuts == [cut for cut in cuts if cut.kept < cut.given]
+    short_prompt, short_hot = prompt[prompt_given - prompt_kept :], hot[:hot_kept]
+    short = {"prompt": text(short_prompt), "hotwords": text(short_hot)}
+    expected = await transcribed(engine, data, model, **short)
+    assert [event for event in found if isinstance(event, Segment)] == expected[1]
+    if model == "ears":  # the library alone, whose own bounds the short texts keep
+        arguments = {"initial_prompt": text(short_prompt), "hotwords": text(short_hot)}
+        assert expected == expected_of(library.transcribe(io.BytesIO(data), **arguments))
+
+
+async def test_the_text_of_earlier_windows_takes_what_hot_words_leave(
+    engine: Engine, library: Any
+) -> None:
+    from faster_whisper.tokenizer import Tokenizer
+
+    await engine.load("ears")
+    loaded = engine._residency.loaded["ears"]
+    assert isinstance(loaded, LoadedWhisper) and loaded.model is not None
+    tokenizer = Tokenizer(library.hf_tokenizer, True, task="transcribe", language="en")
+    before = list(range(400))
+    for hot, left in ((0, ROOM), (100, ROOM - 100), (ROOM, 0)):
+        loaded.model.hotwords = [7] * hot
+        told = [tokenizer.sot_prev, *[7] * hot, *before[len(before) - left :]]
+        assert loaded.model.get_prompt(tokenizer, before) == [*told, *tokenizer.sot_sequence]
+    loaded.model.hotwords = ()
 
 
 async def test_word_times_are_python_numbers(engine: Engine) -> None:
