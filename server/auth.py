@@ -3,7 +3,8 @@
 With configured keys every route needs one, except the probes, the pages `/` and `/docs`, and the
 files of finished images. The routes that change the engine need an admin key. Without keys the
 server is open to programs on this machine. It is not open to other web pages in a browser: a page
-may send requests to loopback addresses, and a host name may be rebound to one.
+may send requests to loopback addresses, and a host name may be rebound to one. The settings
+`public_url` and `cors_origins` name the hosts and pages that are meant to reach it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import Failure
-from server.settings import ServerSettings, is_loopback
+from server.settings import ANY, ServerSettings, is_loopback
+
+HOST_NAMES_IN_CONTAINERS = frozenset({"host.docker.internal", "host.containers.internal"})
+"""The names by which a container reaches this machine. Nobody can register a name in `.internal`,
+so a web page cannot rebind one."""
 
 PROBES = frozenset({"/health", "/ready", "/ping"})
 WEB_PATH = "/"
@@ -71,6 +76,8 @@ class Guard:
         self._app = app
         self._keyring = Keyring(settings)
         self._local = is_loopback(settings.host)
+        self._origins = frozenset(settings.cors_origins)
+        self._public_host = _hostname(settings.public_url or "")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request through, or answer for it."""
@@ -103,20 +110,36 @@ class Guard:
     def _refusal_without_keys(self, headers: Headers, *, admin: bool) -> Failure | None:
         host = headers.get("host")
         hostname = _hostname(f"//{host}") if host else None
-        if self._local and host is not None and not (hostname and is_loopback(hostname)):
+        if self._local and host is not None and not self._is_own_name(hostname):
             return _forbidden(
-                "Without API keys only loopback host names are answered.", "host_forbidden"
+                "Without API keys only names of this machine are answered, such as localhost. Set"
+                " server.api_keys, or server.public_url to the address of the proxy before it.",
+                "host_forbidden",
             )
         origin = headers.get("origin")
-        if origin is not None:
-            page = _hostname(origin)
-            if page is None or not (is_loopback(page) or page == hostname):
-                return _forbidden(
-                    "Without API keys requests of other web pages are refused.", "origin_forbidden"
-                )
+        if origin is not None and not self._is_own_page(origin, hostname, admin=admin):
+            return _forbidden(
+                "Without API keys requests of other web pages are refused, unless"
+                " server.cors_origins names them.",
+                "origin_forbidden",
+            )
         if admin and not self._local:
             return _forbidden("This needs an admin key (server.admin_keys).", "admin_key_required")
         return None
+
+    def _is_own_name(self, hostname: str | None) -> bool:
+        return hostname is not None and (
+            is_loopback(hostname)
+            or hostname in HOST_NAMES_IN_CONTAINERS
+            or hostname == self._public_host
+        )
+
+    def _is_own_page(self, origin: str, hostname: str | None, *, admin: bool) -> bool:
+        """Whether a page may use the server without a key. `*` opens it to no orders of pages."""
+        if origin in self._origins or (ANY in self._origins and not admin):
+            return True
+        page = _hostname(origin)
+        return page is not None and (is_loopback(page) or page in (hostname, self._public_host))
 
 
 def is_admin(method: str, path: str) -> bool:

@@ -19,9 +19,11 @@ import uvicorn
 from engine.errors import ShuttingDown
 from engine.memory.malloc import share_one_heap
 from server.app import create_app
+from server.cors import allow_origins
 from server.exit_codes import FAULT, INTERRUPTED
 from server.http_protocol import http_protocol
 from server.open_requests import OpenRequests
+from server.public_address import without_root_path
 from server.settings import ServerSettings
 from server.start import Start
 from server.supervision.heartbeat import Heartbeat
@@ -74,13 +76,13 @@ def run(
     start = Start(engine)
     requests = OpenRequests(create_app(engine, settings, start))
     config = uvicorn.Config(
-        requests,
+        without_root_path(allow_origins(requests, settings), settings),
         http=http_protocol(settings.write_timeout_s),
         lifespan="on",
         ws="none",
         log_config=None,
         access_log=False,  # RequestContext logs, with the request's id
-        proxy_headers=False,
+        proxy_headers=False,  # `base_url` reads them, and uvicorn knows no host and no prefix
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=FLUSH_S,

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, field_validator
 
@@ -44,6 +45,12 @@ def split_commas(value: Any) -> Any:
 Keys: TypeAlias = Annotated[tuple[SecretStr, ...], BeforeValidator(split_commas)]
 Hosts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(split_commas)]
 
+ANY = "*"
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s,]+")
+_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+_OWN_PATHS = ("/v1", "/web", "/docs")
+"""Paths that the server has itself. Behind such a prefix it could not tell which one is meant."""
+
 
 class ServerSettings(Section):
     """The `server` section of the configuration."""
@@ -77,6 +84,14 @@ class ServerSettings(Section):
     """Pixels that the pictures of one request may have together. With more it is refused."""
     allowed_media_hosts: Hosts = ()
     """Hosts whose URLs a request may name for images, audio and video."""
+    cors_origins: Hosts = ()
+    """Origins of web pages whose scripts may read answers, as `https://app.example.com`, or `*`."""
+    public_url: str | None = None
+    """The address of the server for clients, with a proxy's prefix. Links in answers begin so."""
+    root_path: str = ""
+    """The prefix that a proxy removes from paths, such as `/ai`."""
+    forwarded_allow_ips: Hosts = ()
+    """Addresses or networks of proxies whose `X-Forwarded-*` headers are believed, or `*`."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("api_keys", "admin_keys")
@@ -91,6 +106,49 @@ class ServerSettings(Section):
     @classmethod
     def _hosts_are_lower_case(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(host.lower() for host in hosts)
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        # Browsers send an origin in lower case and without a slash at its end.
+        origins = tuple(origin.lower().removesuffix("/") for origin in origins)
+        for origin in origins:
+            if origin != ANY and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is not an origin: write SCHEME://HOST or SCHEME://HOST:PORT"
+                    f" without a path, or {ANY} for every page"
+                )
+        return origins
+
+    @field_validator("public_url")
+    @classmethod
+    def _public_url_is_a_base(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            raise ValueError("it begins with http:// or https:// and a host")
+        if parts.query or parts.fragment:
+            raise ValueError("it has no query and no fragment")
+        return url.rstrip("/")
+
+    @field_validator("root_path")
+    @classmethod
+    def _root_path_is_a_path(cls, path: str) -> str:
+        path = path.rstrip("/")
+        if path and not _PATH.fullmatch(path):
+            raise ValueError("it begins with a slash, as /ai, and has no empty part")
+        if path.startswith(_OWN_PATHS) and f"/{path.split('/')[1]}" in _OWN_PATHS:
+            raise ValueError(f"{path} is a path of the server itself; choose another prefix")
+        return path
+
+    @field_validator("forwarded_allow_ips")
+    @classmethod
+    def _proxies_are_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        for network in networks:
+            if network != ANY:
+                ipaddress.ip_network(network, strict=False)
+        return networks
 
     @property
     def has_keys(self) -> bool:

@@ -290,3 +290,21 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_readme_leads_to_every_page() -> None:
     readme = (ROOT / "README.md").read_text()
     assert [page.name for page in DOCS if f"(docs/{page.name})" not in readme] == []
+
+
+def test_the_examples_of_proxies_fit_the_server() -> None:
+    """Port and size are the defaults; Traefik's file says what it means."""
+    text = (ROOT / "docs" / "proxies.md").read_text()
+    settings = ServerSettings()
+    assert set(re.findall(r"127\.0\.0\.1:(\d+)", text)) == {str(settings.port)}
+    sizes = re.findall(r"client_max_body_size (\d+)m;", text)
+    assert [int(size) * 2**20 for size in sizes] == [settings.max_body_bytes]
+    (traefik,) = (
+        yaml.safe_load(block) for block in re.findall(r"```yaml\n(http:.*?)```", text, re.S)
+    )
+    router = traefik["http"]["routers"]["roundhouse"]
+    assert {*router["middlewares"]} == traefik["http"]["middlewares"].keys()
+    assert router["service"] in traefik["http"]["services"]
+    (prefix,) = traefik["http"]["middlewares"]["without-prefix"]["stripPrefix"]["prefixes"]
+    assert f"PathPrefix(`{prefix}`)" in router["rule"]
+    assert {prefix} == {*re.findall(r"X-Forwarded-Prefix (/\w+)", text)}

@@ -92,8 +92,14 @@ def serve(
             # The same program again, however it was started.
             command = (sys.executable, *sys.orig_argv[1:])
             limits = (settings.hang_s, settings.stall_s, settings.drain_s)
-            level = settings.log_level.upper()
-            become(SupervisorConfig(command, listener.fileno(), *limits, log_level=level), listener)
+            supervised_by = SupervisorConfig(
+                command,
+                listener.fileno(),
+                *limits,
+                log_level=settings.log_level.upper(),
+                cors_origins=settings.cors_origins,
+            )
+            become(supervised_by, listener)
     # Imported here: they take half of the start of every command, and the supervisor needs none.
     from engine.engine import Engine
     from server.serve import run

@@ -1,6 +1,6 @@
 // Shows the OpenAPI document of this server with Swagger UI, with the key of the dashboard.
 
-import { ApiError, currentKey, get, useKey } from "/web/api.js";
+import { ApiError, ROOT, currentKey, get, useKey } from "../web/api.js";
 
 const form = document.getElementById("key-form");
 const field = document.getElementById("key");
@@ -33,6 +33,7 @@ async function show() {
     return;
   }
   form.hidden = true;
+  spec.servers = [{ url: ROOT.href.replace(/\/$/, "") }];
   const ui = SwaggerUIBundle({
     spec,
     dom_id: "#swagger-ui",

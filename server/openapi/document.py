@@ -74,6 +74,7 @@ def openapi_document(
             "version": installed_version("roundhouse") or "unknown",
             "description": DESCRIPTION,
         },
+        "servers": [{"url": settings.public_url or settings.root_path or "/"}],
         # Without configured keys none is needed.
         "security": security if settings.has_keys else [*security, {}],
         "paths": paths,

@@ -23,6 +23,7 @@ from server.auth import IMAGE_FILES_PREFIX
 from server.connection import ConnectedResponse
 from server.forms import read_fields
 from server.image_io import Picture, decode_pictures, encode_picture
+from server.public_address import base_url
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
 from server.schemas.scheduling_options import take_scheduling_options
 from server.settings import ServerSettings
@@ -57,8 +58,7 @@ def images_router(engine: Engine, outputs: Outputs, settings: ServerSettings) ->
             image_request = body.to_request(
                 pictures, request_id=request.state.request_id, scheduling=scheduling
             )
-            files_url = f"{str(request.base_url).rstrip('/')}{IMAGE_FILES_PREFIX}"
-            answer = _Answer(body, outputs, files_url)
+            answer = _Answer(body, outputs, f"{base_url(request, settings)}{IMAGE_FILES_PREFIX}")
             if body.stream:
                 return ConnectedResponse(
                     partial(stream_answer, engine, image_request, answer.frames)

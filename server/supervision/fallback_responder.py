@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import selectors
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_HEAD_BYTES = 2**16
@@ -33,10 +34,16 @@ class FallbackResponder:
     It shares the listener with the process that serves. Turn it off before that process accepts.
     """
 
-    def __init__(self, selector: selectors.BaseSelector, listener: socket.socket) -> None:
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        listener: socket.socket,
+        origins: Sequence[str] = (),
+    ) -> None:
         """The owner of `selector` calls the `data` of each event. Begins turned off."""
         self._selector = selector
         self._listener = listener
+        self._origins = origins
         self._connections: dict[_Connection, None] = {}  # in the order they came
         self.on = False
         self.retry_after_s = 1
@@ -104,7 +111,7 @@ class FallbackResponder:
         connection.answered = True
         try:
             # The answer is short, so the buffer of a new connection always takes it whole.
-            connection.socket.send(answer(connection.head, self.retry_after_s))
+            connection.socket.send(answer(connection.head, self.retry_after_s, self._origins))
             connection.socket.shutdown(socket.SHUT_WR)
         except OSError:
             self._close(connection)
@@ -115,10 +122,17 @@ class FallbackResponder:
         connection.socket.close()
 
 
-def answer(head: bytes, retry_after_s: int) -> bytes:
-    """The whole response to a request with this head, in the envelope of its API."""
+def answer(head: bytes, retry_after_s: int, origins: Sequence[str] = ()) -> bytes:
+    """The whole response to a request with this head, in the envelope of its API.
+
+    A page of `origins` may read it, so that it sees a restart and not a failure of its own.
+    """
     method, _, rest = head.partition(b" ")
     path = rest.partition(b" ")[0].partition(b"?")[0]
+    readable = _readable(head, origins)
+    if method == b"OPTIONS" and readable:  # before the request that a script wants to send
+        lines = ["HTTP/1.1 204 No Content", *readable, "connection: close"]
+        return "\r\n".join((*lines, "", "")).encode()
     if path == b"/ping":  # for RunPod: still initializing
         return b"HTTP/1.1 204 No Content\r\nconnection: close\r\n\r\n"
     message = "The server is being restarted."
@@ -132,11 +146,32 @@ def answer(head: bytes, retry_after_s: int) -> bytes:
         error_fields = {"message": message, "type": "server_error", "param": None}
         document = {"error": {**error_fields, "code": "restarting"}}
     body = json.dumps(document).encode()
-    lines = (
+    lines = [
         "HTTP/1.1 503 Service Unavailable",
+        *readable,
         "content-type: application/json",
         f"content-length: {len(body)}",
         f"retry-after: {retry_after_s}",
         "connection: close",
-    )
+    ]
     return "\r\n".join((*lines, "", "")).encode() + (b"" if method == b"HEAD" else body)
+
+
+def _readable(head: bytes, origins: Sequence[str]) -> list[str]:
+    """The headers that let the page behind a request read the answer, if it may."""
+    lines = head.decode("latin-1").splitlines()[1:]
+    sent = {
+        name.lower(): value.strip() for name, _, value in (each.partition(":") for each in lines)
+    }
+    origin = sent.get("origin", "")
+    if not origin or not (origin in origins or "*" in origins):
+        return []
+    wanted = sent.get("access-control-request-headers", "*")
+    return [
+        f"access-control-allow-origin: {origin}",
+        "access-control-allow-methods: GET, HEAD, POST, DELETE",
+        f"access-control-allow-headers: {wanted}",
+        "access-control-expose-headers: retry-after",
+        "access-control-max-age: 0",
+        "vary: origin",
+    ]

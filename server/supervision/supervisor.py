@@ -60,6 +60,8 @@ class SupervisorConfig:
     """The same before it was ready."""
     drain_s: float
     log_level: str = "INFO"
+    cors_origins: tuple[str, ...] = ()
+    """The web pages that may read the answers during a restart."""
 
 
 def become(config: SupervisorConfig, listener: socket.socket) -> NoReturn:
@@ -176,7 +178,7 @@ class Supervisor:
         self._config = config
         self._clock = clock
         self._selector = selectors.DefaultSelector()
-        self._fallback = FallbackResponder(self._selector, listener)
+        self._fallback = FallbackResponder(self._selector, listener, config.cors_origins)
         self._child: Child | None = None
         self._ever_started = False
         self._ever_ready = False

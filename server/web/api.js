@@ -1,5 +1,8 @@
 // Requests to the server that this page came from, with the key that the user gave.
 
+// A proxy may serve this page below a prefix: the server begins where the folder of this file is.
+export const ROOT = new URL("..", import.meta.url);
+
 const KEY_ITEM = "roundhouse-api-key";
 
 /** Tells `unauthorized` when the server wants a key or another one, and `key` when one is given. */
@@ -50,7 +53,8 @@ async function send(method, path, options) {
   if (key) headers.Authorization = `Bearer ${key}`;
   let response;
   try {
-    response = await fetch(path, { ...options, method, headers, cache: "no-store" });
+    const url = new URL(path.slice(1), ROOT);
+    response = await fetch(url, { ...options, method, headers, cache: "no-store" });
   } catch (error) {
     if (options.signal?.aborted) throw error;
     throw new ApiError("The server does not answer.", 0);
