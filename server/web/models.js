@@ -137,5 +137,6 @@ function numbers(model) {
   for (const [what, seconds] of times) {
     if (seconds !== null) told.push(`${what} ${formatSeconds(seconds)}`);
   }
+  if (model.outdated) told.push("newer files are here");
   return told;
 }
