@@ -181,7 +181,7 @@ class TestBring:
         await fetcher.bring(a(engine))
         await fetcher.bring_again(a(engine))
         await engine.load("a")
-        assert "a" not in engine._fetcher._fetches
+        assert hub.listed == asked
 
     async def test_requests_share_one_fetch_and_it_outlives_them(
         self, hub: Hub, engine: Engine, fetcher: Fetcher
