@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from server.headers import HEADER_PREFIX
+from server.headers import ANSWER_HEADERS
 from server.settings import ServerSettings
 
 METHODS = ("GET", "HEAD", "POST", "DELETE")
@@ -20,7 +20,7 @@ EXPOSED_HEADERS = (
     "www-authenticate",
     "allow",
     "content-disposition",
-    *(f"{HEADER_PREFIX}{name}" for name in ("queue-ms", "load-ms", "run-ms", "tier", "peak-bytes")),
+    *ANSWER_HEADERS,
 )
 """What a script may read besides the headers that every page may read."""
 

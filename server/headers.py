@@ -9,6 +9,12 @@ if TYPE_CHECKING:
 
 HEADER_PREFIX = "x-roundhouse-"
 
+ANSWER_HEADERS = tuple(
+    f"{HEADER_PREFIX}{name}"
+    for name in ("queue-ms", "load-ms", "run-ms", "tier", "peak-bytes", "cut")
+)
+"""All that `answer_headers` may give."""
+
 
 def answer_headers(session: Session, ran_ms: float = 0.0) -> dict[str, str]:
     """The headers of a session. `ran_ms` is how long it ran beyond its first event.
