@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from engine.config import ModelConfig
+from engine.runtimes.vllm.dtype import run_dtype
 from engine.runtimes.vllm.options import VllmOptions
 from server.bench.errors import BadSetUp
 from server.bench.set_up import ROOT, SetUp
@@ -143,8 +144,7 @@ def _only(set_up: SetUp, runtime: str) -> ModelConfig:
 
 
 def _dtype(set_up: SetUp, model: ModelConfig) -> str:
-    dtype = model.options_as(VllmOptions).dtype
-    return "bfloat16" if dtype == "auto" and not set_up.on_gpu else dtype
+    return run_dtype(model, "cuda" if set_up.on_gpu else "cpu")
 
 
 def _command(name: str) -> str:

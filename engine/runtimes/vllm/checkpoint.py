@@ -80,12 +80,12 @@ class Checkpoint:
         """The configured context length, otherwise the checkpoint's."""
         return options.max_model_len or int(self.text_config.get("max_position_embeddings", 2048))
 
-    def workspace_bytes(self, options: VllmOptions) -> int:
+    def workspace_bytes(self, options: VllmOptions, dtype: str) -> int:
         """Activations of the largest step: a full batch's hidden and MLP states, float32 logits."""
         config = self.text_config
         tokens = options.max_num_batched_tokens or max(2048, self.max_model_len(options))
         hidden = int(config.get("hidden_size", 0))
         intermediate = int(config.get("intermediate_size") or 4 * hidden)
         vocabulary = int(config.get("vocab_size", 0))
-        activations = tokens * (4 * hidden + 2 * intermediate) * self.item_bytes(options.dtype)
+        activations = tokens * (4 * hidden + 2 * intermediate) * self.item_bytes(dtype)
         return activations + options.max_num_seqs * vocabulary * 4

@@ -42,6 +42,7 @@ from engine.runtimes.common.torch_errors import is_out_of_memory
 from engine.runtimes.recognised import Recognised
 from engine.runtimes.vllm.body import prepared_body, schema_fields
 from engine.runtimes.vllm.checkpoint import Checkpoint
+from engine.runtimes.vllm.dtype import run_dtype
 from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.recognition import recognise_language_model
@@ -255,7 +256,7 @@ class VllmRuntime(Runtime):
         """Sum the safetensors headers; fetch the files first if they are on a hub."""
         checkpoint = Checkpoint(self._folder(model))
         expected = self._expected(model, checkpoint)
-        dtype = model.options_as(VllmOptions).dtype
+        dtype = self._dtype(model)
         expected["weights"] += checkpoint.rotary_bytes(dtype)
         if self.context.device.kind == "cpu" and model.task == "generate":
             # A CPU kernel may keep its own form of the matrix that gives the logits beside it.
@@ -270,17 +271,20 @@ class VllmRuntime(Runtime):
         # Disk at 1 GB/s and a second of building. The first measured load replaces it.
         return Estimate(blocks=blocks, load_seconds=1.0 + nbytes / 1e9)
 
+    def _dtype(self, model: ModelConfig) -> str:
+        return run_dtype(model, self.context.device.kind)
+
     def _expected(self, model: ModelConfig, checkpoint: Checkpoint) -> dict[str, int]:
         """Bytes of each block by the files and the options."""
-        options = model.options_as(VllmOptions)
+        options, dtype = model.options_as(VllmOptions), self._dtype(model)
         kv_bytes = options.kv_cache or 0
         if not kv_bytes and checkpoint.has_kv_cache(model.task):
             tokens = 4 * checkpoint.max_model_len(options)
-            kv_bytes = tokens * checkpoint.kv_bytes_per_token(options.dtype)
+            kv_bytes = tokens * checkpoint.kv_bytes_per_token(dtype)
         return {
-            "weights": checkpoint.weight_bytes(options.dtype),
+            "weights": checkpoint.weight_bytes(dtype),
             "kv_cache": kv_bytes,
-            "workspace": checkpoint.workspace_bytes(options),
+            "workspace": checkpoint.workspace_bytes(options, dtype),
         }
 
     async def load(self, model: ModelConfig, on_failure: Callable[[str], None]) -> LoadedModel:
@@ -362,7 +366,7 @@ class VllmRuntime(Runtime):
         line = [
             "--model", str(self._folder(model)),
             "--served-model-name", model.id,
-            "--dtype", "bfloat16" if on_cpu and options.dtype == "auto" else options.dtype,
+            "--dtype", self._dtype(model),
             "--seed", str(options.seed),
             "--max-num-seqs", str(options.max_num_seqs),
             "--load-format", "roundhouse",

@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 import pytest_asyncio
 
+from engine.config import ModelConfig
 from engine.errors import InvalidRequest
 from engine.events import Document, Event
 from engine.requests import TextOperation, TextRequest
@@ -171,24 +172,6 @@ async def test_forced_calls_validate(ask: Ask, operation: TextOperation, stream:
             assert [name for name, _ in calls] == [choice]
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("operation", APIS)
-async def test_a_cut_call_does_not_lose_the_whole_ones(
-    ask: Ask, operation: TextOperation, stream: bool
-) -> None:
-    nothing = {"now": TOOLS["now"], "later": None}
-    limit = "max_output_tokens" if operation is TextOperation.RESPONSES else "max_tokens"
-    fields = body(operation, "required", nothing, stream=stream, **{limit: 60})
-    for _ in range(12):
-        end, calls = await ask(operation, fields)
-        assert calls
-        if end in {"length", "incomplete", "max_tokens"}:
-            assert all(valid(call, nothing) for call in calls[:-1])
-            if len(calls) > 1:
-                return
-    pytest.fail("no list of calls was cut")
-
-
 async def test_an_answer_without_calls_has_not_ended_for_its_calls(ask: Ask) -> None:
     for stream in (False, True):
         fields = body(TextOperation.CHAT, "required", max_tokens=2, stream=stream)
@@ -254,39 +237,88 @@ async def test_every_parser_takes_forced_calls_so(vllm_runtime: VllmRuntime) -> 
         assert issubclass(parser, CompleteCalls if name in own else JsonForcedCalls), name
 
 
-async def test_a_streamed_call_of_a_tool_without_parameters_has_arguments(
-    vllm_runtime: VllmRuntime, make_model: MakeModel
-) -> None:
-    """Also a call that the model made without being forced, in its parser's format."""
-    from transformers import AutoTokenizer
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.parser import ParserManager
+class Parsing:
+    """One of vLLM's parsers with the tools of this file."""
 
-    tokenizer = AutoTokenizer.from_pretrained(vllm_runtime._folder(make_model("q", "tiny-qwen")))
-    fields = {"messages": [], "model": "q", "tools": body(TextOperation.CHAT, "now")["tools"]}
-    parser_class = ParserManager.get_parser("hermes", None, enable_auto_tools=True)
-    assert parser_class is not None
+    def __init__(self, runtime: VllmRuntime, model: ModelConfig, choice: Any) -> None:
+        from transformers import AutoTokenizer
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.parser import ParserManager
 
-    def stream(text: str) -> dict[int, str]:
-        request = ChatCompletionRequest.model_validate({**fields, "tool_choice": "auto"})
-        parser = parser_class(tokenizer, request.tools)
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        arguments: dict[int, str] = {}
+        self.tokenizer = AutoTokenizer.from_pretrained(runtime._folder(model))
+        tools = body(TextOperation.CHAT, "now")["tools"]
+        fields = {"messages": [], "model": "q", "tools": tools, "tool_choice": choice}
+        self.request = ChatCompletionRequest.model_validate(fields)
+        self.parser_class: Any = ParserManager.get_parser("hermes", None, enable_auto_tools=True)
+
+    def whole(self, text: str) -> list[Call]:
+        parser = self.parser_class(self.tokenizer, self.request.tools)
+        _, _, calls = parser.parse(text, self.request, enable_auto_tools=True)
+        return [(call.name, call.arguments) for call in calls or ()]
+
+    def stream(self, text: str) -> list[Call]:
+        parser = self.parser_class(self.tokenizer, self.request.tools)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        calls: dict[int, list[str]] = {}
         for index, token in enumerate(ids):
             finished = index == len(ids) - 1
-            piece = tokenizer.decode([token])
-            delta = parser.parse_delta(piece, [token], request, [], finished=finished)
+            piece = self.tokenizer.decode([token])
+            delta = parser.parse_delta(piece, [token], self.request, [], finished=finished)
             for call in delta.tool_calls if delta else ():
-                arguments.setdefault(call.index, "")
-                arguments[call.index] += call.function.arguments or ""
-        return arguments
+                known = calls.setdefault(call.index, ["", ""])
+                known[0] += call.function.name or ""
+                known[1] += call.function.arguments or ""
+        return [(name, arguments) for name, arguments in calls.values()]
 
+
+@pytest.fixture(scope="module")
+def qwen(make_model: MakeModel) -> ModelConfig:
+    return make_model("q", "tiny-qwen")
+
+
+async def test_a_cut_call_does_not_lose_the_whole_ones(
+    vllm_runtime: VllmRuntime, qwen: ModelConfig
+) -> None:
+    parsing = Parsing(vllm_runtime, qwen, "required")
+    cut = '[{"name": "now", "parameters": {}}, {"name": "move", "parameters": {"by": 1'
+    calls = [("now", "{}"), ("move", '{"by": 1')]
+    assert parsing.whole(cut) == calls
+    assert parsing.stream(cut) == calls
+    assert parsing.whole(cut[:45]) == calls[:1]
+    assert parsing.stream(cut[:45]) == calls[:1]
+
+
+async def test_a_message_leaves_a_cut_call_out(vllm_runtime: VllmRuntime) -> None:
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+
+    def blocks(*arguments: str) -> list[tuple[str, Any]]:
+        calls = [{"id": "c", "function": {"name": "f", "arguments": each}} for each in arguments]
+        message = {"role": "assistant", "content": None, "tool_calls": calls}
+        choice = {"index": 0, "message": message, "finish_reason": "length"}
+        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+        chat = {"model": "m", "choices": [choice], "usage": usage}
+        answer = AnthropicServingMessages.messages_full_converter(
+            None, ChatCompletionResponse.model_validate(chat)
+        )
+        return [(block.type, block.input or block.text) for block in answer.content]
+
+    assert blocks('{"a": 1}', '{"a"') == [("tool_use", {"a": 1})]
+    assert blocks('{"a"') == [("text", '{"a"')]
+    assert blocks("[]") == [("text", "[]")]
+
+
+async def test_a_streamed_call_of_a_tool_without_parameters_has_arguments(
+    vllm_runtime: VllmRuntime, qwen: ModelConfig
+) -> None:
+    """Also a call that the model made without being forced, in its parser's format."""
+    stream = Parsing(vllm_runtime, qwen, "auto").stream
     now = '<tool_call>\n{"name": "now"}\n</tool_call>'
     move = '<tool_call>\n{"name": "move"}\n</tool_call>'
-    assert stream(now) == {0: "{}"}
-    assert stream(now + now) == {0: "{}", 1: "{}"}
+    assert stream(now) == [("now", "{}")]
+    assert stream(now + now) == [("now", "{}"), ("now", "{}")]
     # What the tool needs is not made up.
-    assert stream(move) == {0: ""}
+    assert stream(move) == [("move", "")]
 
 
 async def test_a_response_that_was_cut_is_incomplete(ask: Ask) -> None:

@@ -24,6 +24,7 @@ from engine.events import Document, Frame
 from engine.process.gate import GATE
 from engine.requests import TextOperation, TextRequest
 from engine.runtimes.base import LoadedModel
+from engine.runtimes.vllm.checkpoint import Checkpoint
 from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.runtime import VllmRuntime
 from tests.engine.conftest import MakeModel
@@ -442,6 +443,43 @@ async def test_embeddings(vllm_runtime: VllmRuntime, make_model: MakeModel) -> N
     assert vectors[0] != vectors[1]
     for vector in vectors:
         assert sum(x * x for x in vector) == pytest.approx(1.0, abs=1e-3)
+    await vllm_runtime.unload(loaded)
+
+
+@pytest.mark.parametrize(
+    ("starter", "has_bfloat16", "dtype"),
+    [
+        ("tiny-embed", True, "float32"),
+        ("tiny-llama", False, "float32"),
+        ("tiny-llama", True, "bfloat16"),
+    ],
+)
+async def test_the_automatic_dtype_is_the_one_estimated_and_loaded(
+    vllm_runtime: VllmRuntime,
+    make_model: MakeModel,
+    monkeypatch: pytest.MonkeyPatch,
+    starter: str,
+    has_bfloat16: bool,
+    dtype: str,
+) -> None:
+    from engine.runtimes.vllm import dtype as dtype_module
+
+    monkeypatch.setattr(dtype_module, "multiplies_bfloat16", lambda: has_bfloat16)
+    model, plain = (make_model("m", starter, dtype=each) for each in ("auto", dtype))
+    assert vllm_runtime.estimate(model) == vllm_runtime.estimate(plain)
+    checkpoint = Checkpoint(vllm_runtime._folder(model))
+    numbers = sum(count for _, count in checkpoint.tensors.values())
+    item_bytes = {"float32": 4, "bfloat16": 2}[dtype]
+    assert vllm_runtime._expected(model, checkpoint)["weights"] == numbers * item_bytes
+    loaded = await load(vllm_runtime, model)
+    worker = loaded.client.core.model_executor.driver_worker.worker
+    parameters = worker.model_runner.model.parameters()
+    assert {str(each.dtype) for each in parameters} == {f"torch.{dtype}"}
+    if starter == "tiny-llama":
+        automatic = await answer(vllm_runtime, model, loaded, "hello")
+        await vllm_runtime.unload(loaded)
+        loaded = await load(vllm_runtime, plain)
+        assert await answer(vllm_runtime, plain, loaded, "hello") == automatic
     await vllm_runtime.unload(loaded)
 
 
