@@ -115,7 +115,8 @@ def _pieces(
         check()
         try:
             frames = packet.decode()
-        except av.error.InvalidDataError:
+        except av.error.FFmpegError:
+            # Codecs have several errors for a damaged packet: AAC says that it is not implemented.
             if strict:
                 raise
             continue

@@ -18,6 +18,7 @@ from engine.events import Speech
 from engine.process.randomness import draw_by_thread
 from engine.requests import SpeechRequest
 from engine.runtimes.bark.options import BarkOptions
+from engine.runtimes.common.speech import cannot_speak
 from engine.runtimes.common.speech_run import Speaker
 from engine.runtimes.common.utterance import Utterance
 
@@ -49,6 +50,14 @@ class BarkSpeaker(Speaker):
         if told["missing_keys"]:
             raise LoadFailed(f"{folder.name}: the checkpoint lacks {min(told['missing_keys'])}")
         super().__init__(model.eval(), device)
+
+    def check(self, utterance: Utterance) -> None:
+        """Refuse a sentence without a known token."""
+        tokenizer = self._processor.tokenizer
+        for sentence in utterance.sentences:
+            tokens = tokenizer(sentence, add_special_tokens=False, verbose=False).input_ids
+            if set(tokens) <= {tokenizer.unk_token_id}:
+                raise cannot_speak(sentence)
 
     def speak(self, request: SpeechRequest, utterance: Utterance) -> Iterator[Speech]:  # noqa: ARG002
         """Each sentence as the model speaks it from the voice's prompt."""

@@ -30,6 +30,7 @@ from engine.runtimes.base import Prepared, RuntimeContext, Voice
 from engine.runtimes.common.speech import (
     SpeechModel,
     check_no_clone,
+    check_scripts,
     check_speech,
     choose_language,
     choose_voice,
@@ -97,6 +98,7 @@ class BarkRuntime(TorchRuntime):
             raise InvalidRequest(
                 f"The model {model.id!r} speaks at its own speed only.", param="speed"
             )
+        check_scripts(model.id, asked.text, LANGUAGES)
         voices = self._voices.get(model.source, options.revision)
         utterance = None if voices is None else _utterance(model.id, options, voices, asked)
         return prepared_speech(asked, utterance, SAMPLE_RATE)

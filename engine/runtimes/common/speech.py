@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from engine.config import ModelConfig
 from engine.errors import InvalidRequest
+from engine.media.scripts import find_foreign
 from engine.requests import Request, SpeechRequest
 from engine.runtimes.base import Prepared
 from engine.runtimes.common.speech_options import SpeechOptions
@@ -123,6 +124,32 @@ def choose_language(
     there = ", ".join(known) or options.language or "only its own"
     raise InvalidRequest(
         f"The model {model_id!r} does not speak {asked!r}; there is {there}.", param="language"
+    )
+
+
+def check_scripts(model_id: str, text: str, languages: Sequence[str], spoken: str = "") -> None:
+    """Refuse letters of a script that none of the languages uses.
+
+    `spoken` is what the model speaks, in words; by default the languages.
+
+    Raises:
+        InvalidRequest: naming `input`.
+
+    """
+    foreign = find_foreign(text, [primary_language(each) for each in languages])
+    if foreign is not None:
+        raise InvalidRequest(
+            f"The model {model_id!r} would speak this as {spoken or ', '.join(languages)}, and"
+            f" cannot speak {foreign.text[:20]!r}.",
+            param="input",
+        )
+
+
+def cannot_speak(words: str) -> InvalidRequest:
+    """The error for a text with words that a model has no characters for."""
+    return InvalidRequest(
+        f"The model has no characters for {words[:40]!r}, so it cannot speak this text.",
+        param="input",
     )
 
 

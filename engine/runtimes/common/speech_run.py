@@ -37,6 +37,14 @@ class Speaker(TorchParts, ABC):
 
         """
 
+    def check(self, utterance: Utterance) -> None:
+        """Refuse a text of which the model would leave words out, before anything is spoken.
+
+        Raises:
+            InvalidRequest: naming `input`.
+
+        """
+
     def forget_run(self) -> None:
         """Drop what the library keeps of the last run on the device."""
 
@@ -59,6 +67,7 @@ class SpeechRun(TorchRun):
 
     def _run(self) -> None:
         try:
+            self._speaker.check(self._utterance)
             with GATE.step(), seeded(self._utterance.seed), self._measured():
                 for speech in self._speaker.speak(self._request, self._utterance):
                     self._emit(speech)

@@ -32,6 +32,7 @@ from engine.media.sentences import split_sentences
 from engine.process.gate import GATE
 from engine.process.randomness import draw_by_thread
 from engine.requests import SpeechRequest
+from engine.runtimes.common.speech import cannot_speak
 from engine.runtimes.common.speech_run import Speaker
 from engine.runtimes.common.utterance import Utterance
 from engine.runtimes.coqui.files import CoquiFiles
@@ -97,6 +98,27 @@ class VitsSpeaker(Speaker):
         self._many_languages = len(files.languages) > 1
         super().__init__(model, device)
 
+    def check(self, utterance: Utterance) -> None:
+        """Refuse words of which the model knows no letter. The library drops unknown characters.
+
+        With phonemes, espeak reads every letter; what it gives for a sentence must be known.
+        """
+        tokenizer = self.module.tokenizer
+        language = utterance.language if self._many_languages else None
+        for sentence in utterance.sentences:
+            if tokenizer.phonemizer is not None:
+                if sentence.isascii():
+                    continue  # espeak takes milliseconds
+                words = [tokenizer.phonemizer.phonemize(sentence, separator="", language=language)]
+            else:
+                cleaner = tokenizer.text_cleaner
+                cleaned = sentence if cleaner is None else cleaner(sentence, lang=language)
+                words = cleaned.split()
+            for word in words:
+                letters = [character for character in word if character.isalnum()]
+                if letters and not any(_knows(tokenizer.characters, each) for each in letters):
+                    raise cannot_speak(word)
+
     def speak(self, request: SpeechRequest, utterance: Utterance) -> Iterator[Speech]:
         """Each sentence, with the library's pause after it."""
         model = self.module
@@ -120,6 +142,14 @@ class VitsSpeaker(Speaker):
         for each in self.module.modules():
             if isinstance(each, RelativePositionMultiHeadAttention):
                 each.attn = None
+
+
+def _knows(characters: Any, character: str) -> bool:
+    try:
+        characters.char_to_id(character)
+    except KeyError:
+        return False
+    return True
 
 
 class _XttsFromFile(Xtts):  # type: ignore[misc]
@@ -160,6 +190,17 @@ class XttsSpeaker(Speaker):
         }
         self._clones: OrderedDict[tuple[str, int, int], tuple[Any, Any]] = OrderedDict()
         super().__init__(model, device)
+
+    def check(self, utterance: Utterance) -> None:
+        """Refuse a sentence without a known token but the mark of its language."""
+        assert utterance.language is not None
+        tokenizer = self.module.tokenizer
+        empty = {tokenizer.tokenizer.token_to_id(each) for each in ("[UNK]", "[SPACE]")}
+        empty.update(tokenizer.encode("", lang=utterance.language))
+        for sentence in utterance.sentences:
+            tokens = tokenizer.encode(sentence.strip().lower(), lang=utterance.language)
+            if empty.issuperset(tokens):
+                raise cannot_speak(sentence)
 
     def speak(self, request: SpeechRequest, utterance: Utterance) -> Iterator[Speech]:
         """Pieces of `stream_chunk_tokens` tokens of 46 ms. The last of a sentence is shorter."""

@@ -28,6 +28,7 @@ from engine.runtimes.base import Prepared, RuntimeContext, Voice
 from engine.runtimes.common.speech import (
     SpeechModel,
     check_no_clone,
+    check_scripts,
     check_speech,
     choose_language,
     choose_voice,
@@ -148,13 +149,14 @@ def _utterance(
     """The request in the model's terms.
 
     Raises:
-        InvalidRequest: naming `voice` or `language`.
+        InvalidRequest: naming `voice`, `language` or `input`.
 
     """
     language = choose_language(model_id, options, request, files.languages)
     sentence_chars = options.sentence_chars
     if files.kind == "xtts":
         _check_xtts_language(language)
+        check_scripts(model_id, request.text, [language] if language else [])
         sentence_chars = min(sentence_chars, XTTS_CHARS.get(primary_language(language or ""), 200))
     sentences = split_sentences(request.text, language or "en", max_chars=sentence_chars)
     assert request.seed is not None

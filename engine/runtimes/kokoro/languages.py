@@ -20,6 +20,10 @@ NEEDS_PACKAGES = ("ja", "zh")
 """Kokoro's languages whose phonemes need packages that Roundhouse does not bring."""
 
 
+ESPEAK_SCRIPTS = ("DEVANAGARI", "HANGUL")
+"""Scripts that espeak reads by itself within a text of another language."""
+
+
 def find_language(asked: str, preferred: str) -> str | None:
     """Kokoro's language for an ISO 639-1 code with or without a region; None if it has none.
 

@@ -83,7 +83,7 @@ class _English(en.G2P):  # type: ignore[misc]
         self.british = british
         self.unk = ""  # as in KPipeline: what cannot be pronounced is left out
         self.lexicon = en.Lexicon(british)
-        self.fallback = espeak.EspeakFallback(british=british)
+        self.fallback = _Fallback(british=british)
         if spacy.util.is_package(TAGGER_PACKAGE):
             self.nlp = spacy.load(TAGGER_PACKAGE, enable=["tok2vec", "tagger"])
         else:
@@ -97,6 +97,25 @@ class _English(en.G2P):  # type: ignore[misc]
         for token, tag in zip(document, tag_english(words, spaces), strict=True):
             token.tag_ = tag
         return document
+
+
+class _Fallback(espeak.EspeakFallback):  # type: ignore[misc]
+    """misaki's espeak for words that the lexicon lacks, without marks of another language.
+
+    espeak speaks some words as another language's, and writes `(ko)` before them and `(en-us)`
+    after. The library's own would have Kokoro speak these marks.
+    """
+
+    def __init__(self, *, british: bool) -> None:
+        self.british = british
+        self.version = None
+        self.backend = espeak.phonemizer.backend.EspeakBackend(
+            language=f"en-{'gb' if british else 'us'}",
+            preserve_punctuation=True,
+            with_stress=True,
+            tie="^",
+            language_switch="remove-flags",
+        )
 
 
 def _halves(sentence: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -22,16 +22,23 @@ from engine.config import ModelConfig, Section
 from engine.errors import InvalidRequest, LoadFailed
 from engine.files.hub.repository import Repository
 from engine.files.hub.selection import HubSource
+from engine.media.scripts import find_foreign
 from engine.media.sentences import split_sentences
 from engine.memory.block import Block, Estimate
 from engine.model_folder import PresentFolders
 from engine.process.gate import GATE
 from engine.requests import Request
 from engine.runtimes.base import Prepared, RuntimeContext, Voice
-from engine.runtimes.common.speech import check_no_clone, check_speech
+from engine.runtimes.common.speech import check_no_clone, check_speech, primary_language
 from engine.runtimes.common.thread_run import Emit, ThreadRun
 from engine.runtimes.common.torch_model import TorchModel, TorchRuntime
-from engine.runtimes.kokoro.languages import NEEDS_PACKAGES, find_language, spoken_languages
+from engine.runtimes.kokoro.languages import (
+    ESPEAK_SCRIPTS,
+    LANGUAGES,
+    NEEDS_PACKAGES,
+    find_language,
+    spoken_languages,
+)
 from engine.runtimes.kokoro.options import KokoroOptions
 from engine.runtimes.kokoro.utterance import Utterance
 from engine.runtimes.kokoro.voices import (
@@ -138,6 +145,7 @@ class KokoroRuntime(TorchRuntime):
             raise no_voice(voice, files)
         voices = () if files is None else find_voices(blend, files)
         language = _language(model.id, options, asked.language, blend)
+        _check_script(asked.text, voice, language, files)
         sentences = split_sentences(asked.text, language, max_chars=SENTENCE_CHARS)
         longest = max(map(len, sentences))
         # The working memory of a run grows with the seconds of its longest sentence.
@@ -225,6 +233,34 @@ def _language(model_id: str, options: KokoroOptions, asked: str | None, blend: B
             param="language",
         )
     return language
+
+
+def _check_script(text: str, voice: str, language: str, files: Mapping[str, Path] | None) -> None:
+    """Refuse what the voice would spell as `Chinese letter`.
+
+    Raises:
+        InvalidRequest: naming `input`, and voices that speak it.
+
+    """
+    foreign = find_foreign(text, [primary_language(language)], also=ESPEAK_SCRIPTS)
+    if foreign is None:
+        return
+    speaking = [each for each in LANGUAGES.values() if primary_language(each) in foreign.languages]
+    names = [name for name in files or () if language_of(name) in set(speaking)]
+    if not speaking:
+        others = "No voice of this model speaks it."
+    elif set(speaking) <= set(NEEDS_PACKAGES):
+        packages = ", ".join(f"misaki[{each}]" for each in speaking)
+        others = (
+            f"Only voices of {' and '.join(speaking)} speak it. They need packages that are not"
+            f" part of this server ({packages})."
+        )
+    else:
+        others = f"Voices of {' and '.join(speaking)} speak it: {', '.join(names[:8]) or 'none'}."
+    raise InvalidRequest(
+        f"The voice {voice!r} speaks {language} and cannot speak {foreign.text[:20]!r}. {others}",
+        param="input",
+    )
 
 
 def _weights(folder: Path) -> Path:

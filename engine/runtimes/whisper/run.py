@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from unicodedata import category
 
 from faster_whisper import BatchedInferencePipeline, WhisperModel
 from faster_whisper.tokenizer import _LANGUAGE_CODES, Tokenizer
@@ -162,9 +163,13 @@ class Run:
                 self._emit(cut)
             segments, info = self._transcribe(samples)
             self._emit(Heard(info.language, info.duration))
-            for segment in segments:
-                self._emit(Progress(min(1.0, float(segment.end) / info.duration)))
-                self._emit(_segment(segment))
+            count = 0
+            for found in segments:
+                self._emit(Progress(min(1.0, float(found.end) / info.duration)))
+                segment = _segment(found, count, float(info.duration))
+                if segment is not None:
+                    self._emit(segment)
+                    count += 1
         except Cancelled:
             return
         finally:
@@ -225,12 +230,19 @@ class Run:
         return segments, info
 
 
-def _segment(segment: LibrarySegment) -> Segment:
-    """The segment in Python's types. The library leaves some of NumPy's, which are not JSON."""
+def _segment(segment: LibrarySegment, number: int, duration_s: float) -> Segment | None:
+    """The segment in Python's types. The library leaves some of NumPy's, which are not JSON.
+
+    The model hears windows of half a minute, the last one filled up with silence, and may put text
+    there. What begins after the recording is left out, as is a segment of punctuation alone:
+    silence is heard as `...`.
+    """
+    if segment.start >= duration_s or _is_silent(segment.text):
+        return None
     return Segment(
-        id=segment.id - 1,
+        id=number,
         start_s=float(segment.start),
-        end_s=float(segment.end),
+        end_s=min(float(segment.end), duration_s),
         text=segment.text,
         seek=int(segment.seek),
         tokens=tuple(segment.tokens),
@@ -239,7 +251,16 @@ def _segment(segment: LibrarySegment) -> Segment:
         compression_ratio=float(segment.compression_ratio),
         no_speech_prob=float(segment.no_speech_prob),
         words=tuple(
-            Word(word.word, float(word.start), float(word.end), float(word.probability))
+            Word(
+                word.word,
+                min(float(word.start), duration_s),
+                min(float(word.end), duration_s),
+                float(word.probability),
+            )
             for word in segment.words or ()
         ),
     )
+
+
+def _is_silent(text: str) -> bool:
+    return all(character.isspace() or category(character)[0] == "P" for character in text)

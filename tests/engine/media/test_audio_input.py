@@ -44,6 +44,22 @@ def test_what_is_damaged_in_the_middle_is_left_out() -> None:
     assert RATE < len(cut) < 3 * RATE
 
 
+@pytest.mark.parametrize("which", [0, 10, -1])
+@pytest.mark.parametrize("kind", FILES)
+def test_one_packet_that_cannot_be_decoded_is_left_out(kind: str, which: int) -> None:
+    """As in the file of a recorder that was killed. Codecs report it by different errors."""
+    whole = encode(voice(3), kind)
+    with av.open(io.BytesIO(whole)) as container:
+        packets = [bytes(packet) for packet in container.demux(audio=0) if packet.size]
+    packet = packets[which if len(packets) > which else -1]
+    position = whole.index(packet)
+    rest = whole[position + len(packet) :]
+    damaged = whole[:position] + b"\xff" * len(packet) + rest
+    found = decode_audio(damaged, rate=RATE, max_seconds=10)
+    # Ogg leaves out the whole second whose checksum is wrong.
+    assert 1.9 * RATE < len(found) <= 3.3 * RATE
+
+
 def test_strict_decoding_refuses_what_is_damaged_in_the_middle() -> None:
     whole = encode(voice(6), "mp3")
     third = len(whole) // 3

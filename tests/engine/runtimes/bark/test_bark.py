@@ -120,6 +120,8 @@ async def test_a_run_is_stopped_within_a_sentence(runtime: BarkRuntime) -> None:
         ({"language": "sw"}, "language"),
         ({"speed": 0.0}, "speed"),
         ({"speed": 1.5}, "speed"),
+        ({"text": "สวัสดี"}, "input"),
+        ({"text": "Hello שלום"}, "input"),
     ],
 )
 async def test_what_is_refused_before_anything_is_loaded(

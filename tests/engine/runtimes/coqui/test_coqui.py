@@ -286,6 +286,9 @@ async def test_a_run_is_stopped_within_a_sentence(runtime: CoquiRuntime) -> None
         (XTTS, {"voice": "nobody"}, "voice"),
         (XTTS, {"voice_sample": Path("/nowhere/sample.wav")}, "voice"),
         (XTTS, {"language": "sw"}, "language"),
+        (XTTS, {"text": "สวัสดี"}, "input"),
+        (XTTS, {"text": "Hello 你好"}, "input"),
+        (XTTS, {"text": "Привет, мир!"}, "input"),
     ],
 )
 async def test_what_is_refused_before_anything_is_loaded(
@@ -294,6 +297,35 @@ async def test_what_is_refused_before_anything_is_loaded(
     with pytest.raises(InvalidRequest) as refused:
         runtime.prepare(model, speech_request(**{"text": TEXT, **fields}))
     assert refused.value.param == param
+
+
+UNSPEAKABLE = ["สวัสดีครับ", "مرحبا", "你好世界。", "Привет", "日", "½ §", "Hi สวัสดี", "A. Hello. 你好"]
+
+
+@pytest.mark.parametrize("text", UNSPEAKABLE)
+async def test_words_without_a_known_character_are_refused(
+    runtime: CoquiRuntime, text: str
+) -> None:
+    """Before the first sentence: the library would drop them, fail or make noise of nothing."""
+    async with loaded(runtime, VITS) as vits:
+        with pytest.raises(InvalidRequest) as refused:
+            await spoken(runtime, VITS, vits, text)
+        assert refused.value.param == "input"
+
+
+@pytest.mark.parametrize("text", ["Hi!", "x", "café", "naïve, 12 ñandús", "It costs 5 € – really"])
+async def test_a_character_that_is_missing_within_a_word_is_left_out(
+    runtime: CoquiRuntime, text: str
+) -> None:
+    async with loaded(runtime, VITS) as vits:
+        assert len(whole(await spoken(runtime, VITS, vits, text))) > 10_000
+
+
+async def test_xtts_refuses_a_sentence_without_a_known_token(runtime: CoquiRuntime) -> None:
+    async with loaded(runtime, XTTS) as xtts:
+        with pytest.raises(InvalidRequest) as refused:
+            await spoken(runtime, XTTS, xtts, "Hello. ω²")
+        assert refused.value.param == "input"
 
 
 async def test_other_requests_are_refused(runtime: CoquiRuntime) -> None:

@@ -336,6 +336,35 @@ async def test_bad_requests(engine: Engine, fields: dict[str, Any], param: str) 
         assert "af_bella" in caught.value.message
 
 
+FOREIGN = [
+    ({"text": "你好世界。"}, "misaki\\[zh\\]"),
+    ({"text": "Hello 日本 there"}, "voices of ja and zh"),
+    ({"text": "こんにちは"}, "voices of ja speak it"),
+    ({"text": "Привет, мир!"}, "No voice"),
+    ({"text": "สวัสดี"}, "No voice"),
+    ({"text": "hola 你好", "language": "es"}, "speaks es"),
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), FOREIGN)
+async def test_a_script_that_the_voice_would_spell_is_refused(
+    engine: Engine, fields: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=said) as caught:
+        engine.prepare(speech_request(**fields))
+    assert caught.value.param == "input"
+
+
+@pytest.mark.parametrize("text", ["안녕", "The word नमस्ते is Hindi", "π and Ω", "café №5 x²"])
+async def test_marks_of_another_language_are_not_spoken(
+    engine: Engine, phonemizer: Phonemizer, text: str
+) -> None:
+    engine.prepare(speech_request(text))
+    for language in ("en-us", "en-gb"):
+        [phonemes] = phonemes_of(phonemizer, text, language)
+        assert len(phonemes) >= 4 and not set("()") & set(phonemes)
+
+
 async def test_limits_of_configuration(engine: Engine) -> None:
     with pytest.raises(InvalidRequest, match="at most 20"):
         await engine.open(speech_request("a" * 21, model="own"))

@@ -94,14 +94,21 @@ async def transcribed(
     return found[0], [event for event in found if isinstance(event, Segment)]
 
 
-def expected_of(found: tuple[Any, Any]) -> tuple[Heard, list[Segment]]:
-    """What the library gave, in the engine's words; ids count from 0 as OpenAI's do."""
+def expected_of(found: tuple[Any, Any], *, bounded: bool = True) -> tuple[Heard, list[Segment]]:
+    """What the library gave, in the engine's words; ids count from 0 as OpenAI's do.
+
+    Times beyond the end of the recording are its end, if `bounded`.
+    """
     segments, info = found
+
+    def time(value: float) -> float:
+        return min(float(value), info.duration) if bounded else float(value)
+
     return Heard(info.language, info.duration), [
         Segment(
             id=index,
             start_s=segment.start,
-            end_s=segment.end,
+            end_s=time(segment.end),
             text=segment.text,
             seek=segment.seek,
             tokens=tuple(segment.tokens),
@@ -110,7 +117,7 @@ def expected_of(found: tuple[Any, Any]) -> tuple[Heard, list[Segment]]:
             compression_ratio=segment.compression_ratio,
             no_speech_prob=segment.no_speech_prob,
             words=tuple(
-                Word(word.word, word.start, word.end, word.probability)
+                Word(word.word, time(word.start), time(word.end), word.probability)
                 for word in segment.words or ()
             ),
         )
@@ -308,9 +315,56 @@ async def test_where_nobody_speaks_there_is_no_text(
     assert heard.duration_s == pytest.approx(seconds) and segments == []
 
 
-async def test_a_blink_of_sound_is_no_error(engine: Engine) -> None:
-    heard, _ = await transcribed(engine, encode(voice(0.02)))
-    assert heard.duration_s == pytest.approx(0.02)
+@pytest.mark.parametrize("words", [False, True])
+@pytest.mark.parametrize(("seconds", "count"), [(0.02, 1), (1.3, 1), (2, 2), (31, 3)])
+async def test_no_segment_ends_after_the_recording(
+    engine: Engine, library: Any, seconds: float, count: int, words: bool
+) -> None:
+    """The model says sentences of 1.2 s each, whatever the length of its window."""
+    data = encode(voice(seconds))
+    found = library.transcribe(io.BytesIO(data), word_timestamps=words)
+    _, said = expected_of(found, bounded=False)
+    heard, segments = await transcribed(engine, data, word_times=words)
+    assert heard.duration_s == pytest.approx(seconds)
+    assert len(segments) == count or words
+    assert [each.text for each in segments] == [each.text for each in said][: len(segments)]
+    assert words or said[-1].end_s > seconds
+    assert [each.id for each in segments] == list(range(len(segments)))
+    for each in segments:
+        assert 0 <= each.start_s < each.end_s <= heard.duration_s
+        assert all(word.start_s <= word.end_s <= heard.duration_s for word in each.words)
+
+
+@pytest.mark.parametrize(
+    ("said", "count"),
+    [(" ...", 0), (" …", 0), (" . . .", 0), (" ♪", 1), (" 7.", 1), (" 你好。", 1)],
+)
+async def test_a_segment_without_a_word_is_not_speech(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, said: str, count: int
+) -> None:
+    """Whisper hears silence as dots, half a minute of them in five seconds."""
+    from faster_whisper.transcribe import Segment as LibrarySegment
+    from faster_whisper.transcribe import TranscriptionInfo
+
+    def transcribe(*_: Any, **__: Any) -> Any:
+        info = dict.fromkeys(TranscriptionInfo.__dataclass_fields__)
+        info |= {"language": "en", "duration": 5.0}
+        numbers = {"tokens": [1], "avg_logprob": -1.0, "compression_ratio": 1.0}
+        numbers |= {"no_speech_prob": 0.5, "temperature": 0.0, "words": None}
+        found = [
+            LibrarySegment(id=at, seek=0, start=4.0 * at, end=4.0 * at + 4, text=said, **numbers)
+            for at in range(7)
+        ]
+        return iter(found), TranscriptionInfo(**info)
+
+    await engine.load("ears")
+    loaded = engine._residency.loaded["ears"]
+    assert isinstance(loaded, LoadedWhisper) and loaded.model is not None
+    monkeypatch.setattr(loaded.model, "transcribe", transcribe, raising=False)
+    _, segments = await transcribed(engine, encode(silence(5)))
+    assert [(each.start_s, each.end_s) for each in segments] == [(0.0, 4.0), (4.0, 5.0)][
+        : 2 * count
+    ]
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
