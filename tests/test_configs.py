@@ -200,22 +200,47 @@ def test_the_starter_configuration_serves_every_language_model(starter_dir: Star
         assert options.dtype == config["dtype"]
 
 
-@pytest.mark.parametrize(
-    ("name", "model"),
-    [
-        ("gpt-4o-mini", "tiny-llama"),
-        ("gpt-4o", "tiny-qwen"),
-        ("text-embedding-3-small", "tiny-embed"),
-        ("dall-e-2", "tiny-sd15"),
-        ("dall-e-3", "tiny-sdxl-turbo"),
-        ("gpt-image-1", "tiny-sdxl"),
-        ("gpt-image-1-mini", "tiny-sdxl"),
-        ("sora-2", "tiny-ltx"),
-        ("sora-2-pro", "tiny-wan"),
-    ],
+WELL_KNOWN = {
+    "generate": ["gpt-4o", "gpt-4o-mini", "gpt-4.1-mini", "gpt-5", "gpt-5-mini", "gpt-3.5-turbo"],
+    "embed": ["text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002"],
+    "image": ["dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1-mini"],
+    "speech": ["tts-1", "tts-1-hd", "gpt-4o-mini-tts"],
+    "transcribe": ["whisper-1", "gpt-4o-transcribe", "gpt-4o-mini-transcribe"],
+    "video": ["sora-2"],
+}
+"""The names that programs ask for which were written for OpenAI."""
+
+LARGEST = {"dall-e-2": 1024 * 1024, "dall-e-3": 1024 * 1792, "gpt-image-1": 1024 * 1536}
+"""Pixels of the largest size that OpenAI documents for an image model."""
+
+GATED = re.compile(
+    r"(meta-llama/|google/gemma|black-forest-labs/FLUX|stabilityai/stable-diffusion-3|mistralai/)"
 )
-def test_the_starter_configuration_answers_to_well_known_names(name: str, model: str) -> None:
-    assert read(STARTER_CONFIG).find(name).id == model
+"""Repositories that the hub gives only to those who accepted a licence (read in November 2026)."""
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_answers_to_well_known_names(path: Path) -> None:
+    config = read(path)
+    tasks = {model.task for model in config.models}
+    assert tasks >= WELL_KNOWN.keys() - {"video"}
+    for task in tasks:
+        for name in WELL_KNOWN[task]:
+            model = config.find(name)
+            assert model.task == task, name
+            assert not GATED.match(model.source), name
+            if task == "image":
+                assert model.options_as(DiffusersOptions).max_pixels >= LARGEST.get(name, 0), name
+        # The first of a task is what the playground offers.
+        first = next(model for model in config.models if model.task == task)
+        assert not GATED.match(first.source), first.id
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_gated_model_is_told_as_one(path: Path) -> None:
+    gated = [model for model in read(path).models if GATED.match(model.source)]
+    head = path.read_text().partition("\nmodels:")[0]
+    assert bool(gated) is ("gated" in head)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class _DecoderShape:
     heads: int
     kv_heads: int
     head_dim: int = 32
-    positions: int = 2048
+    positions: int = 8192
 
 
 def _write_tiny_llama(folder: Path) -> None:
@@ -122,7 +122,7 @@ def _write_tiny_qwen(folder: Path) -> None:
 
 def _write_tiny_embed(folder: Path) -> None:
     pad, cls, sep = "[PAD]", "[CLS]", "[SEP]"
-    hidden, intermediate, layers, heads, positions = 128, 256, 2, 4, 512
+    hidden, intermediate, layers, heads, positions = 128, 256, 2, 4, 8192
     tokenizer = _tokenizer([pad, cls, sep])
     tokenizer.post_processor = TemplateProcessing(
         single=f"{cls} $A {sep}",

@@ -604,7 +604,7 @@ class TestTargets:
         assert (model.id, options.dtype, options.max_model_len) == (
             "tiny-llama",
             "float32",
-            2048,
+            8192,
         )
         peer = vllm_serve(set_up)
         line = " ".join(peer.arguments)
@@ -612,7 +612,7 @@ class TestTargets:
             f"serve {set_up.model_folders[0]}",
             "--served-model-name tiny-llama",
             "--dtype float32",
-            "--max-model-len 2048",
+            "--max-model-len 8192",
             f"--kv-cache-memory-bytes {256 * 2**20}",
             "--max-num-seqs 256",
             "--enforce-eager",

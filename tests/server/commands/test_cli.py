@@ -28,7 +28,11 @@ TIMEOUT_S = 60
 
 CONFIG = """
 engine: {{device: cpu, memory: 64MiB, state_dir: {state_dir}, data_dir: {state_dir}}}
-server: {{port: 0, drain_s: {drain_s}}}
+server:
+  port: 0
+  drain_s: {drain_s}
+  cors_origins: ["http://localhost:5173"]
+  root_path: /ai
 models:
   - {{id: small, runtime: fake, source: "starter:tiny", aliases: [tiny]}}
 """
@@ -138,6 +142,10 @@ class TestProcess:
         async with served(tmp_path) as server:
             assert "model: small = tiny (starter:tiny)" in server.introduction
             assert str(tmp_path / "config.yaml") in server.introduction
+            page = {"origin": "http://localhost:5173"}
+            asked = await server.client.get("/ai/health", headers=page)
+            assert asked.status_code == 200
+            assert asked.headers["access-control-allow-origin"] == page["origin"]
             async with server.client.stream("POST", CHAT, json=body) as answer:
                 texts = answer.aiter_text()
                 assert await anext(texts) == "data: first\n\n"
