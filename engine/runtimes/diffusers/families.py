@@ -8,13 +8,17 @@ from typing import Any, Literal
 
 from engine.errors import InvalidRequest
 
+CROPPED_MULTIPLE = 16
+"""Sizes of this multiple are served by every family. One with a coarser grid makes a little more,
+and the middle is cut out: OpenAI's 1280x720 of a model that needs multiples of 32."""
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """What the code of a family of pipelines demands. diffusers checks some of it, and late."""
 
     size_multiple: int = 8
-    """Width and height must be multiples of this many pixels."""
+    """Width and height that its code makes are multiples of this many pixels."""
     frame_step: int = 1
     """A pipeline makes 1, 1 + step, 1 + 2 · step, … frames. Other numbers are cut from more."""
     frames_at_once: int | None = None
@@ -149,13 +153,22 @@ def check_size(size: tuple[int, int], family: Family) -> None:
         InvalidRequest: naming `size`.
 
     """
-    multiple = family.size_multiple
-    if any(side < multiple or side % multiple for side in size):
+    multiple = min(family.size_multiple, CROPPED_MULTIPLE)
+    if any(side < family.size_multiple or side % multiple for side in size):
+        least = ""
+        if multiple < family.size_multiple:
+            least = f", and at least {family.size_multiple}"
         raise InvalidRequest(
-            f"Width and height must be multiples of {multiple} pixels for this model,"
+            f"Width and height must be multiples of {multiple} pixels for this model{least},"
             f" not {size_text(size)}.",
             param="size",
         )
+
+
+def made_size(size: tuple[int, int], family: Family) -> tuple[int, int]:
+    """The size that a pipeline makes, of which `size` is cut out."""
+    width, height = (-(-side // family.size_multiple) * family.size_multiple for side in size)
+    return width, height
 
 
 def size_text(size: tuple[int, int]) -> str:
