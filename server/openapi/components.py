@@ -202,7 +202,9 @@ def components() -> dict[str, Any]:
         ),
         "Transcript": TRANSCRIPT,
         "ClonedVoice": CLONED_VOICE,
-        "VoiceList": listing(LISTED_VOICE),
+        "VoiceList": listing(
+            LISTED_VOICE, voices={"type": "array", "items": record(id=STRING, name=STRING)}
+        ),
         "Event": EVENT,
         "EventPage": EVENT_PAGE,
         "Files": FILES,

@@ -212,6 +212,12 @@ OPERATIONS: Mapping[str, Methods] = {
     },
     "/v1/audio/transcriptions": _recording("Text of a recording", TranscriptionBody),
     "/v1/audio/translations": _recording("English text of a recording", TranslationBody),
+    "/v1/audio/models": {
+        "get": Operation(
+            summary="The names of the speech models, as Open WebUI reads them",
+            answers={JSON: record(models={"type": "array", "items": record(id=STRING)})},
+        ),
+    },
     "/v1/audio/voices": {
         "get": Operation(
             summary="The voices of the speech models, and the cloned voices",

@@ -103,7 +103,7 @@ class _Answer:
         data = []
         for image in result.images:
             encoded = self._encode(image)
-            if self.body.response_format == "url":
+            if self.body.answers_with_url:
                 name = self.outputs.put(encoded, f".{self.body.output_format}")
                 data.append({"url": f"{self.files_url}{name}"})
             else:

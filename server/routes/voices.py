@@ -11,7 +11,13 @@ from fastapi import APIRouter, Request
 from engine.config import ModelConfig
 from engine.errors import InvalidRequest, LoadFailed
 from server.forms import query_fields, read_fields
-from server.schemas.audio import VoiceBody, VoicesQuery, cloned_voice_document, voice_document
+from server.schemas.audio import (
+    VoiceBody,
+    VoicesQuery,
+    cloned_voice_document,
+    voice_choices,
+    voice_document,
+)
 from server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -51,7 +57,11 @@ def voices_router(engine: Engine, voices: VoiceStore, settings: ServerSettings) 
             {**cloned_voice_document(voice), "model": None, "language": None}
             for voice in await asyncio.to_thread(voices.list)
         ]
-        return {"object": "list", "data": data}
+        return {"object": "list", "data": data, "voices": voice_choices(data)}
+
+    @router.get("/v1/audio/models")
+    async def list_models() -> dict[str, Any]:
+        return {"models": [{"id": each} for model in speech_models(None) for each in model.names]}
 
     @router.post("/v1/audio/voices")
     async def create(request: Request) -> dict[str, Any]:

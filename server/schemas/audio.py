@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
@@ -214,6 +214,12 @@ def voice_document(voice: Voice, model: str) -> dict[str, Any]:
         "model": model,
         "language": voice.language,
     }
+
+
+def voice_choices(documents: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Ids and names, as Open WebUI reads them; a voice of several models is there once."""
+    names = {each["id"]: each["name"] for each in reversed(documents)}
+    return [{"id": each, "name": names[each]} for each in dict.fromkeys(d["id"] for d in documents)]
 
 
 def cloned_voice_document(voice: ClonedVoice) -> dict[str, Any]:

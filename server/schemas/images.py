@@ -43,6 +43,9 @@ _NO_USAGE = {
 }
 """OpenAI's stream ends with token counts. Diffusion models have no tokens."""
 
+URL_MODELS = frozenset({"dall-e-2", "dall-e-3"})
+"""OpenAI's names whose clients expect a URL from a request that names no format."""
+
 _DALL_E_QUALITIES = {"standard": "medium", "hd": "high"}
 
 
@@ -65,7 +68,8 @@ class ImageBody(Body):
     quality: Literal["low", "medium", "high", "auto", "standard", "hd"] = "auto"
     stream: bool = False
     partial_images: int = Field(default=0, ge=0, le=3)
-    response_format: Literal["b64_json", "url"] = "b64_json"
+    response_format: Literal["b64_json", "url"] | None = None
+    """By default a URL for the names of `URL_MODELS`, and base64 for all others and in streams."""
     output_format: PictureFormat = "png"
     output_compression: int | None = Field(default=None, ge=0, le=100)
     background: Literal["auto", "opaque", "transparent"] = "auto"
@@ -91,7 +95,7 @@ class ImageBody(Body):
 
     @field_validator("response_format")
     @classmethod
-    def _streams_carry_images(cls, value: str, info: ValidationInfo) -> str:
+    def _streams_carry_images(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value == "url" and info.data.get("stream"):
             raise ValueError("the events of a stream carry the images themselves, as b64_json")
         return value
@@ -109,6 +113,13 @@ class ImageBody(Body):
         if value == "transparent":
             raise ValueError("a transparent background is not supported")
         return value
+
+    @property
+    def answers_with_url(self) -> bool:
+        """Whether the answer has URLs of the images in their place."""
+        if self.response_format is None:
+            return self.model in URL_MODELS and not self.stream
+        return self.response_format == "url"
 
     @property
     def engine_quality(self) -> Quality:

@@ -385,7 +385,17 @@ class TestVoices:
                 voice("bert", "Bert", "small", "en-gb"),
                 voice("only", "Only", "other", None),
             ],
+            "voices": [
+                {"id": "anna", "name": "Anna"},
+                {"id": "bert", "name": "Bert"},
+                {"id": "only", "name": "Only"},
+            ],
         }, "a model that is broken hides no other"
+
+    async def test_the_names_of_the_speech_models(self, plain: httpx.AsyncClient) -> None:
+        names = (await plain.get("/v1/audio/models")).json()["models"]
+        assert {"id": "small"} in names and {"id": "tts-1"} in names
+        assert {"id": "text"} not in names
 
     async def test_voices_of_one_model(self, plain: httpx.AsyncClient) -> None:
         answer = await plain.get(VOICES, params={"model": "tts-1"})

@@ -72,7 +72,7 @@ KEY_CONFIG = """
 engine: {{device: cpu, memory: 64MiB, state_dir: {folder}, data_dir: {folder}}}
 server: {{port: 0, api_keys: [user-key], admin_keys: [admin-key]}}
 models:
-  - {{id: small, runtime: fake, source: "starter:tiny"}}
+  - {{id: small, runtime: fake, source: none}}
 """
 
 

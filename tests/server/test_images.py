@@ -23,6 +23,8 @@ from engine.engine import Engine
 from engine.errors import RuntimeFailed
 from engine.events import Event, ImageResult, PartialImage, Progress
 from engine.requests import ImageOperation, ImageRequest, LoraChoice, Priority, Quality
+from server.forms import Fields
+from server.schemas.images import GenerationBody
 from server.settings import ServerSettings
 from tests.contract.openai import conforms
 from tests.server.fake import FakeRuntime
@@ -371,6 +373,25 @@ class TestStream:
                 assert event.type == "image_generation.partial_image"
         assert caught.value.code == "runtime_failed"
         assert engine.model_status("small").leases == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "with_url"),
+    [
+        ({"model": "dall-e-2"}, True),
+        ({"model": "dall-e-3"}, True),
+        ({"model": "dall-e-3", "response_format": "b64_json"}, False),
+        ({"model": "dall-e-3", "stream": True}, False),
+        ({"model": "gpt-image-1"}, False),
+        ({"model": "small"}, False),
+        ({"model": "small", "response_format": "url"}, True),
+    ],
+)
+def test_the_name_of_a_model_decides_what_its_clients_expect(
+    fields: dict[str, Any], with_url: bool
+) -> None:
+    body = GenerationBody.of(Fields({"prompt": "a", **fields}, typed=True))
+    assert body.answers_with_url is with_url
 
 
 class TestEdit:

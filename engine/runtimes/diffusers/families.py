@@ -8,13 +8,17 @@ from typing import Any, Literal
 
 from engine.errors import InvalidRequest
 
+CROPPED_MULTIPLE = 16
+"""Sizes of this multiple are served by every family. One with a coarser grid makes a little more,
+and the middle is cut out: OpenAI's 1280x720 of a model that needs multiples of 32."""
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """What the code of a family of pipelines demands. diffusers checks some of it, and late."""
 
     size_multiple: int = 8
-    """Width and height must be multiples of this many pixels."""
+    """Width and height that its code makes are multiples of this many pixels."""
     frame_step: int = 1
     """A pipeline makes 1, 1 + step, 1 + 2 · step, … frames. Other numbers are cut from more."""
     frames_at_once: int | None = None
@@ -25,7 +29,7 @@ class Family:
     """Whether an edit may start from several images."""
     has_strength: bool = True
     """Whether an edit starts from a noisy image. Otherwise it looks at the image as it is."""
-    negative_prompt: Literal["guidance", "true_cfg_scale", "never"] = "guidance"
+    negative_prompt: Literal["guidance", "true_cfg_scale", "never", "maybe"] = "guidance"
     """Whose value above 1 makes a negative prompt act: the guidance, or that argument's."""
     true_cfg_scale: float = 1.0
     """The pipeline's own value of that argument."""
@@ -90,8 +94,14 @@ cannot have odd sizes inside. Frames come from the VAE's compression in time and
 batches them. LTX's decoder leaves a patch of 4 × 4 to its last layer."""
 
 
+UNKNOWN = Family(negative_prompt="maybe", has_motion=True)
+"""Of a model whose files are not here yet: nothing is refused that it might do."""
+
+
 def family_of(pipeline_class: str) -> Family:
-    """What a pipeline class demands."""
+    """What a pipeline class demands; empty: it is not known yet."""
+    if not pipeline_class:
+        return UNKNOWN
     for beginning, family in FAMILIES.items():
         if pipeline_class.startswith(beginning):
             from_image = "ImageToVideo" in pipeline_class
@@ -124,7 +134,7 @@ def check_guidance(
         raise InvalidRequest(
             "This model was trained to need no guidance, and takes none.", param="guidance"
         )
-    if not negative_prompt:
+    if not negative_prompt or family.negative_prompt == "maybe":
         return
     if family.negative_prompt == "true_cfg_scale":
         acts = float(call.get("true_cfg_scale", family.true_cfg_scale)) > 1
@@ -149,13 +159,22 @@ def check_size(size: tuple[int, int], family: Family) -> None:
         InvalidRequest: naming `size`.
 
     """
-    multiple = family.size_multiple
-    if any(side < multiple or side % multiple for side in size):
+    multiple = min(family.size_multiple, CROPPED_MULTIPLE)
+    if any(side < family.size_multiple or side % multiple for side in size):
+        least = ""
+        if multiple < family.size_multiple:
+            least = f", and at least {family.size_multiple}"
         raise InvalidRequest(
-            f"Width and height must be multiples of {multiple} pixels for this model,"
+            f"Width and height must be multiples of {multiple} pixels for this model{least},"
             f" not {size_text(size)}.",
             param="size",
         )
+
+
+def made_size(size: tuple[int, int], family: Family) -> tuple[int, int]:
+    """The size that a pipeline makes, of which `size` is cut out."""
+    width, height = (-(-side // family.size_multiple) * family.size_multiple for side in size)
+    return width, height
 
 
 def size_text(size: tuple[int, int]) -> str:

@@ -12,7 +12,13 @@ from engine.files.lora_folder import lora_files
 from engine.files.safetensors_header import DTYPE_BYTES
 from engine.requests import ImageOperation, ImageRequest, VideoRequest
 from engine.runtimes.base import Prepared
-from engine.runtimes.diffusers.families import Family, check_guidance, check_size, size_text
+from engine.runtimes.diffusers.families import (
+    Family,
+    check_guidance,
+    check_size,
+    made_size,
+    size_text,
+)
 from engine.runtimes.diffusers.options import MAX_STEPS, DiffusersOptions
 
 DECODER_COPIES = 3
@@ -240,7 +246,8 @@ class RequestChecks:
         assert request.width is not None and request.height is not None
         family = self.family
         at_once = int(options.call.get("decode_chunk_size", family.frames_at_once or frames))
-        pixels = request.width * request.height
+        width, height = made_size((request.width, request.height), family)
+        pixels = width * height
         decoded = min(pixels, TILE_PIXELS) if options.vae_tiling else pixels
         item_bytes = DTYPE_BYTES[options.vae_dtype or options.dtype]
         widest = self.decoder_channels * item_bytes * DECODER_COPIES

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from engine.events import Event, ImageResult, PartialImage, Progress, VideoResul
 from engine.process.gate import GATE
 from engine.requests import ImageRequest, VideoRequest
 from engine.runtimes.common.torch_run import TorchRun
-from engine.runtimes.diffusers.families import check_size, family_of
+from engine.runtimes.diffusers.families import check_size, family_of, made_size
 from engine.runtimes.diffusers.pipeline import Pipeline
 from engine.runtimes.diffusers.previews import decode_latents, preview_steps
 from engine.runtimes.diffusers.prompts import in_chunks, takes_chunks, too_long
@@ -49,11 +50,16 @@ class Run(TorchRun):
         self._asked = asked
         self._pipeline = pipeline
         self._request: ImageRequest | VideoRequest = request
+        """Its size is that which the pipeline makes."""
+        self._size = (request.width, request.height)
+        width, height = made_size(self._size, family_of(type(pipeline.base).__name__))
+        if (width, height) != self._size:
+            self._request = replace(request, width=width, height=height)
 
     def _run(self) -> None:
         pipeline, request = self._pipeline, self._request
         assert request.width is not None and request.height is not None
-        check_size((request.width, request.height), family_of(type(pipeline.base).__name__))
+        check_size(self._size, family_of(type(pipeline.base).__name__))
         pipeline.loras.set(request.loras)
         pipe = pipeline.variant(self._kind())
         self._check_asked(pipe)
@@ -128,6 +134,7 @@ class Run(TorchRun):
                     output_type="pil",
                 ).images[0]
             )
+        images = [_middle(image, self._size) for image in images]
         return ImageResult(tuple(images), request.seed)
 
     def _conditions(self, pipe: Any) -> dict[str, Any]:
@@ -175,7 +182,8 @@ class Run(TorchRun):
             callback_on_step_end=self._on_step(0, 1, {}),
             output_type="pil",
         ).frames[0]
-        pixels = np.stack([np.asarray(frame) for frame in frames[: request.num_frames]])
+        shown = (_middle(frame, self._size) for frame in frames[: request.num_frames])
+        pixels = np.stack([np.asarray(frame) for frame in shown])
         return VideoResult(pixels, request.fps, request.seed)
 
     def _common(self, pipe: Any) -> dict[str, Any]:
@@ -211,10 +219,19 @@ class Run(TorchRun):
             if step in previews:
                 assert isinstance(self._request, ImageRequest)
                 image = decode_latents(pipe, tensors["latents"], self._request)
+                image = _middle(image, self._size)
                 self._emit(PartialImage(previews[step], image))
             return {}
 
         return on_step
+
+
+def _middle(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The middle of an image that is a little larger."""
+    if image.size == size:
+        return image
+    left, top = ((made - wanted) // 2 for made, wanted in zip(image.size, size, strict=True))
+    return image.crop((left, top, left + size[0], top + size[1]))
 
 
 def _resized(image: Image.Image | None, size: tuple[int, int]) -> Image.Image:

@@ -26,6 +26,8 @@ OPENAI_VOICES = {
     "sage": "af_sarah",
     "shimmer": "af_sky",
     "verse": "am_michael",
+    "marin": "af_heart",
+    "cedar": "am_michael",
 }
 """Six of OpenAI's names are Kokoro's too. The others stand for a voice of the same kind."""
 

@@ -164,8 +164,8 @@ CONFIG = """
 engine: {{device: cpu, memory: 64MiB, state_dir: {folder}, data_dir: {folder}}}
 server: {{port: 0}}
 models:
-  - {{id: small, runtime: fake, source: "starter:tiny"}}
-  - {{id: other, runtime: fake, source: "starter:tiny"}}
+  - {{id: small, runtime: fake, source: none}}
+  - {{id: other, runtime: fake, source: none}}
 """
 
 

@@ -43,6 +43,7 @@ from engine.runtimes.vllm.runtime import VllmRuntime
 from engine.starters.registry import ensure_starter
 from tests.engine.conftest import MakeModel
 from tests.engine.runtimes.vllm.greedy import completion, text_of
+from tests.test_configs import STARTER_CONFIG, read
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
@@ -776,7 +777,7 @@ async def test_what_an_image_model_cannot_do_is_told_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("name", "fields", "param"),
     [
-        ("tiny-ltx", {"width": 80}, "size"),
+        ("tiny-ltx", {"width": 72}, "size"),
         ("tiny-svd", {"width": 72, "image": scene()}, "size"),
         ("tiny-wan", {"num_frames": 0}, "num_frames"),
         ("tiny-wan", {"seconds": 1e9}, "seconds"),
@@ -799,7 +800,7 @@ async def test_what_a_video_model_cannot_do_is_told_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("name", "fields", "param"),
     [
-        ("tiny-ltx", {"width": 80}, "size"),
+        ("tiny-ltx", {"width": 72}, "size"),
         ("tiny-svd", {}, "input_reference"),
         ("tiny-wan", {"motion": 10}, "motion"),
         ("tiny-wan", {"image": scene()}, "input_reference"),
@@ -813,6 +814,43 @@ async def test_what_only_the_loaded_pipeline_knows(
     with pytest.raises(InvalidRequest) as raised:
         await events(engine, video_request(name, **fields))
     assert raised.value.param == param
+
+
+async def test_a_size_between_those_of_the_code_is_cut_out_of_a_larger_one(engine: Engine) -> None:
+    """LTX makes multiples of 32, and OpenAI's sizes have sides of 720."""
+    cut, made = [
+        (await events(engine, video_request("tiny-ltx", width=width, height=64)))[-1]
+        for width in (80, 96)
+    ]
+    assert isinstance(cut, VideoResult) and isinstance(made, VideoResult)
+    assert cut.frames.shape[1:] == (64, 80, 3)
+    np.testing.assert_array_equal(cut.frames, made.frames[:, :, 8:88])
+
+
+WELL_KNOWN = {
+    "dall-e-2": ("256x256", "512x512", "1024x1024"),
+    "dall-e-3": ("1024x1024", "1792x1024", "1024x1792"),
+    "gpt-image-1": ("1024x1024", "1536x1024", "1024x1536"),
+    "sora-2": ("720x1280", "1280x720", "1024x1792", "1792x1024"),
+    "sora-2-pro": ("720x1280", "1280x720", "1024x1792", "1792x1024"),
+}
+"""OpenAI's sizes by the names of its models."""
+
+
+@pytest.mark.parametrize("name", WELL_KNOWN)
+async def test_the_starters_take_the_sizes_of_the_names_that_they_stand_for(
+    runtime: DiffusersRuntime, cache_dir: Path, name: str
+) -> None:
+    model = read(STARTER_CONFIG).find(name)
+    ensure_starter(model.source.removeprefix("starter:"), cache_dir)
+    for size in WELL_KNOWN[name]:
+        width, height = map(int, size.split("x"))
+        if model.task == "image":
+            runtime.prepare(model, image_request(name, width=width, height=height))
+        else:
+            for seconds in (4, 8, 12):
+                asked = video_request(name, width=width, height=height, seconds=seconds)
+                runtime.prepare(model, asked)
 
 
 async def test_an_image_moves_in_a_model_with_a_pipeline_for_it(engine: Engine) -> None:
