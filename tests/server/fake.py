@@ -100,7 +100,7 @@ class FakeRuntime(Runtime):
 
     @classmethod
     def hub_sources(cls, model: ModelConfig) -> tuple[HubSource, ...]:
-        return () if model.source == "none" else super().hub_sources(model)
+        return super().hub_sources(model) if "/" in model.source else ()
 
     def options(self, model: ModelConfig) -> FakeOptions:
         found = model.options_as(self.Options)

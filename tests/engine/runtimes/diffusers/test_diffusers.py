@@ -797,6 +797,15 @@ async def test_what_a_video_model_cannot_do_is_told_before_anything_is_loaded(
     assert raised.value.param == param
 
 
+def test_nothing_is_refused_that_files_still_to_come_may_allow(tmp_path: Path) -> None:
+    runtime = DiffusersRuntime(RuntimeContext(CpuDevice(), tmp_path))
+    model = ModelConfig(id="m", runtime="diffusers", task="video", source="me/is-not-here")
+    for guidance in (0.0, 7.0):
+        runtime.prepare(
+            model, video_request("m", motion=100, negative_prompt="rain", guidance=guidance)
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "param"),
     [
