@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.auth import PROBES
-from server.errors import Failure
+from server.errors import Failure, is_anthropic
 from server.metrics import HttpMetrics
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ class RequestContext:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
+                if is_anthropic(scope["path"]):
+                    headers["request-id"] = request_id  # the name that its clients read
                 headers["openai-processing-ms"] = f"{(self._clock() - began_s) * 1000:.0f}"
             await send(message)
 

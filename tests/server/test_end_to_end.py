@@ -188,6 +188,9 @@ def test_anthropic_messages(server: Server) -> None:
         model="tiny-llama", messages=HELLO, max_tokens=8, extra_body={"temperature": 0}
     ) as stream:
         assert "".join(stream.text_stream)
+        assert stream.get_final_message().id.startswith("msg_")
+    assert message.id.startswith("msg_")
+    assert message._request_id is not None
     assert client.messages.count_tokens(model="tiny-llama", messages=HELLO).input_tokens > 1
     with pytest.raises(anthropic.NotFoundError):
         client.messages.create(model="nothing", messages=HELLO, max_tokens=8)

@@ -26,6 +26,14 @@ async def test_other_request_ids_are_replaced(client: httpx.AsyncClient, given: 
     assert given.encode("latin-1") not in [each.encode() for each in ids]
 
 
+async def test_anthropics_clients_read_the_id_by_their_own_name(client: httpx.AsyncClient) -> None:
+    body = {"model": "nobody", "messages": [], "max_tokens": 1}
+    answer = await client.post("/v1/messages", json=body)
+    assert answer.headers["request-id"] == answer.headers["x-request-id"]
+    assert answer.json()["request_id"] == answer.headers["request-id"]
+    assert "request-id" not in (await client.get("/v1/models")).headers
+
+
 async def scrape(client: httpx.AsyncClient) -> dict[tuple[str, ...], float]:
     text = (await client.get("/metrics")).text
     return {

@@ -30,7 +30,7 @@ def answer_messages() -> None:
     """Have vLLM write a message whatever the model wrote. Call once, before the first engine.
 
     Anthropic's `input` of a call is an object. vLLM answered 400 if the model's arguments were
-    none, as those of a call that `max_tokens` cut.
+    none, as those of a call that `max_tokens` cut. The id has Anthropic's form.
     """
     convert = AnthropicServingMessages.messages_full_converter
 
@@ -42,7 +42,9 @@ def answer_messages() -> None:
         message.tool_calls = [call for call in calls if _is_object(call.function.arguments)]
         if not message.tool_calls and not message.content and calls:
             message.content = calls[0].function.arguments
-        return convert(self, answer)
+        result = convert(self, answer)
+        result.id = f"msg_{result.id.removeprefix('chatcmpl-')}"
+        return result
 
     AnthropicServingMessages.messages_full_converter = converted
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from engine.config import ModelConfig
 from engine.errors import InvalidRequest
 from engine.requests import TextOperation, TextRequest
 from engine.runtimes.vllm.options import VllmOptions
+from engine.runtimes.vllm.refusals import invalid
 from engine.runtimes.vllm.request_fields import check_fields
 from engine.runtimes.vllm.tool_choice import narrow_to_allowed
 
 MAY_CALL = frozenset({TextOperation.CHAT, TextOperation.RESPONSES, TextOperation.MESSAGES})
+LAZY = ("content", "tool_calls")
+"""Parts of a message that pydantic checks when they are read."""
 NO_CALLS = ("none", {"type": "none"})
 
 
@@ -50,6 +53,47 @@ def prepared_body(
     if request.operation is TextOperation.RESPONSES and isinstance(body.get("input"), list):
         body["input"] = [_with_type(item) for item in body["input"]]
     return body
+
+
+def settle_messages(payload: Any, body: Mapping[str, Any]) -> None:
+    """Check the parts of a chat's messages, which pydantic would check when vLLM reads them.
+
+    Raises:
+        InvalidRequest: naming the part.
+
+    """
+    for index, message in enumerate(getattr(payload, "messages", None) or ()):
+        for key in LAZY:
+            value = message.get(key) if isinstance(message, dict) else None
+            if value is None or isinstance(value, str | list):
+                continue
+            try:
+                message[key] = list(value)
+            except ValidationError as error:
+                sent = body["messages"][index][key]
+                raise invalid(error, sent, ("messages", index, key)) from error
+
+
+def lazily_read(error: ValidationError, body: Mapping[str, Any]) -> tuple[str | int, ...]:
+    """Where an error stands that one of vLLM's validators met while it read a message's part."""
+    found = error.errors()
+    if not found[0]["loc"] or not isinstance(found[0]["loc"][0], int):
+        return ()  # a path from the body's own fields
+    wrong = [each["input"] for each in found]
+    wrong = [each for each in wrong if isinstance(each, Mapping | list)] or wrong
+    for index, message in enumerate(body.get("messages") or ()):
+        for key in LAZY:
+            sent = message.get(key) if isinstance(message, Mapping) else None
+            if isinstance(sent, list) and any(_holds(sent, each) for each in wrong):
+                return ("messages", index, key)
+    return ()
+
+
+def _holds(value: Any, wanted: Any) -> bool:
+    below = value.values() if isinstance(value, Mapping) else value
+    if value is wanted or not isinstance(value, Mapping | list):
+        return value is wanted
+    return any(_holds(each, wanted) for each in below)
 
 
 def _with_type(item: Any) -> Any:

@@ -8,17 +8,18 @@ model.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import EngineError, InvalidRequest, RuntimeFailed
+from engine.errors import EngineError, RuntimeFailed
 from engine.events import Document, Event, Frame
 from engine.memory.block import Block
 from engine.requests import TextOperation, TextRequest
 from engine.runtimes.base import LoadedModel, Prepared
 from engine.runtimes.common.torch_errors import torch_error
 from engine.runtimes.vllm.options import VllmOptions
+from engine.runtimes.vllm.refusals import plain, refusal
 from engine.runtimes.vllm.stream_pace import PACE, READ_BY_PARSER
 
 if TYPE_CHECKING:
@@ -67,13 +68,15 @@ class VllmModel(LoadedModel):
         try:
             answer = await self._answer(request.operation, prepared.payload)
             if not hasattr(answer, "__aiter__"):
-                yield Document(self._document(answer))
+                yield Document(self._document(answer, request.body))
                 return
             PACE.streams += 1
             try:
                 async for piece in answer:
-                    frame = Frame(piece if isinstance(piece, str) else _named_event(piece))
-                    self._check(frame)
+                    frame = Frame(
+                        _message_id(piece) if isinstance(piece, str) else _named_event(piece)
+                    )
+                    self._check(frame, request.body)
                     yield frame
             finally:
                 PACE.streams -= 1
@@ -81,7 +84,7 @@ class VllmModel(LoadedModel):
         except EngineError:
             raise
         except Exception as error:
-            raise self._translate(error) from error
+            raise self._translate(error, request.body) from error
         finally:
             self.runs -= 1
 
@@ -112,7 +115,7 @@ class VllmModel(LoadedModel):
             case TextOperation.DETOKENIZE:
                 return await serving.serving_tokenization.create_detokenize(payload, None)
 
-    def _check(self, frame: Frame) -> None:
+    def _check(self, frame: Frame, body: Mapping[str, Any]) -> None:
         """Raise the error that a frame is, if it is one: vLLM streams errors like answers.
 
         So a refusal fails before the first byte, and a stream that breaks ends with the error that
@@ -126,9 +129,9 @@ class VllmModel(LoadedModel):
             code = 500 if error.get("type") in SERVER_ERRORS else 400
         message = str(error.get("message", "The model gave an error."))
         info = SimpleNamespace(message=message, code=code, param=error.get("param"))
-        raise self._refusal(SimpleNamespace(error=info))
+        raise self._refusal(SimpleNamespace(error=info), body)
 
-    def _document(self, answer: Any) -> bytes:
+    def _document(self, answer: Any, body: Mapping[str, Any]) -> bytes:
         from engine.runtimes.vllm.answers import complete_answer
         from vllm.entrypoints.anthropic.protocol import (
             AnthropicCountTokensResponse,
@@ -137,7 +140,7 @@ class VllmModel(LoadedModel):
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
         if isinstance(answer, ErrorResponse):
-            raise self._refusal(answer)
+            raise self._refusal(answer, body)
         if hasattr(answer, "body"):  # the pooling classes return a finished response
             return bytes(answer.body)
         complete_answer(answer)
@@ -145,18 +148,18 @@ class VllmModel(LoadedModel):
         text: str = answer.model_dump_json(by_alias=True, exclude_none=anthropic)
         return text.encode()
 
-    def _translate(self, error: Exception) -> EngineError:
+    def _translate(self, error: Exception, body: Mapping[str, Any]) -> EngineError:
         from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
-        return self._refusal(create_error_response(error))
+        return self._refusal(create_error_response(error), body)
 
-    def _refusal(self, response: Any) -> EngineError:
+    def _refusal(self, response: Any, body: Mapping[str, Any]) -> EngineError:
         info = response.error
         if self.client.error is not None:
             return torch_error(self.client.error)
         if 400 <= info.code < 500:
-            return InvalidRequest(info.message, param=info.param, status=info.code)
-        return RuntimeFailed(info.message)
+            return refusal(info.message, info.param, body, status=info.code)
+        return RuntimeFailed(plain(info.message))
 
 
 def _streamed_error(text: str) -> dict[str, Any] | None:
@@ -180,6 +183,13 @@ def _streamed_error(text: str) -> dict[str, Any] | None:
         if document.get("type") == "error":  # the fields of the Responses API are at the top
             return {**document, "type": None}
     return None
+
+
+def _message_id(text: str) -> str:
+    """A piece of an answer. If it begins a message, its id is one of Anthropic's form."""
+    if not text.startswith("event: message_start"):
+        return text
+    return text.replace('"id":"chatcmpl-', '"id":"msg_', 1)
 
 
 def _named_event(event: Any) -> str:

@@ -40,12 +40,13 @@ from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.common.compute_thread import ComputeThread
 from engine.runtimes.common.torch_errors import is_out_of_memory
 from engine.runtimes.recognised import Recognised
-from engine.runtimes.vllm.body import prepared_body, schema_fields
+from engine.runtimes.vllm.body import lazily_read, prepared_body, schema_fields, settle_messages
 from engine.runtimes.vllm.checkpoint import Checkpoint
 from engine.runtimes.vllm.dtype import run_dtype
 from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.recognition import recognise_language_model
+from engine.runtimes.vllm.refusals import invalid, refusal
 from engine.runtimes.vllm.warm_up import warm_up_requests
 
 if TYPE_CHECKING:
@@ -231,17 +232,20 @@ class VllmRuntime(Runtime):
                 f"The model {model.id!r} does not support {request.operation.value}.",
                 param="model",
             )
-        known = self._fields[request.operation]
+        body = prepared_body(request, model, self._fields[request.operation])
         try:
-            body = prepared_body(request, model, known)
-            payload = self._schemas[request.operation].validate_python(body)
+            payload = self._schemas[request.operation].validate_python(dict(body))
         except ValidationError as error:
-            raise _invalid(error) from error
+            place = lazily_read(error, body)
+            value: Any = body
+            for part in place:
+                value = value[part]
+            raise invalid(error, value, place) from error
         except EngineError:
             raise
         except Exception as error:  # vLLM's validators also raise errors of their own
-            parameter = getattr(error, "parameter", None)
-            raise InvalidRequest(str(error), param=parameter) from error
+            raise refusal(str(error), getattr(error, "parameter", None), body) from error
+        settle_messages(payload, body)
         no_thoughts = model.options_as(VllmOptions).reasoning_parser is None
         if no_thoughts and getattr(payload, "thinking", None) is not None:
             # vLLM would refuse to bound thoughts that it cannot tell from the answer.
@@ -486,20 +490,6 @@ class VllmRuntime(Runtime):
         if self._cores is not None:
             await asyncio.to_thread(self._cores.stop)
         self._loader.shutdown()
-
-
-def _invalid(error: ValidationError) -> InvalidRequest:
-    first = error.errors(include_url=False, include_context=False)[0]
-    # Tags of a union's branches are not part of the document; they contain brackets or are classes.
-    parts = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
-    while parts and isinstance(parts[0], str) and parts[0][:1].isupper():
-        parts.pop(0)
-    param = ""
-    for part in parts:
-        param += f"[{part}]" if isinstance(part, int) else f".{part}"
-    param = param.lstrip(".")
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return InvalidRequest(f"{param}: {message}" if param else message, param=param or None)
 
 
 def _load_failed(error: Exception) -> EngineError:

@@ -321,6 +321,15 @@ async def test_a_streamed_call_of_a_tool_without_parameters_has_arguments(
     assert stream(move) == [("move", "")]
 
 
+async def test_a_message_has_an_id_of_anthropics_form(ask: Ask) -> None:
+    for stream in (False, True):
+        fields = body(TextOperation.MESSAGES, "now", stream=stream)
+        await ask(TextOperation.MESSAGES, fields)
+        first = ask.events[0]  # type: ignore[attr-defined]
+        text = first.data if stream else first.body.decode()
+        assert '"id":"msg_' in text
+
+
 async def test_a_response_that_was_cut_is_incomplete(ask: Ask) -> None:
     for stream in (False, True):
         fields = {"input": "hi", "max_output_tokens": 2, "stream": stream}

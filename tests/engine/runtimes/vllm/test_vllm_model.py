@@ -60,7 +60,7 @@ def model(*frames: str) -> VllmModel:
 
 
 async def events(made: VllmModel) -> tuple[list[Event], EngineError | None]:
-    request = TextRequest("m", TextOperation.CHAT, {}, request_id="r")
+    request = TextRequest("m", TextOperation.CHAT, {"n": 9}, request_id="r")
     got: list[Event] = []
     try:
         async for event in made.run(Prepared(request, None)):
