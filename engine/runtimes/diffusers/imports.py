@@ -12,11 +12,15 @@ import transformers
 import diffusers
 
 LAZY_MODULES = (
+    "diffusers.guiders",
     "diffusers.loaders.peft",
     "diffusers.pipelines.animatediff.pipeline_animatediff",
+    "diffusers.pipelines.cogvideo.pipeline_cogvideox",
     "diffusers.pipelines.flux.pipeline_flux",
+    "diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
     "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
+    "diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion",
     "diffusers.pipelines.wan.pipeline_wan",
     "peft",
     "transformers.models.clip.modeling_clip",

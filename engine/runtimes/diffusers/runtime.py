@@ -99,6 +99,7 @@ class DiffusersRuntime(TorchRuntime):
 
     def start(self) -> None:
         """Import torch, transformers and diffusers (some seconds)."""
+        from engine.runtimes.diffusers import run  # noqa: F401 - for its imports, of a second
         from engine.runtimes.diffusers.imports import import_everything
 
         import_everything()

@@ -862,6 +862,16 @@ async def test_the_starters_take_the_sizes_of_the_names_that_they_stand_for(
                 runtime.prepare(model, asked)
 
 
+async def test_a_model_whose_files_are_not_here_may_be_of_any_family(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is checked again once they are."""
+    monkeypatch.setattr("engine.model_folder.present_folder", lambda *_, **__: None)
+    engine.prepare(video_request("tiny-svd", motion=60, image=scene()))
+    engine.prepare(video_request("tiny-wan", negative_prompt="blur", guidance=1.0))
+    engine.prepare(image_request("tiny-flux-schnell", negative_prompt="blur", guidance=5.0))
+
+
 async def test_an_image_moves_in_a_model_with_a_pipeline_for_it(engine: Engine) -> None:
     still = (await events(engine, video_request("tiny-ltx", image=scene())))[-1]
     moved = (await events(engine, video_request("tiny-ltx")))[-1]
