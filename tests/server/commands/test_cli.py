@@ -34,7 +34,7 @@ server:
   cors_origins: ["http://localhost:5173"]
   root_path: /ai
 models:
-  - {{id: small, runtime: fake, source: none, aliases: [tiny]}}
+  - {{id: small, runtime: fake, source: "starter:tiny", aliases: [tiny]}}
 """
 
 
@@ -140,7 +140,7 @@ class TestProcess:
         os.mkfifo(pipe)
         body = {"model": "small", "until": str(pipe)}
         async with served(tmp_path) as server:
-            assert "model: small = tiny (none)" in server.introduction
+            assert "model: small = tiny (starter:tiny)" in server.introduction
             assert str(tmp_path / "config.yaml") in server.introduction
             page = {"origin": "http://localhost:5173"}
             asked = await server.client.get("/ai/health", headers=page)
