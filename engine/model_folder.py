@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 from engine.errors import ConfigError, EngineError, LoadFailed
 from engine.files.hub.cache import present, snapshot
 from engine.files.hub.fetch import fetch
-from engine.files.hub.selection import HubSource
+from engine.files.hub.selection import GGUF, HubSource, has_only_gguf
 from engine.files.source import STARTER, Source
 from engine.starters.registry import ensure_starter, starter_folder
 
@@ -67,9 +67,13 @@ def local_folder(
             raise LoadFailed(error.message) from error
     folder = named.folder
     if folder.is_dir():
+        if has_only_gguf(path.name for path in folder.iterdir()):
+            raise LoadFailed(f"the folder {folder.name} holds only GGUF weights. {GGUF}")
         return folder
     if folder.is_absolute() or named.is_path:
-        raise LoadFailed(f"there is no folder {source}")
+        # The whole path is for the log: clients need not know the folders of this machine.
+        log.error("there is no folder %s", folder)
+        raise LoadFailed(f"there is no folder {folder.name} where the model's source says")
     wanted = HubSource(source, tuple(patterns), revision)
     found = present(wanted)
     if found is None:
@@ -78,7 +82,7 @@ def local_folder(
         except EngineError as error:
             found = snapshot(source, revision)
             if found is None:
-                raise LoadFailed(f"cannot fetch {source}: {error.message}") from error
+                raise LoadFailed(error.message) from error
             log.warning("using what is here of %s: %s", source, error.message)
     with suppress(OSError):
         os.utime(found)  # the time of the last use, for `roundhouse prune`

@@ -7,6 +7,7 @@ from engine.config import ModelConfig
 from engine.errors import LoadFailed
 from engine.files.hub.listing import Listing
 from engine.files.hub.repository import Repository
+from engine.files.hub.selection import GGUF, has_only_gguf
 from engine.runtimes.recognised import Recognised
 from engine.runtimes.registry import RUNTIMES
 
@@ -23,10 +24,12 @@ def recognise(listing: Listing) -> Recognised:
         found = RUNTIMES[name].recognise(repository)
         if found is not None:
             return found
+    if has_only_gguf(repository.paths):
+        raise LoadFailed(f"{listing.repo} holds only GGUF weights. {GGUF}")
     if "config.json" not in repository.paths:
         raise LoadFailed(
             f"{listing.repo} has neither model_index.json nor config.json: it is no model that is"
-            " served here" + (" (GGUF files are not read)" if repository.has(".gguf") else "")
+            " served here"
         )
     raise LoadFailed(
         f"{listing.repo} is not recognised"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import LoadFailed
 from engine.files.hub.client import headers
 from engine.files.hub.errors import plain_errors
-from engine.files.hub.selection import PICKLES, WEIGHTS, HubSource, choose
+from engine.files.hub.selection import GGUF, PICKLES, WEIGHTS, HubSource, choose, has_only_gguf
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile, RepoFolder
@@ -53,6 +53,8 @@ class Listing:
         chosen = choose(by_path, source.patterns)
         if not any(path.endswith(WEIGHTS) for path in chosen) and source.allow_pickle:
             chosen = choose(by_path, (*source.patterns, *PICKLES))
+        if has_only_gguf(by_path):
+            raise LoadFailed(f"{self.repo} holds only GGUF weights. {GGUF}")
         if not any(path.endswith(WEIGHTS) for path in chosen):
             pickled = any(fnmatchcase(path, each) for path in by_path for each in PICKLES)
             raise LoadFailed(
