@@ -40,6 +40,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from engine.errors import ConfigError, ModelNotFound
+from engine.rules import rule
 from engine.units import Budget, Duration, MemoryBudget, Size
 
 ENV_PREFIX = "ROUNDHOUSE_"
@@ -379,7 +380,7 @@ def _describe(kind: type[BaseModel], item: Any, prefix: str) -> str:
         return "; ".join(
             f"{key.removesuffix('.options')}.{line}" for line in item["msg"].split("; ")
         )
-    message = str(item["msg"]).removeprefix("Value error, ")
+    message = rule(item)
     return f"{key}: {message}" if path or not message.startswith("models") else message
 
 

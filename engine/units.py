@@ -36,7 +36,7 @@ def parse_size(value: object) -> int:
         return value
     match = _SIZE.match(value) if isinstance(value, str) else None
     if match is None:
-        raise ValueError(f"{value!r} is not a size; write bytes or e.g. 512MiB, 8GiB")
+        raise ValueError(f"{value!r:.100} is not a size; write bytes or e.g. 512MiB, 8GiB")
     return int(float(match[1]) * _SIZE_FACTORS[match[2].lower()])
 
 
@@ -58,7 +58,7 @@ def parse_duration(value: object) -> float:
         return sum(float(number) * _DURATION_FACTORS[unit.lower()] for number, unit in parts)
     match = _DURATION.match(value) if isinstance(value, str) else None
     if match is None:
-        raise ValueError(f"{value!r} is not a duration; write seconds, 5m, 1h or forever")
+        raise ValueError(f"{value!r:.100} is not a duration; write seconds, 5m, 1h or forever")
     return float(match[1]) * _DURATION_FACTORS[match[2].lower() if match[2] else None]
 
 
@@ -83,9 +83,9 @@ class MemoryBudget:
             try:
                 share = float(value.strip()[:-1]) / 100
             except ValueError:
-                raise ValueError(f"{value!r} is not a percentage") from None
+                raise ValueError(f"{value!r:.100} is not a percentage") from None
             if not 0.01 <= share <= 1:
-                raise ValueError(f"{value!r} is not between 1% and 100%")
+                raise ValueError(f"{value!r:.100} is not between 1% and 100%")
             return cls(share=share)
         nbytes = parse_size(value)
         if nbytes == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request, Response
@@ -25,6 +26,7 @@ from server.routes.videos import videos_router
 from server.routes.web import web_router
 from server.settings import ServerSettings
 from server.start import Start
+from server.unserved import unserved
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -101,5 +103,8 @@ async def _on_engine_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    failure = Failure.of_status(error.status_code, str(error.detail), error.headers or {})
+    if error.status_code in (404, 405) and error.detail == HTTPStatus(error.status_code).phrase:
+        failure = unserved(request.scope, request.app.routes)
+    else:
+        failure = Failure.of_status(error.status_code, str(error.detail), error.headers or {})
     return failure.response(request.url.path, request.state.request_id)

@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.scheduling.event_log import LoggedEvent, Lost, Page
 from engine.status import EngineStatus, ModelStatus
+from server.errors import without_folders
 
 OWNER = "roundhouse"
 
@@ -25,6 +26,8 @@ def model_document(status: ModelStatus, name: str) -> dict[str, Any]:
     """OpenAI's model object with the id `name`, and the state of the model behind it."""
     own = asdict(status)
     created = own.pop("created")
+    if status.last_error is not None:
+        own["last_error"] = without_folders(status.last_error)
     return {
         **own,
         "id": name,

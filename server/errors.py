@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -37,6 +38,17 @@ ANTHROPIC_PATH = "/v1/messages"
 def is_anthropic(path: str) -> bool:
     """Whether clients of `path` read Anthropic's envelope."""
     return path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+
+
+_FOLDERS = re.compile(r"(?<![\w/:.])/(?!v1/)(?:[\w.@+~-]+/)+(?=[\w.@+~-])")
+
+
+def without_folders(message: str) -> str:
+    """The message with the last part of each absolute path only.
+
+    Messages of libraries and of the system name files of this machine, which clients need not know.
+    """
+    return _FOLDERS.sub("", message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +121,8 @@ class Failure:
                 "load_seconds": error.load_s,
                 "evicts": list(error.evicts),
             }
-        return cls(status, error.message, answer.type, error.code, error.param, headers, residency)
+        message = error.message if status < 500 else without_folders(error.message)
+        return cls(status, message, answer.type, error.code, error.param, headers, residency)
 
     @classmethod
     def of_status(cls, status: int, message: str | None, headers: Mapping[str, str]) -> Failure:

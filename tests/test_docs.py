@@ -130,6 +130,11 @@ def test_every_key_is_described_with_its_default(
             assert getattr(kind.model_validate({**needed, name: value}), name) == default, name
 
 
+def test_the_schema_is_told_of() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    assert "`roundhouse schema`" in text and "`configs/schema.json`" in text
+
+
 def test_every_runtime_has_its_options_described() -> None:
     sections = {row.section for row in rows("configuration.md")}
     described = {

@@ -47,7 +47,7 @@ LAYERS = (
     ("engine.requests",),
     ("engine.status",),
     ("engine.config",),
-    ("engine.errors", "engine.units"),
+    ("engine.errors", "engine.rules", "engine.units"),
 )
 """From the top. A module belongs to the longest name that it begins with, and may import its own
 layer and those below."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from engine.catalog.downloads import sources_of
 from engine.config import ModelConfig
 from engine.errors import LoadFailed
 from engine.files.hub.listing import Listing
 from engine.files.hub.repository import Repository
+from engine.files.hub.selection import GGUF, has_only_gguf
 from engine.runtimes.recognised import Recognised
-from engine.runtimes.registry import RUNTIMES
+from engine.runtimes.registry import RUNTIMES, runtime_class
 
 
 def recognise(listing: Listing) -> Recognised:
@@ -23,10 +23,12 @@ def recognise(listing: Listing) -> Recognised:
         found = RUNTIMES[name].recognise(repository)
         if found is not None:
             return found
+    if has_only_gguf(repository.paths):
+        raise LoadFailed(f"{listing.repo} holds only GGUF weights. {GGUF}")
     if "config.json" not in repository.paths:
         raise LoadFailed(
             f"{listing.repo} has neither model_index.json nor config.json: it is no model that is"
-            " served here" + (" (GGUF files are not read)" if repository.has(".gguf") else "")
+            " served here"
         )
     raise LoadFailed(
         f"{listing.repo} is not recognised"
@@ -41,13 +43,14 @@ def weight_bytes(listing: Listing, model: ModelConfig) -> int:
         LoadFailed: there are no weights that its runtime reads.
 
     """
-    source = next(each for each in sources_of(model) if each.repo == listing.repo)
+    sources = runtime_class(model.runtime).hub_sources(model)
+    source = next(each for each in sources if each.repo == listing.repo)
     return sum(file.nbytes for file in listing.choose(source))
 
 
 def free_id(repo: str, taken: frozenset[str]) -> str:
-    """An id from a repository's name that no model has yet: `llama-3.2-1b-instruct`."""
-    base = repo.rsplit("/", 1)[-1].lower()
+    """An id from the name of a repository or folder, as `llama-3.2-1b-instruct`, that is free."""
+    base = "-".join(repo.rsplit("/", 1)[-1].lower().split())
     model_id, number = base, 2
     while model_id in taken:
         model_id, number = f"{base}-{number}", number + 1

@@ -135,7 +135,7 @@ class JobStore:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(folder / "jobs.lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
-            raise ConfigError(f"data_dir: {folder}: {error.strerror or error}") from error
+            raise ConfigError(f"engine.data_dir: {folder}: {error.strerror or error}") from error
         connections: list[sqlite3.Connection] = []
         try:
             # Two processes would run every job twice. The lock ends with the process, also by a
@@ -150,12 +150,15 @@ class JobStore:
             os.close(self._lock)
             if isinstance(error, BlockingIOError):
                 raise ConfigError(
-                    f"data_dir: another process uses the jobs in {folder}."
+                    f"engine.data_dir: another process, such as a second server, uses {folder}."
+                    " Give one of them a folder of its own: engine.data_dir in the configuration,"
+                    " or the variable ROUNDHOUSE_DATA_DIR"
                 ) from error
             if isinstance(error, sqlite3.Error):
                 raise ConfigError(
-                    f"data_dir: {path} cannot be used: {error}. It was left as it is: repair it, "
-                    "put a backup in its place, or move it away to start without its jobs."
+                    f"engine.data_dir: {path} cannot be used: {error}. It was left as it is:"
+                    " repair it, put a backup in its place, or move it away to start without its"
+                    " jobs."
                 ) from error
             raise
 
@@ -267,8 +270,8 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > SCHEMA_VERSION:
         raise ConfigError(
-            f"data_dir: {path} was written by a newer version of this program (schema {version}, "
-            f"this one knows {SCHEMA_VERSION})."
+            f"engine.data_dir: {path} was written by a newer version of this program"
+            f" (schema {version}, this one knows {SCHEMA_VERSION})."
         )
     if version == 0:
         connection.executescript(_TABLE)

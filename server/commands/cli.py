@@ -24,7 +24,7 @@ from engine.simulation.traces import BUILT_IN, generate, read_trace
 from engine.units import format_size
 from server.commands import doctor, models, schema
 from server.commands.bench import bench
-from server.commands.default_config import choose, detect
+from server.commands.default_config import configuration
 from server.commands.options import ApiKey, ConfigFile, first_key
 from server.commands.terminal import err, exit_with, out
 from server.exit_codes import BAD_CONFIG, FAILED
@@ -58,10 +58,9 @@ def serve(
     supervised: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Serve the configured models until Ctrl-C."""
-    chosen = ""
-    if config is None:
-        choice = choose(detect(os.environ))
-        config, chosen = choice.path, f" ({choice.reason})"
+    choice = configuration(config, os.environ)
+    config, chosen = choice.path, f" ({choice.reason})" if choice.reason else ""
+    if chosen:
         # A restart must not choose another one: the hub may be unreachable for a moment.
         os.environ[ENV_CONFIG] = str(config)
     given = {"host": host, "port": port, "insecure": insecure or None, "log_level": log_level}
@@ -128,13 +127,23 @@ def ps(url: Url = "http://127.0.0.1:8000", api_key: ApiKey = None) -> None:
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="The model of the request.")],
+    model: Annotated[str, typer.Argument(help="The model that a request would name.")],
     url: Url = "http://127.0.0.1:8000",
     api_key: ApiKey = None,
-    priority: Annotated[str, typer.Option(help="interactive, normal or batch.")] = "normal",
-    working: Annotated[str, typer.Option(help="Memory of its run besides the model.")] = "0",
+    priority: Annotated[
+        str, typer.Option(help="Of the request: interactive, normal or batch.")
+    ] = "normal",
+    working: Annotated[
+        str,
+        typer.Option(
+            help="Memory that the request needs while it runs, on top of the model: 512MiB, 2GiB."
+        ),
+    ] = "0",
 ) -> None:
-    """Show what a running server would do for a request. Changes nothing."""
+    """Ask a running server what it would do for a request. Nothing is loaded or changed.
+
+    It says whether the model fits, which models would leave, and how long it would take.
+    """
     body = {"model": model, "priority": priority, "working_bytes": working}
     _show_plan(_ask("POST", url, "/v1/engine/plan", api_key, body, has="evictions"))
 

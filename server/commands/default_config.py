@@ -1,4 +1,7 @@
-"""The choice of a shipped configuration by what the machine has, if the user names none."""
+"""The configuration that a command reads: the named one, or a shipped one by what the machine has.
+
+Every command reads the same. So `pull --all` fetches what `serve` would serve.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import httpx
 
+from engine.config import ENV_CONFIG
 from engine.memory.device import host_memory_bytes
 from engine.memory.nvidia_smi import read_gpus
 from engine.units import format_size
@@ -51,6 +55,13 @@ class Choice:
 
     path: Path
     reason: str
+    """Empty if the user named the file."""
+
+
+def configuration(path: Path | None, environ: Mapping[str, str]) -> Choice:
+    """The file of `--config`, otherwise of `ROUNDHOUSE_CONFIG`, otherwise the machine's choice."""
+    named = path or environ.get(ENV_CONFIG)
+    return Choice(Path(named), "") if named else choose(detect(environ))
 
 
 def choose(facts: Facts) -> Choice:

@@ -21,16 +21,16 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from engine.config import ENV_CONFIG, EngineConfig
+from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.memory.device import host_memory_bytes
 from engine.memory.nvidia_smi import Gpu, read_gpus, read_processes
 from engine.units import format_size
-from server.commands.default_config import choose, detect, hub_answers, torch_has_cuda
+from server.commands.default_config import configuration, hub_answers, torch_has_cuda
 from server.commands.options import ConfigFile
 from server.commands.terminal import out
 from server.exit_codes import FAILED
-from server.settings import ServerSettings, config_path, load_settings, read_engine_config
+from server.settings import ServerSettings, load_settings, read_engine_config
 
 GIB = 2**30
 
@@ -83,7 +83,10 @@ class Finding:
 class Subject:
     """What the checks examine: the environment, the GPUs, and the configuration if it is valid."""
 
-    path: Path | None
+    path: Path
+    """The configuration file."""
+    chosen: str
+    """Why this file was chosen; empty if the user named it."""
     environ: Mapping[str, str]
     config: EngineConfig | None
     gpus: tuple[Gpu, ...]
@@ -113,9 +116,11 @@ def doctor(
     config: ConfigFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON document.")] = False,
 ) -> None:
-    """Check this machine and the configuration, and say what to do.
+    """Check what keeps this machine from serving the configured models, and say what to do.
 
-    The exit status is 1 if something is bad.
+    It looks at the configuration, the GPU and its driver, memory, disks, keys and the model hub.
+    Without --config it checks the configuration that `serve` would take. It changes nothing. The
+    exit status is 1 if a finding is bad.
     """
     findings = examine(config, os.environ)
     if as_json:
@@ -132,9 +137,10 @@ def doctor(
 
 def examine(path: Path | None, environ: Mapping[str, str]) -> list[Finding]:
     """Run all checks. They take some seconds, and more with a GPU, as torch is tried too."""
-    findings = [_configuration(path, environ)]
+    choice = configuration(path, environ)
+    findings = [_configuration(choice.path, environ)]
     try:
-        engine_config = read_engine_config(config_path(path, environ), environ)
+        engine_config = read_engine_config(choice.path, environ)
     except ConfigError:
         engine_config = None
     gpus: tuple[Gpu, ...] = ()
@@ -149,7 +155,7 @@ def examine(path: Path | None, environ: Mapping[str, str]) -> list[Finding]:
                 "reboot, or install the driver again; in a container check the host's",
             )
         )
-    subject = Subject(path, environ, engine_config, gpus)
+    subject = Subject(choice.path, choice.reason, environ, engine_config, gpus)
     checks: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
         _which_configuration,
         _keys,
@@ -166,21 +172,20 @@ def examine(path: Path | None, environ: Mapping[str, str]) -> list[Finding]:
     return findings
 
 
-def _configuration(path: Path | None, environ: Mapping[str, str]) -> Finding:
-    named = config_path(path, environ)
+def _configuration(path: Path, environ: Mapping[str, str]) -> Finding:
     try:
         config, _ = load_settings(path, environ)
     except ConfigError as error:
         return Finding(
             "configuration", State.BAD, error.message, "correct it: docs/configuration.md"
         )
-    return Finding("configuration", State.OK, f"{named}: {len(config.models)} models")
+    return Finding("configuration", State.OK, f"{path}: {len(config.models)} models")
 
 
 def _which_configuration(subject: Subject) -> Iterator[Finding]:
-    if subject.path is None and not subject.environ.get(ENV_CONFIG):
-        choice = choose(detect(subject.environ))
-        yield Finding("choice", State.OK, f"without --config: {choice.path.name}, {choice.reason}")
+    if subject.chosen:
+        found = f"no file was named: {subject.path.name}, {subject.chosen}"
+        yield Finding("choice", State.OK, found)
 
 
 def _keys(subject: Subject) -> Iterator[Finding]:

@@ -26,18 +26,21 @@ from rich.progress import (
 from rich.table import Table
 
 from engine.config import (
+    ENV_CONFIG,
     EngineConfig,
     ModelConfig,
     engine_config,
     parse_section,
 )
 from engine.errors import ConfigError, EngineError, LoadFailed, ModelNotFound
+from engine.files.source import Source
 from engine.runtimes.registry import RUNTIMES
 from engine.units import format_size
+from server.commands.default_config import configuration
 from server.commands.options import ConfigFile
 from server.commands.terminal import err, exit_with, out, print_error, print_line
 from server.exit_codes import BAD_CONFIG, FAILED, INTERRUPTED
-from server.settings import STARTER_CONFIG, config_path, read_engine_config
+from server.settings import read_engine_config
 
 if TYPE_CHECKING:
     # They import numpy, and the other commands need not wait for that.
@@ -50,7 +53,10 @@ DAY_S = 86_400.0
 
 AllowPickle = Annotated[
     bool,
-    typer.Option("--allow-pickle", help="Take pickled weights if there are no others."),
+    typer.Option(
+        "--allow-pickle",
+        help="Download pickled weights if there are no safetensors. A pickle can hold code.",
+    ),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
@@ -63,13 +69,20 @@ def register(app: typer.Typer) -> None:
 
 def pull(
     models: Annotated[
-        list[str] | None, typer.Argument(help="Ids of the configuration, or owner/name of a hub.")
+        list[str] | None,
+        typer.Argument(
+            help="Models of the configuration, by id or alias, or owner/name of the hub."
+        ),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every configured model.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Every model of the configuration.")] = False,
     config: ConfigFile = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Fetch models from the hub before their first request. Continues a partial download."""
+    """Download models from the hub, so that their first request need not wait for that.
+
+    Files that are here already are not downloaded again. A download that was stopped goes on where
+    it stopped. Without --config it reads the configuration that `serve` would take.
+    """
     from engine.catalog.downloads import sources_of
 
     configured = _read(config)
@@ -167,33 +180,38 @@ def prune(
 
 
 def add(
-    repo: Annotated[str, typer.Argument(help="owner/name of a hub.")],
+    source: Annotated[str, typer.Argument(help="owner/name of the hub, or a folder.")],
     config: ConfigFile = None,
     model_id: Annotated[
-        str | None, typer.Option("--id", help="The name in requests. By default the repository's.")
+        str | None,
+        typer.Option("--id", help="The name in requests. By default that of the source."),
     ] = None,
-    fetch: Annotated[bool, typer.Option("--pull", help="Fetch it too.")] = False,
+    fetch: Annotated[bool, typer.Option("--pull", help="Download it too.")] = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Write an entry for a model of the hub into the configuration file."""
+    """Write an entry for a model of the hub, or of a folder, into the configuration file."""
     from engine.catalog.config_file import replace_text, with_model
     from engine.catalog.downloads import sources_of
     from engine.catalog.recognition import free_id, recognise, weight_bytes
-    from engine.files.hub.listing import list_repo
+    from engine.files.hub.listing import list_folder, list_repo
 
-    path = config_path(config, os.environ)
-    if path == STARTER_CONFIG:
+    named = config or os.environ.get(ENV_CONFIG)
+    if not named:
         raise exit_with("name the file to write to with --config or ROUNDHOUSE_CONFIG", BAD_CONFIG)
+    path = Path(named)
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         taken = frozenset(_names(text))
-        listing = list_repo(repo)
-        entry = recognise(listing).entry(model_id or free_id(repo, taken), repo)
+        if Source(source).is_path or Source(source).folder.is_dir():
+            listing = list_folder(Source(source).folder)
+        else:
+            listing = list_repo(source)
+        entry = recognise(listing).entry(model_id or free_id(listing.repo, taken), listing.repo)
         model = parse_section(ModelConfig, entry, f"models[{entry['id']}]", RUNTIMES)
         nbytes = weight_bytes(listing, model) if not allow_pickle else 0
         changed = with_model(text, entry)
         _check(changed)
-        if fetch:
+        if fetch and listing.folder is None:
             # First, as a configuration must not name a model that cannot be fetched.
             _fetch(model.id, sources_of(model, allow_pickle=allow_pickle))
         replace_text(path, changed)
@@ -210,7 +228,15 @@ def add(
 
 def _read(config: Path | None) -> EngineConfig:
     try:
-        return read_engine_config(config_path(config, os.environ), os.environ)
+        choice = configuration(config, os.environ)
+        if choice.reason:
+            err.print(
+                f"configuration: {choice.path} ({choice.reason})",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+        return read_engine_config(choice.path, os.environ)
     except ConfigError as error:
         raise exit_with(error.message, BAD_CONFIG) from error
 

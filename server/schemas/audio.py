@@ -103,9 +103,9 @@ _CHUNKING_SCHEMA = {
 }
 
 VoiceName: TypeAlias = Annotated[
-    str,
+    # Within: what comes after a validator of ours is not known to be text, and has "items".
+    Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)],
     BeforeValidator(_read_voice),
-    Field(min_length=1, max_length=MAX_NAME_CHARS),
     WithJsonSchema(_VOICE_SCHEMA),
 ]
 """OpenAI's custom voices are objects with an `id`. Here the id alone works too."""

@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails, from_json
 
 from engine.errors import InvalidRequest
 from engine.requests import LoraChoice
+from engine.rules import rule
 from server.forms import Fields
 
 MAX_PROMPT_CHARS = 32_000
@@ -71,8 +72,7 @@ def _describe(error: ErrorDetails, param: str) -> str:
         return MODEL_MISSING
     if error["type"] == "missing":
         return f"Missing required parameter: '{param}'."
-    message = error["msg"].removeprefix("Value error, ")
-    return f"Invalid value for '{param}': {message}."
+    return f"Invalid value for '{param}': {rule(error)}."
 
 
 def model_name(value: Any) -> str:
@@ -122,7 +122,12 @@ def _read_picture(value: Any) -> bytes | str:
 
 def _read_json(value: Any) -> Any:
     # A form writes a list of objects as JSON text.
-    return from_json(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    try:
+        return from_json(value)
+    except ValueError as error:
+        raise ValueError("in a form it is a list, written as JSON") from error
 
 
 class Lora(BaseModel):

@@ -43,14 +43,20 @@ def _read_number(value: Any) -> Any:
     try:
         return float(value)
     except ValueError as error:
-        raise ValueError("not a number of seconds") from error
+        raise ValueError("it is a number of seconds") from error
+
+
+MAX_MOTION = 255
+_MOTION_RULE = f"it is one of {', '.join(MOTION_BUCKETS)}, or a number from 0 to {MAX_MOTION}"
 
 
 def _read_motion(value: Any) -> Any:
     if isinstance(value, str) and value in MOTION_BUCKETS:
         return MOTION_BUCKETS[value]
     if isinstance(value, bool) or not (isinstance(value, int) or str(value).isdecimal()):
-        raise ValueError(f"motion is one of {', '.join(MOTION_BUCKETS)}, or 0 to 255")
+        raise ValueError(_MOTION_RULE)
+    if not 0 <= int(value) <= MAX_MOTION:
+        raise ValueError(_MOTION_RULE)
     return int(value)
 
 
@@ -61,7 +67,7 @@ _SECONDS_SCHEMA = {
     ]
 }
 _MOTION_SCHEMA = {
-    "anyOf": [{"enum": [*MOTION_BUCKETS]}, {"type": "integer", "minimum": 0, "maximum": 255}]
+    "anyOf": [{"enum": [*MOTION_BUCKETS]}, {"type": "integer", "minimum": 0, "maximum": MAX_MOTION}]
 }
 
 Seconds: TypeAlias = Annotated[
@@ -70,9 +76,7 @@ Seconds: TypeAlias = Annotated[
     Field(gt=0, le=MAX_SECONDS),
     WithJsonSchema(_SECONDS_SCHEMA),
 ]
-Motion: TypeAlias = Annotated[
-    int, BeforeValidator(_read_motion), Field(ge=0, le=255), WithJsonSchema(_MOTION_SCHEMA)
-]
+Motion: TypeAlias = Annotated[int, BeforeValidator(_read_motion), WithJsonSchema(_MOTION_SCHEMA)]
 
 
 class VideoBody(Body):

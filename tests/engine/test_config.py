@@ -76,16 +76,16 @@ class TestModelsAreCheckedAsTheyAreRead:
             ({"options": {"dtyp": 1}}, "models[1].options.dtyp: unknown key (did you mean dtype?)"),
             (
                 {"options": {"seed": "x", "kv_cashe": 1}},
-                "models[1].options.seed: Input should be a valid integer, unable to parse string"
-                " as an integer; models[1].options.kv_cashe: unknown key (did you mean kv_cache?)",
+                "models[1].options.seed: it must be a whole number;"
+                " models[1].options.kv_cashe: unknown key (did you mean kv_cache?)",
             ),
             (
                 {"runtime": "diffusers", "options": {"default": {"steps": 0, "guidance": 1}}},
-                "models[1].options.default.steps: Input should be greater than or equal to 1",
+                "models[1].options.default.steps: it must be at least 1",
             ),
             (
                 {"options": None},
-                "models[1].options: Input should be a valid dictionary or instance of VllmOptions",
+                "models[1].options: it must be an object",
             ),
             (
                 {"runtime": "vlm", "options": {"no": "matter"}},
@@ -94,7 +94,7 @@ class TestModelsAreCheckedAsTheyAreRead:
             ),
             (
                 {"task": "dance"},
-                "models[1].task: Input should be 'generate', 'embed', 'image', 'video', 'speech'"
+                "models[1].task: it must be 'generate', 'embed', 'image', 'video', 'speech'"
                 " or 'transcribe'",
             ),
         ],

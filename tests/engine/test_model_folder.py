@@ -57,6 +57,30 @@ def write(folder: Path, **config: Any) -> None:
     unfinished.replace(folder / "config.json")
 
 
+class TestLocalFolders:
+    def test_gguf_alone_is_named(self, tmp_path: Path) -> None:
+        folder = tmp_path / "gguf"
+        folder.mkdir()
+        for name in ("model-Q4_K_M.gguf", "README.md", "config.json"):
+            (folder / name).write_bytes(b"x")
+        with pytest.raises(
+            LoadFailed, match=r"gguf holds only GGUF weights.*safetensors"
+        ) as caught:
+            local_folder(str(folder), tmp_path)
+        assert str(tmp_path) not in caught.value.message
+        (folder / "model.safetensors").write_bytes(b"x")
+        assert local_folder(str(folder), tmp_path) == folder
+
+    def test_a_missing_folder_is_named_without_its_place(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        missing = tmp_path / "nowhere"
+        with pytest.raises(LoadFailed, match="there is no folder nowhere") as caught:
+            local_folder(str(missing), tmp_path)
+        assert str(tmp_path) not in caught.value.message
+        assert str(missing) in caplog.text
+
+
 class TestPresentFolders:
     def test_a_folder_is_read_once(self, reads: Reads, folder: Path) -> None:
         write(folder, width=1)

@@ -162,8 +162,50 @@ async def test_errors_of_http_wear_the_envelope(
     assert answer.headers["x-request-id"]
 
 
-async def test_wrong_method_tells_the_right_one(client: httpx.AsyncClient) -> None:
-    assert (await client.get(CHAT)).headers["allow"] == "POST"
+@pytest.mark.parametrize(
+    ("method", "path", "allow", "told"),
+    [
+        ("GET", CHAT, "POST", f"{CHAT} takes POST, not GET."),
+        ("PUT", "/v1/videos", "GET, POST", "/v1/videos takes GET, POST, not PUT."),
+        ("PATCH", "/v1/videos/x", "DELETE, GET", "/v1/videos/x takes DELETE, GET, not PATCH."),
+        ("GET", "/nowhere", None, "Nothing is served at GET /nowhere. GET /openapi.json lists"),
+        (
+            "POST",
+            "/chat/completions",
+            None,
+            "at POST /chat/completions. Did you mean /v1/chat/comp",
+        ),
+        ("POST", f"/v1{CHAT}", None, f"Did you mean {CHAT}?"),
+        ("POST", f"{CHAT}/", None, f"Did you mean {CHAT}?"),
+        ("GET", "/v1/files", None, "Nothing is served at GET /v1/files."),
+        ("GET", f"/{'x' * 5000}", None, "xxx…. GET"),
+    ],
+)
+async def test_what_was_asked_is_told(
+    client: httpx.AsyncClient, method: str, path: str, allow: str | None, told: str
+) -> None:
+    answer = await client.request(method, path)
+    assert answer.status_code == (404 if allow is None else 405)
+    assert answer.headers.get("allow") == allow
+    message = answer.json()["error"]["message"]
+    assert told in message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("[Errno 13] Permission denied: '/srv/models/m/a.safetensors'", "denied: 'a.safetensors'"),
+        ("cannot build starter:x in /home/me/.cache/roundhouse: full", "in roundhouse: full"),
+        ("POST /v1/videos needs owner/name and https://hub.example/a/b", "https://hub.example/a/b"),
+        ("a/b of /tmp", "a/b of /tmp"),
+    ],
+)
+def test_folders_of_the_machine_are_not_told(message: str, told: str) -> None:
+    for kind in (errors.LoadFailed, errors.RuntimeFailed, errors.ConfigError):
+        answer = Failure.of(kind(message)).message
+        assert told in answer
+        assert "/srv" not in answer and "/home" not in answer
 
 
 async def test_errors_of_the_engine(client: httpx.AsyncClient) -> None:

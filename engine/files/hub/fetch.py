@@ -142,7 +142,7 @@ class Fetch:
             self._blobs.mkdir(parents=True, exist_ok=True)
             self._locks.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise LoadFailed(f"cannot write to {cache_dir()}: {error}") from error
+            raise LoadFailed(f"cannot write to {cache_dir()}: {error.strerror or error}") from error
         self._tell()
         # Small files first: a refused repository fails before its weights are fetched.
         queue = sorted(self._files.values(), key=lambda file: file.nbytes)

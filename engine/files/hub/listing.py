@@ -1,4 +1,7 @@
-"""What a repository of the hub holds at one commit: its files, and its small JSON documents."""
+"""What a repository of the hub holds at one commit: its files, and its small JSON documents.
+
+A local folder is looked at in the same way.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import LoadFailed
+from engine.errors import LoadFailed, reason
 from engine.files.hub.client import headers
 from engine.files.hub.errors import plain_errors
-from engine.files.hub.selection import PICKLES, WEIGHTS, HubSource, choose
+from engine.files.hub.selection import GGUF, PICKLES, WEIGHTS, HubSource, choose, has_only_gguf
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile, RepoFolder
@@ -38,9 +42,12 @@ class Listing:
     """Every file of a repository at one commit."""
 
     repo: str
+    """`owner/name`, or the path of a folder."""
     revision: str
     commit: str
     files: tuple[RemoteFile, ...]
+    folder: Path | None = None
+    """The folder, if it is a local one."""
 
     def choose(self, source: HubSource) -> tuple[RemoteFile, ...]:
         """The files that `source` wants, each set of weights once.
@@ -53,6 +60,8 @@ class Listing:
         chosen = choose(by_path, source.patterns)
         if not any(path.endswith(WEIGHTS) for path in chosen) and source.allow_pickle:
             chosen = choose(by_path, (*source.patterns, *PICKLES))
+        if has_only_gguf(by_path):
+            raise LoadFailed(f"{self.repo} holds only GGUF weights. {GGUF}")
         if not any(path.endswith(WEIGHTS) for path in chosen):
             pickled = any(fnmatchcase(path, each) for path in by_path for each in PICKLES)
             raise LoadFailed(
@@ -98,6 +107,27 @@ def list_repo(repo: str, revision: str | None = None) -> Listing:
     return Listing(repo, revision or MAIN, commit, files)
 
 
+def list_folder(folder: Path) -> Listing:
+    """List what a local folder holds, as if it were a repository.
+
+    Raises:
+        LoadFailed: there is no such folder, or it cannot be read.
+
+    """
+    try:
+        folder = folder.resolve(strict=True)
+        files = tuple(
+            RemoteFile(str(path.relative_to(folder)), path.stat().st_size, "")
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        )
+    except OSError as error:
+        raise LoadFailed(f"the folder {folder} cannot be read: {reason(error)}") from error
+    if not folder.is_dir():
+        raise LoadFailed(f"{folder} is a file; name the folder that it is in")
+    return Listing(str(folder), MAIN, "", files, folder)
+
+
 def read_json(listing: Listing, path: str) -> Any:
     """A JSON document of the repository, read without keeping it.
 
@@ -105,17 +135,26 @@ def read_json(listing: Listing, path: str) -> Any:
         LoadFailed: it is too long, or not JSON, or the hub does not give it.
 
     """
-    from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
-
     size = next((file.nbytes for file in listing.files if file.path == path), None)
     if size is None or size > MAX_JSON_BYTES:
         raise LoadFailed(f"{listing.repo}: {path} is missing or too long to be read")
+    try:
+        return json.loads(_read(listing, path))
+    except ValueError as error:
+        raise LoadFailed(f"{listing.repo}: {path} is no JSON: {error}") from error
+
+
+def _read(listing: Listing, path: str) -> bytes:
+    if listing.folder is not None:
+        try:
+            return (listing.folder / path).read_bytes()
+        except OSError as error:
+            raise LoadFailed(f"{listing.repo}: {path}: {reason(error)}") from error
+    from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
+
     with plain_errors(listing.repo):
         answer = get_session().get(
             hf_hub_url(listing.repo, path, revision=listing.commit), headers=headers()
         )
         hf_raise_for_status(answer)
-    try:
-        return json.loads(answer.content)
-    except ValueError as error:
-        raise LoadFailed(f"{listing.repo}: {path} is no JSON: {error}") from error
+    return bytes(answer.content)

@@ -12,6 +12,11 @@ WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".npz", ".gguf", ".on
 PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 """Fetched instead of safetensors, and only if that was allowed."""
 
+GGUF = (
+    "GGUF files are not read here. Take the repository that they were made from, with"
+    " config.json and .safetensors files"
+)
+
 _VARIANT = re.compile(
     r"(?P<base>.+?)\.(?:fp16|fp32|bf16|fp8\w*|int8|ema|non_ema)(?P<shard>-\d+-of-\d+)?\.safetensors"
 )
@@ -29,6 +34,12 @@ class HubSource:
     revision: str | None = None
     allow_pickle: bool = False
     """Take pickled weights if there are no others."""
+
+
+def has_only_gguf(paths: Iterable[str]) -> bool:
+    """Whether the only weights among these files are GGUF, which no runtime reads."""
+    weights = [path for path in paths if path.endswith(WEIGHTS)]
+    return bool(weights) and all(path.endswith(".gguf") for path in weights)
 
 
 def choose(paths: Iterable[str], patterns: Sequence[str]) -> list[str]:

@@ -897,7 +897,9 @@ async def test_a_newer_database_is_refused(runtime: FakeVideoRuntime, tmp_path: 
 async def test_two_processes_do_not_share_their_jobs(
     jobs: Jobs, runtime: FakeVideoRuntime, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="another process"):
+    with pytest.raises(
+        ConfigError, match=r"another process.*engine\.data_dir .*ROUNDHOUSE_DATA_DIR"
+    ):
         async with serving(video_engine(FakeVideoRuntime(), tmp_path)):
             pass
     assert (await jobs.ended((await jobs.submit(ask())).id)).state is JobState.COMPLETED

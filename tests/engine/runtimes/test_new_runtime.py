@@ -63,7 +63,7 @@ def test_it_is_configured(tmp_path: Path) -> None:
     ("options", "told"),
     [
         ({"line": 1}, "models[0].options.line: unknown key (did you mean lines?)"),
-        ({"lines": 0}, "models[0].options.lines: Input should be greater than or equal to 1"),
+        ({"lines": 0}, "models[0].options.lines: it must be at least 1"),
     ],
 )
 def test_its_options_are_checked(tmp_path: Path, options: dict[str, Any], told: str) -> None:
@@ -75,7 +75,7 @@ def test_its_options_are_checked(tmp_path: Path, options: dict[str, Any], told: 
 def test_it_is_among_the_runtimes_and_its_task_among_the_tasks() -> None:
     with pytest.raises(ConfigError, match=r"no runtime 'toi'; there is bark, .*, toy, vllm"):
         engine_config({"models": [{"id": "a", "runtime": "toi", "source": "x"}]}, RUNTIMES)
-    with pytest.raises(ConfigError, match=r"task: Input should be .* or 'rhyme'"):
+    with pytest.raises(ConfigError, match=r"task: it must be .* or 'rhyme'"):
         engine_config({"models": [{"id": "a", "task": "rime", "source": "x"}]}, RUNTIMES)
 
 

@@ -291,7 +291,7 @@ class TestDoctor:
 
     def test_the_choice_is_told_where_no_file_is_named(self) -> None:
         findings = {each.what: each for each in examine(None, {"HF_HUB_OFFLINE": "1"})}
-        assert "without --config: starter.yaml" in findings["choice"].found
+        assert "no file was named: starter.yaml" in findings["choice"].found
 
 
 def invoke(*arguments: str) -> Result:

@@ -82,6 +82,7 @@ SUBSTITUTIONS = (
     Substitution(r"(?<=^roundhouse )(\w+) MODEL", r"\1 mine", "a word for the reader's own"),
     Substitution(r" …$", "", "more of the same"),
     Substitution(r"\bowner/name$", REPO, "a word for the reader's own"),
+    Substitution(r"\bFOLDER$", "./my-model", "a word for the reader's own"),
     Substitution(r"\bTRACE$", "abab", "a word for the reader's own"),
     Substitution(r"\bSCENARIO$", "llm", "a word for the reader's own"),
     Substitution(r"\bFILE$", "{small}", "a word for the reader's own"),
@@ -347,6 +348,9 @@ class Checkout:
         self.config = folder / "mine.yaml"
         self.small_config = folder / "small.yaml"
         self.small_config.write_text(SMALL_CONFIG)
+        (folder / "my-model").mkdir()
+        for name, data in FILES.items():
+            (folder / "my-model" / name).write_bytes(data)
         for name in ("engine", "server", "tests", "configs", "constraints", "docs", "scripts"):
             (folder / name).symlink_to(ROOT / name)
         (folder / "pyproject.toml").symlink_to(ROOT / "pyproject.toml")

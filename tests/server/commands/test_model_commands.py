@@ -21,7 +21,8 @@ from engine.config import ENV_CONFIG, EngineConfig
 from engine.errors import ConfigError
 from engine.files.hub.cache import PARTIAL
 from engine.runtimes.registry import RUNTIMES, options_of, runtime_class
-from server.commands import cli, terminal
+from server.commands import cli, default_config, terminal
+from server.commands.default_config import GIB, Facts
 from tests.hub import Hub, etag, point_client_at, serving
 
 REPO = "me/Tiny-Llama"
@@ -184,6 +185,30 @@ class TestPull:
         assert hub.sent["model.safetensors"] == len(WEIGHTS)
 
 
+class TestDefault:
+    """Without a named file, the commands read what `serve` would serve."""
+
+    @pytest.fixture(autouse=True)
+    def machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        small = Facts(host_bytes=32 * GIB, hub_answers=True)
+        monkeypatch.setattr(default_config, "detect", lambda _: small)
+
+    @pytest.mark.parametrize(
+        "command", [("pull", "whisper-1"), ("ls",), ("rm", "whisper-1", "--yes"), ("prune",)]
+    )
+    def test_it_is_the_one_for_the_machine(self, hub: Hub, command: tuple[str, ...]) -> None:
+        result = invoke(*command)
+        assert "cpu.yaml (no GPU, 32.0 GiB of host memory)" in result.stderr
+
+    def test_a_named_one_is_not_told(self, config: Path) -> None:
+        assert "configuration:" not in invoke("ls").stderr
+
+    def test_an_error_is_told_once(self, hub: Hub) -> None:
+        hub.repos.clear()
+        result = invoke("pull", "whisper-1")
+        assert result.stderr.count("Systran/faster-whisper-small") == 1
+
+
 class TestLs:
     def test_what_is_here(self, hub: Hub, cache: Path, config: Path) -> None:
         before = invoke("ls")
@@ -296,6 +321,46 @@ class TestAdd:
     def test_with_its_files(self, cache: Path, config: Path) -> None:
         assert invoke("add", REPO, "--pull").exit_code == 0
         assert snapshots(cache)
+
+    @pytest.mark.parametrize("named", ["absolute", "relative"])
+    def test_a_folder(
+        self, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+    ) -> None:
+        folder = tmp_path / "My Llama"
+        folder.mkdir()
+        for name, data in LLAMA.items():
+            (folder / name).write_bytes(data)
+        monkeypatch.chdir(tmp_path)
+        source = str(folder) if named == "absolute" else "./My Llama"
+        result = invoke("add", source, "--pull")
+        assert result.exit_code == 0, result.output
+        assert added(config) == {
+            "id": "my-llama",
+            "source": str(folder),
+            "options": {"max_model_len": 8192, "tool_call_parser": "llama3_json"},
+        }
+        assert "vllm, generate, 2.0 MiB" in result.output
+
+    @pytest.mark.parametrize(
+        ("files", "told"),
+        [
+            (None, "cannot be read: "),
+            ({}, "neither model_index.json nor config.json"),
+            ({"model.gguf": b"x", "config.json": b"{}"}, "holds only GGUF weights"),
+        ],
+    )
+    def test_a_folder_without_a_model(
+        self, config: Path, tmp_path: Path, files: dict[str, bytes] | None, told: str
+    ) -> None:
+        folder = tmp_path / "folder"
+        if files is not None:
+            folder.mkdir()
+            for name, data in files.items():
+                (folder / name).write_bytes(data)
+        result = invoke("add", str(folder))
+        assert result.exit_code == 1
+        assert told in result.stderr
+        assert config.read_text() == CONFIG
 
     def test_no_such_repository(self, config: Path) -> None:
         result = invoke("add", "me/nothing")
