@@ -25,6 +25,7 @@ Catch by type. The HTTP status of each lives in one table, `server/errors.py`.
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from typing import ClassVar
 
 SQLITE_FULL = 13
@@ -55,14 +56,23 @@ class ConfigError(EngineError):
 class InvalidRequest(EngineError):
     """The request is malformed or asks for what the model cannot do.
 
-    `status` keeps the 4xx status that the native library chose, where it chose one.
+    `status` keeps the 4xx status that the native library chose, where it chose one. `details` are
+    for a client that can go on without what was refused.
     """
 
     code = "invalid_request"
 
-    def __init__(self, message: str, *, param: str | None = None, status: int = 400) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        status: int = 400,
+        details: Mapping[str, object] | None = None,
+    ) -> None:
         super().__init__(message, param=param)
         self.status = status
+        self.details = details
 
 
 class ModelNotFound(EngineError):

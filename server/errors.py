@@ -100,6 +100,8 @@ class Failure:
     headers: Mapping[str, str] = field(default_factory=dict)
     residency: Mapping[str, Any] | None = None
     """For a model that is not loaded: the cost of a load."""
+    details: Mapping[str, Any] | None = None
+    """For a client that can go on without what was refused."""
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
@@ -109,8 +111,11 @@ class Failure:
             return cls(500, "Internal server error.", "server_error", "internal_error")
         answer = next(_ANSWERS[kind] for kind in type(error).__mro__ if kind in _ANSWERS)
         status = answer.status
-        if isinstance(error, InvalidRequest) and 400 <= error.status < 500:
-            status = error.status
+        details = None
+        if isinstance(error, InvalidRequest):
+            details = error.details
+            if 400 <= error.status < 500:
+                status = error.status
         headers = {} if answer.retry else {"x-should-retry": "false"}
         if isinstance(error, Overloaded):
             headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -121,8 +126,14 @@ class Failure:
                 "load_seconds": error.load_s,
                 "evicts": list(error.evicts),
             }
+<<<<<<< HEAD
         message = error.message if status < 500 else without_folders(error.message)
         return cls(status, message, answer.type, error.code, error.param, headers, residency)
+=======
+        return cls(
+            status, error.message, answer.type, error.code, error.param, headers, residency, details
+        )
+>>>>>>> clients
 
     @classmethod
     def of_status(cls, status: int, message: str | None, headers: Mapping[str, str]) -> Failure:
@@ -155,7 +166,8 @@ class Failure:
         }
 
     def _more(self) -> dict[str, Any]:
-        return {} if self.residency is None else {"residency": self.residency}
+        more = {"residency": self.residency, "details": self.details}
+        return {name: value for name, value in more.items() if value is not None}
 
     def response(self, path: str, request_id: str) -> JSONResponse:
         """The whole response, in the envelope for clients of `path`."""

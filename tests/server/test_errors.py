@@ -132,6 +132,12 @@ def test_anthropic_envelope(status: int, kind: str) -> None:
     }
 
 
+def test_details_are_in_the_error_where_there_are_any() -> None:
+    failure = Failure.of(InvalidRequest("m", details={"error_code": "c"}))
+    assert failure.anthropic_document("req-1")["error"]["details"] == {"error_code": "c"}
+    assert "details" not in Failure.of(InvalidRequest("m")).anthropic_document("req-1")["error"]
+
+
 def test_frame_is_one_event_whatever_the_message() -> None:
     failure = Failure(500, "line\n\ndata: [DONE]\r\n")
     for operation in TextOperation:

@@ -78,10 +78,17 @@ REFUSED: Mapping[TextOperation, Mapping[str, str]] = {
         "inference_geo": NOT_HERE,
         "mcp_servers": NOT_HERE,
         "speed": ONLY_STANDARD.format("'standard'"),
+        "thread": "messages are not stored; send all of them in 'messages'",
     },
     TextOperation.COUNT_TOKENS: {"speed": ONLY_STANDARD.format("'standard'")},
 }
 """Fields that ask for what this server does not have, and what to say of them."""
+
+DETAILS: Mapping[str, Mapping[str, object]] = {
+    "thread": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
+}
+"""What clients read of a refused field to go on without it. Anthropic's tool runner then sends the
+whole history."""
 
 NEUTRAL: Mapping[str, Collection[Any]] = {
     "background": (False,),
@@ -177,4 +184,4 @@ def _only(kind: str, served: Collection[str]) -> str:
 
 
 def _refusal(param: str, reason: str) -> InvalidRequest:
-    return InvalidRequest(f"{param}: {reason}.", param=param)
+    return InvalidRequest(f"{param}: {reason}.", param=param, details=DETAILS.get(param))

@@ -144,6 +144,16 @@ async def test_hosted_tools_of_anthropic_are_named(vllm_runtime: VllmRuntime) ->
     assert refused(vllm_runtime, TextOperation.MESSAGES, tools=tools) == "tools[0].type"
 
 
+async def test_anthropics_tool_runner_learns_that_nothing_is_stored(
+    vllm_runtime: VllmRuntime,
+) -> None:
+    """It tries a thread first. These words make it send the whole history."""
+    with pytest.raises(InvalidRequest, match="thread: ") as caught:
+        prepare(vllm_runtime, TextOperation.MESSAGES, thread={"type": "create"})
+    assert caught.value.details is not None
+    assert caught.value.details["error_code"] == "thread_unsupported_request"
+
+
 @pytest.mark.parametrize(
     ("operation", "tools"),
     [

@@ -1,0 +1,70 @@
+"""The client libraries of others against a real server, each in a process of its own.
+
+Each program in `programs/` is a test file for its library. It runs in the environment that
+`scripts/setup-clients` makes, with pytest or with Node.js's own test runner. All use one server.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.server.real import ROOT, Server
+
+pytestmark = pytest.mark.slow
+
+PROGRAMS = Path(__file__).parent / "programs"
+ENVIRONMENT = ROOT / ".clients"
+PYTHON = ENVIRONMENT / "bin" / "python"
+NODE_MODULES = ENVIRONMENT / "node_modules"
+TIMEOUT_S = 300.0
+MAX_OUTPUT_CHARACTERS = 20_000
+
+
+def run(server: Server, folder: Path, *command: str) -> str:
+    """What the program writes. Failed tests of it fail this test, with their report."""
+    own = {
+        "ROUNDHOUSE_URL": server.url,
+        "DO_NOT_TRACK": "1",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # otherwise LiteLLM fetches the newest prices
+        "NO_COLOR": "1",
+    }
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }
+    result = subprocess.run(
+        command,
+        cwd=folder,
+        env={**inherited, **own},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert result.returncode == 0, result.stdout[-MAX_OUTPUT_CHARACTERS:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("program", sorted(path.name for path in PROGRAMS.glob("with_*.py")))
+def test_python(server: Server, program: str) -> None:
+    assert PYTHON.exists(), "scripts/setup-clients makes the environment"
+    options = ["-c", "pytest.ini", "-q", "-p", "no:cacheprovider", "--tb=short", "--no-header"]
+    output = run(server, PROGRAMS, str(PYTHON), "-m", "pytest", *options, program)
+    assert re.search(r"^[1-9]\d* passed", output, re.MULTILINE), output
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node.js")
+@pytest.mark.skipif(not NODE_MODULES.exists(), reason=".clients was made without Node.js and npm")
+@pytest.mark.parametrize("program", sorted(path.name for path in PROGRAMS.glob("with_*.mjs")))
+def test_node(server: Server, tmp_path: Path, program: str) -> None:
+    # Node.js looks for libraries in the folders above a program.
+    (tmp_path / "node_modules").symlink_to(NODE_MODULES)
+    for name in ("starter.mjs", program):
+        shutil.copy(PROGRAMS / name, tmp_path)
+    output = run(server, tmp_path, "node", "--test", "--test-reporter=tap", program)
+    assert re.search(r"^# pass [1-9]", output, re.MULTILINE), output
