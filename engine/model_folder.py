@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -9,17 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-<<<<<<< HEAD
 from engine.errors import ConfigError, LoadFailed
 from engine.files.hub.cache import snapshot
-=======
-from engine.errors import ConfigError, EngineError, LoadFailed
-from engine.files.hub.cache import present, snapshot
-from engine.files.hub.fetch import fetch
-from engine.files.hub.selection import GGUF, HubSource, has_only_gguf
->>>>>>> front
+from engine.files.hub.selection import GGUF, has_only_gguf
 from engine.files.source import STARTER, Source
 from engine.starters.registry import ensure_starter, starter_folder
+
+log = logging.getLogger(__name__)
 
 WANTED_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 """The files to fetch from a hub: never pickled weights, never code. Paths count, and `*` matches a
@@ -66,26 +63,12 @@ def local_folder(source: str, cache_dir: Path, *, revision: str | None = None) -
             raise LoadFailed(f"the folder {folder.name} holds only GGUF weights. {GGUF}")
         return folder
     if folder.is_absolute() or named.is_path:
-<<<<<<< HEAD
-        raise LoadFailed(f"there is no folder {source}")
-    found = snapshot(source, revision)
-    if found is None:
-        raise LoadFailed(f"nothing of {source} is on this disk")
-=======
         # The whole path is for the log: clients need not know the folders of this machine.
         log.error("there is no folder %s", folder)
         raise LoadFailed(f"there is no folder {folder.name} where the model's source says")
-    wanted = HubSource(source, tuple(patterns), revision)
-    found = present(wanted)
+    found = snapshot(source, revision)
     if found is None:
-        try:
-            found = fetch(wanted)
-        except EngineError as error:
-            found = snapshot(source, revision)
-            if found is None:
-                raise LoadFailed(error.message) from error
-            log.warning("using what is here of %s: %s", source, error.message)
->>>>>>> front
+        raise LoadFailed(f"nothing of {source} is on this disk")
     with suppress(OSError):
         os.utime(found)  # the time of the last use, for `roundhouse prune`
     return found

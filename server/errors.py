@@ -126,14 +126,10 @@ class Failure:
                 "load_seconds": error.load_s,
                 "evicts": list(error.evicts),
             }
-<<<<<<< HEAD
         message = error.message if status < 500 else without_folders(error.message)
-        return cls(status, message, answer.type, error.code, error.param, headers, residency)
-=======
         return cls(
-            status, error.message, answer.type, error.code, error.param, headers, residency, details
+            status, message, answer.type, error.code, error.param, headers, residency, details
         )
->>>>>>> clients
 
     @classmethod
     def of_status(cls, status: int, message: str | None, headers: Mapping[str, str]) -> Failure:

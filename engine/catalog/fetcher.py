@@ -255,9 +255,9 @@ class Fetcher:
             except EngineError as error:
                 if newest:
                     raise
-                names = " and ".join(source.repo for source in sources)
                 if None in before:
-                    raise LoadFailed(f"cannot fetch {names}: {error.message}") from error
+                    raise LoadFailed(error.message) from error
+                names = " and ".join(source.repo for source in sources)
                 log.warning("using what is here of %s: %s", names, error.message)
             after = await self._on_thread(_snapshots, sources)
         self._here.add(model.id)

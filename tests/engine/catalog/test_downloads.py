@@ -502,26 +502,6 @@ class TestLoads:
         assert runtime._parts(model).keys() == {"motion_adapter", "image_encoder", "ip_adapter"}
         assert hub.ranges == asked
 
-<<<<<<< HEAD
-=======
-    def test_without_a_hub_what_is_here_is_taken(
-        self, hub: Hub, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        from huggingface_hub import constants
-
-        with pytest.raises(
-            LoadFailed, match=r"^me/nothing cannot be fetched|^there is no repository me/nothing"
-        ):
-            local_folder("me/nothing", tmp_path)
-        assert present_folder(REPO, tmp_path) is None
-        folder = local_folder(REPO, tmp_path)
-        assert present_folder(REPO, tmp_path) == folder
-        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-        assert local_folder(REPO, tmp_path) == folder
-        (folder / "config.json").unlink()  # as a program leaves it that wanted the weights only
-        assert local_folder(REPO, tmp_path) == folder
-
->>>>>>> front
 
 def test_the_etags_are_those_of_the_hub() -> None:
     """As git and the hub name them: `git hash-object` of `hello` and a newline."""

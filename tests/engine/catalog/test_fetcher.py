@@ -227,7 +227,7 @@ class TestBring:
 
         with monkeypatch.context() as gone:
             gone.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-            with pytest.raises(LoadFailed, match=f"cannot fetch {REPO}"):
+            with pytest.raises(LoadFailed, match=f"^{REPO} cannot be fetched"):
                 await fetcher.bring(a(engine))
         await fetcher.bring(a(engine))
         folder = snapshot(REPO)
@@ -241,7 +241,7 @@ class TestBring:
         self, hub: Hub, engine: Engine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         del hub.repos[REPO]
-        with pytest.raises(LoadFailed, match=f"cannot fetch {REPO}"):
+        with pytest.raises(LoadFailed, match=f"^there is no repository {REPO}"):
             await engine.load("a")
         assert engine.model_status("a").state is ModelState.ABSENT
 
