@@ -34,8 +34,11 @@ def run(server: Server, folder: Path, *command: str) -> str:
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # otherwise LiteLLM fetches the newest prices
         "NO_COLOR": "1",
     }
+    # The environment is not compiled when it is made: what the first run imports, it keeps.
     inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+        name: value
+        for name, value in os.environ.items()
+        if name != "PYTHONDONTWRITEBYTECODE" and not name.startswith("PYTEST_")
     }
     result = subprocess.run(
         command,

@@ -13,6 +13,7 @@ from langchain_tests.integration_tests import (
 from starter import EMBED, MODEL, QUOTE, URL, Person
 
 RANDOM = "random weights: "
+"""By chance they may do what a test demands, so these marks are not strict."""
 
 
 class TestChat(ChatModelIntegrationTests):
@@ -56,6 +57,14 @@ class TestChat(ChatModelIntegrationTests):
     async def test_tool_calling_async(self, model: BaseChatModel) -> None:
         await super().test_tool_calling_async(model)
 
+    @pytest.mark.xfail(reason=RANDOM + "demands one call, and they make several")
+    def test_tool_calling_with_no_arguments(self, model: BaseChatModel) -> None:
+        super().test_tool_calling_with_no_arguments(model)
+
+    @pytest.mark.xfail(reason=RANDOM + "demands one call, and they make several")
+    def test_bind_runnables_as_tools(self, model: BaseChatModel) -> None:
+        super().test_bind_runnables_as_tools(model)
+
     @pytest.mark.xfail(reason=RANDOM + "demands a call that is not forced")
     def test_agent_loop(self, model: BaseChatModel) -> None:
         super().test_agent_loop(model)
@@ -69,16 +78,6 @@ class TestChat(ChatModelIntegrationTests):
         super().test_unicode_tool_call_integration(model)
 
 
-class TestResponses(TestChat):
-    """The same over `/v1/responses`."""
-
-    @property
-    def chat_model_params(self) -> dict[str, object]:
-        params = super().chat_model_params
-        del params["logit_bias"]
-        return {**params, "use_responses_api": True}
-
-
 class TestEmbeddings(EmbeddingsIntegrationTests):
     @property
     def embeddings_class(self) -> type[Embeddings]:
@@ -86,11 +85,35 @@ class TestEmbeddings(EmbeddingsIntegrationTests):
 
     @property
     def embedding_model_params(self) -> dict[str, object]:
-        return {"model": EMBED, "base_url": f"{URL}/v1", "api_key": "none", "max_retries": 0}
+        return {
+            "model": EMBED,
+            "base_url": f"{URL}/v1",
+            "api_key": "none",
+            "max_retries": 0,
+            # Otherwise it fetches OpenAI's vocabulary, and sends numbers of its tokens.
+            "check_embedding_ctx_length": False,
+        }
 
 
+@pytest.mark.parametrize("responses", [False, True], ids=["chat", "responses"])
 @pytest.mark.parametrize("method", ["function_calling", "json_schema"])
-def test_structured_output(method: str) -> None:
-    model = ChatOpenAI(model=MODEL, base_url=f"{URL}/v1", api_key="none", max_tokens=300)
+def test_structured_output(method: str, responses: bool) -> None:
+    model = ChatOpenAI(
+        model=MODEL,
+        base_url=f"{URL}/v1",
+        api_key="none",
+        max_tokens=300,
+        use_responses_api=responses,
+    )
     answer = model.with_structured_output(Person, method=method).invoke("Hello")
     assert isinstance(answer, Person)
+
+
+def test_responses() -> None:
+    model = ChatOpenAI(
+        model=MODEL, base_url=f"{URL}/v1", api_key="none", max_tokens=16, use_responses_api=True
+    )
+    whole = model.invoke("Hello")
+    assert whole.usage_metadata["output_tokens"] > 0
+    *_, last = model.stream([("user", "Hello"), whole, ("user", "More")])
+    assert last.type == "AIMessageChunk"

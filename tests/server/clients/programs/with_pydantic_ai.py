@@ -31,7 +31,9 @@ CLASH = "pydantic-ai 2.31 builds a type of Anthropic's SDK that is a union in it
     params=[
         "chat",
         "responses",
-        pytest.param("messages", marks=pytest.mark.xfail(raises=TypeError, reason=CLASH)),
+        pytest.param(
+            "messages", marks=pytest.mark.xfail(strict=True, raises=TypeError, reason=CLASH)
+        ),
     ]
 )
 def model(request: pytest.FixtureRequest) -> Model:
