@@ -227,7 +227,10 @@ def test_the_health_check_asks_the_server(status: int, code: int) -> None:
     with answering(status) as (port, asked):
         assert check_health(PORT=str(port)) == code
         assert check_health(PORT="9", ROUNDHOUSE_PORT=str(port)) == code
-    assert asked == ["/health", "/health"]
+        # Kubernetes, for a Service called roundhouse; the entry point ignores it too.
+        link = {"ROUNDHOUSE_PORT": "tcp://10.0.0.1:80"}
+        assert check_health(PORT=str(port), **link) == code
+    assert asked == ["/health"] * 3
 
 
 def test_the_health_check_notices_that_nobody_answers() -> None:
