@@ -13,6 +13,7 @@ MEDIA_TYPES = {
     ".js": "text/javascript",
     ".css": "text/css",
     ".svg": "image/svg+xml",
+    ".txt": "text/plain",
 }
 
 _CONTENT_SECURITY_POLICY = "; ".join(

@@ -347,6 +347,6 @@ OPERATIONS: Mapping[str, Methods] = {
         "get": Operation(summary="This document", answers={JSON: {"type": "object"}})
     },
     "/docs": _page("This document as a page", "text/html"),
-    "/docs/{name}": _page("A file of that page", "text/javascript", "text/css"),
+    "/docs/{name}": _page("A file of that page", "text/javascript", "text/css", "text/plain"),
 }
 """All of them."""

@@ -22,7 +22,8 @@ OPENAPI_PATH = "/openapi.json"
 
 _FOLDER = Path(__file__).parents[1] / "docs_page"
 _INDEX = "index.html"
-_OWN = ("docs.js", "docs.css")
+_OWN = ("docs.js", "docs.css", "swagger-ui.LICENSE.txt", "swagger-ui-bundle.js.LICENSE.txt")
+"""Also the licences of Swagger UI and of what its bundle holds, which the package leaves out."""
 _SWAGGER_UI = ("swagger-ui-bundle.js", "swagger-ui.css")
 _PACKAGE = "fastapi_offline"
 """Ships the files of Swagger UI. Nothing of it is imported."""

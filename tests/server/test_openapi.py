@@ -327,7 +327,10 @@ class TestAnswers:
             check(await client.get(path), path)
             if path not in ("/metrics", "/openapi.json"):
                 check(await client.head(path), path)
-        for name in ("docs.js", "docs.css", "swagger-ui-bundle.js", "swagger-ui.css"):
+        for name in (
+            *("docs.js", "docs.css", "swagger-ui-bundle.js", "swagger-ui.css"),
+            *("swagger-ui.LICENSE.txt", "swagger-ui-bundle.js.LICENSE.txt"),
+        ):
             assert check(await client.get(f"/docs/{name}"), "/docs/{name}")
         check(await client.get("/docs/core.py"), "/docs/{name}")
         openmetrics = {"accept": "application/openmetrics-text"}
@@ -458,9 +461,29 @@ class TestPage:
     async def test_it_loads_nothing_from_elsewhere(self, client: httpx.AsyncClient) -> None:
         page = (await client.get("/docs")).text
         addresses = re.findall(r"(?:src|href)=\"([^\"]+)\"", page)
-        assert len(addresses) == 5
+        assert len(addresses) == 7
         for address in addresses:
             assert (await client.get(address)).status_code == 200
+
+    async def test_its_licences_are_beside_it(self, client: httpx.AsyncClient) -> None:
+        bundle = (await client.get("/docs/swagger-ui-bundle.js")).text
+        named = re.match(r"/\*! For license information please see (\S+) \*/", bundle)
+        version = re.search(r"PACKAGE_VERSION:\"([\d.]+)\"", bundle)
+        assert named is not None and version is not None
+        parts = await client.get(f"/docs/{named[1]}")
+        assert parts.status_code == 200
+        assert parts.headers["content-type"] == "text/plain; charset=utf-8"
+        # Another version may hold other parts: take both files from its package again.
+        licence = (await client.get("/docs/swagger-ui.LICENSE.txt")).text
+        assert licence.startswith(f"Swagger UI {version[1]},")
+        assert (Path(__file__).parents[2] / "LICENSE").read_text() in licence
+
+    async def test_a_screen_reader_is_told_language_and_title(
+        self, client: httpx.AsyncClient
+    ) -> None:
+        page = (await client.get("/docs")).text
+        assert '<html lang="en">' in page
+        assert "<title>Roundhouse: API</title>" in page
 
     @pytest.mark.parametrize("name", ["index.html", "../app.py", "redoc.standalone.js", ""])
     async def test_nothing_else_is_served(self, client: httpx.AsyncClient, name: str) -> None:
