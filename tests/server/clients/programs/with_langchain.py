@@ -61,7 +61,7 @@ class TestChat(ChatModelIntegrationTests):
     def test_tool_calling_with_no_arguments(self, model: BaseChatModel) -> None:
         super().test_tool_calling_with_no_arguments(model)
 
-    @pytest.mark.xfail(reason=RANDOM + "demands one call, and they make several")
+    @pytest.mark.xfail(reason=RANDOM + "demands a text that is not empty")
     def test_bind_runnables_as_tools(self, model: BaseChatModel) -> None:
         super().test_bind_runnables_as_tools(model)
 
