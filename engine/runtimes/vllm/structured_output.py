@@ -9,16 +9,26 @@ Importing this module imports vLLM.
 
 from __future__ import annotations
 
+import json
 import threading
 from typing import Any
 
+from llguidance import LLMatcher
+
 import vllm.v1.engine.core as vllm_core_module
 from vllm.v1.structured_output import StructuredOutputManager
-from vllm.v1.structured_output.backend_guidance import GuidanceBackend
+from vllm.v1.structured_output.backend_guidance import (
+    GuidanceBackend,
+    process_for_additional_properties,
+    serialize_guidance_grammar,
+)
+from vllm.v1.structured_output.backend_types import StructuredOutputOptions
 from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 
 USUAL = "xgrammar"
 """The backend of all grammars that it can express."""
+
+GUIDANCE = "guidance"
 
 
 class PreparedManager(StructuredOutputManager):  # type: ignore[misc]
@@ -54,9 +64,20 @@ class PreparedManager(StructuredOutputManager):  # type: ignore[misc]
     def _create_grammar(self, request: Any) -> Any:
         parameters = request.sampling_params
         kind, text = request.structured_output_request.structured_output_key
-        return self._backend(parameters.structured_outputs._backend).compile_grammar(
+        name = parameters.structured_outputs._backend
+        if name == USUAL and kind is StructuredOutputOptions.JSON and has_lengths(json.loads(text)):
+            closed = json.dumps(process_for_additional_properties(text))
+            if self._guidance_takes(closed):
+                name, text = GUIDANCE, closed
+        return self._backend(name).compile_grammar(
             kind, text, stop_token_ids=parameters.all_stop_token_ids
         )
+
+    def _guidance_takes(self, schema: str) -> bool:
+        if not GuidanceBackend.is_tokenizer_supported(self.tokenizer):
+            return False
+        grammar = serialize_guidance_grammar(StructuredOutputOptions.JSON, schema)
+        return not LLMatcher.validate_grammar(grammar)
 
     def clear_backend(self) -> None:
         """End the threads, and drop the backends."""
@@ -64,8 +85,22 @@ class PreparedManager(StructuredOutputManager):  # type: ignore[misc]
         self._backends.clear()
 
 
+def has_lengths(schema: Any) -> bool:
+    """Whether a string of the schema has a least or a most length.
+
+    xgrammar 0.2 lets such a string hold control characters as they are, and that is no JSON. So
+    the other backend serves it. Both forbid properties that the schema does not name.
+    """
+    if isinstance(schema, list):
+        return any(map(has_lengths, schema))
+    if not isinstance(schema, dict):
+        return False
+    bounds = (schema.get("minLength"), schema.get("maxLength"))
+    return any(isinstance(each, int) for each in bounds) or any(map(has_lengths, schema.values()))
+
+
 def _backend_class(name: str) -> Any:
-    known = {"xgrammar": XgrammarBackend, "guidance": GuidanceBackend}
+    known = {USUAL: XgrammarBackend, GUIDANCE: GuidanceBackend}
     if name in known:
         return known[name]
     from vllm.v1.structured_output.backend_outlines import OutlinesBackend

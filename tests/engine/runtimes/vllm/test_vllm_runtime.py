@@ -557,6 +557,35 @@ async def test_each_grammar_has_the_backend_that_knows_its_rules(
         assert {*manager._backends} == backends
 
 
+async def test_strings_of_a_bounded_length_are_json(
+    vllm_runtime: VllmRuntime, pair: list[tuple[ModelConfig, VllmModel]]
+) -> None:
+    """vLLM's usual backend lets them hold control characters."""
+    model, loaded = pair[1]
+    tokenizer = vllm_runtime._folder(model) / "tokenizer.json"
+    tokens = json.loads(tokenizer.read_text())["model"]["vocab"]
+    text = {"type": "string", "minLength": 30, "maxLength": 40}
+    schema = {"type": "object", "properties": {"a": text}, "required": ["a"]}
+    body = {
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 200,
+        "temperature": 1,
+        "seed": 1,
+        "n": 8,
+        "logit_bias": {
+            str(tokens["ā"]): 100
+        },  # the character 1, as byte-level vocabularies have it
+        "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}},
+    }
+    prepared = vllm_runtime.prepare(model, request(TextOperation.CHAT, **body))
+    (event,) = [event async for event in loaded.run(prepared)]
+    assert isinstance(event, Document)
+    for choice in json.loads(event.body)["choices"]:
+        answer = json.loads(choice["message"]["content"])
+        assert answer.keys() == {"a"}
+        assert 30 <= len(answer["a"]) <= 40
+
+
 @pytest.fixture
 def damaged(tmp_path: Path, vllm_runtime: VllmRuntime, make_model: MakeModel) -> Path:
     """A copy of a starter model, to be broken."""
