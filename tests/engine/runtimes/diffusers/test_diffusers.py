@@ -797,7 +797,7 @@ async def test_what_a_video_model_cannot_do_is_told_before_anything_is_loaded(
     assert raised.value.param == param
 
 
-def test_nothing_is_refused_that_files_still_to_come_may_allow(tmp_path: Path) -> None:
+async def test_nothing_is_refused_that_files_still_to_come_may_allow(tmp_path: Path) -> None:
     runtime = DiffusersRuntime(RuntimeContext(CpuDevice(), tmp_path))
     model = ModelConfig(id="m", runtime="diffusers", task="video", source="me/is-not-here")
     for guidance in (0.0, 7.0):

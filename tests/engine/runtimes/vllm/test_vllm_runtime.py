@@ -594,7 +594,8 @@ def damaged(tmp_path: Path, vllm_runtime: VllmRuntime, make_model: MakeModel) ->
 
 
 def at(folder: Path) -> ModelConfig:
-    return ModelConfig(id="damaged", source=str(folder), options={"kv_cache": "16MiB"})
+    options = {"kv_cache": "16MiB", "max_model_len": 2048}
+    return ModelConfig(id="damaged", source=str(folder), options=options)
 
 
 async def test_a_truncated_checkpoint_is_found_without_loading_it(
