@@ -84,9 +84,8 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         web_router(),
         docs_router(engine, settings),
     ):
-        app.router.routes += (
-            router.routes
-        )  # Not app.include_router(): it builds each of them again.
+        # Not app.include_router(): it builds each of them again.
+        app.router.routes += router.routes
     app.add_exception_handler(EngineError, _on_engine_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_middleware(Guard, settings=settings)

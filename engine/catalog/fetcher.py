@@ -38,8 +38,7 @@ class _Fetch:
 
     wanted: bool
     """Whether a request wants the files: then it goes on when nobody follows it any more."""
-    task: asyncio.Task[bool] = field(init=False)
-    """Its result is whether it brought other files than were here."""
+    task: asyncio.Task[None] = field(init=False)
     progress: FetchProgress = NO_PROGRESS
     """A thread replaces it."""
     followers: int = 0
@@ -237,7 +236,7 @@ class Fetcher:
         _forget_at_the_end(running.task, self._fetches, model.id)
         return running
 
-    async def _fetch(self, model: ModelConfig, running: _Fetch, *, newest: bool) -> bool:
+    async def _fetch(self, model: ModelConfig, running: _Fetch, *, newest: bool) -> None:
         if newest:
             wanted = self._sources(model)
         else:
@@ -245,6 +244,13 @@ class Fetcher:
             for built in (each.repo for each in wanted if is_built_here(each.repo)):
                 await self._on_thread(local_folder, built, self._cache_dir)
         sources = of_a_hub(wanted)
+        if sources:
+            await self._fetch_of_a_hub(sources, running, newest=newest)
+        self._here.add(model.id)
+
+    async def _fetch_of_a_hub(
+        self, sources: Sequence[HubSource], running: _Fetch, *, newest: bool
+    ) -> None:
         async with self._turns:
             running.has_turn = True
             before = await self._on_thread(_snapshots, sources)
@@ -260,7 +266,6 @@ class Fetcher:
                 names = " and ".join(source.repo for source in sources)
                 log.warning("using what is here of %s: %s", names, error.message)
             after = await self._on_thread(_snapshots, sources)
-        self._here.add(model.id)
         changed = {
             source.repo
             for source, old, new in zip(sources, before, after, strict=True)
@@ -269,7 +274,6 @@ class Fetcher:
         for each in self._models.values():
             if changed & {source.repo for source in self._sources(each)}:
                 self._on_changed(each)
-        return bool(changed)
 
     async def _finish_removal(self, model: ModelConfig, deadline: Deadline | None = None) -> None:
         while (removal := self._removals.get(model.id)) is not None:
