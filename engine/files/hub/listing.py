@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MAIN = "main"
 """The revision where none is named."""
 
-MAX_JSON_BYTES = 16 * 2**20
+MAX_TEXT_BYTES = 16 * 2**20
 """Limit of a document that is read to recognise a repository. `tokenizer.json` is not read."""
 
 
@@ -135,13 +135,23 @@ def read_json(listing: Listing, path: str) -> Any:
         LoadFailed: it is too long, or not JSON, or the hub does not give it.
 
     """
-    size = next((file.nbytes for file in listing.files if file.path == path), None)
-    if size is None or size > MAX_JSON_BYTES:
-        raise LoadFailed(f"{listing.repo}: {path} is missing or too long to be read")
     try:
-        return json.loads(_read(listing, path))
+        return json.loads(read_text(listing, path))
     except ValueError as error:
         raise LoadFailed(f"{listing.repo}: {path} is no JSON: {error}") from error
+
+
+def read_text(listing: Listing, path: str) -> str:
+    """A text of the repository, read without keeping it.
+
+    Raises:
+        LoadFailed: it is too long, or the hub does not give it.
+
+    """
+    size = next((file.nbytes for file in listing.files if file.path == path), None)
+    if size is None or size > MAX_TEXT_BYTES:
+        raise LoadFailed(f"{listing.repo}: {path} is missing or too long to be read")
+    return _read(listing, path).decode(errors="replace")
 
 
 def _read(listing: Listing, path: str) -> bytes:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from engine.errors import LoadFailed
-from engine.files.hub.listing import Listing, read_json
+from engine.files.hub.listing import Listing, read_json, read_text
 
 CONFIG = "config.json"
 
@@ -43,6 +43,15 @@ class Repository:
         if path not in self._documents:
             self._documents[path] = read_json(self.listing, path)
         return self._documents[path]
+
+    def text(self, path: str) -> str:
+        """A text.
+
+        Raises:
+            LoadFailed: it is missing, or too long, or the hub does not give it.
+
+        """
+        return read_text(self.listing, path)
 
     @property
     def config(self) -> Mapping[str, Any]:

@@ -13,9 +13,23 @@ MAX_MODEL_LEN = 8192
 checkpoint's full length, which for 128 k tokens is more than the weights."""
 
 
-TOOL_PARSERS = {"qwen2": "hermes", "qwen3": "hermes", "qwen3_moe": "hermes"}
+TOOL_PARSERS = {
+    "qwen2": "hermes",
+    "qwen3": "hermes",
+    "qwen3_moe": "hermes",
+    "smollm3": "hermes",
+}
 """vLLM's parser of tool calls by `model_type`; Llama's goes by its vocabulary."""
 
+REASONING_PARSERS = {"qwen3": "qwen3", "qwen3_moe": "qwen3", "smollm3": "qwen3"}
+"""vLLM's parser of thoughts by `model_type`, for the checkpoints whose chat template has them."""
+
+THINKING = "<think>"
+"""What a chat template writes before thoughts, or to keep the model from them."""
+
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+"""Files with a chat template. The first one goes before the other."""
 
 LLAMA_3_VOCABULARY = 128_256
 
@@ -41,7 +55,19 @@ def recognise_language_model(repository: Repository) -> Recognised | None:
         options["tool_call_parser"] = "llama3_json"
     elif kind in TOOL_PARSERS:
         options["tool_call_parser"] = TOOL_PARSERS[kind]
+    if kind in REASONING_PARSERS and _thinks(repository):
+        options["reasoning_parser"] = REASONING_PARSERS[kind]
     return Recognised("vllm", "generate", options)
+
+
+def _thinks(repository: Repository) -> bool:
+    """Whether the chat template knows thoughts. Qwen's Instruct models of 2507 have none."""
+    if CHAT_TEMPLATE in repository.paths:
+        return THINKING in repository.text(CHAT_TEMPLATE)
+    if TOKENIZER_CONFIG not in repository.paths:
+        return False
+    settings = repository.json(TOKENIZER_CONFIG)
+    return isinstance(settings, Mapping) and THINKING in str(settings.get("chat_template"))
 
 
 def _is_encoder(repository: Repository) -> bool:
