@@ -34,6 +34,8 @@ class HubSource:
     revision: str | None = None
     allow_pickle: bool = False
     """Take pickled weights if there are no others."""
+    unwanted: tuple[str, ...] = ()
+    """Patterns of files that are not wanted, though they match the others."""
 
 
 def has_only_gguf(paths: Iterable[str]) -> bool:
@@ -42,7 +44,9 @@ def has_only_gguf(paths: Iterable[str]) -> bool:
     return bool(weights) and all(path.endswith(".gguf") for path in weights)
 
 
-def choose(paths: Iterable[str], patterns: Sequence[str]) -> list[str]:
+def choose(
+    paths: Iterable[str], patterns: Sequence[str], unwanted: Sequence[str] = ()
+) -> list[str]:
     """The paths that match, without the weights that a repository holds once more.
 
     Left out are: a variant (`*.fp16.safetensors`) if the plain file is wanted too; Mistral's
@@ -50,7 +54,12 @@ def choose(paths: Iterable[str], patterns: Sequence[str]) -> list[str]:
     the weights are at the root. Folders that begin with a digit are layers of a sentence embedder,
     and stay.
     """
-    matching = [path for path in paths if any(fnmatchcase(path, each) for each in patterns)]
+    matching = [
+        path
+        for path in paths
+        if any(fnmatchcase(path, each) for each in patterns)
+        and not any(fnmatchcase(path, each) for each in unwanted)
+    ]
     weights = {path for path in matching if path.endswith(".safetensors")}
     plain = {
         (str(PurePosixPath(path).parent), _SHARD.sub("", PurePosixPath(path).stem))

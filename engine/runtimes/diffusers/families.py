@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from engine.errors import InvalidRequest
+from engine.runtimes.diffusers.description import PipelineDescription
 
 CROPPED_MULTIPLE = 16
 """Sizes of this multiple are served by every family. One with a coarser grid makes a little more,
@@ -30,20 +31,36 @@ class Family:
     has_strength: bool = True
     """Whether an edit starts from a noisy image. Otherwise it looks at the image as it is."""
     negative_prompt: Literal["guidance", "true_cfg_scale", "never", "maybe"] = "guidance"
-    """Whose value above 1 makes a negative prompt act: the guidance, or that argument's."""
+    """Whose value makes a negative prompt act: the guidance above `guided_above`, or that
+    argument's above 1."""
+    guided_above: float = 1.0
+    """The guidance above which each step also computes the negative prompt."""
     true_cfg_scale: float = 1.0
     """The pipeline's own value of that argument."""
     embeds_guidance: bool = False
     """Whether the guidance scale is an input of the denoiser, if its weights take one."""
+    needs_no_guidance: bool = False
+    """Whether its weights were distilled to need none, and its code takes none."""
     first_frame: Literal["never", "maybe", "always"] = "maybe"
     """Whether a video starts from an image."""
     has_motion: bool = False
     """Whether a request can set the amount of motion."""
+    chat_prompt: bool = False
+    """Whether the prompt is a turn of a chat for its text encoder."""
+    unused_parts: tuple[str, ...] = ()
+    """Parts of the repositories of its models that its pipeline does not take."""
 
 
 FAMILIES = {
-    "AnimateDiff": Family(first_frame="never"),
+    "AnimateDiff": Family(first_frame="never", unused_parts=("safety_checker",)),
     "CogVideoX": Family(size_multiple=16, frame_step=4, frames_at_once=8, first_frame="never"),
+    "Flux2Klein": Family(
+        size_multiple=16,
+        many_images=True,
+        has_strength=False,
+        negative_prompt="never",
+        chat_prompt=True,
+    ),
     "Flux2": Family(
         size_multiple=16,
         many_images=True,
@@ -82,10 +99,13 @@ FAMILIES = {
         true_cfg_scale=4.0,
         embeds_guidance=True,
     ),
+    # Beside its own VAE, the repository of SDXL 1.0 has an older one.
+    "StableDiffusionXL": Family(unused_parts=("vae_1_0",)),
     "StableVideoDiffusion": Family(
         size_multiple=64, negative_prompt="never", first_frame="always", has_motion=True
     ),
     "Wan": Family(size_multiple=16, frame_step=4, frames_at_once=4),
+    "ZImage": Family(size_multiple=16, guided_above=0.0, chat_prompt=True),
 }
 """By the beginning of the pipeline's class name.
 
@@ -94,19 +114,27 @@ cannot have odd sizes inside. Frames come from the VAE's compression in time and
 batches them. LTX's decoder leaves a patch of 4 × 4 to its last layer."""
 
 
+NOT_HERE = PipelineDescription()
+"""Of a model whose files are not here yet."""
+
 UNKNOWN = Family(negative_prompt="maybe", has_motion=True)
 """Of a model whose files are not here yet: nothing is refused that it might do."""
 
 
-def family_of(pipeline_class: str) -> Family:
-    """What a pipeline class demands; empty: it is not known yet."""
+def family_of(pipeline_class: str, described: PipelineDescription = NOT_HERE) -> Family:
+    """What a pipeline class demands, and the model's own files; an empty name is not known yet."""
     if not pipeline_class:
         return UNKNOWN
-    for beginning, family in FAMILIES.items():
-        if pipeline_class.startswith(beginning):
-            from_image = "ImageToVideo" in pipeline_class
-            return replace(family, first_frame="always") if from_image else family
-    return Family()
+    found = next(
+        (family for key, family in FAMILIES.items() if pipeline_class.startswith(key)), Family()
+    )
+    if "ImageToVideo" in pipeline_class:
+        found = replace(found, first_frame="always")
+    return replace(
+        found,
+        size_multiple=described.size_multiple or found.size_multiple,
+        needs_no_guidance=described.is_distilled,
+    )
 
 
 def check_guidance(
@@ -129,7 +157,7 @@ def check_guidance(
         InvalidRequest: naming `negative_prompt` or `guidance`.
 
     """
-    without = family.embeds_guidance and is_input is False
+    without = family.needs_no_guidance or (family.embeds_guidance and is_input is False)
     if without and asked not in (None, default):
         raise InvalidRequest(
             "This model was trained to need no guidance, and takes none.", param="guidance"
@@ -139,14 +167,15 @@ def check_guidance(
     if family.negative_prompt == "true_cfg_scale":
         acts = float(call.get("true_cfg_scale", family.true_cfg_scale)) > 1
     elif family.negative_prompt == "guidance":
-        acts = guidance > 1 and not (is_input and not family.embeds_guidance)
+        acts = guidance > family.guided_above and not (is_input and not family.embeds_guidance)
     else:
         acts = False
     if acts:
         return
     hint = ""
     if family.negative_prompt == "guidance" and not is_input:
-        hint = f" It acts with a guidance above 1, and this run has {guidance:g}."
+        least = f"{family.guided_above:g}"
+        hint = f" It acts with a guidance above {least}, and this run has {guidance:g}."
     raise InvalidRequest(
         f"A negative prompt has no effect on this model.{hint}", param="negative_prompt"
     )

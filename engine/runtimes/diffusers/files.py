@@ -7,11 +7,25 @@ from pathlib import Path
 from engine.files.hub.selection import HubSource
 from engine.files.lora_folder import LORA_FILE
 from engine.model_folder import WANTED_FILES
-from engine.runtimes.diffusers.options import IpAdapter
+from engine.runtimes.diffusers.families import family_of
+from engine.runtimes.diffusers.options import DiffusersOptions, IpAdapter
 
-CONFIG_FILES = ("*.json", "*.txt", "*.model")
-"""What a pipeline needs beside the weights of its parts. Many repositories also have one file at
-their root with all weights, for other programs. It is larger than the parts together."""
+CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+"""What a pipeline needs beside the weights of its parts, with the chat template of a language model
+that reads the prompt. Many repositories also have one file at their root with all weights, for
+other programs. It is larger than the parts together."""
+
+
+def pipeline_source(source: str, options: DiffusersOptions) -> HubSource:
+    """The files of the pipeline's own repository, without those of parts from elsewhere."""
+    variant = f".{options.variant}*" if options.variant else ""
+    not_used = {*family_of(options.pipeline or "").unused_parts, *options.components}
+    return HubSource(
+        source,
+        (f"*/*{variant}.safetensors", *CONFIG_FILES),
+        options.revision,
+        unwanted=tuple(f"{part}/*.safetensors" for part in sorted(not_used)),
+    )
 
 
 def part_source(source: str) -> HubSource:

@@ -17,13 +17,16 @@ LAZY_MODULES = (
     "diffusers.pipelines.animatediff.pipeline_animatediff",
     "diffusers.pipelines.cogvideo.pipeline_cogvideox",
     "diffusers.pipelines.flux.pipeline_flux",
+    "diffusers.pipelines.flux2.pipeline_flux2_klein",
     "diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
     "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
     "diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion",
     "diffusers.pipelines.wan.pipeline_wan",
+    "diffusers.pipelines.z_image.pipeline_z_image",
     "peft",
     "transformers.models.clip.modeling_clip",
+    "transformers.models.qwen3.modeling_qwen3",
     "transformers.models.t5.modeling_t5",
 )
 """Modules that diffusers imports only at the first load of a family.

@@ -14,6 +14,9 @@ MAX_STEPS = 500
 """Models are trained with 1000 time steps. Some schedulers fail near that many."""
 
 
+TILE_SIDE = 512
+"""The most pixels on each side that a VAE with tiling works on at once."""
+
 OFFLOADED = ("transformer", "unet", "text_encoder")
 """Beginnings of the names of the parts that group offloading streams."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import diffusers
 from diffusers.pipelines.auto_pipeline import (
@@ -25,8 +26,11 @@ from engine.errors import ConfigError, InvalidRequest, LoadFailed
 from engine.memory.host_memory import HostMemory
 from engine.process.gate import GATE
 from engine.runtimes.common.torch_run import TorchParts, named_tensors
+from engine.runtimes.diffusers.description import PipelineDescription
+from engine.runtimes.diffusers.families import family_of
+from engine.runtimes.diffusers.files import component_weights
 from engine.runtimes.diffusers.loras import Loras
-from engine.runtimes.diffusers.options import OFFLOADED, DiffusersOptions
+from engine.runtimes.diffusers.options import OFFLOADED, TILE_SIDE, DiffusersOptions
 
 
 class Pipeline(TorchParts):
@@ -56,6 +60,7 @@ class Pipeline(TorchParts):
         self.options = options
         self.group_offload = group_offload
         self.base = _from_pretrained(folder, folders, options)
+        self.family = family_of(type(self.base).__name__, PipelineDescription.read(folder))
         if getattr(self.base, "motion_adapter", None) is not None:
             # The library copied its weights into the UNet. Kept, they would be in memory twice.
             self.base.register_modules(motion_adapter=None)
@@ -79,7 +84,7 @@ class Pipeline(TorchParts):
                 raise LoadFailed(f"{folder.name}/{name}: the checkpoint lacks {missing[0]}")
             module.eval()
         if options.vae_tiling:
-            self.base.vae.enable_tiling()
+            _decode_in_tiles(self.base.vae)
         if options.attention == "xformers":
             self.base.enable_xformers_memory_efficient_attention()
         super().__init__(modules, device)
@@ -136,7 +141,7 @@ class Pipeline(TorchParts):
                 if kind == "image":
                     made = AutoPipelineForImage2Image.from_pipe(self.base)
                 elif kind == "inpaint":
-                    made = AutoPipelineForInpainting.from_pipe(self.base)
+                    made = self._inpainting()
                 elif kind == "control":
                     made = AutoPipelineForText2Image.from_pipe(
                         self.base, controlnet=self.controlnet
@@ -156,11 +161,28 @@ class Pipeline(TorchParts):
         made.set_progress_bar_config(disable=True)
         return made
 
+    def _inpainting(self) -> Any:
+        # The library's own table of such pipelines lacks it.
+        if type(self.base) is diffusers.Flux2KleinPipeline:
+            return self._of_same_parts(diffusers.Flux2KleinInpaintPipeline)
+        return AutoPipelineForInpainting.from_pipe(self.base)
+
     def _image_to_video(self) -> Any:
+        if type(self.base) is diffusers.WanPipeline and self.base.config.expand_timesteps:
+            made = self._of_same_parts(diffusers.WanImageToVideoPipeline)
+            # Its own fails without `ftfy`, a package that the base's does without.
+            made._get_t5_prompt_embeds = self.base._get_t5_prompt_embeds
+            return made
         for family, kind in AUTO_TEXT2VIDEO_PIPELINES_MAPPING.items():
             if type(self.base) is kind and family in AUTO_IMAGE2VIDEO_PIPELINES_MAPPING:
-                return AUTO_IMAGE2VIDEO_PIPELINES_MAPPING[family](**self.base.components)
+                return self._of_same_parts(AUTO_IMAGE2VIDEO_PIPELINES_MAPPING[family])
         raise ValueError("no pipeline of this family starts from an image")
+
+    def _of_same_parts(self, kind: Any) -> Any:
+        """Another pipeline with the parts and the settings of this one."""
+        taken = inspect.signature(kind.__init__).parameters
+        known = {**self.base.config, **self.base.components}
+        return kind(**{name: known[name] for name in taken if name in known})
 
 
 def _from_pretrained(folder: Path, folders: Mapping[str, Path], options: DiffusersOptions) -> Any:
@@ -168,9 +190,9 @@ def _from_pretrained(folder: Path, folders: Mapping[str, Path], options: Diffuse
     kind = getattr(diffusers, name, None)
     if kind is None:
         raise ConfigError(f"options.pipeline: diffusers has no {name!r}")
-    parts = {}
+    index = diffusers.DiffusionPipeline.load_config(folder)
+    parts = _checked_parts(folder, index, options)
     for part in options.components:
-        index = diffusers.DiffusionPipeline.load_config(folder)
         library, component = index.get(part, (None, None))
         component = component or {"motion_adapter": "MotionAdapter"}.get(part)
         module = diffusers if library in (None, "diffusers") else import_module(library)
@@ -194,6 +216,41 @@ def _from_pretrained(folder: Path, folders: Mapping[str, Path], options: Diffuse
     return pipe
 
 
+def _checked_parts(
+    folder: Path, index: Mapping[str, Any], options: DiffusersOptions
+) -> dict[str, Any]:
+    """The parts that transformers loads, such as text encoders.
+
+    It fills a parameter that the checkpoint lacks with random numbers, and only warns.
+    """
+    kind = getattr(diffusers, options.pipeline or str(index.get("_class_name")), None)
+    taken = inspect.signature(kind.__init__).parameters if kind is not None else ()
+    parts = {}
+    for name, value in index.items():
+        if name not in taken or name in options.components or not isinstance(value, list):
+            continue
+        found = getattr(transformers, str(value[1]), None) if value[0] == "transformers" else None
+        if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+            continue
+        varied = any(
+            f".{options.variant}." in path.name
+            for path in component_weights(folder / name, options.variant)
+        )
+        model: Any = found
+        part, report = model.from_pretrained(
+            folder / name,
+            dtype=_dtype(options),
+            variant=options.variant if varied else None,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise LoadFailed(f"{folder.name}/{name}: the checkpoint lacks {missing[0]}")
+        parts[name] = part
+    return parts
+
+
 def _scheduler(present: Any, settings: dict[str, Any]) -> Any:
     name = settings.pop("class", type(present).__name__)
     kind = getattr(diffusers, name, None)
@@ -205,3 +262,13 @@ def _scheduler(present: Any, settings: dict[str, Any]) -> Any:
 def _dtype(options: DiffusersOptions) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, options.dtype)
     return dtype
+
+
+def _decode_in_tiles(vae: Any) -> None:
+    """Let a VAE work in tiles of the size that its working memory is estimated from."""
+    vae.enable_tiling()
+    if getattr(vae, "tile_sample_min_size", 0) > TILE_SIDE:
+        # By default a tile has the size of the training's images: SDXL's, FLUX's and Z-Image's of
+        # 1024x1024 pixels would be no smaller in tiles.
+        scale = vae.tile_sample_min_size // vae.tile_latent_min_size
+        vae.tile_sample_min_size, vae.tile_latent_min_size = TILE_SIDE, TILE_SIDE // scale

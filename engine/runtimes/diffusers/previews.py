@@ -31,6 +31,8 @@ def decode_latents(pipe: Any, latents: Any, request: ImageRequest) -> Image.Imag
     """The image in the latents, decoded as the pipeline itself decodes them at the end."""
     vae = pipe.vae
     config = vae.config
+    if hasattr(vae, "bn"):
+        return _decode_normalised(pipe, latents, request)
     if hasattr(pipe, "_unpack_latents"):  # FLUX keeps them as a sequence of patches
         latents = pipe._unpack_latents(
             latents, request.height, request.width, pipe.vae_scale_factor
@@ -50,5 +52,21 @@ def decode_latents(pipe: Any, latents: Any, request: ImageRequest) -> Image.Imag
     finally:
         if upcast:
             vae.to(torch.float16)
+    image: Image.Image = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+    return image
+
+
+def _decode_normalised(pipe: Any, latents: Any, request: ImageRequest) -> Image.Image:
+    """FLUX.2's latents are a sequence of patches, with the means that a layer of its VAE keeps."""
+    vae = pipe.vae
+    assert request.width is not None and request.height is not None
+    patch = 2 * pipe.vae_scale_factor
+    rows, columns = request.height // patch, request.width // patch
+    latents = latents.unflatten(1, (rows, columns)).movedim(-1, 1)
+    shape = (1, -1, 1, 1)
+    deviation = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps).view(shape)
+    latents = latents * deviation.to(latents) + vae.bn.running_mean.view(shape).to(latents)
+    latents = pipe._unpatchify_latents(latents).to(vae.device, vae.dtype)
+    pixels = vae.decode(latents, return_dict=False)[0]
     image: Image.Image = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
     return image

@@ -24,10 +24,16 @@ UNCOUNTED = {"add_special_tokens": False, "truncation": False, "verbose": False}
 PROMPTS = ("prompt", "negative_prompt")
 
 
-def too_long(pipe: Any, arguments: Mapping[str, Any]) -> tuple[Cut, ...]:
-    """What the pipeline would cut of the prompts in the arguments of a call."""
+def too_long(pipe: Any, arguments: Mapping[str, Any], *, chat_prompt: bool) -> tuple[Cut, ...]:
+    """What the pipeline would cut of the prompts in the arguments of a call.
+
+    With `chat_prompt` it puts each into a turn of a chat before it cuts.
+    """
     texts = {name: arguments[name] for name in PROMPTS if arguments.get(name)}
-    return tuple(cut for name, text in texts.items() if (cut := _cut(pipe, name, text, arguments)))
+    cuts = (
+        _cut(pipe, name, text, arguments, chat_prompt=chat_prompt) for name, text in texts.items()
+    )
+    return tuple(cut for cut in cuts if cut)
 
 
 def takes_chunks(pipe: Any) -> bool:
@@ -39,17 +45,28 @@ def takes_chunks(pipe: Any) -> bool:
     )
 
 
-def _cut(pipe: Any, name: str, text: str, arguments: Mapping[str, Any]) -> Cut | None:
+def _cut(
+    pipe: Any, name: str, text: str, arguments: Mapping[str, Any], *, chat_prompt: bool
+) -> Cut | None:
     """What is cut of a text by the encoder that takes the most of it."""
     cuts = []
     for tokenizer in _tokenizers(pipe):
         limit = _limit(pipe, tokenizer, arguments)
         if limit is not None:
             marks = tokenizer.num_special_tokens_to_add()
+            if chat_prompt:
+                marks += _tokens_before(tokenizer)
             given = len(tokenizer(text, **UNCOUNTED).input_ids)
             cuts.append(Cut(name, min(given, limit - marks), given))
     best = max(cuts, key=lambda cut: cut.kept, default=None)
     return best if best is not None and best.kept < best.given else None
+
+
+def _tokens_before(tokenizer: Any) -> int:
+    """Tokens of a turn of a chat before its text."""
+    text = "prompt"
+    turn = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
+    return len(tokenizer(turn.partition(text)[0], **UNCOUNTED).input_ids)
 
 
 def _tokenizers(pipe: Any) -> Iterator[Any]:

@@ -29,10 +29,21 @@ VIDEO_SHAPES: Mapping[str, Mapping[str, Any]] = {
         "max_frames": 25,
         "fps": 7,
     },
-    "Wan": {"width": 832, "height": 480, "num_frames": 81, "max_frames": 81, "fps": 16},
+    "Wan": {
+        "vae_dtype": "float32",
+        "width": 832,
+        "height": 480,
+        "num_frames": 81,
+        "max_frames": 81,
+        "fps": 16,
+    },
 }
 """By the beginning of the pipeline's class: the shape of the models' training, as their cards say
 and the shipped configurations have it."""
+
+
+WAN_22_SHAPE = {"width": 1280, "height": 704, "num_frames": 121, "max_frames": 121, "fps": 24}
+"""That of Wan 2.2's model of 5 B, whose index says that it expands time steps."""
 
 
 def recognise_pipeline(repository: Repository) -> Recognised | None:
@@ -56,8 +67,10 @@ def recognise_pipeline(repository: Repository) -> Recognised | None:
         options["variant"] = "fp16"
     if VIDEO_PIPELINES.search(name):
         shape = next((each for key, each in VIDEO_SHAPES.items() if name.startswith(key)), {})
+        if index.get("expand_timesteps"):
+            shape = {**shape, **WAN_22_SHAPE}
         return Recognised("diffusers", "video", {**options, **shape})
-    options |= _image_options(repository)
+    options |= _image_options(repository, index)
     return Recognised("diffusers", "image", options)
 
 
@@ -73,7 +86,7 @@ def _has_variant(paths: frozenset[str], variant: str) -> bool:
     return bool(parts) and parts <= varied
 
 
-def _image_options(repository: Repository) -> dict[str, Any]:
+def _image_options(repository: Repository, index: Mapping[str, Any]) -> dict[str, Any]:
     """Size and steps, if the files or the name show them."""
     options: dict[str, Any] = {}
     if "unet/config.json" in repository.paths and VAE_CONFIG_FILE in repository.paths:
@@ -82,11 +95,16 @@ def _image_options(repository: Repository) -> dict[str, Any]:
         if isinstance(sample := unet.get("sample_size"), int):
             options |= {"width": sample * scale, "height": sample * scale}
     few_steps = None
-    if "transformer/config.json" in repository.paths:
+    is_turbo = "turbo" in repository.name.lower()
+    if index.get("is_distilled"):
+        few_steps = {"steps": 4, "guidance": 1.0}
+    elif is_turbo and index.get("_class_name") == "ZImagePipeline":
+        few_steps = {"steps": 9, "guidance": 0.0}
+    elif "transformer/config.json" in repository.paths:
         transformer = repository.json("transformer/config.json")
         if transformer.get("guidance_embeds") is False and "schnell" in repository.name.lower():
             few_steps = {"steps": 4, "guidance": 0.0}
-    elif "turbo" in repository.name.lower():
+    elif is_turbo:
         few_steps = {"steps": 2, "guidance": 0.0}
         options["scheduler"] = {
             "class": "EulerAncestralDiscreteScheduler",

@@ -19,7 +19,7 @@ from engine.runtimes.diffusers.families import (
     made_size,
     size_text,
 )
-from engine.runtimes.diffusers.options import MAX_STEPS, DiffusersOptions
+from engine.runtimes.diffusers.options import MAX_STEPS, TILE_SIDE, DiffusersOptions
 
 DECODER_COPIES = 3
 """Tensors of full size alive at once in a VAE decoder's last block: input, normalised, output."""
@@ -31,9 +31,6 @@ PIECE_WIDTH = 2 * 77 * 2048
 
 FIELDS = ("negative_prompt", "guidance", "steps", "strength", "motion")
 """Fields that some pipelines have no argument for."""
-
-TILE_PIXELS = 512 * 512
-"""The most pixels that a VAE with tiling decodes at once."""
 
 ImageOrVideo = TypeVar("ImageOrVideo", ImageRequest, VideoRequest)
 
@@ -248,13 +245,13 @@ class RequestChecks:
         at_once = int(options.call.get("decode_chunk_size", family.frames_at_once or frames))
         width, height = made_size((request.width, request.height), family)
         pixels = width * height
-        decoded = min(pixels, TILE_PIXELS) if options.vae_tiling else pixels
+        decoded = min(pixels, TILE_SIDE**2) if options.vae_tiling else pixels
         item_bytes = DTYPE_BYTES[options.vae_dtype or options.dtype]
         widest = self.decoder_channels * item_bytes * DECODER_COPIES
         working = decoded * min(frames, at_once) * widest // family.decoder_scale**2
         working += pixels * frames * 3
         assert request.guidance is not None
-        if request.guidance > 1:
+        if request.guidance > family.guided_above:
             shape += "-guided"  # the denoiser then has twice the batch
         if request.loras:
             shape += "-" + "+".join(sorted(choice.name for choice in request.loras))

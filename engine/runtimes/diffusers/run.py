@@ -19,7 +19,7 @@ from engine.events import Event, ImageResult, PartialImage, Progress, VideoResul
 from engine.process.gate import GATE
 from engine.requests import ImageRequest, VideoRequest
 from engine.runtimes.common.torch_run import TorchRun
-from engine.runtimes.diffusers.families import check_size, family_of, made_size
+from engine.runtimes.diffusers.families import check_size, made_size
 from engine.runtimes.diffusers.pipeline import Pipeline
 from engine.runtimes.diffusers.previews import decode_latents, preview_steps
 from engine.runtimes.diffusers.prompts import in_chunks, takes_chunks, too_long
@@ -52,19 +52,19 @@ class Run(TorchRun):
         self._request: ImageRequest | VideoRequest = request
         """Its size is that which the pipeline makes."""
         self._size = (request.width, request.height)
-        width, height = made_size(self._size, family_of(type(pipeline.base).__name__))
+        width, height = made_size(self._size, pipeline.family)
         if (width, height) != self._size:
             self._request = replace(request, width=width, height=height)
 
     def _run(self) -> None:
         pipeline, request = self._pipeline, self._request
         assert request.width is not None and request.height is not None
-        check_size(self._size, family_of(type(pipeline.base).__name__))
+        check_size(self._size, pipeline.family)
         pipeline.loras.set(request.loras)
         pipe = pipeline.variant(self._kind())
         self._check_asked(pipe)
         arguments = self._common(pipe)
-        cuts = too_long(pipe, arguments)
+        cuts = too_long(pipe, arguments, chat_prompt=pipeline.family.chat_prompt)
         chunked = bool(cuts) and takes_chunks(pipe)
         for cut in () if chunked else cuts:
             self._emit(cut)
@@ -166,7 +166,7 @@ class Run(TorchRun):
         accepted = inspect.signature(pipe.__call__).parameters
         if request.image is None and "image" in accepted:
             raise InvalidRequest("This model starts from an image.", param="input_reference")
-        step = family_of(type(pipe).__name__).frame_step
+        step = self._pipeline.family.frame_step
         # The model makes 1 + n × step frames. Those beyond the wanted number are cut off.
         arguments["num_frames"] = -(-(request.num_frames - 1) // step) * step + 1
         assert request.width is not None and request.height is not None

@@ -32,11 +32,11 @@ from engine.runtimes.diffusers.description import (
 )
 from engine.runtimes.diffusers.families import family_of
 from engine.runtimes.diffusers.files import (
-    CONFIG_FILES,
     component_weights,
     ip_adapter_source,
     lora_source,
     part_source,
+    pipeline_source,
 )
 from engine.runtimes.diffusers.options import OFFLOADED, DiffusersOptions
 from engine.runtimes.diffusers.recognition import recognise_pipeline
@@ -75,9 +75,7 @@ class DiffusersRuntime(TorchRuntime):
     def hub_sources(cls, model: ModelConfig) -> tuple[HubSource, ...]:
         """The pipeline's own repository, then those of parts and adapters from elsewhere."""
         options = model.options_as(DiffusersOptions)
-        variant = f".{options.variant}*" if options.variant else ""
-        weights = f"*/*{variant}.safetensors"
-        sources = [HubSource(model.source, (weights, *CONFIG_FILES), options.revision)]
+        sources = [pipeline_source(model.source, options)]
         sources += [part_source(part) for part in options.components.values()]
         if options.controlnet is not None:
             sources.append(part_source(options.controlnet))
@@ -118,7 +116,7 @@ class DiffusersRuntime(TorchRuntime):
         options = model.options_as(DiffusersOptions)
         # While the files are not here, the run itself checks what the family demands.
         described = self._described.get(model.source, options.revision) or PipelineDescription()
-        family = family_of(options.pipeline or described.pipeline_class)
+        family = family_of(options.pipeline or described.pipeline_class, described)
         # A denoiser from elsewhere may differ from the folder's.
         own = not {"unet", "transformer"} & options.components.keys()
         guidance_is_input = described.guidance_is_input if own else None
@@ -158,10 +156,11 @@ class DiffusersRuntime(TorchRuntime):
             index = json.loads((folder / INDEX_FILE).read_text())
         except (OSError, ValueError) as error:
             raise LoadFailed(f"{folder.name}: cannot read model_index.json: {error}") from error
+        unused = family_of(options.pipeline or str(index.get("_class_name", ""))).unused_parts
         parts = {
             name: folder / name
             for name, value in index.items()
-            if isinstance(value, list) and value and value[0] is not None
+            if isinstance(value, list) and value and value[0] is not None and name not in unused
         }
         for name, source in options.components.items():
             parts[name] = self._folder_of(part_source(source))

@@ -17,6 +17,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
     LlamaConfig,
     LlamaModel,
+    Qwen3Config,
     T5Config,
     T5EncoderModel,
 )
@@ -26,6 +27,7 @@ from engine.starters.diffusion.pipeline_folder import Files
 from engine.starters.diffusion.prompt_tokenizers import (
     CLIP_EOS,
     T5_VOCABULARY,
+    chat_bpe,
     clip_vocabulary,
     llama_bpe,
     write_clip_tokenizer,
@@ -197,6 +199,25 @@ def llama() -> Any:
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=2,
+        )
+    )
+
+
+def qwen3(kind: Callable[..., Any], layers: int) -> Any:
+    """Qwen 3 of the given class, whose output layer is its embedding, as in the real one of 4 B."""
+    return kind(
+        Qwen3Config(
+            vocab_size=chat_bpe().get_vocab_size(),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=2,
         )
     )
 

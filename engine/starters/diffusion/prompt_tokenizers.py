@@ -209,6 +209,53 @@ def llama_bpe() -> Tokenizer:
     return tokenizer
 
 
+_CHAT_PAD, _CHAT_BEGIN, _CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+_CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+
+
+@cache
+def chat_bpe() -> Tokenizer:
+    """Qwen 3's kind of tokenizer, for prompts that are turns of a chat."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=512,
+        special_tokens=[_CHAT_PAD, _CHAT_BEGIN, _CHAT_END],
+        initial_alphabet=sorted(ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([_CAPTIONS], trainer)
+    return tokenizer
+
+
+def write_chat_tokenizer(folder: Path) -> None:
+    """Write the files of the tokenizer above, with its template in a file of its own."""
+    (folder / "tokenizer.json").write_text(chat_bpe().to_str(pretty=True), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
+    roles = {"eos_token": _CHAT_END, "pad_token": _CHAT_PAD}
+    write_json(folder / "special_tokens_map.json", roles)
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            **roles,
+            "model_max_length": 4096,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        },
+    )
+
+
 def write_llama_tokenizer(folder: Path) -> None:
     """Write the files of the tokenizer above."""
     (folder / "tokenizer.json").write_text(llama_bpe().to_str(pretty=True), encoding="utf-8")

@@ -145,8 +145,22 @@ def _write_animatediff_sdxl(folder: Path) -> None:
     write_pipeline(folder, "AnimateDiffSDXLPipeline", components, force_zeros_for_empty_prompt=True)
 
 
-def _write_wan(folder: Path) -> None:
-    weights = ModuleWeights(21)
+_WAN_22_VAE: Mapping[str, Any] = MappingProxyType(
+    {
+        "decoder_base_dim": 8,
+        "is_residual": True,
+        "patch_size": 2,
+        "in_channels": 12,  # three colours of a patch of 2 x 2 pixels
+        "out_channels": 12,
+        "scale_factor_spatial": 16,
+    }
+)
+"""The difference of Wan 2.2's VAE: it has twice the scale, as its pixels are patches."""
+
+
+def _write_wan(folder: Path, *, seed: int, from_image: bool) -> None:
+    """Wan 2.1, or where it may start from an image, Wan 2.2's model of 5 B."""
+    weights = ModuleWeights(seed)
     vae = partial(
         AutoencoderKLWan,
         base_dim=8,
@@ -154,6 +168,7 @@ def _write_wan(folder: Path) -> None:
         dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,
         temperal_downsample=[False, True, True],
+        **(_WAN_22_VAE if from_image else {}),
     )
     transformer = partial(
         WanTransformer3DModel,
@@ -178,10 +193,15 @@ def _write_wan(folder: Path) -> None:
             prediction_type="flow_prediction",
             use_flow_sigmas=True,
             num_train_timesteps=1000,
-            flow_shift=3.0,  # for 480p; Wan's own advice is 5.0 for 720p
+            # For 480p; Wan's own advice is 5.0 for 720p.
+            flow_shift=5.0 if from_image else 3.0,
         ),
     }
-    write_pipeline(folder, "WanPipeline", components)
+    settings: dict[str, Any] = {}
+    if from_image:
+        components["transformer_2"] = None
+        settings = {"boundary_ratio": None, "expand_timesteps": True}
+    write_pipeline(folder, "WanPipeline", components, **settings)
 
 
 def _write_ltx(folder: Path) -> None:
@@ -306,7 +326,8 @@ WRITERS: Mapping[str, Callable[[Path], None]] = MappingProxyType(
         "tiny-svd": _write_svd,
         "tiny-animatediff": _write_animatediff,
         "tiny-animatediff-sdxl": _write_animatediff_sdxl,
-        "tiny-wan": _write_wan,
+        "tiny-wan": partial(_write_wan, seed=21, from_image=False),
+        "tiny-wan-ti2v": partial(_write_wan, seed=22, from_image=True),
         "tiny-ltx": _write_ltx,
         "tiny-cogvideox": _write_cogvideox,
         "tiny-hunyuanvideo": _write_hunyuanvideo,

@@ -66,12 +66,15 @@ IMAGE_FAMILIES: dict[str, dict[str, Any]] = {
     "tiny-sd15": {"steps": 3, "guidance": 7.5},
     "tiny-flux-schnell": {"steps": 2, "guidance": 0.0},
     "tiny-flux-dev": {"steps": 3, "guidance": 3.5},
+    "tiny-flux2-klein": {"steps": 2, "guidance": 1.0},
+    "tiny-z-image": {"steps": 2, "guidance": 0.0},
 }
 VIDEO_FAMILIES: dict[str, dict[str, Any]] = {
     "tiny-svd": {"frames": 5, "steps": 2, "guidance": 3.0},
     "tiny-animatediff": {"frames": 4, "steps": 2, "guidance": 7.5, "scheduler": LINEAR},
     "tiny-animatediff-sdxl": {"frames": 4, "steps": 2, "guidance": 7.5, "scheduler": LINEAR},
     "tiny-wan": {"frames": 5, "steps": 2, "guidance": 5.0},
+    "tiny-wan-ti2v": {"frames": 5, "steps": 2, "guidance": 5.0},
     "tiny-ltx": {"frames": 9, "steps": 2, "guidance": 3.0},
     "tiny-cogvideox": {"frames": 9, "steps": 2, "guidance": 6.0},
     "tiny-hunyuanvideo": {"frames": 5, "steps": 2, "guidance": 6.0},
@@ -242,7 +245,7 @@ async def test_an_image_equals_that_of_the_library_alone(
         pipe = bare(name, cache_dir, spec)
     expected = np.asarray(
         pipe(
-            "a red train",
+            prompt="a red train",
             width=64,
             height=64,
             num_inference_steps=spec["steps"],
@@ -356,12 +359,17 @@ async def test_a_long_prompt_has_a_working_memory_of_its_own(engine: Engine) -> 
 
 SEQUENCES = {
     "tiny-flux-schnell": 512,
+    "tiny-flux2-klein": 512,
+    "tiny-z-image": 512,
     "tiny-wan": 512,
     "tiny-ltx": 128,
     "tiny-cogvideox": 226,
     "tiny-hunyuanvideo": 256,
 }
 """The longest sequence of each pipeline."""
+
+CHAT_MARKS = 6
+"""Tokens before the text of a turn: the mark of its beginning, and the letters of the role."""
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
@@ -384,7 +392,12 @@ async def test_what_a_longest_sequence_cuts_is_said(engine: Engine, name: str) -
     cuts, far = await ask(4 * limit, "b ")
     [cut] = cuts
     assert cut.param == "prompt" and cut.given > limit - 10
-    assert limit - 2 <= cut.kept < limit
+    marks = CHAT_MARKS if name in ("tiny-flux2-klein", "tiny-z-image") else 2
+    assert limit - marks <= cut.kept < limit
+    # The last token that is kept acts.
+    _, least = await ask(cut.kept, "b ")
+    _, most = await ask(cut.kept, "c ")
+    assert least != most
     again, other = await ask(4 * limit, "c ")
     assert again == cuts and other == far
 
@@ -400,6 +413,11 @@ UNGUIDED: list[tuple[str, dict[str, Any], str | None]] = [
     ("tiny-flux-schnell", {"negative_prompt": "blurry"}, "negative_prompt"),
     ("tiny-flux-schnell", {"guidance": 5.0}, "guidance"),
     ("tiny-flux-schnell", {"guidance": 0.0}, None),
+    ("tiny-flux2-klein", {"negative_prompt": "blurry"}, "negative_prompt"),
+    ("tiny-flux2-klein", {"guidance": 4.0}, "guidance"),
+    ("tiny-z-image", {"negative_prompt": "blurry"}, "negative_prompt"),
+    ("tiny-z-image", {"negative_prompt": "blurry", "guidance": 0.5}, None),
+    ("tiny-z-image", {"guidance": 0.5}, None),
     ("tiny-sdxl", {"strength": 0.5}, "strength"),
     ("controlled", {"strength": 0.5, "control_image": Image.new("RGB", (64, 64))}, "strength"),
     ("tiny-svd", {"negative_prompt": "blurry", "image": Image.new("RGB", (64, 64))},
@@ -571,7 +589,10 @@ async def test_several_images_are_those_of_their_seeds(engine: Engine) -> None:
         np.testing.assert_array_equal(np.asarray(image), alone)
 
 
-@pytest.mark.parametrize("name", ["tiny-sd15", "tiny-sdxl", "tiny-flux-dev"])
+PREVIEWED = ["tiny-sd15", "tiny-sdxl", "tiny-flux-dev", "tiny-flux2-klein", "tiny-z-image"]
+
+
+@pytest.mark.parametrize("name", PREVIEWED)
 async def test_partial_images_are_the_latents_of_their_steps(
     engine: Engine, cache_dir: Path, name: str
 ) -> None:
@@ -598,7 +619,7 @@ async def test_partial_images_are_the_latents_of_their_steps(
     profile = IMAGE_FAMILIES[name]
     common = {"width": 64, "height": 64, "guidance_scale": profile["guidance"]}
     pipe(
-        "a red train",
+        prompt="a red train",
         num_inference_steps=4,
         generator=seeded(),
         callback_on_step_end=keep,
@@ -606,7 +627,10 @@ async def test_partial_images_are_the_latents_of_their_steps(
         **common,
     )
     pipe.scheduler = Still.from_config(pipe.scheduler.config)
-    decoded = pipe("a red train", num_inference_steps=1, latents=kept[0], **common).images[0]
+    latents = kept[0]
+    if name == "tiny-flux2-klein":  # it takes them as an image, and gives them as a sequence
+        latents = latents.unflatten(1, (4, 4)).movedim(-1, 1)
+    decoded = pipe(prompt="a red train", num_inference_steps=1, latents=latents, **common).images[0]
     np.testing.assert_array_equal(np.asarray(previews[1].image), np.asarray(decoded))
 
 
@@ -658,6 +682,36 @@ async def test_edits_and_variations(engine: Engine, cache_dir: Path) -> None:
     assert found.shape == (72, 96, 3)
     found = await picture(engine, name, images=(scene((100, 75)),), width=64, height=64, **edit)
     assert found.shape == (64, 64, 3)
+
+
+async def test_flux2_klein_looks_at_several_images_and_paints_within_a_mask(
+    engine: Engine, cache_dir: Path
+) -> None:
+    name = "tiny-flux2-klein"
+    with GATE.exclusive():
+        pipe = bare(name, cache_dir, IMAGE_FAMILIES[name])
+        inpaint = diffusers.Flux2KleinInpaintPipeline(**pipe.components, is_distilled=True)
+    size = {"width": 64, "height": 64}
+    common = {"prompt": "a red train", "guidance_scale": 1.0, **size}
+    black = Image.new("RGB", (64, 64))
+    edit: dict[str, Any] = {"operation": ImageOperation.EDIT}
+    for images in ((scene(),), (scene(), black)):
+        expected = pipe(
+            image=list(images), num_inference_steps=2, generator=seeded(), **common
+        ).images[0]
+        found = await picture(engine, name, images=images, **edit)
+        np.testing.assert_array_equal(found, np.asarray(expected))
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    expected = inpaint(
+        image=scene(), mask_image=mask, strength=0.5, num_inference_steps=4, generator=seeded(),
+        **common,
+    ).images[0]  # fmt: skip
+    found = await picture(engine, name, images=(scene(),), mask=mask, strength=0.5, steps=4, **edit)
+    np.testing.assert_array_equal(found, np.asarray(expected))
+    with pytest.raises(InvalidRequest) as raised:
+        engine.prepare(image_request(name, images=(scene(),), strength=0.5, **edit))
+    assert raised.value.param == "strength"
 
 
 async def test_control_image_and_reference_image_act(engine: Engine) -> None:
@@ -836,6 +890,33 @@ async def test_a_size_between_those_of_the_code_is_cut_out_of_a_larger_one(engin
     np.testing.assert_array_equal(cut.frames, made.frames[:, :, 8:88])
 
 
+async def test_wan_22_makes_multiples_of_32_and_may_start_from_an_image(
+    engine: Engine, cache_dir: Path
+) -> None:
+    """Its files say so: Wan 2.1 of the same class makes multiples of 16, from text alone."""
+    name = "tiny-wan-ti2v"
+    cut, made = [
+        (await events(engine, video_request(name, width=width, height=64)))[-1]
+        for width in (80, 96)
+    ]
+    assert isinstance(cut, VideoResult) and isinstance(made, VideoResult)
+    np.testing.assert_array_equal(cut.frames, made.frames[:, :, 8:88])
+    with GATE.exclusive():
+        pipe = bare(name, cache_dir, VIDEO_FAMILIES[name])
+        moving = diffusers.WanImageToVideoPipeline(**pipe.components, expand_timesteps=True)
+    moving._get_t5_prompt_embeds = pipe._get_t5_prompt_embeds
+    expected = moving(
+        image=scene(), prompt="a red train", width=64, height=64, num_frames=5,
+        num_inference_steps=2, guidance_scale=5.0, generator=seeded(), output_type="pil",
+    ).frames[0]  # fmt: skip
+    still = (await events(engine, video_request(name, image=scene())))[-1]
+    assert isinstance(still, VideoResult)
+    np.testing.assert_array_equal(still.frames, np.stack([np.asarray(each) for each in expected]))
+    with pytest.raises(InvalidRequest) as raised:
+        engine.prepare(video_request(name, width=72))
+    assert raised.value.param == "size"
+
+
 WELL_KNOWN = {
     "dall-e-2": ("256x256", "512x512", "1024x1024"),
     "dall-e-3": ("1024x1024", "1792x1024", "1024x1792"),
@@ -938,7 +1019,7 @@ async def test_every_part_is_a_block(engine: Engine, cache_dir: Path) -> None:
     assert not [entry for entry in engine.status().ledger.entries if entry.owner == "tiny-sdxl"]
 
 
-@pytest.mark.parametrize("harm", ["missing", "lacking", "truncated"])
+@pytest.mark.parametrize("harm", ["missing", "lacking", "lacking text", "truncated"])
 async def test_a_damaged_folder_fails_with_the_reason(
     runtime: DiffusersRuntime, cache_dir: Path, tmp_path: Path, harm: str
 ) -> None:
@@ -947,9 +1028,13 @@ async def test_a_damaged_folder_fails_with_the_reason(
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     if harm == "missing":
         weights.unlink()
-    elif harm == "lacking":
+    elif harm.startswith("lacking"):
+        key = "conv_in.weight"
+        if harm == "lacking text":
+            weights = folder / "text_encoder" / "model.safetensors"
+            key = "text_model.encoder.layers.0.mlp.fc1.weight"
         tensors = load_file(weights)
-        tensors.pop("conv_in.weight")
+        tensors.pop(key)
         save_file(tensors, weights, metadata={"format": "pt"})
     else:
         weights.write_bytes(weights.read_bytes()[:5000])
