@@ -81,7 +81,10 @@ class WeightSet:
         if self.shards == 1:
             return None
         total = sum(each.nbytes for each in self.tensors.values())
-        where = {name: file for file, names in self.parts.items() for name in names}
+        # An index names its shards as they lie beside it.
+        where = {
+            name: file.rpartition("/")[2] for file, names in self.parts.items() for name in names
+        }
         document = {"metadata": {"total_size": total}, "weight_map": where}
         return f"{self.file}.index.json", document
 
