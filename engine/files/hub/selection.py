@@ -30,7 +30,7 @@ class HubSource:
     repo: str
     """`owner/name`."""
     patterns: tuple[str, ...]
-    """As in a shell, but `*` matches a slash."""
+    """As in a shell, but `*` matches a slash. What begins with `!` names files to leave out."""
     revision: str | None = None
     allow_pickle: bool = False
     """Take pickled weights if there are no others."""
@@ -50,7 +50,13 @@ def choose(paths: Iterable[str], patterns: Sequence[str]) -> list[str]:
     the weights are at the root. Folders that begin with a digit are layers of a sentence embedder,
     and stay.
     """
-    matching = [path for path in paths if any(fnmatchcase(path, each) for each in patterns)]
+    unwanted = [each[1:] for each in patterns if each.startswith("!")]
+    matching = [
+        path
+        for path in paths
+        if any(fnmatchcase(path, each) for each in patterns)
+        and not any(fnmatchcase(path, each) for each in unwanted)
+    ]
     weights = {path for path in matching if path.endswith(".safetensors")}
     plain = {
         (str(PurePosixPath(path).parent), _SHARD.sub("", PurePosixPath(path).stem))
