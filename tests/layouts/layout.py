@@ -6,6 +6,7 @@ A file of `data/` describes one repository:
 - `published`: the figures that the tensors below must add up to;
 - `entry`: what `roundhouse add` writes for it, less the source; null for a part of other models;
 - `documents`: JSON files with their contents, as far as anything here reads them;
+- `texts`: other small texts with theirs;
 - `files`: other files with their sizes, 0 where nobody said;
 - `left`: files that must not be fetched;
 - `weights`: sets of tensors, each in a file or in shards with an index beside them. `unused` are
@@ -16,7 +17,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,7 @@ class Layout:
         self.published: dict[str, int] = raw["published"]
         self.entry: dict[str, Any] | None = raw["entry"]
         self.documents: dict[str, Any] = raw.get("documents", {})
+        self.texts: dict[str, str] = raw.get("texts", {})
         self.files = {
             name: size for pattern, size in raw.get("files", {}).items() for name in expand(pattern)
         }
@@ -128,8 +131,8 @@ class Layout:
     def sizes(self) -> dict[str, int]:
         """Every file of the repository and its size."""
         sizes = dict(self.files)
-        for path, document in self._documents().items():
-            sizes[path] = len(json.dumps(document))
+        for path, text in self._texts().items():
+            sizes[path] = len(text.encode())
         for each in self.sets:
             for path, tensors in each.parts.items():
                 head = safetensors_header(tensors) if each.format == "safetensors" else b""
@@ -153,15 +156,35 @@ class Layout:
         for path, size in self.files.items():
             if path in wanted:
                 write_hole(folder / path, size)
-        for path, document in self._documents().items():
+        for path, text in self._texts().items():
             if path in wanted:
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                (folder / path).write_text(json.dumps(document), encoding="utf-8")
+                (folder / path).write_text(text, encoding="utf-8")
         for each in self.sets:
             for path, tensors in each.parts.items():
                 if path in wanted:
                     self._write(folder / path, tensors, each.format)
         return folder
+
+    def shallow(self, layers: int, unit: str = "model.layers.") -> Layout:
+        """The same with the first layers only, as thousands of experts take long to compare."""
+        cut = copy(self)
+        vars(cut).pop("sizes", None)
+        config = {**self.documents["config.json"], "num_hidden_layers": layers}
+        cut.documents = {**self.documents, "config.json": config}
+        cut.sets = tuple(
+            replace(
+                each,
+                tensors={
+                    name: tensor
+                    for name, tensor in each.tensors.items()
+                    if not name.startswith(unit)
+                    or int(name.removeprefix(unit).partition(".")[0]) < layers
+                },
+            )
+            for each in self.sets
+        )
+        return cut
 
     def _write(self, path: Path, tensors: Tensors, kind: str) -> None:
         if kind == "safetensors":
@@ -173,9 +196,10 @@ class Layout:
 
             write_pickle(path, tensors, self.beside)
 
-    def _documents(self) -> dict[str, Any]:
+    def _texts(self) -> dict[str, str]:
         indexes = [each.index for each in self.sets if each.index is not None]
-        return self.documents | dict(indexes)
+        documents = self.documents | dict(indexes)
+        return self.texts | {path: json.dumps(each) for path, each in documents.items()}
 
 
 @cache

@@ -16,6 +16,7 @@ A file of `pipelines/` describes one repository:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -81,6 +82,7 @@ class PipelineLayout(Layout):
         self.parts = tuple(_part(name, given) for name, given in raw["parts"].items())
         self.skipped: Mapping[str, list[str]] = raw.get("skipped", {})
         self.published = {}
+        self.texts = {}
         self.beside = {}
         self.left = frozenset(name for each in raw["left"] for name in expand(each))
         small = [name for each in raw["small"] for name in expand(each)]
@@ -116,9 +118,8 @@ class PipelineLayout(Layout):
         """The same repository with its weights in the dtype of the model: none is converted."""
         options = model.options_as(DiffusersOptions)
         variant = options.variant if "model_index.json" in self.documents else None
-        made = object.__new__(PipelineLayout)
-        made.__dict__.update(self.__dict__)
-        made.__dict__.pop("sizes", None)
+        made = copy(self)
+        vars(made).pop("sizes", None)
         made.sets = tuple(
             part.weights(
                 self.chosen(part, variant),

@@ -66,8 +66,10 @@ def write_safetensors(path: Path, tensors: Tensors) -> None:
     write_hole(path, len(head) + sum(each.nbytes for each in tensors.values()), head)
 
 
-def write_ctranslate2(path: Path, tensors: Tensors, *, spec: str, revision: int) -> None:
-    """Write a `model.bin` of CTranslate2's whose weights are holes."""
+def write_ctranslate2(
+    path: Path, tensors: Tensors, *, spec: str, revision: int, aliases: Mapping[str, str]
+) -> None:
+    """Write a `model.bin` of CTranslate2's whose weights are holes; `aliases` by their names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(struct.pack("<I", BINARY_VERSION) + _string(spec))
@@ -77,7 +79,9 @@ def write_ctranslate2(path: Path, tensors: Tensors, *, spec: str, revision: int)
             file.write(_string(name) + struct.pack(f"<B{rank}I", rank, *tensor.shape))
             file.write(struct.pack("<BI", TYPES.index(tensor.dtype), tensor.nbytes))
             file.seek(tensor.nbytes, 1)
-        file.write(struct.pack("<I", 0))  # aliases
+        file.write(struct.pack("<I", len(aliases)))
+        for pair in aliases.items():
+            file.write(b"".join(map(_string, pair)))
 
 
 def _string(text: str) -> bytes:

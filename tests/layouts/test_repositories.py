@@ -10,7 +10,7 @@ import pytest
 from engine.catalog.downloads import sources_of
 from engine.catalog.recognition import recognise
 from engine.files.hub.listing import list_folder
-from tests.layouts.configured import configured
+from tests.layouts.configured import configured, repositories
 from tests.layouts.layout import Layout, layouts
 
 EVERY = [pytest.param(each, id=name) for name, each in layouts().items()]
@@ -44,10 +44,15 @@ def test_all_that_a_model_reads_is_fetched_and_nothing_else(layout: Layout) -> N
 
 @pytest.mark.parametrize("layout", WHOLE)
 def test_the_entry_that_is_added(layout: Layout, tmp_path: Path) -> None:
-    documents = [path for path in layout.sizes if path.endswith(".json")]
-    listing = layout.listing(layout.build(tmp_path, only=documents))
+    texts = [path for path in layout.sizes if path.endswith((".json", ".jinja"))]
+    listing = layout.listing(layout.build(tmp_path, only=texts))
     entry = recognise(listing).entry("new", layout.repository)
     assert entry == {"id": "new", "source": layout.repository, **(layout.entry or {})}
+
+
+def test_every_configured_model_has_a_layout() -> None:
+    configured_repos = repositories("vllm", "whisper", "kokoro", "coqui", "bark")
+    assert configured_repos.keys() <= layouts().keys()
 
 
 def test_a_layout_takes_no_disk(tmp_path: Path) -> None:

@@ -57,9 +57,9 @@ class Listing:
 
         """
         by_path = {file.path: file for file in self.files}
-        chosen = choose(by_path, source.patterns, source.unwanted)
+        chosen = choose(by_path, source.patterns)
         if not any(path.endswith(WEIGHTS) for path in chosen) and source.allow_pickle:
-            chosen = choose(by_path, (*source.patterns, *PICKLES), source.unwanted)
+            chosen = choose(by_path, (*source.patterns, *PICKLES))
         if has_only_gguf(by_path):
             raise LoadFailed(f"{self.repo} holds only GGUF weights. {GGUF}")
         if not any(path.endswith(WEIGHTS) for path in chosen):

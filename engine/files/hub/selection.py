@@ -30,12 +30,10 @@ class HubSource:
     repo: str
     """`owner/name`."""
     patterns: tuple[str, ...]
-    """As in a shell, but `*` matches a slash."""
+    """As in a shell, but `*` matches a slash. What begins with `!` names files to leave out."""
     revision: str | None = None
     allow_pickle: bool = False
     """Take pickled weights if there are no others."""
-    unwanted: tuple[str, ...] = ()
-    """Patterns of files that are not wanted, though they match the others."""
 
 
 def has_only_gguf(paths: Iterable[str]) -> bool:
@@ -44,9 +42,7 @@ def has_only_gguf(paths: Iterable[str]) -> bool:
     return bool(weights) and all(path.endswith(".gguf") for path in weights)
 
 
-def choose(
-    paths: Iterable[str], patterns: Sequence[str], unwanted: Sequence[str] = ()
-) -> list[str]:
+def choose(paths: Iterable[str], patterns: Sequence[str]) -> list[str]:
     """The paths that match, without the weights that a repository holds once more.
 
     Left out are: a variant (`*.fp16.safetensors`) if the plain file is wanted too; Mistral's
@@ -54,6 +50,7 @@ def choose(
     the weights are at the root. Folders that begin with a digit are layers of a sentence embedder,
     and stay.
     """
+    unwanted = [each[1:] for each in patterns if each.startswith("!")]
     matching = [
         path
         for path in paths

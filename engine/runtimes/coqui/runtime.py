@@ -41,8 +41,9 @@ from engine.runtimes.coqui.files import CONFIG_FILE, CoquiFiles, read_folder
 from engine.runtimes.coqui.options import CoquiOptions
 from engine.runtimes.recognised import Recognised
 
-FILES = ("*.json", "*.pth")
-"""The files to fetch from a hub. Coqui's weights are pickled, and read with `weights_only`."""
+FILES = ("*.json", "*.pth", "!dvae.pth", "!mel_stats.pth")
+"""The files to fetch from a hub. Coqui's weights are pickled, and read with `weights_only`. XTTS is
+trained with two more (211 MB) and speaks without them."""
 
 ONLY_VOICE = "default"
 """The name of the voice of a model with one voice. The library has none for it."""

@@ -20,11 +20,9 @@ def pipeline_source(source: str, options: DiffusersOptions) -> HubSource:
     """The files of the pipeline's own repository, without those of parts from elsewhere."""
     variant = f".{options.variant}*" if options.variant else ""
     not_used = {*family_of(options.pipeline or "").unused_parts, *options.components}
+    without = (f"!{part}/*.safetensors" for part in sorted(not_used))
     return HubSource(
-        source,
-        (f"*/*{variant}.safetensors", *CONFIG_FILES),
-        options.revision,
-        unwanted=tuple(f"{part}/*.safetensors" for part in sorted(not_used)),
+        source, (f"*/*{variant}.safetensors", *CONFIG_FILES, *without), options.revision
     )
 
 

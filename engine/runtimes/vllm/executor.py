@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from engine.process.gate import GATE
+from vllm.distributed import parallel_state
 from vllm.model_executor.layers import rotary_embedding
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.worker.worker_base import WorkerWrapperBase
@@ -30,6 +33,7 @@ class GatedWorker(WorkerWrapperBase):  # type: ignore[misc]
         """Join the process-wide parallel groups and construct the model runner."""
         with GATE.exclusive():
             super().init_device()
+            _join_expert_group()
 
     def load_model(self) -> None:
         """Build the module and fill it.
@@ -56,3 +60,19 @@ class GatedExecutor(UniProcExecutor):  # type: ignore[misc]
         """Give back the worker's memory."""
         with GATE.exclusive():
             super().shutdown()
+
+
+def _join_expert_group() -> None:
+    """Join the parallel group that a mixture of experts asks for, if it is not there yet.
+
+    Only the first engine of a process makes groups, and it makes this one only for a model of its
+    own kind. After a dense model, a mixture of experts could not be loaded.
+    """
+    if parallel_state._EP is None:
+        world = parallel_state.get_world_group()
+        parallel_state._EP = parallel_state.init_model_parallel_group(
+            [world.ranks],
+            world.local_rank,
+            torch.distributed.get_backend(world.device_group),
+            group_name="ep",
+        )

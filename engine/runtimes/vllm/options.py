@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -27,5 +28,7 @@ class VllmOptions(Section):
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
     chat_template: Path | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    """What the chat template is given, as `{enable_thinking: false}`; a request's own go before."""
     seed: int = 0
     revision: str | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import os
 from collections.abc import Callable, Collection, Sequence
@@ -397,6 +398,9 @@ class VllmRuntime(Runtime):
         ):
             if value is not None:
                 line += [flag, str(value)]
+        if options.chat_template_kwargs:
+            kwargs = json.dumps(dict(options.chat_template_kwargs))
+            line += ["--default-chat-template-kwargs", kwargs]
         return line
 
     async def _serve(self, loaded: VllmModel, arguments: Any) -> None:

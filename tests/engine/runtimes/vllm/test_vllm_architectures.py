@@ -1,0 +1,102 @@
+"""Small random models of architectures that the configurations name, through the real runtime.
+
+The yardstick is transformers, which generates from the same folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import ModelConfig
+from engine.runtimes.vllm.runtime import VllmRuntime
+from tests.conftest import StarterDir
+from tests.engine.runtimes.vllm.greedy import PROMPTS, answer
+
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
+
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+HALF = "\N{REPLACEMENT CHARACTER}"
+KINDS: dict[str, dict[str, Any]] = {
+    "Qwen3ForCausalLM": {"head_dim": 32, "tie_word_embeddings": True},
+    "Qwen3MoeForCausalLM": {"head_dim": 32, "tie_word_embeddings": False, **EXPERTS},
+    "SmolLM3ForCausalLM": {"tie_word_embeddings": True},
+}
+
+
+def write_model(architecture: str, tokenizer: Path, folder: Path) -> Any:
+    """Write a random model with that tokenizer; returns transformers' own instance."""
+    import torch
+    import transformers
+
+    made = getattr(transformers, architecture)
+    for path in tokenizer.glob("*token*"):
+        folder.mkdir(exist_ok=True)
+        shutil.copy(path, folder)
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    config = made.config_class(
+        **SHAPE,
+        **KINDS[architecture],
+        vocab_size=len(words),
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(3)
+        model = made(config).eval()
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # as initialised, every token would be as likely as any other
+                torch.nn.init.normal_(parameter, std=0.2)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    return model
+
+
+def greedy(model: Any, folder: Path, prompt: str, max_tokens: int) -> str:
+    """What transformers writes after the prompt."""
+    import torch
+    from transformers import AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(folder)
+    tokens = words(prompt, return_tensors="pt").input_ids
+    for _ in range(max_tokens):
+        with torch.no_grad():
+            scores = model(tokens).logits[:, -1]
+        tokens = torch.cat([tokens, scores.argmax(dim=-1, keepdim=True)], dim=1)
+    start = words(prompt, return_tensors="pt").input_ids.shape[1]
+    return str(words.decode(tokens[0, start:], skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+async def test_it_answers_as_transformers_does_also_after_a_park(
+    architecture: str, vllm_runtime: VllmRuntime, starter_dir: StarterDir, tmp_path: Path
+) -> None:
+    folder = tmp_path / architecture
+    model = write_model(architecture, starter_dir("tiny-qwen"), folder)
+    expected = [greedy(model, folder, prompt, 12) for prompt in PROMPTS]
+    options = {"dtype": "float32", "max_model_len": 256, "kv_cache": "16MiB", "max_num_seqs": 4}
+    entry = ModelConfig(id=architecture, source=str(folder), options=options)
+    loaded = await vllm_runtime.load(entry, lambda reason: pytest.fail(reason))
+    try:
+        for _ in range(2):
+            told = [await answer(vllm_runtime, entry, loaded, each, 12) for each in PROMPTS]
+            # A stream keeps back the bytes of a character that is not complete.
+            assert told == [text.rstrip(HALF) for text in expected]
+            names = [block.name for block in loaded.blocks() if block.parkable]
+            await vllm_runtime.park(loaded, names)
+            await vllm_runtime.wake(loaded, names)
+    finally:
+        await vllm_runtime.unload(loaded)
