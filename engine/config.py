@@ -8,8 +8,8 @@ The file has three sections::
       memory: 80%
     server: {}         # read by server/settings.py
     models:
-      - id: llama
-        source: meta-llama/Llama-3.2-3B-Instruct
+      - id: qwen
+        source: Qwen/Qwen3-4B-Instruct-2507
 
 `ROUNDHOUSE_MEMORY=20GiB` overrides `engine.memory`, and so on for every
 scalar key of `engine` and `server`. What Kubernetes sets for a Service of our name is ignored.

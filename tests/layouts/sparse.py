@@ -67,9 +67,18 @@ def write_safetensors(path: Path, tensors: Tensors) -> None:
 
 
 def write_ctranslate2(
-    path: Path, tensors: Tensors, *, spec: str, revision: int, aliases: Mapping[str, str]
+    path: Path,
+    tensors: Tensors,
+    *,
+    spec: str,
+    revision: int,
+    aliases: Mapping[str, str],
+    values: Mapping[str, int],
 ) -> None:
-    """Write a `model.bin` of CTranslate2's whose weights are holes; `aliases` by their names."""
+    """Write a `model.bin` of CTranslate2's whose weights are holes.
+
+    `aliases` are names of the same variable. `values` are those of scalars, otherwise zero.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(struct.pack("<I", BINARY_VERSION) + _string(spec))
@@ -78,7 +87,10 @@ def write_ctranslate2(
             rank = len(tensor.shape)
             file.write(_string(name) + struct.pack(f"<B{rank}I", rank, *tensor.shape))
             file.write(struct.pack("<BI", TYPES.index(tensor.dtype), tensor.nbytes))
-            file.seek(tensor.nbytes, 1)
+            if name in values:
+                file.write(values[name].to_bytes(tensor.nbytes, "little", signed=True))
+            else:
+                file.seek(tensor.nbytes, 1)
         file.write(struct.pack("<I", len(aliases)))
         for pair in aliases.items():
             file.write(b"".join(map(_string, pair)))

@@ -44,7 +44,7 @@ def published(model: ModelConfig, layout: Layout, folder: Path) -> ModelConfig:
 
 @contextmanager
 def built(runtime: VllmRuntime, model: ModelConfig) -> Iterator[tuple[Any, Any, Any]]:
-    """vLLM's module for a model, without memory; its configuration, and the loader of the runtime."""
+    """vLLM's module for a model, without memory; its configuration; the runtime's loader."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import AsyncEngineArgs
