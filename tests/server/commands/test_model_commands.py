@@ -411,6 +411,7 @@ class TestRecognition:
                 {
                     "pipeline": "WanPipeline",
                     "dtype": "bfloat16",
+                    "vae_dtype": "float32",
                     **{"width": 832, "height": 480, "num_frames": 81, "max_frames": 81, "fps": 16},
                 },
                 3,
