@@ -136,6 +136,15 @@ async def chat(runtime: VllmRuntime, model: ModelConfig, loaded: Any, **more: An
     return json.loads(event.body)["choices"][0]["message"]
 
 
+async def message(runtime: VllmRuntime, model: ModelConfig, loaded: Any, **more: Any) -> set[str]:
+    """The kinds of content in a message of Anthropic's form."""
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0}
+    request = TextRequest(model.id, TextOperation.MESSAGES, {**body, **more}, request_id="test")
+    (event,) = [event async for event in loaded.run(runtime.prepare(model, request))]
+    assert isinstance(event, Document)
+    return {block["type"] for block in json.loads(event.body)["content"]}
+
+
 async def test_a_model_thinks_as_its_options_say_unless_the_request_says_otherwise(
     vllm_runtime: VllmRuntime, starter_dir: StarterDir, tmp_path: Path
 ) -> None:
@@ -160,9 +169,17 @@ async def test_a_model_thinks_as_its_options_say_unless_the_request_says_otherwi
     try:
         quiet = await chat(vllm_runtime, model, loaded)
         assert quiet["content"] and not quiet.get("reasoning")
-        thoughtful = await chat(
-            vllm_runtime, model, loaded, chat_template_kwargs={"enable_thinking": True}
-        )
-        assert thoughtful["reasoning"] and not thoughtful["content"]
+        for asked in (
+            {"chat_template_kwargs": {"enable_thinking": True}},
+            {"reasoning_effort": "low"},
+        ):
+            thoughtful = await chat(vllm_runtime, model, loaded, **asked)
+            assert thoughtful["reasoning"] and not thoughtful["content"]
+        quiet = await chat(vllm_runtime, model, loaded, reasoning_effort="none")
+        assert quiet["content"] and not quiet.get("reasoning")
+        kinds = await message(vllm_runtime, model, loaded)
+        assert kinds == {"text"}
+        kinds = await message(vllm_runtime, model, loaded, thinking={"type": "adaptive"})
+        assert kinds == {"thinking"}
     finally:
         await vllm_runtime.unload(loaded)
