@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,27 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+def own_class(architecture: str) -> Any:
+    """transformers' class, read anew.
+
+    vLLM decorates the classes that it runs through transformers, and then nobody else can use them.
+    """
+    import transformers
+
+    spec = find_spec(getattr(transformers, architecture).__module__)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, architecture)
+
+
 def write_model(architecture: str, tokenizer: Path, folder: Path) -> Any:
     """Write a random model with that tokenizer; returns transformers' own instance."""
     import torch
     import transformers
     from safetensors.torch import load_file, save_file
 
-    made = getattr(transformers, architecture)
+    made = own_class(architecture)
     for path in tokenizer.glob("*token*"):
         folder.mkdir(exist_ok=True)
         shutil.copy(path, folder)
