@@ -40,6 +40,9 @@ from tests.layouts.sparse import (
 
 DATA = Path(__file__).parent / "data"
 
+TOLERANCE = 0.02
+"""How far an estimate may be from what is published."""
+
 
 @dataclass(frozen=True)
 class WeightSet:

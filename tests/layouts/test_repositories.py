@@ -16,7 +16,6 @@ from tests.layouts.layout import Layout, layouts
 EVERY = [pytest.param(each, id=name) for name, each in layouts().items()]
 WHOLE = [pytest.param(each, id=name) for name, each in layouts().items() if each.entry]
 """Those that are no part of other models."""
-TOLERANCE = 0.02
 
 
 @pytest.mark.parametrize("layout", EVERY)

@@ -26,9 +26,8 @@ from engine.runtimes.coqui.options import CoquiOptions
 from engine.runtimes.coqui.runtime import CoquiRuntime
 from engine.runtimes.kokoro.runtime import KokoroRuntime
 from tests.layouts.configured import repositories
-from tests.layouts.layout import Layout, layouts
+from tests.layouts.layout import TOLERANCE, Layout, layouts
 from tests.layouts.pickles import write_pickle
-from tests.layouts.test_repositories import TOLERANCE
 
 pytestmark = pytest.mark.slow
 

@@ -17,9 +17,8 @@ from engine.runtimes.base import RuntimeContext
 from engine.runtimes.whisper.runtime import WhisperRuntime
 from tests.conftest import StarterDir
 from tests.layouts.configured import configured
-from tests.layouts.layout import Layout, layouts
+from tests.layouts.layout import TOLERANCE, Layout, layouts
 from tests.layouts.sparse import write_ctranslate2
-from tests.layouts.test_repositories import TOLERANCE
 
 MODELS = [pytest.param(model, id=model.source) for model in configured("whisper")]
 

@@ -247,10 +247,14 @@ class VllmRuntime(Runtime):
         except Exception as error:  # vLLM's validators also raise errors of their own
             raise refusal(str(error), getattr(error, "parameter", None), body) from error
         settle_messages(payload, body)
-        no_thoughts = model.options_as(VllmOptions).reasoning_parser is None
-        if no_thoughts and getattr(payload, "thinking", None) is not None:
+        thinking = getattr(payload, "thinking", None)
+        if thinking is not None and model.options_as(VllmOptions).reasoning_parser is None:
             # vLLM would refuse to bound thoughts that it cannot tell from the answer.
             payload.thinking = None
+        elif thinking is not None and thinking.type != "disabled":
+            # vLLM only bounds thoughts. The options of the model may have turned them off.
+            given = payload.chat_template_kwargs or {}
+            payload.chat_template_kwargs = {"enable_thinking": True, **given}
         return Prepared(request=request, payload=payload)
 
     def weight_files(self, model: ModelConfig) -> Sequence[Path]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,27 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+def own_class(architecture: str) -> Any:
+    """transformers' class, read anew.
+
+    vLLM decorates the classes that it runs through transformers, and then nobody else can use them.
+    """
+    import transformers
+
+    spec = find_spec(getattr(transformers, architecture).__module__)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, architecture)
+
+
 def write_model(architecture: str, tokenizer: Path, folder: Path) -> Any:
     """Write a random model with that tokenizer; returns transformers' own instance."""
     import torch
     import transformers
     from safetensors.torch import load_file, save_file
 
-    made = getattr(transformers, architecture)
+    made = own_class(architecture)
     for path in tokenizer.glob("*token*"):
         folder.mkdir(exist_ok=True)
         shutil.copy(path, folder)
@@ -136,6 +151,15 @@ async def chat(runtime: VllmRuntime, model: ModelConfig, loaded: Any, **more: An
     return json.loads(event.body)["choices"][0]["message"]
 
 
+async def message(runtime: VllmRuntime, model: ModelConfig, loaded: Any, **more: Any) -> set[str]:
+    """The kinds of content in a message of Anthropic's form."""
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0}
+    request = TextRequest(model.id, TextOperation.MESSAGES, {**body, **more}, request_id="test")
+    (event,) = [event async for event in loaded.run(runtime.prepare(model, request))]
+    assert isinstance(event, Document)
+    return {block["type"] for block in json.loads(event.body)["content"]}
+
+
 async def test_a_model_thinks_as_its_options_say_unless_the_request_says_otherwise(
     vllm_runtime: VllmRuntime, starter_dir: StarterDir, tmp_path: Path
 ) -> None:
@@ -160,9 +184,17 @@ async def test_a_model_thinks_as_its_options_say_unless_the_request_says_otherwi
     try:
         quiet = await chat(vllm_runtime, model, loaded)
         assert quiet["content"] and not quiet.get("reasoning")
-        thoughtful = await chat(
-            vllm_runtime, model, loaded, chat_template_kwargs={"enable_thinking": True}
-        )
-        assert thoughtful["reasoning"] and not thoughtful["content"]
+        for asked in (
+            {"chat_template_kwargs": {"enable_thinking": True}},
+            {"reasoning_effort": "low"},
+        ):
+            thoughtful = await chat(vllm_runtime, model, loaded, **asked)
+            assert thoughtful["reasoning"] and not thoughtful["content"]
+        quiet = await chat(vllm_runtime, model, loaded, reasoning_effort="none")
+        assert quiet["content"] and not quiet.get("reasoning")
+        kinds = await message(vllm_runtime, model, loaded)
+        assert kinds == {"text"}
+        kinds = await message(vllm_runtime, model, loaded, thinking={"type": "adaptive"})
+        assert kinds == {"thinking"}
     finally:
         await vllm_runtime.unload(loaded)

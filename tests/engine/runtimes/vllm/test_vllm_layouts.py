@@ -22,9 +22,8 @@ from engine.runtimes.vllm.checkpoint import Checkpoint
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.runtime import VllmRuntime
 from tests.layouts.configured import configured
-from tests.layouts.layout import Layout, layouts
+from tests.layouts.layout import TOLERANCE, Layout, layouts
 from tests.layouts.sparse import write_safetensors
-from tests.layouts.test_repositories import TOLERANCE
 
 pytestmark = pytest.mark.slow
 
