@@ -144,7 +144,7 @@ class ModelConfig(Section):
     task: str = "generate"
     """What the model is for; one of its runtime's `tasks`."""
     source: Annotated[str, StringConstraints(min_length=1)]
-    """A local folder, `starter:NAME`, or a hub repository `owner/name`."""
+    """A local folder, `samples:NAME`, `starter:NAME`, or a hub repository `owner/name`."""
     keep_alive: Duration | None = None
     """Seconds an idle model stays; None takes `engine.keep_alive`."""
     pin: bool = False
