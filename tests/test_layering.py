@@ -37,7 +37,7 @@ LAYERS = (
     ("engine.residency", "engine.metrics"),
     ("engine.runtimes",),
     ("engine.model_folder",),
-    ("engine.starters",),
+    ("engine.starters", "engine.conversion"),
     ("engine.scheduling",),
     ("engine.process",),
     ("engine.memory",),
