@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from kokoro import KModel
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from engine.errors import LoadFailed
 from engine.process.gate import GATE
 from engine.samples.packages import package_folder
-from kokoro import KModel
 
 _CONFIG: dict[str, Any] = {
     "istftnet": {
@@ -206,7 +206,6 @@ class _Export:
         # ONNX multiplies from the other side.
         return (weight.T if is_linear else weight).astype(np.float32)
 
-
     def _lstm(self, path: str, inputs: list[str]) -> dict[str, Floats]:
         """Both directions. `inputs` are as onnxruntime documents DynamicQuantizeLSTM's."""
         _, of_input, of_state, bias = inputs[:4]
@@ -261,7 +260,8 @@ def _dequantised(stored: Array, scale: Array, zero: Array, axis: int) -> Floats:
 def _norms(weight: Floats) -> Floats:
     """The norm of each row, as torch's weight norm keeps it: (rows, 1, …)."""
     axes = tuple(range(1, weight.ndim))
-    return np.sqrt(np.square(weight).sum(axis=axes, keepdims=True))
+    norms: Floats = np.sqrt(np.square(weight).sum(axis=axes, keepdims=True))
+    return norms
 
 
 def _torch_gates(stacked: Floats) -> Floats:

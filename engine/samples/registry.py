@@ -59,7 +59,7 @@ SAMPLES: Mapping[str, Sample] = MappingProxyType(
             module="smollm2",
             changes=(
                 "The weights were 4 bits each (GGUF Q4_1), and are bfloat16 here. The chat template"
-                " can name tools. Sampling has the temperature of the published model card."
+                " can name tools. By default it takes the likeliest token."
             ),
         ),
         "whisper-base": Sample(
