@@ -36,7 +36,7 @@ PROMPTS = (
 )
 """What the check lets both models continue."""
 
-CHECKED_TOKENS = 12
+CHECKED_TOKENS = 8
 
 Tell = Callable[[str], None]
 

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from engine.conversion.header import GgufHeader
 from engine.conversion.refusals import TAKE_THE_ORIGINAL
-from engine.conversion.splits import BEGIN_WITH_BOS, COMPOSED, SPLITS, WHOLE_WORDS
+from engine.conversion.splits import (
+    BEGIN_WITH_BOS,
+    COMPOSED,
+    SPLITS,
+    WHOLE_WORDS,
+    pre_tokenizer,
+)
 from engine.errors import LoadFailed
 
 if TYPE_CHECKING:
@@ -124,7 +130,7 @@ def _token(header: GgufHeader, role: str) -> str | None:
 
 
 def _byte_pairs(header: GgufHeader) -> Tokenizer:
-    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
     pre = header.of_tokenizer("pre")
@@ -133,9 +139,7 @@ def _byte_pairs(header: GgufHeader) -> Tokenizer:
     backend = Tokenizer(BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS))
     if pre in COMPOSED:
         backend.normalizer = normalizers.NFC()
-    splits = [pre_tokenizers.Split(Regex(each), "isolated") for each in SPLITS[pre]]
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
+    backend.pre_tokenizer = pre_tokenizer(pre)
     backend.decoder = decoders.ByteLevel()
     return backend
 
