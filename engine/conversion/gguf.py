@@ -192,16 +192,17 @@ def _check_weights(header: GgufHeader, config: PretrainedConfig) -> None:
 
 def _load(header: GgufHeader, config: PretrainedConfig) -> PreTrainedModel:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         str(header.file.parent),
         gguf_file=header.file.name,
         config=config,
         dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
         local_files_only=True,
     )
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _continue(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:

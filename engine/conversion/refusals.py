@@ -193,4 +193,4 @@ def _bytes(kind: GGMLQuantizationType, elements: int) -> int:
     from gguf import GGML_QUANT_SIZES
 
     block_elements, block_bytes = GGML_QUANT_SIZES[kind]
-    return elements // block_elements * block_bytes
+    return int(elements // block_elements * block_bytes)

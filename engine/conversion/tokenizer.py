@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BYTE_PAIRS, SENTENCE_PIECES = "gpt2", "llama"
-"""The kinds of vocabulary (`tokenizer.ggml.model`) that are converted."""
+"""The kinds of vocabulary that are converted, by the key model of the tokenizer."""
 
 CONTROL, USER_DEFINED = 3, 4
 """Kinds of tokens that the text names whole: those that decoding drops, and those that it keeps."""
@@ -136,7 +136,7 @@ def _byte_pairs(header: GgufHeader) -> Tokenizer:
     pre = header.of_tokenizer("pre")
     vocabulary = {token: index for index, token in enumerate(header.of_tokenizer("tokens"))}
     merges = [_pair(merge) for merge in header.of_tokenizer("merges")]
-    backend = Tokenizer(BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS))
+    backend: Tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS))
     if pre in COMPOSED:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizer(pre)
@@ -157,9 +157,9 @@ def _sentence_pieces(header: GgufHeader) -> Tokenizer:
     wanted = ("tokens", "scores", "token_type", "merges")
     described = {key: header.of_tokenizer(key) for key in wanted}
     found = {key: value for key, value in described.items() if value is not None}
-    backend, _ = convert_gguf_tokenizer(
+    backend: Tokenizer = convert_gguf_tokenizer(
         header.architecture, {"tokenizer_type": SENTENCE_PIECES, **found}
-    )
+    )[0]
     if header.architecture.startswith("gemma"):
         return backend  # no space before the text, whatever the file says
     # A space goes before the text and after each special token, as llama.cpp does.

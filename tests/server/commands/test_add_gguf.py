@@ -72,7 +72,8 @@ def test_the_same_file_again_is_not_converted_again(
     config: Path, tmp_path: Path, conversions: list[Path]
 ) -> None:
     # As Ollama names its files: by a hash, without a suffix.
-    file = written(tmp_path, "sha256-0123", **{"general.name": "Tiny Llama 3"})
+    named: dict[str, Any] = {"general.name": "Tiny Llama 3"}
+    file = written(tmp_path, "sha256-0123", **named)
     for _ in range(2):
         assert add(str(file)).exit_code == 0
     first, second = models(config)
