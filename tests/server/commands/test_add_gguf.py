@@ -111,12 +111,19 @@ def test_a_model_without_a_chat_template_is_told(
     ],
 )
 def test_another_file(
-    config: Path, tmp_path: Path, conversions: list[Path], name: str, data: bytes, told: str
+    config: Path,
+    tmp_path: Path,
+    conversions: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    data: bytes | None,
+    told: str,
 ) -> None:
     if data is not None:
         (tmp_path / name).write_bytes(data)
+    monkeypatch.chdir(tmp_path)
     before = config.read_text()
-    result = add(str(tmp_path / name))
+    result = add(name)
     assert result.exit_code == 1
     assert told in result.stderr
     assert config.read_text() == before
