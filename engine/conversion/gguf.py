@@ -55,6 +55,7 @@ def add_gguf(file: Path, cache_dir: Path, tell: Tell) -> Path:
     tell(f"reading {file.name} ({format_size(header.nbytes)})")
     folder = cache_dir / "gguf" / FORMAT / _digest(file) / _name(header)
     if folder.is_dir():
+        tell(f"it was converted before, to {folder}")
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
