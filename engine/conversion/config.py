@@ -49,6 +49,10 @@ def model_config(header: GgufHeader) -> PretrainedConfig:
         values.pop(gone, None)
     values |= _attention(header, values)
     values["rope_parameters"] = _rope(header, values)
+    if header.architecture == "phi3":
+        values["original_max_position_embeddings"] = header.of_model(
+            "rope.scaling.original_context_length", header.of_model("context_length")
+        )
     tokens = ends_of_answer(header)
     values["bos_token_id"] = header.of_tokenizer("bos_token_id")
     values["eos_token_id"] = tokens[0] if len(tokens) == 1 else tokens or None
@@ -87,7 +91,7 @@ def _attention(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
     if kind == "llama":
         changed["attention_bias"] = "blk.0.attn_q.bias" in names
         changed["mlp_bias"] = "blk.0.ffn_up.bias" in names
-    if kind == "gemma2":
+    if kind in ("gemma2", "gemma3"):
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             changed[key] = header.of_model(key, values[key])
     if kind in ("gemma2", "gemma3"):
@@ -115,7 +119,10 @@ def _rope(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
     rope |= _scaling(header)
     if kind != "gemma3":
         return rope
-    local = {"rope_type": "default", "rope_theta": 10_000.0}
+    local = {
+        "rope_type": "default",
+        "rope_theta": header.of_model("rope.freq_base_swa", 10_000.0),
+    }
     return {"full_attention": rope, "sliding_attention": local}
 
 
@@ -137,7 +144,9 @@ def _scaling(header: GgufHeader) -> dict[str, Any]:
         return scaling
     kind = header.of_model("rope.scaling.type") or "none"
     factor = header.of_model("rope.scaling.factor")
-    if kind == "none" or not factor or factor == 1.0:
+    if header.of_model("rope.scaling.attn_factor", 1.0) != 1.0:
+        kind = f"{kind} with an attn_factor"
+    elif kind == "none" or not factor or factor == 1.0:
         return {"rope_type": "default"}
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}

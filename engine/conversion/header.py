@@ -73,15 +73,6 @@ class GgufHeader:
         return self.metadata.get(f"tokenizer.ggml.{key}", default)
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether a file begins as a GGUF file does. Ollama's files have no suffix that says so."""
-    try:
-        with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError:
-        return False
-
-
 def read_header(file: Path) -> GgufHeader:
     """Read the header of a GGUF file.
 
@@ -93,7 +84,10 @@ def read_header(file: Path) -> GgufHeader:
         with file.open("rb") as opened:
             magic = opened.read(len(MAGIC))
             if magic != MAGIC:
-                raise LoadFailed(f"{file.name} is no GGUF file: it does not begin with GGUF")
+                raise LoadFailed(
+                    f"{file.name} is no GGUF file. A folder or a repository of the hub can be"
+                    " added too"
+                )
             with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _parse(file, data)
     except OSError as error:

@@ -65,15 +65,20 @@ _MORE_KEYS = {
         "attn_logit_softcapping",
         "final_logit_softcapping",
     },
-    "gemma3": {"attention.sliding_window"},
+    "gemma3": {
+        "attention.sliding_window",
+        "final_logit_softcapping",
+        "rope.freq_base_swa",
+    },
     "phi3": {"attention.sliding_window"},
 }
 
 _REASONS = {
     "expert_count": "a mixture of experts",
     "pooling_type": "an embedding model",
+    "vision": "a vision model in one file, as Ollama makes them",
 }
-"""What a key that is not read says about the model."""
+"""What a key that is not read, or the first word of it, says about the model."""
 
 
 def check(header: GgufHeader) -> None:
@@ -128,7 +133,7 @@ def _check_keys(header: GgufHeader, name: str) -> None:
             continue
         short = key.removeprefix(prefix)
         if short not in known:
-            what = f" ({_REASONS[short]})" if short in _REASONS else ""
+            what = f" ({_REASONS[topic]})" if (topic := short.split(".")[0]) in _REASONS else ""
             raise LoadFailed(
                 f"{name} has {key} = {value!r:.60}{what}, which the conversion does not know; "
                 + TAKE_THE_ORIGINAL
@@ -188,4 +193,4 @@ def _bytes(kind: GGMLQuantizationType, elements: int) -> int:
     from gguf import GGML_QUANT_SIZES
 
     block_elements, block_bytes = GGML_QUANT_SIZES[kind]
-    return elements // block_elements * block_bytes
+    return int(elements // block_elements * block_bytes)

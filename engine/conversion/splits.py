@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -91,3 +95,12 @@ BEGIN_WITH_BOS = WHOLE_WORDS - {"minicpm5"}
 
 COMPOSED = frozenset({"qwen2"})
 """The text is normalised to NFC first, as the original tokenizer does."""
+
+
+def pre_tokenizer(name: str) -> PreTokenizer:
+    """What splits a text into the pieces that are merged each on its own."""
+    from tokenizers import Regex, pre_tokenizers
+
+    splits = [pre_tokenizers.Split(Regex(each), "isolated") for each in SPLITS[name]]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*splits, to_bytes])

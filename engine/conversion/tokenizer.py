@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from engine.conversion.header import GgufHeader
 from engine.conversion.refusals import TAKE_THE_ORIGINAL
-from engine.conversion.splits import BEGIN_WITH_BOS, COMPOSED, SPLITS, WHOLE_WORDS
+from engine.conversion.splits import (
+    BEGIN_WITH_BOS,
+    COMPOSED,
+    SPLITS,
+    WHOLE_WORDS,
+    pre_tokenizer,
+)
 from engine.errors import LoadFailed
 
 if TYPE_CHECKING:
@@ -18,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BYTE_PAIRS, SENTENCE_PIECES = "gpt2", "llama"
-"""The kinds of vocabulary (`tokenizer.ggml.model`) that are converted."""
+"""The kinds of vocabulary that are converted, by the key model of the tokenizer."""
 
 CONTROL, USER_DEFINED = 3, 4
 """Kinds of tokens that the text names whole: those that decoding drops, and those that it keeps."""
@@ -124,18 +130,16 @@ def _token(header: GgufHeader, role: str) -> str | None:
 
 
 def _byte_pairs(header: GgufHeader) -> Tokenizer:
-    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
     pre = header.of_tokenizer("pre")
     vocabulary = {token: index for index, token in enumerate(header.of_tokenizer("tokens"))}
     merges = [_pair(merge) for merge in header.of_tokenizer("merges")]
-    backend = Tokenizer(BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS))
+    backend: Tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS))
     if pre in COMPOSED:
         backend.normalizer = normalizers.NFC()
-    splits = [pre_tokenizers.Split(Regex(each), "isolated") for each in SPLITS[pre]]
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
+    backend.pre_tokenizer = pre_tokenizer(pre)
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -153,9 +157,9 @@ def _sentence_pieces(header: GgufHeader) -> Tokenizer:
     wanted = ("tokens", "scores", "token_type", "merges")
     described = {key: header.of_tokenizer(key) for key in wanted}
     found = {key: value for key, value in described.items() if value is not None}
-    backend, _ = convert_gguf_tokenizer(
+    backend: Tokenizer = convert_gguf_tokenizer(
         header.architecture, {"tokenizer_type": SENTENCE_PIECES, **found}
-    )
+    )[0]
     if header.architecture.startswith("gemma"):
         return backend  # no space before the text, whatever the file says
     # A space goes before the text and after each special token, as llama.cpp does.
