@@ -19,7 +19,7 @@ import openai
 import pytest
 import yaml
 
-from engine.samples.registry import SAMPLES, can_build_all, ensure_sample
+from engine.samples.registry import SAMPLES, ensure_sample
 from engine.starters.chat_templates import QWEN_TEMPLATE
 from server.bench.quality.words import matched_words, normal_words, word_error_rate
 from server.settings import STARTER_CONFIG
@@ -27,33 +27,21 @@ from tests.quality.recordings import clips
 from tests.quality.sentences import PAIRS, QUESTIONS, SPOKEN
 from tests.server.real import Server
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not can_build_all(), reason="scripts/setup --samples was not run"),
-]
+pytestmark = pytest.mark.slow
 
 CHAT, EMBED, HEAR, SPEAK = "smollm2-135m", "minilm-l6-v2", "whisper-base", "kokoro-82m"
 TOKENS = 20
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache in which every sample was built."""
-    path = tmp_path_factory.mktemp("samples") / "roundhouse"
-    for name in SAMPLES:
-        ensure_sample(name, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def server(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(sample_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The configuration of the samples, with one of its starters."""
     home = tmp_path_factory.mktemp("home")
     document = yaml.safe_load(STARTER_CONFIG.with_name("samples.yaml").read_text())
     wanted = {*SAMPLES, "tiny-sdxl-turbo"}
     document["models"] = [model for model in document["models"] if model["id"] in wanted]
     (home / "config.yaml").write_text(yaml.safe_dump(document))
-    server = Server(home, "--config", str(home / "config.yaml"), XDG_CACHE_HOME=str(cache.parent))
+    server = Server(home, "--config", str(home / "config.yaml"), ROUNDHOUSE_CACHE_DIR=str(sample_cache))
     try:
         server.wait_ready()
         yield server
@@ -67,12 +55,12 @@ def sdk(server: Server) -> openai.OpenAI:
 
 
 @pytest.fixture(scope="module")
-def expected(cache: Path) -> list[str]:
+def expected(sample_cache: Path) -> list[str]:
     """transformers' own greedy answers to the questions, in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = ensure_sample(CHAT, cache)
+    folder = ensure_sample(CHAT, sample_cache)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     answers = []
@@ -122,29 +110,29 @@ def hear(sdk: openai.OpenAI, wav: bytes, **more: Any) -> str:
 
 
 class TestFolders:
-    def test_a_card_says_whose_it_is_and_under_which_licence(self, cache: Path) -> None:
+    def test_a_card_says_whose_it_is_and_under_which_licence(self, sample_cache: Path) -> None:
         for name, sample in SAMPLES.items():
-            _, head, body = (ensure_sample(name, cache) / "README.md").read_text().split("---\n", 2)
+            _, head, body = (ensure_sample(name, sample_cache) / "README.md").read_text().split("---\n", 2)
             card = yaml.safe_load(head)
             assert card["license"] == sample.licence
             assert card["base_model"] == sample.origin
             assert sample.changes in body
 
-    def test_kokoro_has_the_published_number_of_weights(self, cache: Path) -> None:
+    def test_kokoro_has_the_published_number_of_weights(self, sample_cache: Path) -> None:
         """hexgrad/Kokoro-82M: 81,763,410 numbers, none of AdaIN's untrained norms among them."""
         import torch
 
-        parts = torch.load(ensure_sample(SPEAK, cache) / "kokoro-v1_0.pth", map_location="meta")
+        parts = torch.load(ensure_sample(SPEAK, sample_cache) / "kokoro-v1_0.pth", map_location="meta")
         tensors = [item for part in parts.values() for item in part.items()]
         assert sum(each.numel() for _, each in tensors) == 81_763_410
         assert not any(".norm." in name for name, _ in tensors)
 
     def test_the_chat_template_is_the_published_one_where_no_tool_is_named(
-        self, cache: Path
+        self, sample_cache: Path
     ) -> None:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(ensure_sample(CHAT, cache))
+        tokenizer = AutoTokenizer.from_pretrained(ensure_sample(CHAT, sample_cache))
         turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
         assert tokenizer.apply_chat_template(turns, tokenize=False) == (
             "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging"
@@ -205,12 +193,12 @@ class TestLanguage:
 
 class TestEmbeddings:
     def test_they_are_the_mean_of_transformers_states(
-        self, sdk: openai.OpenAI, cache: Path
+        self, sdk: openai.OpenAI, sample_cache: Path
     ) -> None:
         import torch
         from transformers import AutoModel, AutoTokenizer
 
-        folder = ensure_sample(EMBED, cache)
+        folder = ensure_sample(EMBED, sample_cache)
         texts = sorted({text for _, *pair in PAIRS for text in pair})
         inputs = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
         model = AutoModel.from_pretrained(folder, dtype=torch.float32)
