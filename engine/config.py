@@ -294,13 +294,16 @@ def read_sections(
 
     """
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        # YAML finds the encoding itself: editors of Windows write UTF-16.
+        document = yaml.load(path.read_bytes(), _Loader) or {}
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: it is nested too deeply") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected a mapping at the top")
     for key in document:

@@ -140,6 +140,28 @@ class TestFile:
             read_sections(path, {}, {"engine": [], "server": ["port"]})
         assert str(caught.value).startswith(f"{path}: ")
 
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+    def test_it_is_read_in_the_encodings_of_yaml(self, tmp_path: Path, encoding: str) -> None:
+        path = tmp_path / "config.yaml"
+        path.write_text("server: {host: é}\n", encoding=encoding)
+        sections = read_sections(path, {}, {"engine": [], "server": ["host"]})
+        assert sections["server"] == {"host": "é"}
+
+    @pytest.mark.parametrize(
+        ("content", "told"),
+        [
+            ("server: {host: é}\n".encode("latin-1"), "not valid YAML: unacceptable character"),
+            (b"\x1f\x8b\x08\x00", "not valid YAML: "),
+            (b"models: " + b"[" * 3000 + b"]" * 3000, "it is nested too deeply"),
+        ],
+    )
+    def test_what_is_no_text_is_an_error(self, tmp_path: Path, content: bytes, told: str) -> None:
+        path = tmp_path / "config.yaml"
+        path.write_bytes(content)
+        with pytest.raises(ConfigError) as caught:
+            read_sections(path, {}, {"engine": [], "server": ["host"]})
+        assert str(caught.value).startswith(f"{path}: {told}")
+
     def test_a_merged_key_may_be_overridden(self, tmp_path: Path) -> None:
         path = tmp_path / "config.yaml"
         path.write_text("engine: &a {memory: 1}\nserver: {<<: *a, memory: 2}\n", encoding="utf-8")
