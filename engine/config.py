@@ -173,6 +173,9 @@ class ModelConfig(Section):
             if value not in every:
                 expected = f"{', '.join(map(repr, every[:-1]))} or {every[-1]!r}"
                 raise PydanticKnownError("literal_error", {"expected": expected})
+            if own is not None:
+                known = ", ".join(map(repr, runtimes[own].tasks))
+                raise ValueError(f"the runtime {own!r} has no task {value!r}; there is {known}")
         return value
 
     @field_validator("options")

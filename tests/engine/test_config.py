@@ -80,7 +80,11 @@ class TestModelsAreCheckedAsTheyAreRead:
                 " models[1].options.kv_cashe: unknown key (did you mean kv_cache?)",
             ),
             (
-                {"runtime": "diffusers", "options": {"default": {"steps": 0, "guidance": 1}}},
+                {
+                    "runtime": "diffusers",
+                    "task": "video",
+                    "options": {"default": {"steps": 0, "guidance": 1}},
+                },
                 "models[1].options.default.steps: it must be at least 1",
             ),
             (
@@ -96,6 +100,11 @@ class TestModelsAreCheckedAsTheyAreRead:
                 {"task": "dance"},
                 "models[1].task: it must be 'generate', 'embed', 'image', 'video', 'speech'"
                 " or 'transcribe'",
+            ),
+            (
+                {"task": "image"},
+                "models[1].task: the runtime 'vllm' has no task 'image'; there is 'generate',"
+                " 'embed'",
             ),
         ],
     )
