@@ -349,7 +349,11 @@ def parse_section(
     try:
         return kind.model_validate(raw, context=runtimes)
     except ValidationError as error:
-        lines = [_describe(kind, item, prefix) for item in error.errors()]
+        found = error.errors()
+        # Pydantic counts the valid items only, so a list whose items are all wrong seems empty.
+        lists = {item["loc"][:1] for item in found if len(item["loc"]) > 1}
+        told = [each for each in found if each["type"] != "too_short" or each["loc"] not in lists]
+        lines = [_describe(kind, item, prefix) for item in told]
         raise ConfigError("; ".join(lines)) from error
 
 

@@ -119,6 +119,14 @@ class TestModelsAreCheckedAsTheyAreRead:
         for key in ("models[0].options.seed", "models[1].runtime", "models[1].pinn"):
             assert key in raised.value.message
 
+    def test_a_wrong_model_is_no_missing_model(self) -> None:
+        with pytest.raises(ConfigError) as raised:
+            read({"id": "a b"})
+        assert raised.value.message.startswith("models[0].id: ")
+        assert "at least 1" not in raised.value.message
+        with pytest.raises(ConfigError, match=r"^models: it must have at least 1 item$"):
+            read()
+
     def test_a_single_model(self) -> None:
         with pytest.raises(ConfigError, match=r"^models\[new\]\.options\.dtyp: unknown key"):
             entry = {"id": "new", "source": "me/new", "options": {"dtyp": 1}}
