@@ -212,3 +212,12 @@ async def test_a_message_has_the_tool_that_it_must_call(
     prepare(vllm_runtime, operation, messages=[*ASK, ADDED], tool_choice={"type": "any"})
     prepare(vllm_runtime, operation, tools=[WEATHER], tool_choice={"type": "any"})
     prepare(vllm_runtime, operation, tools=[WEATHER], tool_choice={**other, "name": "weather"})
+
+
+@pytest.mark.parametrize("encoding", ["bytes", "bytes_only", "hex"])
+async def test_an_embedding_is_written_as_a_document_can_hold_it(
+    vllm_runtime: VllmRuntime, encoding: str
+) -> None:
+    operation = TextOperation.EMBEDDINGS
+    assert refused(vllm_runtime, operation, encoding_format=encoding) == "encoding_format"
+    prepare(vllm_runtime, operation, encoding_format="base64")
