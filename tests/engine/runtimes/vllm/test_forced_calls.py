@@ -330,6 +330,12 @@ async def test_a_message_has_an_id_of_anthropics_form(ask: Ask) -> None:
         assert '"id":"msg_' in text
 
 
+async def test_a_message_always_says_which_sequence_stopped_it(ask: Ask) -> None:
+    await ask(TextOperation.MESSAGES, body(TextOperation.MESSAGES, "now"))
+    document = json.loads(ask.events[0].body)  # type: ignore[attr-defined]
+    assert document["stop_sequence"] is None
+
+
 async def test_a_response_that_was_cut_is_incomplete(ask: Ask) -> None:
     for stream in (False, True):
         fields = {"input": "hi", "max_output_tokens": 2, "stream": stream}
