@@ -7,7 +7,7 @@ their transcripts.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,9 @@ def server(sample_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     wanted = {*SAMPLES, "tiny-sdxl-turbo"}
     document["models"] = [model for model in document["models"] if model["id"] in wanted]
     (home / "config.yaml").write_text(yaml.safe_dump(document))
-    server = Server(home, "--config", str(home / "config.yaml"), ROUNDHOUSE_CACHE_DIR=str(sample_cache))
+    server = Server(
+        home, "--config", str(home / "config.yaml"), ROUNDHOUSE_CACHE_DIR=str(sample_cache)
+    )
     try:
         server.wait_ready()
         yield server
@@ -103,16 +105,16 @@ def speak(sdk: openai.OpenAI, text: str, voice: str = "alloy") -> bytes:
 
 
 def hear(sdk: openai.OpenAI, wav: bytes, **more: Any) -> str:
-    answer = sdk.audio.transcriptions.create(
-        model=HEAR, file=("a.wav", wav), temperature=0, **more
-    )
-    return answer.text
+    answer = sdk.audio.transcriptions.create(model=HEAR, file=("a.wav", wav), temperature=0, **more)
+    return str(answer.text)
 
 
 class TestFolders:
     def test_a_card_says_whose_it_is_and_under_which_licence(self, sample_cache: Path) -> None:
         for name, sample in SAMPLES.items():
-            _, head, body = (ensure_sample(name, sample_cache) / "README.md").read_text().split("---\n", 2)
+            _, head, body = (
+                (ensure_sample(name, sample_cache) / "README.md").read_text().split("---\n", 2)
+            )
             card = yaml.safe_load(head)
             assert card["license"] == sample.licence
             assert card["base_model"] == sample.origin
@@ -122,7 +124,9 @@ class TestFolders:
         """hexgrad/Kokoro-82M: 81,763,410 numbers, none of AdaIN's untrained norms among them."""
         import torch
 
-        parts = torch.load(ensure_sample(SPEAK, sample_cache) / "kokoro-v1_0.pth", map_location="meta")
+        parts = torch.load(
+            ensure_sample(SPEAK, sample_cache) / "kokoro-v1_0.pth", map_location="meta"
+        )
         tensors = [item for part in parts.values() for item in part.items()]
         assert sum(each.numel() for _, each in tensors) == 81_763_410
         assert not any(".norm." in name for name, _ in tensors)
@@ -159,10 +163,11 @@ class TestLanguage:
         self, sdk: openai.OpenAI, expected: list[str]
     ) -> None:
         with ThreadPoolExecutor(2) as pool:
-            others = [pool.submit(embed, sdk, SPOKEN), pool.submit(speak, sdk, SPOKEN[0])]
+            embedded = pool.submit(embed, sdk, SPOKEN)
+            spoken = pool.submit(speak, sdk, SPOKEN[0])
             assert ask_at_once(sdk) == expected
-            for other in others:
-                other.result()
+            assert len(embedded.result()) == len(SPOKEN)
+            assert spoken.result()
 
     def test_so_it_is_after_a_swap(
         self, server: Server, sdk: openai.OpenAI, expected: list[str]
@@ -199,7 +204,7 @@ class TestEmbeddings:
         from transformers import AutoModel, AutoTokenizer
 
         folder = ensure_sample(EMBED, sample_cache)
-        texts = sorted({text for _, *pair in PAIRS for text in pair})
+        texts = sorted({text for _, first, second in PAIRS for text in (first, second)})
         inputs = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
         model = AutoModel.from_pretrained(folder, dtype=torch.float32)
         with torch.inference_mode():
@@ -211,7 +216,8 @@ class TestEmbeddings:
 
     def test_pairs_are_as_alike_as_a_person_finds_them(self, sdk: openai.OpenAI) -> None:
         degrees = np.array([degree for degree, _, _ in PAIRS])
-        left, right = (embed(sdk, [pair[place] for pair in PAIRS]) for place in (1, 2))
+        left = embed(sdk, [first for _, first, _ in PAIRS])
+        right = embed(sdk, [second for _, _, second in PAIRS])
         alike = (left * right).sum(1)
         means = [alike[degrees == degree].mean() for degree in (4, 3, 2, 1)]
         assert sorted(means, reverse=True) == means
@@ -270,7 +276,9 @@ class TestTranscription:
 
 def test_only_random_weights_are_said_to_be_random(sdk: openai.OpenAI) -> None:
     header = "x-roundhouse-weights"
-    image = sdk.images.with_raw_response.generate(model="dall-e-3", prompt="a train", size="128x128")
+    image = sdk.images.with_raw_response.generate(
+        model="dall-e-3", prompt="a train", size="128x128"
+    )
     assert image.headers[header] == "random"
     chat = sdk.completions.with_raw_response.create(model=CHAT, prompt="a", max_tokens=1)
     assert header not in chat.headers

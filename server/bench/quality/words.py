@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import jiwer
 
-_NORMAL = jiwer.Compose(
-    [
-        jiwer.ToLowerCase(),
-        jiwer.SubstituteRegexes({r"[-–—]": " ", r"\bmr\.": "mister", r"\bmrs\.": "missis"}),
-        jiwer.RemovePunctuation(),
-        jiwer.RemoveMultipleSpaces(),
-        jiwer.Strip(),
-    ]
-)
+_TITLES = {"mr": "mister", "mrs": "missis", "dr": "doctor"}
 
 
 def normal_words(text: str) -> list[str]:
     """The words of a text without case and punctuation; titles are written out."""
-    words: list[str] = _NORMAL(text).split()
-    return words
+    words = re.sub(r"[^\w\s]", "", re.sub(r"[-–—]", " ", text.lower())).split()
+    return [_TITLES.get(word, word) for word in words]
 
 
 def word_error_rate(said: Sequence[str], heard: Sequence[str]) -> float:

@@ -421,9 +421,7 @@ class Started(Server):
 
 
 @pytest.fixture(scope="module")
-def checkout(
-    tmp_path_factory: pytest.TempPathFactory, sample_cache: Path
-) -> Iterator[Checkout]:
+def checkout(tmp_path_factory: pytest.TempPathFactory, sample_cache: Path) -> Iterator[Checkout]:
     with serving(Hub()) as hub:
         hub.repos[REPO] = FILES
         yield Checkout(tmp_path_factory.mktemp("checkout"), hub, sample_cache)
