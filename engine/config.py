@@ -144,7 +144,7 @@ class ModelConfig(Section):
     task: str = "generate"
     """What the model is for; one of its runtime's `tasks`."""
     source: Annotated[str, StringConstraints(min_length=1)]
-    """A local folder, `starter:NAME`, or a hub repository `owner/name`."""
+    """A local folder, `samples:NAME`, `starter:NAME`, or a hub repository `owner/name`."""
     keep_alive: Duration | None = None
     """Seconds an idle model stays; None takes `engine.keep_alive`."""
     pin: bool = False
@@ -173,6 +173,9 @@ class ModelConfig(Section):
             if value not in every:
                 expected = f"{', '.join(map(repr, every[:-1]))} or {every[-1]!r}"
                 raise PydanticKnownError("literal_error", {"expected": expected})
+            if own is not None:
+                known = ", ".join(map(repr, runtimes[own].tasks))
+                raise ValueError(f"the runtime {own!r} has no task {value!r}; there is {known}")
         return value
 
     @field_validator("options")
@@ -294,13 +297,16 @@ def read_sections(
 
     """
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        # YAML finds the encoding itself: editors of Windows write UTF-16.
+        document = yaml.load(path.read_bytes(), _Loader) or {}
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: it is nested too deeply") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected a mapping at the top")
     for key in document:
@@ -343,7 +349,11 @@ def parse_section(
     try:
         return kind.model_validate(raw, context=runtimes)
     except ValidationError as error:
-        lines = [_describe(kind, item, prefix) for item in error.errors()]
+        found = error.errors()
+        # Pydantic counts the valid items only, so a list whose items are all wrong seems empty.
+        lists = {item["loc"][:1] for item in found if len(item["loc"]) > 1}
+        told = [each for each in found if each["type"] != "too_short" or each["loc"] not in lists]
+        lines = [_describe(kind, item, prefix) for item in told]
         raise ConfigError("; ".join(lines)) from error
 
 

@@ -13,7 +13,8 @@ from typing import Generic, TypeVar
 from engine.errors import ConfigError, LoadFailed
 from engine.files.hub.cache import snapshot
 from engine.files.hub.selection import GGUF, has_only_gguf
-from engine.files.source import STARTER, Source
+from engine.files.source import SAMPLES, STARTER, Source
+from engine.samples.registry import ensure_sample, sample_folder
 from engine.starters.registry import ensure_starter, starter_folder
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,10 @@ class Builder:
     """The folder, whether it is there or not."""
 
 
-BUILDERS: Mapping[str, Builder] = {STARTER: Builder(ensure_starter, starter_folder)}
+BUILDERS: Mapping[str, Builder] = {
+    SAMPLES: Builder(ensure_sample, sample_folder),
+    STARTER: Builder(ensure_starter, starter_folder),
+}
 """The sources `SCHEME:NAME` by their scheme."""
 
 

@@ -77,6 +77,8 @@ class ModelStatus:
     last_error: str | None
     outdated: bool
     """A pull has brought newer files since its load. It takes them once it has been unloaded."""
+    random_weights: bool
+    """Its weights are random: its answers mean nothing."""
     created: int
     """Unix seconds at which the model was configured (OpenAI's `created`)."""
 

@@ -74,7 +74,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         probes_router(engine, start, metrics),
         text_router(engine, settings),
         images_router(engine, outputs, settings),
-        videos_router(jobs, settings),
+        videos_router(engine, jobs, settings),
         speech_router(engine, voices, settings),
         transcriptions_router(engine, settings),
         voices_router(engine, voices, settings),

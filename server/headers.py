@@ -1,8 +1,10 @@
-"""The headers of our own: how long an answer waited and ran, its memory, and what was cut."""
+"""The headers of our own: what an answer took, what was cut, and whether it means anything."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from engine.files.source import Source
 
 if TYPE_CHECKING:
     from engine.session import Session
@@ -11,7 +13,7 @@ HEADER_PREFIX = "x-roundhouse-"
 
 ANSWER_HEADERS = tuple(
     f"{HEADER_PREFIX}{name}"
-    for name in ("queue-ms", "load-ms", "run-ms", "tier", "peak-bytes", "cut")
+    for name in ("queue-ms", "load-ms", "run-ms", "tier", "peak-bytes", "cut", "weights")
 )
 """All that `answer_headers` may give."""
 
@@ -35,4 +37,10 @@ def answer_headers(session: Session, ran_ms: float = 0.0) -> dict[str, str]:
         headers[f"{HEADER_PREFIX}cut"] = ", ".join(
             f"{cut.param}={cut.kept}/{cut.given}" for cut in session.notes.cuts
         )
+    headers.update(weights_header(session.model.source))
     return headers
+
+
+def weights_header(source: str) -> dict[str, str]:
+    """Say of a model's answer that its weights are random; nothing of any other's."""
+    return {f"{HEADER_PREFIX}weights": "random"} if Source(source).random_weights else {}

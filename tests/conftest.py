@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import hashlib
 import os
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from hypothesis import settings
 
 from engine import engine
 from engine.process.faults import FAULTS
+from engine.samples.registry import SAMPLES, can_build_all, ensure_sample
 from engine.starters.registry import ensure_starter
 from tests.quick import sitecustomize
 
@@ -41,6 +43,8 @@ settings.register_profile("quick", deadline=None, derandomize=True, max_examples
 # With all libraries imported a full collection looks at a million objects: at the usual thresholds
 # that is an eighth of the time of the tests of a runtime. Tests of what must be freed collect.
 gc.set_threshold(50_000, 20, 50)
+
+ROOT = Path(__file__).parents[1]
 
 StarterDir = Callable[[str], Path]
 
@@ -110,6 +114,22 @@ def starter_dir(tmp_path_factory: pytest.TempPathFactory) -> StarterDir:
     """Gives the folder of a starter model, each built once for all tests."""
     cache_dir = tmp_path_factory.mktemp("starters")
     return lambda name: ensure_starter(name, cache_dir)
+
+
+@pytest.fixture(scope="session")
+def sample_cache(pytestconfig: pytest.Config) -> Path:
+    """A cache with all sample models: built once for each state of the code that builds them."""
+    if not can_build_all():
+        pytest.skip("no sample models: scripts/setup --no-samples, or it could not fetch them")
+    digest = hashlib.sha256()
+    for package in ("samples", "conversion", "starters"):
+        for path in sorted((ROOT / "engine" / package).rglob("*.py")):
+            digest.update(path.read_bytes())
+    assert pytestconfig.cache is not None
+    path = pytestconfig.cache.mkdir(f"samples-{digest.hexdigest()[:16]}")
+    for name in SAMPLES:
+        ensure_sample(name, path)
+    return path
 
 
 @pytest.fixture(autouse=True)

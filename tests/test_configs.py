@@ -61,7 +61,7 @@ DIFFUSION_MODELS = [
         model,
         id=f"{path.stem}-{model.id}",
         # Its folder is built, which imports torch and diffusers.
-        marks=[pytest.mark.slow] if path == STARTER_CONFIG else [],
+        marks=[pytest.mark.slow] if Source(model.source).scheme == STARTER else [],
     )
     for path in CONFIGS
     for model in models_of(path, "diffusers")
@@ -135,6 +135,7 @@ def test_the_configurations_are_found() -> None:
         "gpu-24gb",
         "gpu-80gb",
         "gpu-8gb",
+        "samples",
         "starter",
     ]
 
@@ -402,7 +403,7 @@ def test_a_first_frame_can_have_the_size_of_its_video(starter_dir: StarterDir) -
             size = (options.width, options.height)
             check_size(size, family_of(pipeline_class(image_model, starter_dir)))
             assert size[0] * size[1] <= image_model.options_as(DiffusersOptions).max_pixels
-    assert chained == {"gpu-24gb", "gpu-80gb", "starter"}
+    assert chained == {"gpu-24gb", "gpu-80gb", "samples", "starter"}
 
 
 CARD_GIB = {"cpu": 16, "gpu-8gb": 8, "gpu-24gb": 24, "gpu-80gb": 80}

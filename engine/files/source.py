@@ -9,6 +9,9 @@ from pathlib import Path
 STARTER = "starter"
 """The scheme of the models of random weights that `engine.starters` builds."""
 
+SAMPLES = "samples"
+"""The scheme of the models of trained weights that `engine.samples` builds."""
+
 _SCHEME = re.compile(r"([a-z][a-z0-9-]*):(.*)")
 _REPO = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -18,7 +21,7 @@ class Source:
     """A source, taken apart. What each scheme stands for is in `engine.model_folder.BUILDERS`."""
 
     text: str
-    """As the configuration has it: `starter:NAME`, a path, or `owner/name`."""
+    """As the configuration has it: `starter:NAME`, `samples:NAME`, a path, or `owner/name`."""
 
     @property
     def scheme(self) -> str | None:
@@ -31,6 +34,11 @@ class Source:
         """What follows the scheme."""
         match = _SCHEME.fullmatch(self.text)
         return match[2] if match else ""
+
+    @property
+    def random_weights(self) -> bool:
+        """Whether the weights are random, so that the answers mean nothing."""
+        return self.scheme == STARTER
 
     @property
     def folder(self) -> Path:

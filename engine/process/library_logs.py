@@ -11,7 +11,11 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 """Variables that the libraries read during their import."""
-QUIET_LOGGERS = ("torch._library.triton",)
+QUIET_LOGGERS = {
+    "torch._library.triton": logging.ERROR,
+    # What a model writes in place of a call is an answer like any other, not a server's error.
+    "vllm.tool_parsers": logging.CRITICAL,
+}
 
 
 def quiet_libraries() -> None:
@@ -23,5 +27,5 @@ def quiet_libraries() -> None:
     """
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
-    for name in QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name, level in QUIET_LOGGERS.items():
+        logging.getLogger(name).setLevel(level)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from engine.config import ModelConfig
 from engine.errors import Conflict
+from engine.files.source import Source
 from engine.memory.block import Block
 from engine.scheduling.order import Order, OrderKind
 from engine.scheduling.snapshot import ModelView, PartView
@@ -186,6 +187,7 @@ class ScheduledModel:
             idle_s=None if self.idle_since is None else now - self.idle_since,
             last_error=self.last_error,
             outdated=self.outdated,
+            random_weights=Source(config.source).random_weights,
             created=created,
         )
 

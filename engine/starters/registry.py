@@ -16,7 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from engine.errors import ConfigError, LoadFailed
-from engine.files.atomic import new_folder
+from engine.files.built_folder import ensure_built
+from engine.files.source import starter_source
 
 FORMAT = "v3"
 """Part of each folder's path: the version of all bytes that the modules of this package write.
@@ -64,19 +65,12 @@ def ensure_starter(name: str, cache_dir: Path) -> Path:
         known = ", ".join(each for family in families for each in sorted(family))
         raise ConfigError(f"starter:{name}: no such starter model; there is {known}")
     folder = starter_folder(name, cache_dir)
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(folder, durable=False) as building:
-            starter.write(building)
-            _write_card(building, name, starter)
-    except OSError as error:
-        # The folder may be there by now: another build was first, and has written the same bytes.
-        if not folder.is_dir():
-            reason = error.strerror or error
-            raise LoadFailed(f"cannot build starter:{name} in {folder.parent}: {reason}") from error
-    return folder
+
+    def write(building: Path) -> None:
+        starter.write(building)
+        _write_card(building, name, starter)
+
+    return ensure_built(folder, starter_source(name), write, durable=False)
 
 
 def _write_card(folder: Path, name: str, starter: Starter) -> None:

@@ -268,7 +268,7 @@ def _introduce(config: EngineConfig, settings: ServerSettings, source: str, port
     if any(Source(model.source).scheme == STARTER for model in config.models):
         lines.append(
             "  Models whose source begins with starter: have random weights."
-            " Their answers are meaningless; they only show that everything works."
+            " Their answers mean nothing; they only show that everything works."
         )
     err.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 

@@ -15,6 +15,7 @@ import httpx
 from engine.config import ENV_CONFIG
 from engine.memory.device import host_memory_bytes
 from engine.memory.nvidia_smi import read_gpus
+from engine.samples.registry import can_build_all
 from engine.units import format_size
 from server.packages import installed_version
 from server.settings import STARTER_CONFIG, read_engine_config
@@ -33,6 +34,7 @@ FOR_CPU = (15 * GIB, "cpu")
 """The same of host memory. The head of the file asks for 16 GiB."""
 
 STARTER = "starter"
+SAMPLES = "samples"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ class Facts:
     torch_has_cuda: bool = True
     """Whether the installed torch was built for a GPU."""
     hub_answers: bool = False
+    samples_installed: bool = False
+    """Whether all sample models can be built."""
     present: Mapping[str, int] = field(default_factory=dict)
     """By configuration: how many of its models have their files here."""
 
@@ -67,15 +71,18 @@ def configuration(path: Path | None, environ: Mapping[str, str]) -> Choice:
 def choose(facts: Facts) -> Choice:
     """Pick a shipped configuration. Pure."""
     name, reason = _by_hardware(facts)
-    present = facts.present.get(name, 0)
-    if name != STARTER and not facts.hub_answers and not present:
-        reason = (
-            f"{reason}, but the model hub does not answer and none of the models of {name} is"
-            " here: serving starter models, whose answers mean nothing"
-        )
-        name = STARTER
-    elif name != STARTER and not facts.hub_answers:
+    present = facts.present.get(name or "", 0)
+    if name is not None and not facts.hub_answers and present:
         reason += f"; the model hub does not answer: only what is here can be served ({present})"
+    elif name is not None and not facts.hub_answers:
+        reason += f", but the model hub does not answer and none of the models of {name} is here"
+        name = None
+    if name is None and facts.samples_installed:
+        name = SAMPLES
+        reason += ": serving small sample models; those for images and video mean nothing"
+    elif name is None:
+        name = STARTER
+        reason += ": serving starter models, whose answers mean nothing"
     return Choice(STARTER_CONFIG.with_name(f"{name}.yaml"), reason)
 
 
@@ -90,6 +97,7 @@ def detect(environ: Mapping[str, str]) -> Facts:
         gpu_bytes=gpus[0].total_bytes if gpus else None,
         host_bytes=host_memory_bytes(),
         torch_has_cuda=torch_has_cuda(),
+        samples_installed=can_build_all(),
         present=_present_models(),
         hub_answers=answer.wait(),
     )
@@ -106,7 +114,8 @@ def hub_answers(environ: Mapping[str, str]) -> bool:
     return _Probe(environ).wait()
 
 
-def _by_hardware(facts: Facts) -> tuple[str, str]:
+def _by_hardware(facts: Facts) -> tuple[str | None, str]:
+    """The configuration of real models for this machine, and why; None if none fits."""
     host = f"{format_size(facts.host_bytes)} of host memory"
     if facts.gpu_bytes is not None and facts.torch_has_cuda:
         gpu = f"a GPU of {format_size(facts.gpu_bytes)}"
@@ -121,7 +130,7 @@ def _by_hardware(facts: Facts) -> tuple[str, str]:
     least_bytes, name = FOR_CPU
     if facts.host_bytes >= least_bytes:
         return name, f"{why}, {host}"
-    return STARTER, f"{why}, and {host} is too little for real models"
+    return None, f"{why}, and {host} is too little for the models of {name}"
 
 
 def _present_models() -> dict[str, int]:

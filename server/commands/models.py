@@ -31,6 +31,7 @@ from engine.config import (
     ModelConfig,
     engine_config,
     parse_section,
+    user_dir,
 )
 from engine.errors import ConfigError, EngineError, LoadFailed, ModelNotFound
 from engine.files.source import Source
@@ -180,7 +181,7 @@ def prune(
 
 
 def add(
-    source: Annotated[str, typer.Argument(help="owner/name of the hub, or a folder.")],
+    source: Annotated[str, typer.Argument(help="owner/name of the hub, a folder, or a GGUF file.")],
     config: ConfigFile = None,
     model_id: Annotated[
         str | None,
@@ -189,7 +190,10 @@ def add(
     fetch: Annotated[bool, typer.Option("--pull", help="Download it too.")] = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Write an entry for a model of the hub, or of a folder, into the configuration file."""
+    """Write an entry for a model of the hub, or of a folder, into the configuration file.
+
+    A GGUF file is converted first, which may take minutes. Ollama's files count as such.
+    """
     from engine.catalog.config_file import replace_text, with_model
     from engine.catalog.downloads import sources_of
     from engine.catalog.recognition import free_id, recognise, weight_bytes
@@ -202,6 +206,11 @@ def add(
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         taken = frozenset(_names(text))
+        if source.endswith(".gguf") or Source(source).folder.is_file():
+            cache_dir = read_engine_config(path, os.environ).cache_dir if text.strip() else None
+            source = str(
+                _converted(Source(source).folder, cache_dir or user_dir("XDG_CACHE_HOME", ".cache"))
+            )
         if Source(source).is_path or Source(source).folder.is_dir():
             listing = list_folder(Source(source).folder)
         else:
@@ -224,6 +233,22 @@ def add(
     size = f", {format_size(nbytes)}" if nbytes else ""
     print_line(f"added {model.id} to {path}: {model.runtime}, {model.task}{size}")
     out.print(yaml.safe_dump([entry], sort_keys=False), markup=False, highlight=False, end="")
+
+
+def _converted(file: Path, cache_dir: Path) -> Path:
+    """The folder that a GGUF file is converted to."""
+    from engine.conversion.gguf import add_gguf, has_chat_template
+
+    def tell(line: str) -> None:
+        err.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    folder = add_gguf(file.resolve(), cache_dir, tell)
+    if not has_chat_template(folder):
+        tell(
+            f"{file.name} has no chat template, so the model takes /v1/completions only. For"
+            f" conversations put chat_template.jinja of the original into {folder}"
+        )
+    return folder
 
 
 def _read(config: Path | None) -> EngineConfig:

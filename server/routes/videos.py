@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
+from engine.errors import ModelNotFound
 from engine.requests import Priority
 from server.forms import query_fields, read_fields
+from server.headers import weights_header
 from server.image_io import decode_pictures
 from server.schemas.scheduling_options import take_scheduling_options
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery, video_document
 from server.settings import ServerSettings
 
 if TYPE_CHECKING:
+    from engine.engine import Engine
     from engine.jobs.queue import Jobs
     from engine.jobs.store import Job
 
 
-def videos_router(jobs: Jobs, settings: ServerSettings) -> APIRouter:
+def videos_router(engine: Engine, jobs: Jobs, settings: ServerSettings) -> APIRouter:
     """`/v1/videos`: create, list, retrieve, content, delete; and cancel, an addition of ours."""
     router = APIRouter(tags=["videos"])
 
@@ -61,7 +65,10 @@ def videos_router(jobs: Jobs, settings: ServerSettings) -> APIRouter:
         query = VideoContentQuery.of(query_fields(request))
         path = await asyncio.to_thread(jobs.content, video_id, query.variant)
         # `private`: a response that needed a key must not stay in a shared cache.
-        return FileResponse(path, headers={"cache-control": "private"})
+        headers = {"cache-control": "private"}
+        with suppress(ModelNotFound):  # the model may have left the configuration since
+            headers |= weights_header(engine.config.find(jobs.get(video_id).model).source)
+        return FileResponse(path, headers=headers)
 
     @router.delete("/v1/videos/{video_id}")
     async def delete(video_id: str) -> dict[str, Any]:

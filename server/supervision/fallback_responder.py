@@ -48,6 +48,8 @@ class FallbackResponder:
         self.on = False
         self.retry_after_s = 1
         """The `Retry-After` of the answers."""
+        self.stopping = False
+        """Whether no process will serve after this one."""
 
     def turn_on(self) -> None:
         """Accept connections from now on."""
@@ -111,7 +113,9 @@ class FallbackResponder:
         connection.answered = True
         try:
             # The answer is short, so the buffer of a new connection always takes it whole.
-            connection.socket.send(answer(connection.head, self.retry_after_s, self._origins))
+            connection.socket.send(
+                answer(connection.head, self.retry_after_s, self._origins, stopping=self.stopping)
+            )
             connection.socket.shutdown(socket.SHUT_WR)
         except OSError:
             self._close(connection)
@@ -122,10 +126,13 @@ class FallbackResponder:
         connection.socket.close()
 
 
-def answer(head: bytes, retry_after_s: int, origins: Sequence[str] = ()) -> bytes:
+def answer(
+    head: bytes, retry_after_s: int, origins: Sequence[str] = (), *, stopping: bool = False
+) -> bytes:
     """The whole response to a request with this head, in the envelope of its API.
 
-    A page of `origins` may read it, so that it sees a restart and not a failure of its own.
+    A page of `origins` may read it, so that it sees a restart and not a failure of its own. A
+    server that is `stopping` says so, as its process does while it drains.
     """
     method, _, rest = head.partition(b" ")
     path = rest.partition(b" ")[0].partition(b"?")[0]
@@ -133,18 +140,19 @@ def answer(head: bytes, retry_after_s: int, origins: Sequence[str] = ()) -> byte
     if method == b"OPTIONS" and readable:  # before the request that a script wants to send
         lines = ["HTTP/1.1 204 No Content", *readable, "connection: close"]
         return "\r\n".join((*lines, "", "")).encode()
-    if path == b"/ping":  # for RunPod: still initializing
+    if path == b"/ping" and not stopping:  # for RunPod: still initializing
         return b"HTTP/1.1 204 No Content\r\nconnection: close\r\n\r\n"
-    message = "The server is being restarted."
+    message = "The server is shutting down." if stopping else "The server is being restarted."
     document: dict[str, object]
-    if path in (b"/health", b"/ready"):
-        document = {"status": "restarting"}
+    if path in (b"/health", b"/ready", b"/ping"):
+        document = {"status": "draining" if stopping else "restarting"}
     elif path == b"/v1/messages" or path.startswith(b"/v1/messages/"):
         error = {"type": "overloaded_error", "message": message}
         document = {"type": "error", "error": error, "request_id": ""}
     else:
         error_fields = {"message": message, "type": "server_error", "param": None}
-        document = {"error": {**error_fields, "code": "restarting"}}
+        code = "shutting_down" if stopping else "restarting"
+        document = {"error": {**error_fields, "code": code}}
     body = json.dumps(document).encode()
     lines = [
         "HTTP/1.1 503 Service Unavailable",

@@ -37,6 +37,8 @@ STEADY_S = 60.0
 one."""
 STACKS_S = 0.5
 """Time for a hung process to write its stacks before it is killed."""
+ENDING_S = 3.0
+"""Silence of a process that ends, after which clients are refused here. It serves nobody then."""
 STOP_S = 30.0
 """Time beyond the drain for a process to unload its models before it is killed."""
 MAX_MESSAGE_BYTES = 2**17
@@ -237,7 +239,10 @@ class Supervisor:
         elif child.silent_s > limit_s:
             self._replace(child, f"it has given no sign of life for {child.silent_s:.0f} s")
         # No client waits longer in the queue than the time to find a hang.
-        if child.silent_s > self._config.hang_s:
+        patience_s = self._config.hang_s
+        if self._fallback.stopping:
+            patience_s = min(patience_s, ENDING_S)
+        if child.silent_s > patience_s:
             self._refuse(self._config.hang_s)
         else:
             self._fallback.turn_off()
@@ -320,6 +325,7 @@ class Supervisor:
     def _on_signal(self, number: int) -> None:
         again = self._stopping_s is not None
         self._stopping_s = self._stopping_s or 0.0
+        self._fallback.stopping = True
         if again and number == signal.SIGINT:
             self._interrupted = True
         if self._child is None:

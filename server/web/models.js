@@ -137,6 +137,7 @@ function numbers(model) {
   for (const [what, seconds] of times) {
     if (seconds !== null) told.push(`${what} ${formatSeconds(seconds)}`);
   }
+  if (model.random_weights) told.push("random weights: its answers mean nothing");
   if (model.outdated) told.push("newer files are here");
   return told;
 }

@@ -5,10 +5,14 @@ import { element, keyed } from "./dom.js";
 /** Fill all `select[data-task]` from the `models` of a document of `GET /v1/engine`. */
 export function showPickers(models) {
   for (const select of document.querySelectorAll("select[data-task]")) {
-    const ids = models.filter((model) => model.task === select.dataset.task).map(({ id }) => id);
+    const offered = models.filter((model) => model.task === select.dataset.task);
     const before = select.value;
-    const create = (id) => element("option", { value: id, textContent: id });
-    keyed(select, ids, (id) => id, create, () => {});
+    const create = (model) => element("option", { value: model.id, textContent: label(model) });
+    keyed(select, offered, (model) => model.id, create, () => {});
     if (select.value !== before) select.dispatchEvent(new Event("change"));
   }
+}
+
+function label({ id, random_weights: random }) {
+  return random ? `${id} (random weights)` : id;
 }

@@ -80,7 +80,11 @@ class TestModelsAreCheckedAsTheyAreRead:
                 " models[1].options.kv_cashe: unknown key (did you mean kv_cache?)",
             ),
             (
-                {"runtime": "diffusers", "options": {"default": {"steps": 0, "guidance": 1}}},
+                {
+                    "runtime": "diffusers",
+                    "task": "video",
+                    "options": {"default": {"steps": 0, "guidance": 1}},
+                },
                 "models[1].options.default.steps: it must be at least 1",
             ),
             (
@@ -97,6 +101,11 @@ class TestModelsAreCheckedAsTheyAreRead:
                 "models[1].task: it must be 'generate', 'embed', 'image', 'video', 'speech'"
                 " or 'transcribe'",
             ),
+            (
+                {"task": "image"},
+                "models[1].task: the runtime 'vllm' has no task 'image'; there is 'generate',"
+                " 'embed'",
+            ),
         ],
     )
     def test_what_is_wrong_is_named(self, entry: dict[str, Any], told: str) -> None:
@@ -109,6 +118,14 @@ class TestModelsAreCheckedAsTheyAreRead:
             read({"id": "a", "options": {"seed": "x"}}, {"id": "b", "runtime": "x", "pinn": True})
         for key in ("models[0].options.seed", "models[1].runtime", "models[1].pinn"):
             assert key in raised.value.message
+
+    def test_a_wrong_model_is_no_missing_model(self) -> None:
+        with pytest.raises(ConfigError) as raised:
+            read({"id": "a b"})
+        assert raised.value.message.startswith("models[0].id: ")
+        assert "at least 1" not in raised.value.message
+        with pytest.raises(ConfigError, match=r"^models: it must have at least 1 item$"):
+            read()
 
     def test_a_single_model(self) -> None:
         with pytest.raises(ConfigError, match=r"^models\[new\]\.options\.dtyp: unknown key"):
@@ -139,6 +156,28 @@ class TestFile:
         with pytest.raises(ConfigError, match=wanted) as caught:
             read_sections(path, {}, {"engine": [], "server": ["port"]})
         assert str(caught.value).startswith(f"{path}: ")
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+    def test_it_is_read_in_the_encodings_of_yaml(self, tmp_path: Path, encoding: str) -> None:
+        path = tmp_path / "config.yaml"
+        path.write_text("server: {host: é}\n", encoding=encoding)
+        sections = read_sections(path, {}, {"engine": [], "server": ["host"]})
+        assert sections["server"] == {"host": "é"}
+
+    @pytest.mark.parametrize(
+        ("content", "told"),
+        [
+            ("server: {host: é}\n".encode("latin-1"), "not valid YAML: unacceptable character"),
+            (b"\x1f\x8b\x08\x00", "not valid YAML: "),
+            (b"models: " + b"[" * 3000 + b"]" * 3000, "it is nested too deeply"),
+        ],
+    )
+    def test_what_is_no_text_is_an_error(self, tmp_path: Path, content: bytes, told: str) -> None:
+        path = tmp_path / "config.yaml"
+        path.write_bytes(content)
+        with pytest.raises(ConfigError) as caught:
+            read_sections(path, {}, {"engine": [], "server": ["host"]})
+        assert str(caught.value).startswith(f"{path}: {told}")
 
     def test_a_merged_key_may_be_overridden(self, tmp_path: Path) -> None:
         path = tmp_path / "config.yaml"

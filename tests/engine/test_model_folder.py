@@ -64,7 +64,8 @@ class TestLocalFolders:
         for name in ("model-Q4_K_M.gguf", "README.md", "config.json"):
             (folder / name).write_bytes(b"x")
         with pytest.raises(
-            LoadFailed, match=r"gguf holds only GGUF weights.*safetensors"
+            LoadFailed,
+            match=r"gguf holds only GGUF weights.*roundhouse add FILE.*safetensors",
         ) as caught:
             local_folder(str(folder), tmp_path)
         assert str(tmp_path) not in caught.value.message

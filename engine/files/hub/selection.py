@@ -13,8 +13,8 @@ PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 """Fetched instead of safetensors, and only if that was allowed."""
 
 GGUF = (
-    "GGUF files are not read here. Take the repository that they were made from, with"
-    " config.json and .safetensors files"
+    "Convert one of them with `roundhouse add FILE.gguf`, or take the repository that they were"
+    " made from, with config.json and .safetensors files"
 )
 
 _VARIANT = re.compile(

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from engine.config import Section
 from engine.runtimes.kokoro.languages import NEEDS_PACKAGES, find_language, spoken_languages
-from engine.runtimes.kokoro.voices import OPENAI_VOICES, parse_blend
+from engine.runtimes.kokoro.voices import OPENAI_VOICES, language_of, parse_blend
 
 
 class KokoroOptions(Section):
@@ -22,6 +22,8 @@ class KokoroOptions(Section):
     """The vocoder's Fourier transform knows no half precision."""
     language: str = "en-us"
     """The language of voices whose name has none."""
+    languages: dict[str, str] = Field(default_factory=dict)
+    """The language of a voice, where it is not the one in the voice's name."""
     max_chars: int = Field(default=4096, ge=1, le=10_000_000)
     """Limit for one request. 4096 is OpenAI's."""
     revision: str | None = None
@@ -29,10 +31,12 @@ class KokoroOptions(Section):
     @field_validator("language")
     @classmethod
     def _language_is_known(cls, value: str) -> str:
-        known = find_language(value, "en-us")
-        if known is None or known in NEEDS_PACKAGES:
-            raise ValueError(f"no language {value!r}; there is {', '.join(spoken_languages())}")
-        return known
+        return _known_language(value)
+
+    @field_validator("languages")
+    @classmethod
+    def _languages_are_known(cls, value: dict[str, str]) -> dict[str, str]:
+        return {voice: _known_language(language) for voice, language in value.items()}
 
     @field_validator("voices")
     @classmethod
@@ -45,3 +49,14 @@ class KokoroOptions(Section):
     def resolve(self, name: str) -> str:
         """The voice or blend that a name stands for. Most names stand for themselves."""
         return self.voices.get(name) or OPENAI_VOICES.get(name) or name
+
+    def language_of(self, voice: str) -> str | None:
+        """The language of a voice: as configured, otherwise in its name; None if it has none."""
+        return self.languages.get(voice) or language_of(voice)
+
+
+def _known_language(name: str) -> str:
+    known = find_language(name, "en-us")
+    if known is None or known in NEEDS_PACKAGES:
+        raise ValueError(f"no language {name!r}; there is {', '.join(spoken_languages())}")
+    return known

@@ -46,7 +46,6 @@ from engine.runtimes.kokoro.voices import (
     VOICES_FOLDER,
     Blend,
     find_voices,
-    language_of,
     no_voice,
     parse_blend,
     voice_files,
@@ -145,7 +144,7 @@ class KokoroRuntime(TorchRuntime):
             raise no_voice(voice, files)
         voices = () if files is None else find_voices(blend, files)
         language = _language(model.id, options, asked.language, blend)
-        _check_script(asked.text, voice, language, files)
+        _check_script(asked.text, voice, language, options, files)
         sentences = split_sentences(asked.text, language, max_chars=SENTENCE_CHARS)
         longest = max(map(len, sentences))
         # The working memory of a run grows with the seconds of its longest sentence.
@@ -174,13 +173,13 @@ class KokoroRuntime(TorchRuntime):
         if not files:
             raise LoadFailed(f"{folder.name}: there is no voice in voices/")
         found = [
-            Voice(name, name[3:].replace("_", " ").title() or name, language_of(name))
+            Voice(name, name[3:].replace("_", " ").title() or name, options.language_of(name))
             for name in files
         ]
         for alias, target in {**OPENAI_VOICES, **options.voices}.items():
             blend = parse_blend(target)
             if blend is not None and all(name in files for name, _ in blend):
-                found.append(Voice(alias, target, language_of(blend[0][0])))
+                found.append(Voice(alias, target, options.language_of(blend[0][0])))
         return tuple(found)
 
     def weight_files(self, model: ModelConfig) -> Sequence[Path]:
@@ -218,7 +217,7 @@ class KokoroRuntime(TorchRuntime):
 
 
 def _language(model_id: str, options: KokoroOptions, asked: str | None, blend: Blend) -> str:
-    default = language_of(blend[0][0]) or options.language
+    default = options.language_of(blend[0][0]) or options.language
     language = default if asked is None else find_language(asked, default)
     if language is None:
         raise InvalidRequest(
@@ -235,7 +234,13 @@ def _language(model_id: str, options: KokoroOptions, asked: str | None, blend: B
     return language
 
 
-def _check_script(text: str, voice: str, language: str, files: Mapping[str, Path] | None) -> None:
+def _check_script(
+    text: str,
+    voice: str,
+    language: str,
+    options: KokoroOptions,
+    files: Mapping[str, Path] | None,
+) -> None:
     """Refuse what the voice would spell as `Chinese letter`.
 
     Raises:
@@ -246,7 +251,7 @@ def _check_script(text: str, voice: str, language: str, files: Mapping[str, Path
     if foreign is None:
         return
     speaking = [each for each in LANGUAGES.values() if primary_language(each) in foreign.languages]
-    names = [name for name in files or () if language_of(name) in set(speaking)]
+    names = [name for name in files or () if options.language_of(name) in set(speaking)]
     if not speaking:
         others = "No voice of this model speaks it."
     elif set(speaking) <= set(NEEDS_PACKAGES):

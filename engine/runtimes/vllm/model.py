@@ -144,8 +144,13 @@ class VllmModel(LoadedModel):
         if hasattr(answer, "body"):  # the pooling classes return a finished response
             return bytes(answer.body)
         complete_answer(answer)
-        anthropic = isinstance(answer, AnthropicMessagesResponse | AnthropicCountTokensResponse)
-        text: str = answer.model_dump_json(by_alias=True, exclude_none=anthropic)
+        if isinstance(answer, AnthropicMessagesResponse):
+            fields = answer.model_dump(mode="json", by_alias=True, exclude_none=True)
+            # Anthropic's documents always have this one, as its streams do.
+            fields.setdefault("stop_sequence", None)
+            return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+        counted = isinstance(answer, AnthropicCountTokensResponse)
+        text: str = answer.model_dump_json(by_alias=True, exclude_none=counted)
         return text.encode()
 
     def _translate(self, error: Exception, body: Mapping[str, Any]) -> EngineError:

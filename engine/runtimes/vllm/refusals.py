@@ -31,6 +31,9 @@ TAGS = ("role", "type")
 PROMPTS = ("messages", "input", "prompt")
 """Fields for what vLLM calls `input_tokens`."""
 
+LENGTHS = ("max_completion_tokens", "max_output_tokens")
+"""Fields that vLLM calls `max_tokens`."""
+
 GRAMMARS = ("structured_outputs", "response_format", "text", "tools")
 """Fields that become a grammar."""
 
@@ -52,6 +55,10 @@ def invalid(error: ValidationError, body: Any, prefix: Path = ()) -> InvalidRequ
 def refusal(message: str, param: str | None, body: Any, *, status: int = 400) -> InvalidRequest:
     """The refusal for an error of vLLM's, which names a field of the body where it can."""
     message = plain(message)
+    sent = body if isinstance(body, Mapping) else {}
+    limit = next((each for each in LENGTHS if sent.get(each) is not None), None)
+    if limit and (param == "max_tokens" or message.startswith("max_tokens")):
+        message, param = message.replace("max_tokens", limit), limit
     if not _is_sent(param, body):
         word = _FIRST_WORD.match(message)
         if word and _is_sent(word[1], body):
@@ -60,6 +67,8 @@ def refusal(message: str, param: str | None, body: Any, *, status: int = 400) ->
             param = next((each for each in PROMPTS if each in body), None)
         elif _GRAMMAR.search(message):
             param = next((each for each in GRAMMARS if each in body), None)
+        elif "dimensions" in message and "dimensions" in sent:
+            param = "dimensions"
     return InvalidRequest(message, param=param, status=status)
 
 

@@ -114,6 +114,9 @@ CHOICE_TYPES: Mapping[TextOperation, frozenset[str]] = {
     RESPONSES: frozenset({"allowed_tools", "custom", "function"}),
 }
 
+ENCODINGS = ("float", "base64")
+"""Forms of an embedding that a JSON document holds. vLLM's others are no documents."""
+
 INPUT_TYPES = frozenset(
     {
         "custom_tool_call",
@@ -147,6 +150,10 @@ def check_fields(
     _check_tools(operation, body)
     if operation is RESPONSES:
         _check_response(body)
+    if operation is TextOperation.EMBEDDINGS:
+        encoding = body.get("encoding_format")
+        if isinstance(encoding, str) and encoding not in ENCODINGS:
+            raise _refusal("encoding_format", _only(encoding, ENCODINGS))
     gone = {name for name in body if name in refused or (name in harmless and name not in known)}
     return {name: value for name, value in body.items() if name not in gone}
 

@@ -48,6 +48,7 @@ from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.recognition import recognise_language_model
 from engine.runtimes.vllm.refusals import invalid, refusal
+from engine.runtimes.vllm.tool_choice import check_chosen_tool
 from engine.runtimes.vllm.warm_up import warm_up_requests
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ LAZY_MODULES = (
 """Modules that vLLM imports only at the first load: 50 MB, and seconds that belong to the start."""
 
 GENERATE_OPERATIONS = frozenset(TextOperation) - {TextOperation.EMBEDDINGS}
+ANTHROPIC_OPERATIONS = frozenset({TextOperation.MESSAGES, TextOperation.COUNT_TOKENS})
 EMBED_OPERATIONS = frozenset(
     {TextOperation.EMBEDDINGS, TextOperation.TOKENIZE, TextOperation.DETOKENIZE}
 )
@@ -236,6 +238,8 @@ class VllmRuntime(Runtime):
         body = prepared_body(request, model, self._fields[request.operation])
         try:
             payload = self._schemas[request.operation].validate_python(dict(body))
+            if request.operation in ANTHROPIC_OPERATIONS:
+                check_chosen_tool(payload)
         except ValidationError as error:
             place = lazily_read(error, body)
             value: Any = body

@@ -9,13 +9,16 @@ Importing this module imports vLLM.
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from llguidance import LLMatcher
 
 import vllm.v1.engine.core as vllm_core_module
+import vllm.v1.structured_output.backend_xgrammar as vllm_xgrammar_module
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_guidance import (
     GuidanceBackend,
@@ -29,6 +32,28 @@ USUAL = "xgrammar"
 """The backend of all grammars that it can express."""
 
 GUIDANCE = "guidance"
+"""The backend of JSON schemas with rules that the usual one ignores. It refuses what it cannot."""
+
+IGNORED = frozenset(
+    {"$dynamicRef", "dependencies", "dependentRequired", "dependentSchemas", "else", "if", "not"}
+    | {"contains", "maxContains", "minContains", "multipleOf", "then", "uniqueItems"}
+)
+"""Rules that xgrammar ignores everywhere."""
+
+RULES_OF_A_KIND = frozenset(
+    {"exclusiveMaximum", "exclusiveMinimum", "format", "maxItems", "maxLength", "maxProperties"}
+    | {"maximum", "minItems", "minLength", "minProperties", "minimum", "pattern", "required"}
+)
+"""Rules that xgrammar ignores where it does not see what kind of value they are about."""
+
+KINDS = frozenset({"additionalProperties", "items", "prefixItems", "properties", "type"})
+"""What shows it that kind."""
+
+ALONE = frozenset({"$ref", "allOf", "anyOf", "const", "enum", "oneOf"})
+"""Rules beside which xgrammar ignores all others."""
+
+MAPS = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
+DATA = frozenset({"const", "default", "enum", "examples"})
 
 
 class PreparedManager(StructuredOutputManager):  # type: ignore[misc]
@@ -99,6 +124,33 @@ def has_lengths(schema: Any) -> bool:
     return any(isinstance(each, int) for each in bounds) or any(map(has_lengths, schema.values()))
 
 
+def has_ignored_rules(schema: Any) -> bool:
+    """Whether xgrammar would ignore some rule of the schema in silence."""
+    if not isinstance(schema, dict):
+        return False
+    rules = schema.keys() & (ALONE | RULES_OF_A_KIND | KINDS)
+    alone = rules & ALONE
+    others = rules - alone - ({"type"} if alone & {"const", "enum"} else set())
+    reference = schema.get("$ref", "#")
+    return (
+        bool(schema.keys() & IGNORED)
+        or (bool(alone) and (len(alone) > 1 or bool(others)))
+        or (bool(rules & RULES_OF_A_KIND) and not rules & KINDS)
+        or (isinstance(reference, str) and not reference.startswith("#"))
+        or any(map(has_ignored_rules, _schemas_in(schema)))
+    )
+
+
+def _schemas_in(schema: dict[str, Any]) -> Iterator[Any]:
+    for key, value in schema.items():
+        if key in MAPS and isinstance(value, dict):
+            yield from value.values()
+        elif isinstance(value, list) and key not in DATA:
+            yield from value
+        elif key not in DATA:
+            yield value
+
+
 def _backend_class(name: str) -> Any:
     known = {USUAL: XgrammarBackend, GUIDANCE: GuidanceBackend}
     if name in known:
@@ -111,3 +163,10 @@ def _backend_class(name: str) -> Any:
 def prepare_structured_output() -> None:
     """Have vLLM use the class above. Call once, before the first engine."""
     vllm_core_module.StructuredOutputManager = PreparedManager
+    known = vllm_xgrammar_module.has_xgrammar_unsupported_json_features
+
+    @functools.wraps(known)
+    def is_beyond_usual(schema: dict[str, Any]) -> bool:
+        return bool(known(schema)) or has_ignored_rules(schema)
+
+    vllm_xgrammar_module.has_xgrammar_unsupported_json_features = is_beyond_usual

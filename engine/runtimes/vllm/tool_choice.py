@@ -1,4 +1,4 @@
-"""OpenAI's `allowed_tools`: a choice among some of the tools of a request."""
+"""What a request chooses among its tools: some by OpenAI's `allowed_tools`, or one by its name."""
 
 from __future__ import annotations
 
@@ -37,6 +37,29 @@ def narrow_to_allowed(body: dict[str, Any]) -> None:
             raise _wrong(f"{where}.tools[{index}]", "there is no such tool in 'tools'")
     body["tools"] = [tool for tool, each in zip(tools, known, strict=True) if each in wanted]
     body["tool_choice"] = mode
+
+
+def check_chosen_tool(payload: Any) -> None:
+    """Check that a message has the tool that it must call.
+
+    vLLM looks the tool up only while the model runs, and forgets the choice if there are no tools.
+
+    Raises:
+        InvalidRequest: there is no such tool, or none at all.
+        ValueError: vLLM's, of a block that removes or adds a tool that is not declared.
+
+    """
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+
+    choice = payload.tool_choice
+    if choice is None or choice.type not in ("any", "tool"):
+        return
+    # Blocks of messages may add tools and remove them.
+    tools = AnthropicServingMessages._resolve_tools(payload) or []
+    if choice.type == "any" and not tools:
+        raise _wrong("tool_choice", "there are no tools to choose from")
+    if choice.type == "tool" and choice.name not in {tool.name for tool in tools}:
+        raise _wrong("tool_choice.name", f"there is no tool {choice.name!r} in 'tools'")
 
 
 def _wrong(param: str, rule: str) -> InvalidRequest:

@@ -17,7 +17,7 @@ from engine.files.hub.fetch import fetch
 from engine.files.hub.selection import HubSource
 from engine.memory.nvidia_smi import Gpu, GpuProcess, read_gpus, read_processes
 from server.commands import cli, default_config, doctor, terminal
-from server.commands.default_config import GIB, Facts, choose, hub_answers
+from server.commands.default_config import GIB, Facts, choose, detect, hub_answers
 from server.commands.doctor import Finding, State, examine, read_speed
 from tests.hub import Hub, point_client_at, serving
 
@@ -69,7 +69,8 @@ class TestChoice:
             (facts(5.8), "cpu", "a GPU of 5.8 GiB is too small"),
             (facts(5.8, 8), "starter", "8.0 GiB of host memory is too little"),
             (facts(None), "cpu", "no GPU, 64.0 GiB of host memory"),
-            (facts(None, 8), "starter", "too little for real models"),
+            (facts(None, 8), "starter", "too little for the models of cpu"),
+            (facts(None, 8, samples_installed=True), "samples", "small sample models"),
             (facts(23.5, torch_has_cuda=False), "cpu", "built for the CPU"),
         ],
     )
@@ -79,12 +80,13 @@ class TestChoice:
         assert chosen.path.is_file()
         assert reason in chosen.reason
 
-    def test_without_a_hub_and_files_it_is_the_starter(self) -> None:
+    def test_without_a_hub_and_files_it_is_the_samples_or_else_the_starter(self) -> None:
         chosen = choose(facts(23.5, hub_answers=False))
         assert chosen.path.stem == "starter"
         assert "does not answer" in chosen.reason and "starter models" in chosen.reason
-        others = facts(23.5, hub_answers=False, present={"gpu-80gb": 3})
-        assert choose(others).path.stem == "starter"
+        others = facts(23.5, hub_answers=False, present={"gpu-80gb": 3}, samples_installed=True)
+        assert choose(others).path.stem == "samples"
+        assert "does not answer" in choose(others).reason
 
     def test_what_is_here_is_served_without_a_hub(self) -> None:
         chosen = choose(facts(23.5, hub_answers=False, present={"gpu-24gb": 2}))
@@ -291,7 +293,8 @@ class TestDoctor:
 
     def test_the_choice_is_told_where_no_file_is_named(self) -> None:
         findings = {each.what: each for each in examine(None, {"HF_HUB_OFFLINE": "1"})}
-        assert "no file was named: starter.yaml" in findings["choice"].found
+        chosen = choose(detect({"HF_HUB_OFFLINE": "1"}))
+        assert f"no file was named: {chosen.path.name}" in findings["choice"].found
 
 
 def invoke(*arguments: str) -> Result:

@@ -78,7 +78,7 @@ SUBSTITUTIONS = (
     Substitution(
         r"^roundhouse (ps|plan MODEL)$", r"roundhouse \1 --url {url}", "port 8000 may be taken"
     ),
-    Substitution(r"(?<=^roundhouse plan )MODEL", "tiny-llama", "a word for the reader's own"),
+    Substitution(r"(?<=^roundhouse plan )MODEL", "minilm-l6-v2", "a word for the reader's own"),
     Substitution(r"(?<=^roundhouse )(\w+) MODEL", r"\1 mine", "a word for the reader's own"),
     Substitution(r" …$", "", "more of the same"),
     Substitution(r"\bowner/name$", REPO, "a word for the reader's own"),
@@ -88,7 +88,7 @@ SUBSTITUTIONS = (
     Substitution(r"\bFILE$", "{small}", "a word for the reader's own"),
     Substitution(r"(?<=^scripts/serve --config )configs/gpu-\w+\.yaml", "{small}", "needs a GPU"),
     Substitution(
-        r"(?<=^scripts/serve --config )configs/starter\.yaml",
+        r"(?<=^scripts/serve --config )configs/samples\.yaml",
         "{small}",
         "the shared server has all of its models, and takes half a minute to start",
     ),
@@ -97,7 +97,7 @@ SUBSTITUTIONS = (
         r"^(hf auth login|hf cache rm)$", r"\1 --help", "asks the reader for a token, for models"
     ),
     Substitution(
-        r"^(roundhouse bench llm --url \S+ --model tiny-llama).*",
+        r"^(roundhouse bench llm --url \S+ --model gpt-4o-mini).*",
         r"\1 --streams 1 --rounds 1 --repeats 1 --output-tokens 2",
         "as written it takes minutes",
     ),
@@ -114,6 +114,7 @@ TESTS = "runs these tests"
 VLLM = "needs the distribution `vllm`, which the CPU build is not"
 
 NOT_RUN: Mapping[str, str] = {
+    r"roundhouse add FILE\.gguf": "tests/engine/conversion/ converts files",
     r"scripts/setup --cuda": "installs gigabytes; tests/test_container.py runs it without pip",
     r"scripts/test( .*)?": TESTS,
     r"\.ci/run": TESTS,
@@ -343,7 +344,7 @@ def python_of(page: Path) -> str:
 class Checkout:
     """A folder that looks like the repository after `scripts/setup`, and a shell in it."""
 
-    def __init__(self, folder: Path, hub: Hub) -> None:
+    def __init__(self, folder: Path, hub: Hub, sample_cache: Path) -> None:
         self.folder = folder
         self.config = folder / "mine.yaml"
         self.small_config = folder / "small.yaml"
@@ -365,6 +366,8 @@ class Checkout:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("ROUNDHOUSE_", "HF_"))}
         home = folder / "home"
         home.mkdir()
+        (home / "cache").mkdir()
+        (home / "cache" / "roundhouse").symlink_to(sample_cache)
         (home / ".curlrc").write_text("fail\nsilent\nshow-error\n")
         self.environ = {
             **kept,
@@ -418,10 +421,10 @@ class Started(Server):
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
+def checkout(tmp_path_factory: pytest.TempPathFactory, sample_cache: Path) -> Iterator[Checkout]:
     with serving(Hub()) as hub:
         hub.repos[REPO] = FILES
-        yield Checkout(tmp_path_factory.mktemp("checkout"), hub)
+        yield Checkout(tmp_path_factory.mktemp("checkout"), hub, sample_cache)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -516,7 +519,7 @@ def test_it_follows(checkout: Checkout, server: Started, command: str) -> None:
         try:
             while not line.done():  # nobody tells when it begins to listen
                 for order in ("load", "unload"):
-                    httpx.post(f"{server.url}/v1/engine/models/tiny-llama/{order}", timeout=60)
+                    httpx.post(f"{server.url}/v1/engine/models/minilm-l6-v2/{order}", timeout=60)
         finally:
             process.terminate()
     assert line.result()

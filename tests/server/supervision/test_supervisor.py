@@ -310,6 +310,33 @@ class TestMeanwhile:
         assert answers["/v1/messages"].json()["error"]["type"] == "overloaded_error"
         assert answers["/health"].json() == {"status": "restarting"}
 
+    def test_an_end_is_told_and_no_restart(self, stand: Stand) -> None:
+        """A process that frees much memory is silent for long, and nobody serves after it."""
+        gate = stand.record.with_suffix(".gate")
+        os.mkfifo(gate)
+        answers: dict[str, httpx.Response] = {}
+
+        def ask() -> None:
+            with httpx.Client(base_url=stand.url, timeout=TIMEOUT_S) as client:
+                for path in ("/v1/models", "/v1/messages", "/health", "/ready", "/ping"):
+                    answers[path] = client.get(path)
+            gate.write_text("go on")
+
+        stand.clock.step_s = 1.0
+        client = threading.Thread(target=ask)
+        client.start()
+        assert stand.run(f"block,beats:1,tell:{int(signal.SIGTERM)},wait,exit:0") == 0
+        client.join()
+        assert {each.status_code for each in answers.values()} == {503}
+        error = answers["/v1/models"].json()["error"]
+        assert (error["code"], error["message"]) == (
+            "shutting_down",
+            "The server is shutting down.",
+        )
+        assert "shutting down" in answers["/v1/messages"].json()["error"]["message"]
+        for path in ("/health", "/ready", "/ping"):
+            assert answers[path].json() == {"status": "draining"}
+
 
 def test_a_body_on_its_way_does_not_cost_the_answer(stand: Stand) -> None:
     """Closing with bytes unread resets the connection, and some systems then drop the answer."""

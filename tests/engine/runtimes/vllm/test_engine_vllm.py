@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -339,3 +340,12 @@ async def test_tokenize_needs_no_lease_for_longer_than_it_runs(
     session = await engine.open(request)
     assert engine.model_status("llama").leases == 0
     assert session.first
+
+
+async def test_what_a_model_writes_in_place_of_a_call_is_no_error_of_the_server(
+    make_engine: MakeEngine, make_model: MakeModel
+) -> None:
+    await make_engine(make_model("llama"), memory="512MiB")
+    parser = logging.getLogger("vllm.tool_parsers.llama_tool_parser")
+    assert parser.name in sys.modules or find_spec(parser.name) is not None
+    assert not parser.isEnabledFor(logging.ERROR)

@@ -172,6 +172,29 @@ async def test_forced_calls_validate(ask: Ask, operation: TextOperation, stream:
             assert [name for name, _ in calls] == [choice]
 
 
+EITHER = {
+    "type": "object",
+    "properties": {"day": {"enum": ["today"]}, "place": {"enum": ["here"]}},
+    "additionalProperties": False,
+    "anyOf": [{"required": ["day"]}, {"required": ["place"]}],
+}
+
+
+async def test_rules_that_the_usual_backend_ignores_are_kept(ask: Ask) -> None:
+    for choice in ("required", "either"):
+        for seed in range(4):
+            fields = body(TextOperation.CHAT, choice, {"either": EITHER}, seed=seed)
+            _, calls = await ask(TextOperation.CHAT, fields)
+            assert calls and all(valid(call, {"either": EITHER}) for call in calls)
+
+
+async def test_a_rule_that_no_backend_knows_is_named(ask: Ask) -> None:
+    schema = {**EITHER, "dependentRequired": {"day": ["place"]}}
+    with pytest.raises(InvalidRequest, match="dependentRequired") as caught:
+        await ask(TextOperation.CHAT, body(TextOperation.CHAT, "required", {"either": schema}))
+    assert caught.value.param == "tools"
+
+
 async def test_an_answer_without_calls_has_not_ended_for_its_calls(ask: Ask) -> None:
     for stream in (False, True):
         fields = body(TextOperation.CHAT, "required", max_tokens=2, stream=stream)
@@ -328,6 +351,12 @@ async def test_a_message_has_an_id_of_anthropics_form(ask: Ask) -> None:
         first = ask.events[0]  # type: ignore[attr-defined]
         text = first.data if stream else first.body.decode()
         assert '"id":"msg_' in text
+
+
+async def test_a_message_always_says_which_sequence_stopped_it(ask: Ask) -> None:
+    await ask(TextOperation.MESSAGES, body(TextOperation.MESSAGES, "now"))
+    document = json.loads(ask.events[0].body)  # type: ignore[attr-defined]
+    assert document["stop_sequence"] is None
 
 
 async def test_a_response_that_was_cut_is_incomplete(ask: Ask) -> None:

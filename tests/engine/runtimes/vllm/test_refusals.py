@@ -131,6 +131,7 @@ async def test_no_advice_to_whoever_runs_the_server() -> None:
         ("`logprobs` is wrong", None, {"logprobs": 1}, "logprobs"),
         ("Grammar error: bad", None, {"response_format": {}}, "response_format"),
         ("Token id 9 is out of vocabulary", None, {"input": [9]}, "input"),
+        ("only supports dimensions in range [1, 8], got 9", None, {"dimensions": 9}, "dimensions"),
         ("something else", None, {"n": 0}, None),
     ],
 )
@@ -138,3 +139,18 @@ async def test_an_error_of_the_model_names_a_field_that_was_sent(
     message: str, param: str | None, body: dict[str, Any], named: str | None
 ) -> None:
     assert refusal(message, param, body).param == named
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
+        ({"messages": [], "max_tokens": 9, "max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"messages": [], "max_tokens": 0, "max_completion_tokens": None}, "max_tokens"),
+    ],
+)
+async def test_a_length_has_the_name_that_the_client_gave_it(
+    body: dict[str, Any], named: str
+) -> None:
+    told = refusal("max_tokens must be at least 1, got 0.", "max_tokens", body)
+    assert (told.param, told.message) == (named, f"{named} must be at least 1, got 0.")

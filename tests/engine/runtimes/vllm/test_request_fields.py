@@ -188,3 +188,36 @@ async def test_a_model_without_thoughts_is_not_asked_for_them(
 ) -> None:
     payload = prepare(vllm_runtime, TextOperation.MESSAGES, thinking=thinking, max_tokens=2048)
     assert payload.thinking is None
+
+
+WEATHER = {"name": "weather", "input_schema": {"type": "object", "properties": {}}}
+ADDED: Any = {
+    "role": "system",
+    "content": [
+        {"type": "tool_addition", "tool": {"type": "tool_definition", "definition": WEATHER}}
+    ],
+}
+
+
+@pytest.mark.parametrize("operation", [TextOperation.MESSAGES, TextOperation.COUNT_TOKENS])
+async def test_a_message_has_the_tool_that_it_must_call(
+    vllm_runtime: VllmRuntime, operation: TextOperation
+) -> None:
+    other = {"type": "tool", "name": "news"}
+    param = refused(vllm_runtime, operation, tools=[WEATHER], tool_choice=other)
+    assert param == "tool_choice.name"
+    assert refused(vllm_runtime, operation, tool_choice=other) == "tool_choice.name"
+    assert refused(vllm_runtime, operation, tool_choice={"type": "any"}) == "tool_choice"
+    prepare(vllm_runtime, operation, tool_choice={"type": "auto"})
+    prepare(vllm_runtime, operation, messages=[*ASK, ADDED], tool_choice={"type": "any"})
+    prepare(vllm_runtime, operation, tools=[WEATHER], tool_choice={"type": "any"})
+    prepare(vllm_runtime, operation, tools=[WEATHER], tool_choice={**other, "name": "weather"})
+
+
+@pytest.mark.parametrize("encoding", ["bytes", "bytes_only", "hex"])
+async def test_an_embedding_is_written_as_a_document_can_hold_it(
+    vllm_runtime: VllmRuntime, encoding: str
+) -> None:
+    operation = TextOperation.EMBEDDINGS
+    assert refused(vllm_runtime, operation, encoding_format=encoding) == "encoding_format"
+    prepare(vllm_runtime, operation, encoding_format="base64")

@@ -1,0 +1,1 @@
+"""Small models with trained weights, built from packages that are installed beside Roundhouse."""

@@ -1,0 +1,1 @@
+"""How good the answers of a model are, against references that anybody can check."""
