@@ -85,7 +85,8 @@ def write(folder: Path) -> None:
     """Write the model and its voices into an empty folder. Takes some seconds.
 
     Raises:
-        LoadFailed: a package is not installed, or lacks a weight.
+        ModuleNotFoundError: a package is not installed.
+        LoadFailed: a weight is missing.
         OSError: the folder cannot be written.
 
     """

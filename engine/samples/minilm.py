@@ -15,7 +15,7 @@ def write(folder: Path) -> None:
     """Copy the model into an empty folder.
 
     Raises:
-        LoadFailed: the package is not installed.
+        ModuleNotFoundError: the package is not installed.
         OSError: the folder cannot be written.
 
     """

@@ -9,8 +9,6 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from engine.errors import LoadFailed
-
 
 def is_installed(module: str) -> bool:
     """Whether the package with this top-level module is installed. Imports nothing."""
@@ -21,13 +19,10 @@ def package_folder(module: str) -> Path:
     """The folder of an installed package, by its top-level module. Imports nothing.
 
     Raises:
-        LoadFailed: the package is not installed.
+        ModuleNotFoundError: the package is not installed.
 
     """
     spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise LoadFailed(
-            f"the package {module.replace('_', '-')}, which brings the weights, is not installed"
-            " (scripts/setup installs it)"
-        )
+        raise ModuleNotFoundError(f"there is no package {module}")
     return Path(spec.submodule_search_locations[0])

@@ -8,7 +8,8 @@ as `samples:NAME`.
 
 from __future__ import annotations
 
-import importlib
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class Sample:
     packages: tuple[str, ...]
     """Top-level modules of the packages that bring the weights, or that read them."""
     module: str
-    """The module of this package that writes it. It may import a native library."""
+    """The module of this package whose `write(folder)` writes it, in a process of its own."""
     changes: str
     """How the folder differs from the published one."""
 
@@ -131,15 +132,40 @@ def ensure_sample(name: str, cache_dir: Path) -> Path:
             f"{SCHEME}:{name}: no such sample model; there is {', '.join(sorted(SAMPLES))}"
         )
     source = f"{SCHEME}:{name}"
+    folder = sample_folder(name, cache_dir)
+    missing = [each.replace("_", "-") for each in sample.packages if not is_installed(each)]
+    if missing and not folder.is_dir():
+        raise LoadFailed(
+            f"cannot build {source}: {', '.join(missing)} is not installed (scripts/setup does it)"
+        )
 
-    def write(folder: Path) -> None:
-        try:
-            importlib.import_module(f"engine.samples.{sample.module}").write(folder)
-        except (ImportError, LoadFailed) as error:
-            raise LoadFailed(f"cannot build {source}: {error}") from error
-        _write_card(folder, name, sample)
+    def write(building: Path) -> None:
+        _write(source, sample.module, building)
+        _write_card(building, name, sample)
 
-    return ensure_built(sample_folder(name, cache_dir), source, write, durable=True)
+    return ensure_built(folder, source, write, durable=True)
+
+
+def _write(source: str, module: str, folder: Path) -> None:
+    """Run a writer in a process of its own.
+
+    A conversion changes the default dtype and the random state, takes a gigabyte and holds the
+    interpreter for seconds. No model that is served shall feel that.
+    """
+    code = f"from pathlib import Path; from engine.samples.{module} import write"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"{code}; write(Path({str(folder)!r}))"],
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise LoadFailed(f"cannot build {source}: {reason.rpartition('LoadFailed: ')[2]}")
 
 
 def _write_card(folder: Path, name: str, sample: Sample) -> None:

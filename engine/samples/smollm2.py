@@ -24,7 +24,8 @@ def write(folder: Path) -> None:
     """Convert the model into an empty folder. Takes some seconds.
 
     Raises:
-        LoadFailed: the package is not installed, or its file cannot be converted.
+        ModuleNotFoundError: the package is not installed.
+        LoadFailed: its file cannot be converted.
         OSError: the folder cannot be written.
 
     """

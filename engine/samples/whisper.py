@@ -14,7 +14,7 @@ def write(folder: Path) -> None:
     """Put the model together in an empty folder.
 
     Raises:
-        LoadFailed: a package is not installed.
+        ModuleNotFoundError: a package is not installed.
         OSError: the folder cannot be written.
 
     """
