@@ -51,7 +51,7 @@ def test_a_writer_that_ends_in_an_error_leaves_nothing_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "SAMPLES", {"broken": sample("no_such_module")})
-    with pytest.raises(LoadFailed, match="cannot build samples:broken: .*no_such_module"):
+    with pytest.raises(LoadFailed, match=r"cannot build samples:broken: .*no_such_module"):
         ensure_sample("broken", tmp_path)
     assert list(sample_folder("broken", tmp_path).parent.iterdir()) == []
 
