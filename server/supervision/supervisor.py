@@ -35,8 +35,8 @@ LAST_PAUSE_S = 60.0
 STEADY_S = 60.0
 """A process that was ready for so long has recovered. Its next restart is immediate, as the first
 one."""
-STACKS_S = 0.5
-"""Time for a hung process to write its stacks before it is killed."""
+STACKS_S = 1.0
+"""Time for a hung process to write its stacks before it is killed: enough on a busy machine too."""
 ENDING_S = 3.0
 """Silence of a process that ends, after which clients are refused here. It serves nobody then."""
 STOP_S = 30.0

@@ -118,7 +118,7 @@ async def served(folder: Path, *arguments: str, drain_s: float = 30) -> AsyncIte
     try:
         async with asyncio.timeout(TIMEOUT_S):
             introduction = ""
-            while "meaningless" not in introduction:
+            while "mean nothing" not in introduction:
                 line = await process.stderr.readline()
                 assert line, introduction
                 introduction += line.decode()
