@@ -114,7 +114,7 @@ class TestEmbedding:
     def test_the_text_with_the_largest_difference_is_named(self) -> None:
         vectors = np.zeros((len(embedding.TEXTS), 2))
         others = vectors.copy()
-        others[3, 1] = -0.5
+        others[3, 1] = 0.5
         measure = embedding.difference("difference", vectors, others)
         assert measure.value == 0.5
         assert measure.items == (f"largest: {embedding.TEXTS[3]}",)
