@@ -57,7 +57,7 @@ def _read(files: tarfile.TarFile, name: str) -> bytes:
 
 
 def _clip(wav: bytes, alignment: bytes) -> Clip:
-    # A pronunciation has a number, as in `and(2)`; silence is `<sil>`.
+    # A second pronunciation has a number in parentheses; silence is `<sil>`.
     said = [word for word in json.loads(alignment)["w"] if not word["t"].startswith(("<", "["))]
     return Clip(
         wav,
