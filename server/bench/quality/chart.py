@@ -54,13 +54,15 @@ def _draw(subjects: Sequence[Subject], path: Path) -> None:
             axis.barh(place, measure.value, color=f"C{place % 10}")
             if measure.low is not None and measure.high is not None:
                 axis.plot([measure.low, measure.high], [place, place], color="black", marker="|")
+            negative = measure.value < 0
+            ends = [each for each in (measure.value, measure.low, measure.high) if each is not None]
             axis.annotate(
-                f" {value(measure)} ", (measure.value, place), fontsize=7, va="bottom",
-                ha="right" if measure.value < 0 else "left", annotation_clip=False,
+                f" {value(measure)} ", (min(ends) if negative else max(ends), place), fontsize=7,
+                va="center", ha="right" if negative else "left", annotation_clip=False,
             )  # fmt: skip
         axis.set_yticks(range(len(found)), [label for label, _ in found], fontsize=7)
         axis.set_ylim(len(found) - 0.4, -0.6)
-        axis.margins(x=0.15)
+        axis.margins(x=0.18)
         kinds = {measure.spread for _, measure in found if measure.spread}
         lines = f"; lines: {', '.join(sorted(kinds))}" if kinds else ""
         axis.set_title(name + DIRECTIONS[found[0][1].higher_is_better] + lines, fontsize=9)

@@ -45,9 +45,10 @@ def markdown(subjects: Sequence[Subject], machine: dict[str, Any], command: str)
     """The page: the table, what was not measured, the items that failed, the machine."""
     lines = ["# Quality", "", f"`{command}`", "", _row(HEAD), _row(["---"] * len(HEAD))]
     lines += map(_row, rows(subjects))
-    for subject in subjects:
-        lines += ["", *(f"* {subject.model}: not measured: {note}" for note in subject.notes)]
-    lines += ["", "## Items", ""]
+    notes = [
+        f"* {subject.model}: not measured: {note}" for subject in subjects for note in subject.notes
+    ]
+    lines += ["", *notes, "", "## Items", ""] if notes else ["", "## Items", ""]
     for subject in subjects:
         for measure in subject.measures:
             if measure.items:
@@ -57,8 +58,8 @@ def markdown(subjects: Sequence[Subject], machine: dict[str, Any], command: str)
     lines += [
         "", "## Machine", "",
         f"* {machine['date']}, commit {machine['commit'] or 'unknown'}",
-        f"* {machine['cpu']}, {machine['cores']} cores,"
-        f" {format_size(machine['memory_bytes'])}; {', '.join(machine['gpus']) or 'no GPU'}",
+        f"* {machine['cpu']}, {machine['cores']} cores"
+        f" (load {machine['load_average']:.1f}), {format_size(machine['memory_bytes'])}; {', '.join(machine['gpus']) or 'no GPU'}",
         f"* {versions}",
         *(f"* {subject.model}: {subject.source}, {subject.numbers}" for subject in subjects),
     ]  # fmt: skip

@@ -64,7 +64,7 @@ def word_error_share(said: Sequence[str], heard: Sequence[str], *, part: str = "
     errors, words = word_errors(said, heard)
     return Measure(
         "word error rate", 100 * errors / words,
-        f"{errors} errors in {words} words of {len(said)} sentences", "%", False, part,
+        f"{errors} of {words} words in {len(said)} sentences", "%", False, part,
         items=tuple(wrong),
     )  # fmt: skip
 

@@ -28,6 +28,7 @@ MACHINE: dict[str, Any] = {
     "commit": "abc1234",
     "cpu": "A Processor",
     "cores": 2,
+    "load_average": 1.5,
     "memory_bytes": 24 * 2**30,
     "gpus": [],
     "versions": {"torch": "2.13.0"},
@@ -46,7 +47,7 @@ class TestWords:
 
     def test_only_what_was_misheard_is_listed(self) -> None:
         measure = word_error_share(["one two", "three four"], ["One two.", "three for"])
-        assert (measure.value, measure.counted) == (25, "1 errors in 4 words of 2 sentences")
+        assert (measure.value, measure.counted) == (25, "1 of 4 words in 2 sentences")
         assert measure.items == ("'three four', heard 'three for'",)
 
     def test_equal_words_are_matched(self) -> None:
