@@ -59,7 +59,8 @@ def markdown(subjects: Sequence[Subject], machine: dict[str, Any], command: str)
         "", "## Machine", "",
         f"* {machine['date']}, commit {machine['commit'] or 'unknown'}",
         f"* {machine['cpu']}, {machine['cores']} cores"
-        f" (load {machine['load_average']:.1f}), {format_size(machine['memory_bytes'])}; {', '.join(machine['gpus']) or 'no GPU'}",
+        f" (load {machine['load_average']:.1f}), {format_size(machine['memory_bytes'])};"
+        f" {', '.join(machine['gpus']) or 'no GPU'}",
         f"* {versions}",
         *(f"* {subject.model}: {subject.source}, {subject.numbers}" for subject in subjects),
     ]  # fmt: skip
