@@ -3,6 +3,7 @@
 BenchError
 ├── BadSetUp      the scenario cannot run so: an unknown model, a peer without support for it
 ├── NotStarted    a target did not start, or died
+├── BadServer     a server refused a request whose answer is to be judged
 └── InvalidRun    the targets gave different answers, so their figures cannot be compared
 """
 
@@ -19,6 +20,10 @@ class BadSetUp(BenchError):
 
 class NotStarted(BenchError):
     """A target did not start, or died. The message ends with the end of its log."""
+
+
+class BadServer(BenchError):
+    """A server refused a request whose answer is to be judged. The message has its answer."""
 
 
 class InvalidRun(BenchError):

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
-import av
 import httpx
 from PIL import Image
 
+from server.bench.audio_length import audio_seconds
 from server.bench.exchange import BadAnswer, Exchange, Response, events, exchange, read_response
 from server.bench.work import (
     COMPLETIONS,
@@ -133,7 +133,7 @@ def _read(work: Work, seen: Exchange) -> Answer:
     times_s = tuple(at_s for at_s, _ in response.pieces)
     audio_s, output = 0.0, ""
     if work.path == SPEECH:
-        audio_s = _audio_s(response.body)
+        audio_s = audio_seconds(response.body)
         output = str(audio_s)
     elif work.path == TRANSCRIPTIONS:
         document = _document(response)
@@ -179,13 +179,6 @@ def _document(response: Response) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise BadAnswer("the answer is not a JSON object")
     return document
-
-
-def _audio_s(data: bytes) -> float:
-    """Seconds of an audio file by its samples: the header of a stream does not know them."""
-    with av.open(io.BytesIO(data)) as container:
-        stream = container.streams.audio[0]
-        return float(sum(frame.samples for frame in container.decode(stream)) / stream.rate)
 
 
 def _pixels(encoded: str) -> str:

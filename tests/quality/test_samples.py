@@ -21,10 +21,11 @@ import yaml
 
 from engine.samples.registry import SAMPLES, ensure_sample
 from engine.starters.chat_templates import QWEN_TEMPLATE
+from server.bench.quality.ranks import rank_correlation
+from server.bench.quality.recordings import clips
+from server.bench.quality.sentences import PAIRS, QUESTIONS, SPOKEN
 from server.bench.quality.words import matched_words, normal_words, word_error_rate
 from server.settings import STARTER_CONFIG
-from tests.quality.recordings import clips
-from tests.quality.sentences import PAIRS, QUESTIONS, SPOKEN
 from tests.server.real import Server
 
 pytestmark = pytest.mark.slow
@@ -222,16 +223,7 @@ class TestEmbeddings:
         means = [alike[degrees == degree].mean() for degree in (4, 3, 2, 1)]
         assert sorted(means, reverse=True) == means
         assert alike[degrees == 4].min() > alike[degrees == 1].max()
-        assert rank_correlation(degrees, alike) > 0.9
-
-
-def rank_correlation(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> float:
-    """Spearman's; equal values share the mean of their ranks."""
-    ranks = [
-        [(each < value).sum() + ((each == value).sum() + 1) / 2 for value in each]
-        for each in (first, second)
-    ]
-    return float(np.corrcoef(ranks)[0, 1])
+        assert rank_correlation(list(degrees), list(alike)) > 0.9
 
 
 class TestSpeech:

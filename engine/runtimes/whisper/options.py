@@ -43,3 +43,10 @@ class WhisperOptions(Section):
     """Windows at once in the batched pipeline."""
     max_seconds: float = Field(default=4 * 3600.0, gt=0)
     """A longer recording is refused."""
+
+
+def run_compute_type(options: WhisperOptions, device: str) -> str:
+    """The type of the loaded weights, where the options say `auto` too."""
+    if options.compute_type != "auto":
+        return options.compute_type
+    return "float16" if device == "cuda" else "int8"

@@ -46,7 +46,7 @@ from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.common.loading import load_on_thread
 from engine.runtimes.common.thread_run import run_on_thread
 from engine.runtimes.recognised import Recognised
-from engine.runtimes.whisper.options import WhisperOptions
+from engine.runtimes.whisper.options import WhisperOptions, run_compute_type
 
 if TYPE_CHECKING:
     from engine.runtimes.whisper.run import CancellableWhisper
@@ -244,9 +244,7 @@ class WhisperRuntime(Runtime):
         return Block("weights", nbytes, parkable)
 
     def _compute_type(self, options: WhisperOptions) -> str:
-        if options.compute_type != "auto":
-            return options.compute_type
-        return "float16" if self.context.device.kind == "cuda" else "int8"
+        return run_compute_type(options, self.context.device.kind)
 
     async def load(
         self,

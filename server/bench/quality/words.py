@@ -16,18 +16,25 @@ def normal_words(text: str) -> list[str]:
     return [_TITLES.get(word, word) for word in words]
 
 
-def word_error_rate(said: Sequence[str], heard: Sequence[str]) -> float:
-    """Substitutions, deletions and insertions, as a share of the words that were said.
+def word_errors(said: Sequence[str], heard: Sequence[str]) -> tuple[int, int]:
+    """Substitutions, deletions and insertions, and the number of words that were said.
 
     Raises:
         ValueError: the two have not as many texts as each other, or a said one has no word.
 
     """
-    rate: float = jiwer.wer(
+    found = jiwer.process_words(
         [" ".join(normal_words(text)) for text in said],
         [" ".join(normal_words(text)) for text in heard],
     )
-    return rate
+    errors = found.substitutions + found.deletions + found.insertions
+    return errors, found.hits + found.substitutions + found.deletions
+
+
+def word_error_rate(said: Sequence[str], heard: Sequence[str]) -> float:
+    """The errors of `word_errors` as a share of the words that were said."""
+    errors, words = word_errors(said, heard)
+    return errors / words
 
 
 def matched_words(said: Sequence[str], heard: Sequence[str]) -> list[tuple[int, int]]:

@@ -55,3 +55,20 @@ PAIRS = (
     (1, "She bought a new car.", "The choir sang in Latin."),
 )
 """How alike two sentences are to a person: 4 is the same meaning, 1 is nothing in common."""
+
+PASSAGES = (
+    "A lighthouse is a tower with a bright lamp at the top. It warns ships of rocks and shallow"
+    " water, and shows them the way into a harbour. Before there was electricity, a keeper lived"
+    " in the tower. Every evening he climbed the stairs and lit the lamp, and he kept it burning"
+    " until the morning.",
+    "Bread is made of flour, water, salt and yeast. The baker kneads the dough until it is smooth"
+    " and leaves it in a warm place. The yeast eats sugar and gives off gas, which makes the dough"
+    " rise. After an hour the loaf goes into a hot oven, where its crust turns brown.",
+    "Water covers most of the surface of the Earth. The sun warms it, and some of it rises into"
+    " the air as vapour. High above the ground the vapour cools and forms clouds. It falls as rain"
+    " or snow, runs into streams and rivers, and so returns to the sea.",
+    "On Monday morning the manager asked everybody to come to the large meeting room. The company"
+    " had sold fewer machines than in the year before, she said, and the new factory would open"
+    " three months late. Nobody would lose a job, but for a while there would be no new ones.",
+)
+"""Plain prose for a language model: how probable it finds each token."""

@@ -11,7 +11,9 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDER = Path(__file__).parents[2] / ".venv" / "recordings"
+from server.bench.audio_length import audio_seconds
+
+FOLDER = Path(__file__).parents[3] / ".venv" / "recordings"
 CLIPS = "test/data/librivox/"
 
 
@@ -25,7 +27,13 @@ class Clip:
 
     @property
     def text(self) -> str:
+        """All words."""
         return " ".join(self.words)
+
+    @property
+    def seconds(self) -> float:
+        """The length of the recording."""
+        return audio_seconds(self.wav)
 
 
 def clips() -> tuple[Clip, ...]:
@@ -49,7 +57,7 @@ def _read(files: tarfile.TarFile, name: str) -> bytes:
 
 
 def _clip(wav: bytes, alignment: bytes) -> Clip:
-    # A pronunciation has a number, as in `and(2)`; silence is `<sil>`.
+    # A second pronunciation has a number in parentheses; silence is `<sil>`.
     said = [word for word in json.loads(alignment)["w"] if not word["t"].startswith(("<", "["))]
     return Clip(
         wav,
