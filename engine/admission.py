@@ -78,6 +78,7 @@ class Admission:
             EngineError: whatever can go wrong before the first byte.
 
         """
+        opened_at = self._clock()
         runtime = self._runtimes[model.runtime]
         prepared = runtime.prepare(model, request)
         waiting.stage = Stage.FETCHING
@@ -90,10 +91,14 @@ class Admission:
 
         async def alone() -> Session:
             deadline.go_on()
-            return await self._attempt(model, prepared, deadline, waiting, exclusive=True)
+            return await self._attempt(
+                model, prepared, deadline, waiting, exclusive=True, since=self._clock()
+            )
 
         try:
-            session = await self._attempt(model, prepared, deadline, waiting, exclusive=False)
+            session = await self._attempt(
+                model, prepared, deadline, waiting, exclusive=False, since=opened_at
+            )
         except OutOfDeviceMemory as error:
             log.warning("%s: %s; trying once more, alone", request.request_id, error)
             return await alone()
@@ -231,6 +236,7 @@ class Admission:
         waiting: Waiting,
         *,
         exclusive: bool,
+        since: float,
     ) -> Session:
         request = prepared.request
         lease = await self.lease(
@@ -272,7 +278,11 @@ class Admission:
         for phase, seconds in (("queue", queue_s), ("load", lease.timings.load_s), ("run", run_s)):
             self._request_seconds.labels(model.id, phase).observe(seconds)
         timings = Timings(
-            queue_s * 1e3, lease.timings.load_s * 1e3, run_s * 1e3, lease.timings.tier
+            queue_ms=queue_s * 1e3,
+            load_ms=lease.timings.load_s * 1e3,
+            run_ms=run_s * 1e3,
+            tier=lease.timings.tier,
+            fetch_ms=max(0.0, granted_at - since - lease.timings.queued_s) * 1e3,
         )
         return Session(model, first, events, lease, timings, notes)
 

@@ -26,6 +26,8 @@ class Timings:
     """To the first event of a stream; the whole run of a document."""
     tier: str
     """Where the model was when the request came: `device`, `host` or `disk`."""
+    fetch_ms: float = 0.0
+    """Before the queue: until the files of the model were here, fetched or built, and read."""
 
 
 @dataclass(slots=True)

@@ -139,7 +139,7 @@ async def _report_wait(
         if status.stage is Stage.RUNNING and not stream.begun:
             continue  # granted in time: its first event decides the kind of response
         await stream.begin({})
-        await stream.send(_wait_comment(status, model))
+        await stream.send(_wait_comment(status, engine.config.find(model).id))
         pause_s = PROGRESS_INTERVAL_S
 
 

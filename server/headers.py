@@ -11,9 +11,21 @@ if TYPE_CHECKING:
 
 HEADER_PREFIX = "x-roundhouse-"
 
+FETCH_MS = 10.0
+"""A wait for files that is worth a header. Looking whether they are here takes less."""
+
 ANSWER_HEADERS = tuple(
     f"{HEADER_PREFIX}{name}"
-    for name in ("queue-ms", "load-ms", "run-ms", "tier", "peak-bytes", "cut", "weights")
+    for name in (
+        "fetch-ms",
+        "queue-ms",
+        "load-ms",
+        "run-ms",
+        "tier",
+        "peak-bytes",
+        "cut",
+        "weights",
+    )
 )
 """All that `answer_headers` may give."""
 
@@ -30,6 +42,8 @@ def answer_headers(session: Session, ran_ms: float = 0.0) -> dict[str, str]:
         f"{HEADER_PREFIX}run-ms": f"{timings.run_ms + ran_ms:.1f}",
         f"{HEADER_PREFIX}tier": timings.tier,
     }
+    if timings.fetch_ms >= FETCH_MS:
+        headers[f"{HEADER_PREFIX}fetch-ms"] = f"{timings.fetch_ms:.1f}"
     if session.notes.peak_bytes is not None:
         headers[f"{HEADER_PREFIX}peak-bytes"] = str(session.notes.peak_bytes)
     if session.notes.cuts:

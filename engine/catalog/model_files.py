@@ -102,7 +102,8 @@ def removable(model: ModelConfig, config: EngineConfig) -> tuple[Files, ...]:
     repos = [each for each in every if each.is_repo]
     if not repos:
         raise Conflict(
-            f"The files of {model.id!r} are no download ({model.source}); remove them yourself."
+            f"The files of {model.id!r} are no download ({model.source}); remove them yourself"
+            f" ({', '.join(str(each.path) for each in every if each.path) or 'none are here'})."
         )
     here = [each for each in repos if each.path is not None]
     own = tuple(each for each in here if set(each.models) <= {model.id})

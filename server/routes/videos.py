@@ -31,8 +31,13 @@ def videos_router(engine: Engine, jobs: Jobs, settings: ServerSettings) -> APIRo
     def document(job: Job) -> dict[str, Any]:
         return video_document(job, jobs.place(job.id))
 
+    def headers_of(job: Job) -> dict[str, str]:
+        with suppress(ModelNotFound):  # the model may have left the configuration since
+            return weights_header(engine.config.find(job.model).source)
+        return {}
+
     @router.post("/v1/videos")
-    async def create(request: Request) -> dict[str, Any]:
+    async def create(request: Request, response: Response) -> dict[str, Any]:
         fields = await read_fields(request, settings.max_body_bytes)
         scheduling = take_scheduling_options(request.headers, fields, default=Priority.BATCH)
         body = VideoBody.of(fields)
@@ -42,7 +47,9 @@ def videos_router(engine: Engine, jobs: Jobs, settings: ServerSettings) -> APIRo
         video_request = body.to_request(
             pictures, request_id=request.state.request_id, scheduling=scheduling
         )
-        return document(await jobs.submit(video_request))
+        job = await jobs.submit(video_request)
+        response.headers.update(headers_of(job))
+        return document(job)
 
     @router.get("/v1/videos")
     async def list_videos(request: Request) -> dict[str, Any]:
@@ -57,17 +64,17 @@ def videos_router(engine: Engine, jobs: Jobs, settings: ServerSettings) -> APIRo
         }
 
     @router.get("/v1/videos/{video_id}")
-    async def retrieve(video_id: str) -> dict[str, Any]:
-        return document(jobs.get(video_id))
+    async def retrieve(video_id: str, response: Response) -> dict[str, Any]:
+        job = jobs.get(video_id)
+        response.headers.update(headers_of(job))
+        return document(job)
 
     @router.api_route("/v1/videos/{video_id}/content", methods=["GET", "HEAD"])
     async def content(video_id: str, request: Request) -> Response:
         query = VideoContentQuery.of(query_fields(request))
         path = await asyncio.to_thread(jobs.content, video_id, query.variant)
         # `private`: a response that needed a key must not stay in a shared cache.
-        headers = {"cache-control": "private"}
-        with suppress(ModelNotFound):  # the model may have left the configuration since
-            headers |= weights_header(engine.config.find(jobs.get(video_id).model).source)
+        headers = {"cache-control": "private", **headers_of(jobs.get(video_id))}
         return FileResponse(path, headers=headers)
 
     @router.delete("/v1/videos/{video_id}")

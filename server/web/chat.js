@@ -56,6 +56,7 @@ export function startChat() {
 /** Stream an answer, piece by piece, to `grow`; returns its text and what it took, in words. */
 async function ask(messages, grow, signal, tell) {
   const system = byId("chat-system").value;
+  const temperature = byId("chat-temperature").value;
   const began = performance.now();
   const response = await post(
     "/v1/chat/completions",
@@ -63,7 +64,7 @@ async function ask(messages, grow, signal, tell) {
       model: byId("chat-model").value,
       messages: system ? [{ role: "system", content: system }, ...messages] : messages,
       max_completion_tokens: byId("chat-max-tokens").valueAsNumber,
-      temperature: byId("chat-temperature").valueAsNumber,
+      ...(temperature === "" ? {} : { temperature: Number(temperature) }),
       stream: true,
       stream_options: { include_usage: true },
     },

@@ -192,17 +192,17 @@ def test_a_starter_model_that_does_not_exist(tmp_path: Path) -> None:
 
 def test_a_further_scheme_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def folder(name: str, cache_dir: Path) -> Path:
-        return cache_dir / "samples" / name
+        return cache_dir / "tracks" / name
 
     def build(name: str, cache_dir: Path) -> Path:
         folder(name, cache_dir).mkdir(parents=True)
         return folder(name, cache_dir)
 
-    assert not is_built_here("samples:beach")
+    assert not is_built_here("tracks:beach")
     monkeypatch.setattr(
-        model_folder, "BUILDERS", {**model_folder.BUILDERS, "samples": Builder(build, folder)}
+        model_folder, "BUILDERS", {**model_folder.BUILDERS, "tracks": Builder(build, folder)}
     )
-    assert is_built_here("samples:beach") and is_built_here("starter:tiny-llama")
-    assert present_folder("samples:beach", tmp_path) is None
-    assert local_folder("samples:beach", tmp_path) == tmp_path / "samples" / "beach"
-    assert present_folder("samples:beach", tmp_path) == tmp_path / "samples" / "beach"
+    assert is_built_here("tracks:beach") and is_built_here("starter:tiny-llama")
+    assert present_folder("tracks:beach", tmp_path) is None
+    assert local_folder("tracks:beach", tmp_path) == tmp_path / "tracks" / "beach"
+    assert present_folder("tracks:beach", tmp_path) == tmp_path / "tracks" / "beach"

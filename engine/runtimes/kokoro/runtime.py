@@ -179,7 +179,8 @@ class KokoroRuntime(TorchRuntime):
         for alias, target in {**OPENAI_VOICES, **options.voices}.items():
             blend = parse_blend(target)
             if blend is not None and all(name in files for name, _ in blend):
-                found.append(Voice(alias, target, options.language_of(blend[0][0])))
+                name = f"{alias.title()} ({target})"
+                found.append(Voice(alias, name, options.language_of(blend[0][0])))
         return tuple(found)
 
     def weight_files(self, model: ModelConfig) -> Sequence[Path]:

@@ -214,7 +214,7 @@ async def test_voices_are_listed(cache_dir: Path, folder: Path, tmp_path: Path) 
     found = {voice.id: voice for voice in runtime.voices(model)}
     assert found["af_heart"].name == "Heart" and found["af_heart"].language == "en-us"
     assert found["bf_emma"].language == "en-gb" and found["ff_siwis"].language == "fr-fr"
-    assert found["both"].name == "af_heart+am_adam" and "gone" not in found
+    assert found["both"].name == "Both (af_heart+am_adam)" and "gone" not in found
     assert set(OPENAI_VOICES) <= found.keys()
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(LoadFailed, match="no voice"):
