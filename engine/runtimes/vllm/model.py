@@ -72,7 +72,7 @@ class VllmModel(LoadedModel):
                 return
             PACE.streams += 1
             try:
-                async for piece in answer:
+                async for piece in self._completed(answer, request):
                     frame = Frame(
                         _message_id(piece) if isinstance(piece, str) else _named_event(piece)
                     )
@@ -87,6 +87,16 @@ class VllmModel(LoadedModel):
             raise self._translate(error, request.body) from error
         finally:
             self.runs -= 1
+
+    def _completed(self, answer: Any, request: TextRequest) -> Any:
+        """The pieces of a streamed answer, corrected."""
+        from engine.runtimes.vllm.answers import completed_chunks, completed_events
+
+        if request.operation is TextOperation.RESPONSES:
+            return completed_events(answer, request.body)
+        if request.operation is TextOperation.CHAT and request.body.get("tools"):
+            return completed_chunks(answer)
+        return answer
 
     def _is_parsed(self, prepared: Prepared) -> bool:
         """Whether vLLM may look for thoughts or tool calls in the text."""
@@ -143,7 +153,7 @@ class VllmModel(LoadedModel):
             raise self._refusal(answer, body)
         if hasattr(answer, "body"):  # the pooling classes return a finished response
             return bytes(answer.body)
-        complete_answer(answer)
+        complete_answer(answer, body)
         if isinstance(answer, AnthropicMessagesResponse):
             fields = answer.model_dump(mode="json", by_alias=True, exclude_none=True)
             # Anthropic's documents always have this one, as its streams do.
