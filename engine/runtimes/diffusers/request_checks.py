@@ -26,6 +26,7 @@ from engine.runtimes.diffusers.pipeline_arguments import (
     check_arguments,
     class_arguments,
 )
+from engine.words import echoed
 
 DECODER_COPIES = 3
 """Tensors of full size alive at once in a VAE decoder's last block: input, normalised, output."""
@@ -231,7 +232,8 @@ class RequestChecks:
             if choice.name not in known:
                 there = ", ".join(sorted(known)) or "none"
                 raise InvalidRequest(
-                    f"The model {self.model_id!r} has no LoRA {choice.name!r}; there is {there}.",
+                    f"The model {self.model_id!r} has no LoRA {echoed(choice.name)};"
+                    f" there is {there}.",
                     param=f"loras[{index}].name",
                 )
             if not -10 <= choice.weight <= 10:
