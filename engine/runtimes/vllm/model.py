@@ -8,11 +8,11 @@ model.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import EngineError, RuntimeFailed
+from engine.errors import EngineError, InvalidRequest, RuntimeFailed
 from engine.events import Document, Event, Frame
 from engine.memory.block import Block
 from engine.requests import TextOperation, TextRequest
@@ -123,7 +123,18 @@ class VllmModel(LoadedModel):
             case TextOperation.TOKENIZE:
                 return await serving.serving_tokenization.create_tokenize(payload, None)
             case TextOperation.DETOKENIZE:
+                self._check_tokens(payload.tokens)
                 return await serving.serving_tokenization.create_detokenize(payload, None)
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        """Refuse tokens beyond the vocabulary, which the tokenizer leaves out in silence."""
+        size = len(self.serving.serving_tokenization.renderer.get_tokenizer())
+        for index, token in enumerate(tokens):
+            if token >= size:
+                raise InvalidRequest(
+                    f"tokens[{index}]: {token} is not in the vocabulary, whose last is {size - 1}.",
+                    param="tokens",
+                )
 
     def _check(self, frame: Frame, body: Mapping[str, Any]) -> None:
         """Raise the error that a frame is, if it is one: vLLM streams errors like answers.

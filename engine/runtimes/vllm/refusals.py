@@ -96,11 +96,29 @@ def _best(errors: Sequence[tuple[Path, Any]], value: Any, path: Path) -> tuple[P
         else:
             branches.setdefault(rest[0], []).append((rest[1:], error))
     if branches:
-        return _best_branch([*branches.values()], value, path)
+        apart = [each for key, found in branches.items() for each in _apart(key, found)]
+        return _best_branch(apart, value, path)
     if fields:
         key, below = next(iter(fields.items()))
         return _best(below, _item(value, key), (*path, key))
     return path, " or ".join(dict.fromkeys(_rule(each) for each in here))
+
+
+def _apart(
+    key: str | int, errors: Sequence[tuple[Path, Any]]
+) -> Sequence[Sequence[tuple[Path, Any]]]:
+    """The errors of each branch, where pydantic names several by the one function around them.
+
+    The tag is the first field of each, so a wrong tag begins the errors of another branch.
+    """
+    if not str(key).startswith("function-"):
+        return [errors]
+    found: list[list[tuple[Path, Any]]] = [[]]
+    for rest, error in errors:
+        if found[-1] and len(rest) == 1 and _is_wrong_tag(rest, error):
+            found.append([])
+        found[-1].append((rest, error))
+    return found
 
 
 def _best_branch(

@@ -425,3 +425,18 @@ async def test_a_response_that_was_cut_is_incomplete(ask: Ask) -> None:
     named = {event.data.partition("\n")[0] for event in ask.events}  # type: ignore[attr-defined]
     assert "event: response.incomplete" in named
     assert "event: response.completed" not in named
+
+
+async def test_tokens_beyond_the_vocabulary_are_refused(ask: Ask) -> None:
+    operation = TextOperation.DETOKENIZE
+    with pytest.raises(InvalidRequest, match="whose last is") as caught:
+        await ask(operation, {"tokens": [10**12]})
+    last = int(caught.value.message.rstrip(".").rpartition(" ")[2])
+    assert caught.value.param == "tokens"
+    for tokens in ([1, last + 1], [last + 2, last]):
+        with pytest.raises(InvalidRequest) as caught:
+            await ask(operation, {"tokens": tokens})
+        assert caught.value.param == "tokens"
+    with pytest.raises(KeyError, match="content"):  # an answer, which is no message
+        await ask(operation, {"tokens": [1, last]})
+    assert json.loads(ask.events[0].body)["prompt"]  # type: ignore[attr-defined]
