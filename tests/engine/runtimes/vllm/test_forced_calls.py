@@ -206,13 +206,15 @@ async def test_an_answer_without_calls_has_not_ended_for_its_calls(ask: Ask) -> 
 
 
 async def test_a_call_that_a_stop_string_cut_is_not_to_be_run(ask: Ask) -> None:
-    """Its arguments have begun, and each of its words ends with a quote."""
-    for choice, stop in (("weather", ":"), ("required", '":')):
+    """Its arguments have begun."""
+    for choice in ("move", "required"):
         for stream in (False, True):
-            fields = body(TextOperation.CHAT, choice, stop=[stop], stream=stream)
+            fields = body(TextOperation.CHAT, choice, {"move": TOOLS["move"]}, stop=['"by"'])
+            fields |= {"stream": stream, "include_stop_str_in_output": True}
             end, calls = await ask(TextOperation.CHAT, fields)
             assert end == "stop"
-            assert stream or not calls
+            assert bool(calls) is stream
+            assert all(arguments.endswith('"by"') for _, arguments in calls)
 
 
 async def test_the_whole_calls_stay_where_the_last_is_cut(vllm_runtime: VllmRuntime) -> None:
