@@ -126,6 +126,16 @@ class Admission:
         with contextlib.suppress(LoadFailed):
             await self._fetcher.bring(model, deadline)
 
+    async def build_files(self, model: ModelConfig, deadline: Deadline) -> None:
+        """Wait until the model's files are here, if this machine builds all of them itself.
+
+        Raises:
+            EngineError: see `bring_files`.
+
+        """
+        if self._fetcher.only_builds(model):
+            await self.bring_files(model, deadline)
+
     async def know_size(self, model: ModelConfig, deadline: Deadline) -> None:
         """Give the scheduler the model's estimate, if it has none yet.
 

@@ -42,6 +42,7 @@ from pydantic_core import PydanticCustomError, PydanticKnownError
 from engine.errors import ConfigError, ModelNotFound
 from engine.rules import rule
 from engine.units import Budget, Duration, MemoryBudget, Size
+from engine.words import MOST_ECHOED, echoed
 
 ENV_PREFIX = "ROUNDHOUSE_"
 ENV_CONFIG = "ROUNDHOUSE_CONFIG"
@@ -271,9 +272,9 @@ class EngineConfig(Section):
             if name in model.names:
                 return model
         known = [each for model in self.models for each in model.names]
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(name[:MOST_ECHOED], known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ModelNotFound(f"The model {name!r} does not exist.{hint}", param="model")
+        raise ModelNotFound(f"The model {echoed(name)} does not exist.{hint}", param="model")
 
     def memory_budget(self, device: str) -> MemoryBudget:
         """`memory`, or the default of that kind of device."""

@@ -256,6 +256,19 @@ class Engine:
             raise QueueTimeout("The engine is still starting.", retry_after_s=5.0)
         return runtime.prepare(model, request)
 
+    async def build_files(self, name: str) -> None:
+        """Build the files of a model that this machine builds itself; fetch nothing from a hub.
+
+        They say what the model can do, so that a request for it can be checked.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            QueueTimeout: building takes too long. It goes on.
+            ShuttingDown: the engine stops.
+
+        """
+        await self._admission.build_files(self.config.find(name), self._usual_deadline())
+
     async def open(self, request: Request, waiting: Waiting | None = None) -> Session:
         """Admit a request, load its model if need be, and wait for its first event.
 

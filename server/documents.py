@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.scheduling.event_log import LoggedEvent, Lost, Page
 from engine.status import EngineStatus, ModelStatus
-from server.errors import without_folders
+from engine.words import without_folders
 
 OWNER = "roundhouse"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -31,6 +30,7 @@ from engine.errors import (
     ShuttingDown,
 )
 from engine.requests import Operation, TextOperation
+from engine.words import MOST_ECHOED, shortened, without_folders
 
 ANTHROPIC_PATH = "/v1/messages"
 
@@ -38,17 +38,6 @@ ANTHROPIC_PATH = "/v1/messages"
 def is_anthropic(path: str) -> bool:
     """Whether clients of `path` read Anthropic's envelope."""
     return path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
-
-
-_FOLDERS = re.compile(r"(?<![\w/:.])/(?!v1/)(?:[\w.@+~-]+/)+(?=[\w.@+~-])")
-
-
-def without_folders(message: str) -> str:
-    """The message with the last part of each absolute path only.
-
-    Messages of libraries and of the system name files of this machine, which clients need not know.
-    """
-    return _FOLDERS.sub("", message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +116,10 @@ class Failure:
                 "evicts": list(error.evicts),
             }
         message = error.message if status < 500 else without_folders(error.message)
-        return cls(
-            status, message, answer.type, error.code, error.param, headers, residency, details
-        )
+        message, param = shortened(message), error.param
+        if param is not None:
+            param = shortened(param, MOST_ECHOED)
+        return cls(status, message, answer.type, error.code, param, headers, residency, details)
 
     @classmethod
     def of_status(cls, status: int, message: str | None, headers: Mapping[str, str]) -> Failure:
@@ -137,7 +127,7 @@ class Failure:
         phrase = HTTPStatus(status).phrase
         kind = "invalid_request_error" if status < 500 else "server_error"
         code = phrase.lower().replace(" ", "_")
-        return cls(status, message or phrase, kind, code, None, headers)
+        return cls(status, shortened(message or phrase), kind, code, None, headers)
 
     def openai_document(self) -> dict[str, Any]:
         """OpenAI's envelope."""

@@ -48,7 +48,7 @@ LAYERS = (
     ("engine.requests",),
     ("engine.status",),
     ("engine.config",),
-    ("engine.errors", "engine.rules", "engine.units"),
+    ("engine.errors", "engine.rules", "engine.units", "engine.words"),
 )
 """From the top. A module belongs to the longest name that it begins with, and may import its own
 layer and those below."""

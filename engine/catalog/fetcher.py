@@ -91,6 +91,10 @@ class Fetcher:
         """Whether all files of a model were here when somebody last looked."""
         return model.id in self._here
 
+    def only_builds(self, model: ModelConfig) -> bool:
+        """Whether all files of a model are built on this machine, so that no hub is asked."""
+        return all(is_built_here(each.repo) for each in self._sources(model))
+
     async def look(self, model: ModelConfig) -> bool:
         """Whether all files of a model are here. Asks no hub.
 

@@ -45,7 +45,7 @@ from engine.jobs.request_codec import from_json, left_s, to_json
 from engine.jobs.store import Job, JobError, JobState, JobStore
 from engine.jobs.video import SUFFIXES, VideoMaker, save_video
 from engine.media.outputs import Outputs
-from engine.requests import VideoRequest
+from engine.requests import Request, VideoRequest
 from engine.status import EngineState
 
 log = logging.getLogger(__name__)
@@ -227,7 +227,7 @@ class Jobs:
         job_id = f"video_{uuid.uuid4().hex}"
         model = self._engine.config.find(request.model)
         request = replace(request, model=model.id, request_id=job_id)
-        prepared = self._engine.prepare(request).request
+        prepared = await self._check(request)
         if request.scheduling.if_loaded_only:
             await self._engine.check_loaded(model.id)
         if not isinstance(prepared, VideoRequest):
@@ -236,7 +236,7 @@ class Jobs:
             prepared = replace(prepared, seed=secrets.randbelow(2**32))
         first_frame = first_frame_request(model, prepared)
         if first_frame is not None:
-            self._engine.prepare(first_frame)
+            await self._check(first_frame)
         job = Job(
             id=job_id,
             model=model.id,
@@ -247,6 +247,12 @@ class Jobs:
             created_at=int(self._clock()),
         )
         return await self._uninterrupted(self._insert(store, job, prepared.image))
+
+    async def _check(self, request: Request) -> Request:
+        """The request with its defaults, checked by the model's files where they can be here."""
+        self._engine.prepare(request)
+        await self._engine.build_files(request.model)
+        return self._engine.prepare(request).request
 
     def get(self, job_id: str) -> Job:
         """One job, as it is at this moment.

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from engine.errors import ConfigError, NotFound
 from engine.requests import Priority
+from engine.words import echoed
 
 FILE_NAME = "jobs.sqlite3"
 
@@ -211,7 +212,7 @@ class JobStore:
         """
         rows = self._read(f"SELECT {_COLUMNS} FROM jobs WHERE id = ?", (job_id,))
         if not rows:
-            raise NotFound(f"There is no job {job_id!r}.")
+            raise NotFound(f"There is no job {echoed(job_id)}.")
         return _job(rows[0])
 
     def list(
@@ -228,7 +229,7 @@ class JobStore:
         if after is not None:
             edge = self._read("SELECT sequence FROM jobs WHERE id = ?", (after,))
             if not edge:
-                raise NotFound(f"There is no job {after!r}.", param="after")
+                raise NotFound(f"There is no job {echoed(after)}.", param="after")
             where, values = f"WHERE sequence {'>' if ascending else '<'} ?", edge[0]
         rows = self._read(
             f"SELECT {_COLUMNS} FROM jobs {where}"

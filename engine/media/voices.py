@@ -23,6 +23,7 @@ from engine.config import EngineConfig
 from engine.errors import Conflict, InvalidRequest, NotFound
 from engine.files.atomic import new_folder, remove_folder, remove_leftovers
 from engine.media.audio_input import decode_audio
+from engine.words import echoed
 
 if TYPE_CHECKING:
     from engine.events import Samples
@@ -193,7 +194,7 @@ class VoiceStore:
 
 
 def _not_found(voice_id: str) -> NotFound:
-    return NotFound(f"There is no voice {voice_id!r}.", param="voice")
+    return NotFound(f"There is no voice {echoed(voice_id)}.", param="voice")
 
 
 def _check(samples: Samples) -> None:

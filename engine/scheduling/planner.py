@@ -44,7 +44,7 @@ from engine.scheduling.planned_model import PlannedModel, stays
 from engine.scheduling.snapshot import Snapshot, TicketView
 from engine.scheduling.victims import Victim, first_idle, host_victims, least_costly, whole
 from engine.status import COMPLETE, Eviction, ModelState
-from engine.units import format_size
+from engine.units import format_duration, format_size
 
 REMEASURE_S = 1.0
 """When to measure again if only other programs can free the room that a ticket needs."""
@@ -179,7 +179,7 @@ class _Decision:
         """Grant or refuse the ticket, or return False: it goes on waiting."""
         if ticket.deadline <= self.snapshot.now:
             waited_s = ticket.waited_s + self.snapshot.now - ticket.enqueued_at
-            reason = f"not served within {waited_s:.0f} s"
+            reason = f"not served within {format_duration(waited_s)}"
             self.refusals.append(Refusal(ticket.id, RefusalCode.DEADLINE, reason))
             return True
         if ticket.if_loaded_only and model.can_come:

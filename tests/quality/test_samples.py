@@ -174,7 +174,7 @@ class TestLanguage:
         self, server: Server, sdk: openai.OpenAI, expected: list[str]
     ) -> None:
         url = f"{server.url}/v1/engine/models/{CHAT}/park"
-        httpx.post(url, timeout=60).raise_for_status()
+        httpx.post(url, timeout=180).raise_for_status()
         assert ask_at_once(sdk) == expected
 
     def test_a_call_that_is_asked_for_has_valid_arguments(self, sdk: openai.OpenAI) -> None:

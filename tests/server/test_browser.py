@@ -284,7 +284,7 @@ class TestPlayground:
 class TestDashboard:
     def test_the_picture_of_memory_follows(self, page: Page, server: Server) -> None:
         model = "tiny-sd15"
-        httpx.post(f"{server.url}/v1/engine/models/{model}/unload", timeout=60).raise_for_status()
+        httpx.post(f"{server.url}/v1/engine/models/{model}/unload", timeout=180).raise_for_status()
         card = card_of(page, model)
         state, outcome = card.locator(".state"), card.locator(".outcome")
         on_device = page.locator("#device-parts")

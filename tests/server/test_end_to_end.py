@@ -255,7 +255,7 @@ def test_no_broken_body_gets_a_server_error(server: Server, path: str) -> None:
         {"tokens": "x"},
     )
     for body in bodies:
-        answer = httpx.post(f"{server.url}{path}", json={"model": model, **body}, timeout=30)
+        answer = httpx.post(f"{server.url}{path}", json={"model": model, **body}, timeout=180)
         assert 400 <= answer.status_code < 500, (body, answer.text)
         assert answer.json()["error"]["message"]
 
@@ -271,7 +271,7 @@ def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
         raise AssertionError("no such series")
 
     url = f"{server.url}/v1/completions"
-    with httpx.stream("POST", url, json={**body, "stream": True}, timeout=30) as stream:
+    with httpx.stream("POST", url, json={**body, "stream": True}, timeout=180) as stream:
         lines = stream.iter_lines()  # kept: dropping it would close the stream
         assert next(lines)
         leases = {m["id"]: m["leases"] for m in status(server)["models"]}
@@ -282,12 +282,12 @@ def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
     while any(m["leases"] for m in status(server)["models"]):
         assert time.monotonic() < deadline
     # vLLM reports its cache with the next step.
-    httpx.post(url, json={**body, "max_tokens": 1}, timeout=30).raise_for_status()
+    httpx.post(url, json={**body, "max_tokens": 1}, timeout=180).raise_for_status()
     assert used() < 0.01
 
 
 def test_metrics_and_operations(server: Server) -> None:
-    httpx.post(f"{server.url}/v1/engine/models/tiny-embed/load", timeout=60).raise_for_status()
+    httpx.post(f"{server.url}/v1/engine/models/tiny-embed/load", timeout=180).raise_for_status()
     text = httpx.get(f"{server.url}/metrics").text
     for series in (
         'roundhouse_resident_bytes{model="tiny-embed"',
@@ -302,7 +302,7 @@ def test_metrics_and_operations(server: Server) -> None:
     assert "warm-up" not in text
     for family in ("roundhouse_loads", "vllm:num_requests_running"):
         assert text.count(f"# TYPE {family}") == 1 or text.count(f"# TYPE {family}_total") == 1
-    httpx.post(f"{server.url}/v1/engine/models/tiny-embed/unload", timeout=60).raise_for_status()
+    httpx.post(f"{server.url}/v1/engine/models/tiny-embed/unload", timeout=180).raise_for_status()
     (embed,) = (m for m in status(server)["models"] if m["id"] == "tiny-embed")
     assert embed["state"] == "absent"
     assert httpx.get(f"{server.url}/health").status_code == 200
@@ -312,7 +312,7 @@ def test_metrics_and_operations(server: Server) -> None:
 def test_what_libraries_say_of_themselves_is_not_in_the_log(server: Server) -> None:
     for model in ("tiny-kokoro", "tiny-sdxl-turbo"):
         url = f"{server.url}/v1/engine/models/{model}/load"
-        httpx.post(url, timeout=60).raise_for_status()
+        httpx.post(url, timeout=180).raise_for_status()
     title, *lines = server.log().splitlines()
     assert title.startswith("Roundhouse")
     ours = re.compile(r"  |\d{4}-\d\d-\d\d \S+ [A-Z]+ (engine|server)\.")

@@ -222,7 +222,7 @@ def test_bad_input_is_told_at_once(sdk: openai.OpenAI, server: Server) -> None:
     ]
     for fields, param in bad:
         body = {"model": "dall-e-2", "prompt": "x", **fields}
-        answer = httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=10)
+        answer = httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=WAIT_S)
         assert answer.status_code == 400, (fields, answer.text)
         assert conforms(answer.json(), "ErrorResponse")
         assert answer.json()["error"]["param"] == param
@@ -241,7 +241,7 @@ def test_a_job_survives_a_kill(tmp_path: Path) -> None:
         server.wait_ready()
         body = {"model": "tiny-wan", "prompt": "a red train", "size": "128x128", "num_frames": 9,
                 "steps": 20, "seed": 3}  # fmt: skip
-        created = httpx.post(f"{server.url}/v1/videos", json=body, timeout=30)
+        created = httpx.post(f"{server.url}/v1/videos", json=body, timeout=WAIT_S)
         assert created.status_code == 200, created.text
         url = f"/v1/videos/{created.json()['id']}"
         deadline = time.monotonic() + WAIT_S

@@ -262,3 +262,16 @@ async def test_a_bug_is_logged_and_not_told(
     (record,) = [each for each in caplog.records if each.name == "server.request_context"]
     assert "mine.1" in record.getMessage()
     assert record.exc_info is not None
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/images/generations"])
+async def test_a_long_name_is_not_echoed_whole(client: httpx.AsyncClient, path: str) -> None:
+    body = {"model": "x" * 100_000, "prompt": "a"}
+    answer = await client.post(path, json=body)
+    assert answer.status_code == 404
+    assert "'xxx" in answer.text and len(answer.content) < 1000
+
+
+async def test_a_long_path_is_not_echoed_whole(client: httpx.AsyncClient) -> None:
+    answer = await client.get(f"/v1/nowhere/{'x' * 50_000}")
+    assert answer.status_code == 404 and len(answer.content) < 5000

@@ -114,6 +114,14 @@ def test_animation_is_refused(picture_format: str) -> None:
     assert "animated" in refusal(raw)
 
 
+@pytest.mark.parametrize("picture_format", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_a_file_without_its_last_bytes_is_refused(picture_format: str) -> None:
+    raw = file_of(Image.new("RGB", (64, 64), RED), picture_format)
+    decode(raw + b"more")
+    for count in (1, 2, 4, 12, 16):
+        assert "cannot be read" in refusal(raw[:-count])
+
+
 def cut_short(raw: bytes) -> bytes:
     return raw[: len(raw) // 2]
 

@@ -89,15 +89,15 @@ def test_requests_of_every_kind_share_what_holds_a_third_of_their_models(tmp_pat
 
     def one(index: int) -> None:
         ask(sorted(MODELS)[(index * 7) % len(MODELS)])
-        ledger = httpx.get(f"{server.url}/v1/engine", timeout=60).json()["ledger"]
+        ledger = httpx.get(f"{server.url}/v1/engine", timeout=180).json()["ledger"]
         assert ledger["granted_bytes"] <= ledger["capacity_bytes"]
         assert ledger["peak_granted_bytes"] <= ledger["budget_bytes"]
 
     def unload_all() -> int:
-        for model in httpx.get(f"{server.url}/v1/engine", timeout=60).json()["models"]:
+        for model in httpx.get(f"{server.url}/v1/engine", timeout=180).json()["models"]:
             if model["state"] != "absent":
                 url = f"{server.url}/v1/engine/models/{model['id']}/unload"
-                httpx.post(url, timeout=60).raise_for_status()
+                httpx.post(url, timeout=180).raise_for_status()
         return int(psutil.Process(server.process.pid).memory_info().rss)
 
     try:
@@ -108,7 +108,7 @@ def test_requests_of_every_kind_share_what_holds_a_third_of_their_models(tmp_pat
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(one, range(REQUESTS)))  # raises what the first that failed raised
         after = unload_all()
-        ledger = httpx.get(f"{server.url}/v1/engine", timeout=60).json()["ledger"]
+        ledger = httpx.get(f"{server.url}/v1/engine", timeout=180).json()["ledger"]
         assert ledger["granted_bytes"] == 0 and not ledger["entries"]
         assert after <= before * 1.05, (before, after)
     finally:

@@ -43,8 +43,6 @@ class Family:
     """Whether its weights were distilled to need none, and its code takes none."""
     first_frame: Literal["never", "maybe", "always"] = "maybe"
     """Whether a video starts from an image."""
-    has_motion: bool = False
-    """Whether a request can set the amount of motion."""
     chat_prompt: bool = False
     """Whether the prompt is a turn of a chat for its text encoder."""
     unused_parts: tuple[str, ...] = ()
@@ -101,9 +99,7 @@ FAMILIES = {
     ),
     # Beside its own VAE, the repository of SDXL 1.0 has an older one.
     "StableDiffusionXL": Family(unused_parts=("vae_1_0",)),
-    "StableVideoDiffusion": Family(
-        size_multiple=64, negative_prompt="never", first_frame="always", has_motion=True
-    ),
+    "StableVideoDiffusion": Family(size_multiple=64, negative_prompt="never", first_frame="always"),
     "Wan": Family(size_multiple=16, frame_step=4, frames_at_once=4),
     "ZImage": Family(size_multiple=16, guided_above=0.0, chat_prompt=True),
 }
@@ -117,7 +113,7 @@ batches them. LTX's decoder leaves a patch of 4 × 4 to its last layer."""
 NOT_HERE = PipelineDescription()
 """Of a model whose files are not here yet."""
 
-UNKNOWN = Family(negative_prompt="maybe", has_motion=True)
+UNKNOWN = Family(negative_prompt="maybe")
 """Of a model whose files are not here yet: nothing is refused that it might do."""
 
 

@@ -20,6 +20,13 @@ from engine.runtimes.diffusers.families import (
     size_text,
 )
 from engine.runtimes.diffusers.options import MAX_STEPS, TILE_SIDE, DiffusersOptions
+from engine.runtimes.diffusers.pipeline_arguments import (
+    OF_VARIANTS,
+    asked_fields,
+    check_arguments,
+    class_arguments,
+)
+from engine.words import echoed
 
 DECODER_COPIES = 3
 """Tensors of full size alive at once in a VAE decoder's last block: input, normalised, output."""
@@ -28,9 +35,6 @@ MAX_SEED = 2**32 - 1
 
 PIECE_WIDTH = 2 * 77 * 2048
 """Numbers of one more chunk of two prompts, at the width of SDXL's two encoders."""
-
-FIELDS = ("negative_prompt", "guidance", "steps", "strength", "motion")
-"""Fields that some pipelines have no argument for."""
 
 ImageOrVideo = TypeVar("ImageOrVideo", ImageRequest, VideoRequest)
 
@@ -46,6 +50,8 @@ class RequestChecks:
     """Of the VAE's decoder at full size."""
     guidance_is_input: bool | None = None
     """Whether the denoiser takes the guidance scale as an input; None: that is not known."""
+    pipeline_class: str = ""
+    """Empty while the model's files are not here, unless its options name it."""
 
     def image(self, request: ImageRequest) -> Prepared:
         """Check a request for images.
@@ -95,7 +101,7 @@ class RequestChecks:
         parts = (("mask", filled.mask), ("partial", filled.partial_images),
                  ("control", filled.control_image), ("image", filled.images))  # fmt: skip
         shape += "".join(f"-{name}" for name, there in parts if there)
-        return self._prepared(filled, shape, _asked(request), frames=1)
+        return self._prepared(filled, shape, self._asked(request), frames=1)
 
     def _check_strength(self, request: ImageRequest) -> None:
         if not request.images:
@@ -146,15 +152,11 @@ class RequestChecks:
             )
         if request.motion is not None and not 0 <= request.motion <= 255:
             raise InvalidRequest("motion must be from 0 to 255.", param="motion")
-        if request.motion is not None and not self.family.has_motion:
-            raise InvalidRequest(
-                f"The model {self.model_id!r} has no setting for motion.", param="motion"
-            )
         filled = replace(self._fill(request), fps=fps, num_frames=frames, seconds=frames / fps)
         shape = f"video-{filled.width}x{filled.height}x{frames}"
         if filled.image is not None:
             shape += "-image"
-        return self._prepared(filled, shape, _asked(request), frames=frames)
+        return self._prepared(filled, shape, self._asked(request), frames=frames)
 
     def _check_first_frame(self, request: VideoRequest) -> None:
         wanted, is_made = self.family.first_frame, self.options.first_frame_model is not None
@@ -211,6 +213,17 @@ class RequestChecks:
             call=self.options.call,
         )
 
+    def _asked(self, request: ImageRequest | VideoRequest) -> frozenset[str]:
+        """The fields that the client set, of those that not every pipeline has."""
+        asked = asked_fields(request)
+        if self.options.first_frame_model is not None:
+            asked -= {"negative_prompt"}  # it acts on the first frame
+        own = asked - OF_VARIANTS
+        accepted = class_arguments(self.pipeline_class) if own else None
+        if accepted is not None:
+            check_arguments(own, accepted)
+        return asked
+
     def _check_loras(self, request: ImageRequest | VideoRequest) -> None:
         if not request.loras:
             return
@@ -219,7 +232,8 @@ class RequestChecks:
             if choice.name not in known:
                 there = ", ".join(sorted(known)) or "none"
                 raise InvalidRequest(
-                    f"The model {self.model_id!r} has no LoRA {choice.name!r}; there is {there}.",
+                    f"The model {self.model_id!r} has no LoRA {echoed(choice.name)};"
+                    f" there is {there}.",
                     param=f"loras[{index}].name",
                 )
             if not -10 <= choice.weight <= 10:
@@ -259,11 +273,6 @@ class RequestChecks:
             shape += f"-text{pieces.bit_length()}"
             working += pieces * PIECE_WIDTH * item_bytes
         return Prepared(request, asked, working_bytes=working, shape=shape)
-
-
-def _asked(request: ImageRequest | VideoRequest) -> frozenset[str]:
-    """Those of `FIELDS` that the client set."""
-    return frozenset(name for name in FIELDS if getattr(request, name, None) is not None)
 
 
 def _text_pieces(request: ImageRequest | VideoRequest) -> int:

@@ -21,17 +21,9 @@ from engine.requests import ImageRequest, VideoRequest
 from engine.runtimes.common.torch_run import TorchRun
 from engine.runtimes.diffusers.families import check_size, made_size
 from engine.runtimes.diffusers.pipeline import Pipeline
+from engine.runtimes.diffusers.pipeline_arguments import check_arguments
 from engine.runtimes.diffusers.previews import decode_latents, preview_steps
 from engine.runtimes.diffusers.prompts import in_chunks, takes_chunks, too_long
-
-ARGUMENTS = {
-    "negative_prompt": {"negative_prompt"},
-    "guidance": {"guidance_scale", "max_guidance_scale"},
-    "steps": {"num_inference_steps"},
-    "strength": {"strength"},
-    "motion": {"motion_bucket_id"},
-}
-"""The pipelines' arguments for a field of a request."""
 
 
 class Run(TorchRun):
@@ -62,7 +54,7 @@ class Run(TorchRun):
         check_size(self._size, pipeline.family)
         pipeline.loras.set(request.loras)
         pipe = pipeline.variant(self._kind())
-        self._check_asked(pipe)
+        check_arguments(self._asked, inspect.signature(pipe.__call__).parameters)
         arguments = self._common(pipe)
         cuts = too_long(pipe, arguments, chat_prompt=pipeline.family.chat_prompt)
         chunked = bool(cuts) and takes_chunks(pipe)
@@ -79,24 +71,6 @@ class Run(TorchRun):
                     else self._video(pipe, request, arguments)
                 )
         self._emit(result)
-
-    def _check_asked(self, pipe: Any) -> None:
-        """Refuse what this pipeline has no argument for.
-
-        Raises:
-            InvalidRequest: naming the field.
-
-        """
-        accepted = inspect.signature(pipe.__call__).parameters.keys()
-        for field in sorted(self._asked):
-            if not ARGUMENTS[field] & accepted and not self._is_for_first_frame(field):
-                raise InvalidRequest(
-                    f"This model has no setting for {field.replace('_', ' ')}.", param=field
-                )
-
-    def _is_for_first_frame(self, field: str) -> bool:
-        made = self._pipeline.options.first_frame_model is not None
-        return field == "negative_prompt" and made
 
     def _is_guided(self, pipe: Any) -> bool:
         """Whether each step computes the negative prompt too, by the rule of UNet pipelines."""

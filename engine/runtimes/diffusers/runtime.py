@@ -116,12 +116,18 @@ class DiffusersRuntime(TorchRuntime):
         options = model.options_as(DiffusersOptions)
         # While the files are not here, the run itself checks what the family demands.
         described = self._described.get(model.source, options.revision) or PipelineDescription()
-        family = family_of(options.pipeline or described.pipeline_class, described)
+        pipeline_class = options.pipeline or described.pipeline_class
+        family = family_of(pipeline_class, described)
         # A denoiser from elsewhere may differ from the folder's.
         own = not {"unet", "transformer"} & options.components.keys()
         guidance_is_input = described.guidance_is_input if own else None
         return RequestChecks(
-            model.id, options, family, described.decoder_channels, guidance_is_input
+            model.id,
+            options,
+            family,
+            described.decoder_channels,
+            guidance_is_input,
+            pipeline_class,
         )
 
     def weight_files(self, model: ModelConfig) -> Sequence[Path]:

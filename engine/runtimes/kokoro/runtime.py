@@ -51,6 +51,7 @@ from engine.runtimes.kokoro.voices import (
     voice_files,
 )
 from engine.runtimes.recognised import Recognised
+from engine.words import echoed
 
 if TYPE_CHECKING:
     from engine.runtimes.kokoro.model import VoiceModel
@@ -222,7 +223,7 @@ def _language(model_id: str, options: KokoroOptions, asked: str | None, blend: B
     language = default if asked is None else find_language(asked, default)
     if language is None:
         raise InvalidRequest(
-            f"The model {model_id!r} does not speak {asked!r}; it speaks"
+            f"The model {model_id!r} does not speak {echoed(asked)}; it speaks"
             f" {', '.join(spoken_languages())}.",
             param="language",
         )

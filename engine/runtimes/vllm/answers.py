@@ -7,23 +7,99 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 
 
-def complete_answer(answer: Any) -> None:
-    """Correct a whole answer in place.
+def complete_answer(answer: Any, body: Mapping[str, Any]) -> None:
+    """Correct a whole answer to `body` in place.
 
     A chat that made no call has not ended for its calls: vLLM says so of each `required` call that
-    nobody could read.
+    nobody could read. A call that a stop string cut goes, as nobody could run it.
     """
+    if isinstance(answer, ResponsesResponse):
+        _complete_response(answer, body)
     if not isinstance(answer, ChatCompletionResponse):
         return
     for choice in answer.choices:
+        if choice.finish_reason == "length":
+            continue  # the client gets what was written
+        calls = choice.message.tool_calls
+        choice.message.tool_calls = [each for each in calls if _is_object(each.function.arguments)]
         if choice.finish_reason == "tool_calls" and not choice.message.tool_calls:
             choice.finish_reason = "stop"
+
+
+async def completed_chunks(chunks: AsyncIterator[str]) -> AsyncGenerator[str, None]:
+    """The chunks of a streamed chat with tools.
+
+    A chat with a call that a stop string cut has not ended for its calls. What was written of the
+    call is with the client already.
+    """
+    written: dict[tuple[int, int], str] = {}
+    async for chunk in chunks:
+        if '"tool_calls"' not in chunk or not chunk.startswith("data: {"):
+            yield chunk
+            continue
+        document = json.loads(chunk.removeprefix("data: "))
+        changed = False
+        for choice in document.get("choices", ()):
+            place = choice["index"]
+            for call in choice["delta"].get("tool_calls") or ():
+                key = place, call["index"]
+                arguments = (call.get("function") or {}).get("arguments") or ""
+                written[key] = written.get(key, "") + arguments
+            if choice.get("finish_reason") == "tool_calls":
+                own = [text for (index, _), text in written.items() if index == place]
+                if not own or not all(map(_is_object, own)):
+                    choice["finish_reason"], changed = "stop", True
+        if changed:
+            chunk = f"data: {json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n"
+        yield chunk
+
+
+def _complete_response(response: ResponsesResponse, body: Mapping[str, Any]) -> None:
+    """Echo the tool choice of the request, and mark the item that was cut.
+
+    Without tools vLLM echoes `none`. It calls each item completed.
+    """
+    if not body.get("tools") and body.get("tool_choice") is None:
+        response.tool_choice = "auto"
+    if response.status == "incomplete" and response.output:
+        _mark_cut(response.output[-1])
+
+
+def _mark_cut(item: Any) -> None:
+    """Mark the last item of a cut response, unless it is a call that is whole."""
+    if item.type != "function_call" or not _is_object(item.arguments):
+        item.status = "incomplete"
+
+
+async def completed_events(
+    events: AsyncIterator[Any], body: Mapping[str, Any]
+) -> AsyncGenerator[Any, None]:
+    """The events of a streamed response to `body`, each corrected as a whole answer is.
+
+    The end of an item waits for the next event, which may say that the item was cut.
+    """
+    ended: Any = None
+    async for event in events:
+        response = getattr(event, "response", None)
+        if isinstance(response, ResponsesResponse):
+            _complete_response(response, body)
+            if response.status == "incomplete" and ended is not None:
+                _mark_cut(ended.item)
+        if ended is not None:
+            yield ended
+        ended = event if getattr(event, "type", "") == "response.output_item.done" else None
+        if ended is None:
+            yield event
+    if ended is not None:
+        yield ended
 
 
 def answer_messages() -> None:
@@ -36,9 +112,9 @@ def answer_messages() -> None:
 
     @functools.wraps(convert)
     def converted(self: Any, answer: ChatCompletionResponse) -> Any:
-        complete_answer(answer)
         message = answer.choices[0].message
         calls = message.tool_calls
+        complete_answer(answer, {})
         message.tool_calls = [call for call in calls if _is_object(call.function.arguments)]
         if not message.tool_calls and not message.content and calls:
             message.content = calls[0].function.arguments

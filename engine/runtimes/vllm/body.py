@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from engine.config import ModelConfig
 from engine.errors import InvalidRequest
 from engine.requests import TextOperation, TextRequest
+from engine.runtimes.vllm.chat_messages import check_messages
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.refusals import invalid
 from engine.runtimes.vllm.request_fields import check_fields
 from engine.runtimes.vllm.tool_choice import narrow_to_allowed
 
 MAY_CALL = frozenset({TextOperation.CHAT, TextOperation.RESPONSES, TextOperation.MESSAGES})
+CHATS = frozenset({TextOperation.CHAT, TextOperation.TOKENIZE})
 LAZY = ("content", "tool_calls")
 """Parts of a message that pydantic checks when they are read."""
 NO_CALLS = ("none", {"type": "none"})
@@ -27,6 +30,40 @@ def schema_fields(schema: Any) -> frozenset[str]:
         fields = schema.model_fields
         return frozenset(fields) | {each.alias for each in fields.values() if each.alias}
     return frozenset().union(*(schema_fields(each) for each in get_args(schema)))
+
+
+def number_fields(schema: Any) -> frozenset[str]:
+    """The fields of a schema, or of all models of a union, that are numbers and never booleans.
+
+    pydantic takes `true` for 1.
+    """
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        kinds = {name: _kinds(each.annotation) for name, each in schema.model_fields.items()}
+        return frozenset(
+            name for name, own in kinds.items() if own & {int, float} and bool not in own
+        )
+    return frozenset().union(*(number_fields(each) for each in get_args(schema)))
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation offers, without those inside lists and maps."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*map(_kinds, get_args(annotation)))
+    return {annotation}
+
+
+def check_numbers(body: Mapping[str, Any], numbers: frozenset[str]) -> None:
+    """Refuse `true` and `false` in the fields that are `numbers`.
+
+    Raises:
+        InvalidRequest: naming the field.
+
+    """
+    for name in numbers:
+        if isinstance(body.get(name), bool):
+            raise InvalidRequest(f"{name}: it is a number, not true or false.", param=name)
 
 
 def prepared_body(
@@ -44,6 +81,8 @@ def prepared_body(
     narrow_to_allowed(body)
     if not isinstance(body.get("messages", []), list):
         raise InvalidRequest("messages: it is a list.", param="messages")
+    if request.operation in CHATS:
+        check_messages(body.get("messages"))
     chooses = request.operation in MAY_CALL and body.get("tool_choice") not in NO_CALLS
     if chooses and body.get("tools") and options.tool_call_parser is None:
         raise _without("tools", model, "tool_call_parser")

@@ -8,11 +8,11 @@ model.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import EngineError, RuntimeFailed
+from engine.errors import EngineError, InvalidRequest, RuntimeFailed
 from engine.events import Document, Event, Frame
 from engine.memory.block import Block
 from engine.requests import TextOperation, TextRequest
@@ -72,7 +72,7 @@ class VllmModel(LoadedModel):
                 return
             PACE.streams += 1
             try:
-                async for piece in answer:
+                async for piece in self._completed(answer, request):
                     frame = Frame(
                         _message_id(piece) if isinstance(piece, str) else _named_event(piece)
                     )
@@ -87,6 +87,16 @@ class VllmModel(LoadedModel):
             raise self._translate(error, request.body) from error
         finally:
             self.runs -= 1
+
+    def _completed(self, answer: Any, request: TextRequest) -> Any:
+        """The pieces of a streamed answer, corrected."""
+        from engine.runtimes.vllm.answers import completed_chunks, completed_events
+
+        if request.operation is TextOperation.RESPONSES:
+            return completed_events(answer, request.body)
+        if request.operation is TextOperation.CHAT and request.body.get("tools"):
+            return completed_chunks(answer)
+        return answer
 
     def _is_parsed(self, prepared: Prepared) -> bool:
         """Whether vLLM may look for thoughts or tool calls in the text."""
@@ -113,7 +123,18 @@ class VllmModel(LoadedModel):
             case TextOperation.TOKENIZE:
                 return await serving.serving_tokenization.create_tokenize(payload, None)
             case TextOperation.DETOKENIZE:
+                self._check_tokens(payload.tokens)
                 return await serving.serving_tokenization.create_detokenize(payload, None)
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        """Refuse tokens beyond the vocabulary, which the tokenizer leaves out in silence."""
+        size = len(self.serving.serving_tokenization.renderer.get_tokenizer())
+        for index, token in enumerate(tokens):
+            if token >= size:
+                raise InvalidRequest(
+                    f"tokens[{index}]: {token} is not in the vocabulary, whose last is {size - 1}.",
+                    param="tokens",
+                )
 
     def _check(self, frame: Frame, body: Mapping[str, Any]) -> None:
         """Raise the error that a frame is, if it is one: vLLM streams errors like answers.
@@ -143,7 +164,7 @@ class VllmModel(LoadedModel):
             raise self._refusal(answer, body)
         if hasattr(answer, "body"):  # the pooling classes return a finished response
             return bytes(answer.body)
-        complete_answer(answer)
+        complete_answer(answer, body)
         if isinstance(answer, AnthropicMessagesResponse):
             fields = answer.model_dump(mode="json", by_alias=True, exclude_none=True)
             # Anthropic's documents always have this one, as its streams do.

@@ -13,13 +13,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from engine.errors import InvalidRequest
+from engine.words import echoed, without_folders
 
 Path = tuple[str | int, ...]
 
 _SUFFIX = re.compile(r"\s*\((?:parameter|value)=.*\)$", re.DOTALL)
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 _ADVICE = re.compile(r"--[a-z]|VLLM_[A-Z]|\bvLLM\b|errors\.pydantic\.dev|environment variable")
-_FOLDER = re.compile(r"(?<![\w.:#/])/(?:[\w.-]+/)+(?=[\w.-])")
 _INSTANCE = re.compile(r" or (?:an )?instance of \w+")
 _GRAMMAR = re.compile(r"[Gg]rammar|regex|Choice|JSON schema")
 _PROMPT = re.compile(r"\bprompt\b|Token id|conversation")
@@ -78,7 +78,7 @@ def _is_sent(param: str | None, body: Any) -> bool:
 
 def plain(message: str) -> str:
     """The message without folders of the server, and without advice to whoever runs it."""
-    message = _FOLDER.sub("", _SUFFIX.sub("", message))
+    message = without_folders(_SUFFIX.sub("", message))
     kept = [each for each in _SENTENCE.split(message) if not _ADVICE.search(each)]
     return " ".join(kept) or "The request asks for what this model is not set up for."
 
@@ -96,11 +96,29 @@ def _best(errors: Sequence[tuple[Path, Any]], value: Any, path: Path) -> tuple[P
         else:
             branches.setdefault(rest[0], []).append((rest[1:], error))
     if branches:
-        return _best_branch([*branches.values()], value, path)
+        apart = [each for key, found in branches.items() for each in _apart(key, found)]
+        return _best_branch(apart, value, path)
     if fields:
         key, below = next(iter(fields.items()))
         return _best(below, _item(value, key), (*path, key))
     return path, " or ".join(dict.fromkeys(_rule(each) for each in here))
+
+
+def _apart(
+    key: str | int, errors: Sequence[tuple[Path, Any]]
+) -> Sequence[Sequence[tuple[Path, Any]]]:
+    """The errors of each branch, where pydantic names several by the one function around them.
+
+    The tag is the first field of each, so a wrong tag begins the errors of another branch.
+    """
+    if not str(key).startswith("function-"):
+        return [errors]
+    found: list[list[tuple[Path, Any]]] = [[]]
+    for rest, error in errors:
+        if found[-1] and len(rest) == 1 and _is_wrong_tag(rest, error):
+            found.append([])
+        found[-1].append((rest, error))
+    return found
 
 
 def _best_branch(
@@ -114,7 +132,7 @@ def _best_branch(
         rules = dict.fromkeys(_rule(error) for rest, error in wrong if tag in rest)
         names = re.findall(r"'[^']*'", " ".join(rules))
         given = _item(value, tag)
-        return (*path, tag), f"{given!r} is none of {', '.join(dict.fromkeys(names))}"
+        return (*path, tag), f"{echoed(given)} is none of {', '.join(dict.fromkeys(names))}"
     kinds = [each for each in tagged if not all(_is_wrong_kind(*pair, value) for pair in each)]
     if not kinds:
         rules = dict.fromkeys(_rule(error) for each in tagged for _, error in each)

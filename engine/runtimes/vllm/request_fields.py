@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.errors import InvalidRequest
 from engine.requests import TextOperation
+from engine.words import echoed
 
 CHAT, COMPLETION = TextOperation.CHAT, TextOperation.COMPLETION
 RESPONSES, MESSAGES = TextOperation.RESPONSES, TextOperation.MESSAGES
@@ -117,6 +118,10 @@ CHOICE_TYPES: Mapping[TextOperation, frozenset[str]] = {
 ENCODINGS = ("float", "base64")
 """Forms of an embedding that a JSON document holds. vLLM's others are no documents."""
 
+INCLUDED = frozenset({"message.output_text.logprobs", "reasoning.encrypted_content"})
+"""What a response may be asked to include. Thoughts are never encrypted, so the second has no
+effect. The others belong to hosted tools."""
+
 INPUT_TYPES = frozenset(
     {
         "custom_tool_call",
@@ -146,7 +151,7 @@ def check_fields(
             if value not in (None, "", [], {}) and value not in NEUTRAL.get(name, ()):
                 raise _refusal(name, refused[name])
         elif name not in known and name not in harmless:
-            raise InvalidRequest(f"Unknown parameter: '{name}'.", param=name)
+            raise InvalidRequest(f"Unknown parameter: {echoed(name)}.", param=name)
     _check_tools(operation, body)
     if operation is RESPONSES:
         _check_response(body)
@@ -178,6 +183,10 @@ def _check_response(body: Mapping[str, Any]) -> None:
     verbosity = text.get("verbosity") if isinstance(text, Mapping) else None
     if verbosity not in (None, "medium"):
         raise _refusal("text.verbosity", ONLY_STANDARD.format("'medium'"))
+    include = body.get("include")
+    for index, each in enumerate(include if isinstance(include, list) else ()):
+        if isinstance(each, str) and each not in INCLUDED:
+            raise _refusal(f"include[{index}]", _only(each, INCLUDED))
     for index, item in enumerate(items if isinstance(items, list) else ()):
         kind = item.get("type") if isinstance(item, Mapping) else None
         if kind == "item_reference":
@@ -187,7 +196,7 @@ def _check_response(body: Mapping[str, Any]) -> None:
 
 
 def _only(kind: str, served: Collection[str]) -> str:
-    return f"{kind!r} is not served here, only {', '.join(sorted(served))}"
+    return f"{echoed(kind)} is not served here, only {', '.join(sorted(served))}"
 
 
 def _refusal(param: str, reason: str) -> InvalidRequest:

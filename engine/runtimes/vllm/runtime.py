@@ -41,7 +41,14 @@ from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.common.compute_thread import ComputeThread
 from engine.runtimes.common.torch_errors import is_out_of_memory
 from engine.runtimes.recognised import Recognised
-from engine.runtimes.vllm.body import lazily_read, prepared_body, schema_fields, settle_messages
+from engine.runtimes.vllm.body import (
+    check_numbers,
+    lazily_read,
+    number_fields,
+    prepared_body,
+    schema_fields,
+    settle_messages,
+)
 from engine.runtimes.vllm.checkpoint import Checkpoint
 from engine.runtimes.vllm.dtype import run_dtype
 from engine.runtimes.vllm.model import VllmModel
@@ -104,6 +111,7 @@ class VllmRuntime(Runtime):
         self._loader = ComputeThread("vllm-load")
         self._schemas: dict[TextOperation, Any] = {}
         self._fields: dict[TextOperation, frozenset[str]] = {}
+        self._numbers: dict[TextOperation, frozenset[str]] = {}
         self._stat_logger: Any = None
         self._warm = False
         self._series = CollectorRegistry()
@@ -168,6 +176,7 @@ class VllmRuntime(Runtime):
         }
         self._schemas = {each: TypeAdapter(schema) for each, schema in schemas.items()}
         self._fields = {each: schema_fields(schema) for each, schema in schemas.items()}
+        self._numbers = {each: number_fields(schema) for each, schema in schemas.items()}
 
     def _omp_threads(self) -> int | None:
         """One fewer than there are, as vLLM has it, unless the operator says how many.
@@ -236,6 +245,7 @@ class VllmRuntime(Runtime):
                 param="model",
             )
         body = prepared_body(request, model, self._fields[request.operation])
+        check_numbers(body, self._numbers[request.operation])
         try:
             payload = self._schemas[request.operation].validate_python(dict(body))
             if request.operation in ANTHROPIC_OPERATIONS:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import InvalidRequest
+from engine.words import echoed
 
 
 def narrow_to_allowed(body: dict[str, Any]) -> None:
@@ -59,7 +60,7 @@ def check_chosen_tool(payload: Any) -> None:
     if choice.type == "any" and not tools:
         raise _wrong("tool_choice", "there are no tools to choose from")
     if choice.type == "tool" and choice.name not in {tool.name for tool in tools}:
-        raise _wrong("tool_choice.name", f"there is no tool {choice.name!r} in 'tools'")
+        raise _wrong("tool_choice.name", f"there is no tool {echoed(choice.name)} in 'tools'")
 
 
 def _wrong(param: str, rule: str) -> InvalidRequest:

@@ -47,6 +47,7 @@ from engine.runtimes.common.loading import load_on_thread
 from engine.runtimes.common.thread_run import run_on_thread
 from engine.runtimes.recognised import Recognised
 from engine.runtimes.whisper.options import WhisperOptions, run_compute_type
+from engine.words import echoed
 
 if TYPE_CHECKING:
     from engine.runtimes.whisper.run import CancellableWhisper
@@ -191,7 +192,7 @@ class WhisperRuntime(Runtime):
             language = language.lower()
             if language not in self._languages:
                 raise InvalidRequest(
-                    f"There is no language {language!r}; two letters are wanted, as in 'en'"
+                    f"There is no language {echoed(language)}; two letters are wanted, as in 'en'"
                     " (ISO 639-1).",
                     param="language",
                 )

@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engine import model_folder
+from engine.config import ModelConfig
 from engine.engine import Engine
 from engine.errors import (
     ConfigError,
@@ -38,19 +40,24 @@ from engine.errors import (
     ShuttingDown,
 )
 from engine.events import Event, Progress
+from engine.files.hub.selection import HubSource
+from engine.files.source import STARTER
 from engine.jobs import queue
 from engine.jobs.queue import Jobs
 from engine.jobs.queue_place import QueuePlace
 from engine.jobs.store import FILE_NAME, Job, JobState, JobStore
 from engine.media.outputs import Outputs
+from engine.model_folder import Builder
 from engine.requests import (
     ImageRequest,
     LoraChoice,
     Priority,
     Quality,
+    Request,
     SchedulingOptions,
     VideoRequest,
 )
+from engine.runtimes.base import Prepared
 from engine.runtimes.registry import REGISTRY
 from tests.engine.jobs.fake_video import (
     ADDRESS,
@@ -143,6 +150,37 @@ def decoded(path: Path) -> np.ndarray[Any, Any]:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert len(frames) == container.streams.video[0].frames
     return np.stack(frames)
+
+
+async def test_a_job_is_checked_by_the_files_that_this_machine_builds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is stored: nobody may have used the model yet."""
+    built = tmp_path / "built"
+
+    def build(_name: str, _cache: Path) -> Path:
+        built.mkdir()
+        return built
+
+    builders = {**model_folder.BUILDERS, STARTER: Builder(build, lambda *_: built)}
+    monkeypatch.setattr(model_folder, "BUILDERS", builders)
+
+    class Choosy(FakeVideoRuntime):
+        @classmethod
+        def hub_sources(cls, model: ModelConfig) -> tuple[HubSource, ...]:
+            return (HubSource(model.source, ("*",)),)
+
+        def prepare(self, model: ModelConfig, request: Request) -> Prepared:
+            if built.exists():
+                raise InvalidRequest("no setting for motion", param="motion")
+            return super().prepare(model, request)
+
+    models = [{"id": "film", "runtime": NAME, "task": "video", "source": "starter:film"}]
+    async with serving(video_engine(Choosy(), tmp_path, models=models)) as jobs:
+        with pytest.raises(InvalidRequest) as raised:
+            await jobs.submit(ask(motion=180))
+        assert raised.value.param == "motion"
+        assert jobs.list(limit=10) == ([], False)
 
 
 async def test_a_job_makes_its_file(

@@ -155,6 +155,15 @@ def test_a_passed_deadline_is_refused_and_a_coming_one_wakes() -> None:
     assert decision.wake_at == NOW + 3
 
 
+@pytest.mark.parametrize(
+    ("waited_s", "told"),
+    [(0.001, "1 ms"), (0.0014, "1.4 ms"), (0.25, "250 ms"), (1.5, "1.5 s"), (90.4, "90 s")],
+)
+def test_a_refusal_tells_how_long_it_waited(waited_s: float, told: str) -> None:
+    decision = decide([model("a")], [ticket(1, "a", waited_s=waited_s, deadline=NOW)])
+    assert [each.reason for each in decision.refusals] == [f"not served within {told}"]
+
+
 def test_deadlines_count_behind_a_blocked_ticket_as_well() -> None:
     tickets = [
         ticket(1, "a", waited_s=5),

@@ -519,7 +519,7 @@ def test_it_follows(checkout: Checkout, server: Started, command: str) -> None:
         try:
             while not line.done():  # nobody tells when it begins to listen
                 for order in ("load", "unload"):
-                    httpx.post(f"{server.url}/v1/engine/models/minilm-l6-v2/{order}", timeout=60)
+                    httpx.post(f"{server.url}/v1/engine/models/minilm-l6-v2/{order}", timeout=180)
         finally:
             process.terminate()
     assert line.result()

@@ -829,6 +829,28 @@ async def test_what_an_image_model_cannot_do_is_told_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize(
+    ("pipeline", "fields", "param"),
+    [
+        ("HunyuanVideo15Pipeline", {"guidance": 7.0}, "guidance"),
+        ("WanPipeline", {"motion": 100}, "motion"),
+    ],
+)
+async def test_a_field_without_an_argument_is_refused_where_the_pipeline_is_known(
+    runtime: DiffusersRuntime, pipeline: str, fields: dict[str, Any], param: str
+) -> None:
+    model = ModelConfig(
+        id="m",
+        runtime="diffusers",
+        task="video",
+        source="me/is-not-here",
+        options={"pipeline": pipeline},
+    )
+    with pytest.raises(InvalidRequest, match="no setting") as raised:
+        runtime.prepare(model, video_request("m", **fields))
+    assert raised.value.param == param
+
+
+@pytest.mark.parametrize(
     ("name", "fields", "param"),
     [
         ("tiny-ltx", {"width": 72}, "size"),
@@ -837,6 +859,7 @@ async def test_what_an_image_model_cannot_do_is_told_before_anything_is_loaded(
         ("tiny-wan", {"seconds": 1e9}, "seconds"),
         ("tiny-wan", {"fps": 0}, "fps"),
         ("tiny-svd", {"motion": 300, "image": scene()}, "motion"),
+        ("tiny-ltx", {"motion": 180}, "motion"),
         ("tiny-svd", {}, "input_reference"),
         ("tiny-cogvideox", {"image": scene()}, "input_reference"),
         ("tiny-animatediff", {"image": scene()}, "input_reference"),

@@ -205,6 +205,55 @@ async def test_an_answer_without_calls_has_not_ended_for_its_calls(ask: Ask) -> 
         assert (end, calls) == ("stop", [])
 
 
+async def test_a_call_that_a_stop_string_cut_is_not_to_be_run(ask: Ask) -> None:
+    """Its arguments have begun."""
+    for choice in ("move", "required"):
+        for stream in (False, True):
+            fields = body(TextOperation.CHAT, choice, {"move": TOOLS["move"]}, stop=['"by"'])
+            fields |= {"stream": stream, "include_stop_str_in_output": True}
+            end, calls = await ask(TextOperation.CHAT, fields)
+            assert end == "stop"
+            assert bool(calls) is stream
+            assert all(arguments.endswith('"by"') for _, arguments in calls)
+
+
+async def test_the_whole_calls_stay_where_the_last_is_cut(vllm_runtime: VllmRuntime) -> None:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+
+    from engine.runtimes.vllm.answers import complete_answer, completed_chunks
+
+    def call(index: int, arguments: str) -> dict[str, Any]:
+        return {"index": index, "id": "c", "function": {"name": "f", "arguments": arguments}}
+
+    message = {"role": "assistant", "tool_calls": [call(0, "{}"), call(1, '{"a"')]}
+    choice = {"index": 0, "message": message, "finish_reason": "tool_calls"}
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+    chat = ChatCompletionResponse.model_validate(
+        {"model": "m", "choices": [choice], "usage": usage}
+    )
+    complete_answer(chat, {})
+    (told,) = chat.choices
+    assert [each.function.arguments for each in told.message.tool_calls] == ["{}"]
+    assert told.finish_reason == "tool_calls"
+
+    async def end(*arguments: str) -> str:
+        async def chunks() -> AsyncIterator[str]:
+            for each in arguments:
+                choice: Any = {"index": 0, "delta": {"tool_calls": [call(0, each)]}}
+                yield f"data: {json.dumps({'choices': [choice]})}\n\n"
+            choice = {"index": 0, "delta": {}, "finish_reason": "tool_calls"}
+            yield f"data: {json.dumps({'choices': [choice]})}\n\n"
+            yield "data: [DONE]\n\n"
+
+        *_, last, done = [chunk async for chunk in completed_chunks(chunks())]
+        assert done == "data: [DONE]\n\n"
+        reason: str = json.loads(last[6:])["choices"][0]["finish_reason"]
+        return reason
+
+    assert await end('{"a"', ": 1}") == "tool_calls"
+    assert await end('{"a"', ": 1") == "stop"
+
+
 @pytest.mark.parametrize("choice", ["required", "weather"])
 async def test_a_cut_call_is_no_error_of_the_client(ask: Ask, choice: str) -> None:
     end, calls = await ask(
@@ -364,6 +413,32 @@ async def test_a_response_that_was_cut_is_incomplete(ask: Ask) -> None:
         fields = {"input": "hi", "max_output_tokens": 2, "stream": stream}
         end, _ = await ask(TextOperation.RESPONSES, fields)
         assert end == "incomplete"
+        events = ask.events  # type: ignore[attr-defined]
+        text = events[-1].data.partition("data: ")[2] if stream else events[0].body.decode()
+        document = json.loads(text)
+        response = document["response"] if stream else document
+        assert response["output"][-1]["status"] == "incomplete"
+        assert response["tool_choice"] == "auto"
+    ended = [json.loads(event.data.partition("data: ")[2]) for event in events]
+    items = [each["item"] for each in ended if each["type"] == "response.output_item.done"]
+    assert [item["status"] for item in items] == ["incomplete"]
+    numbers = [each["sequence_number"] for each in ended]
+    assert numbers == sorted(numbers)
     named = {event.data.partition("\n")[0] for event in ask.events}  # type: ignore[attr-defined]
     assert "event: response.incomplete" in named
     assert "event: response.completed" not in named
+
+
+async def test_tokens_beyond_the_vocabulary_are_refused(ask: Ask) -> None:
+    operation = TextOperation.DETOKENIZE
+    with pytest.raises(InvalidRequest, match="whose last is") as caught:
+        await ask(operation, {"tokens": [10**12]})
+    last = int(caught.value.message.rstrip(".").rpartition(" ")[2])
+    assert caught.value.param == "tokens"
+    for tokens in ([1, last + 1], [last + 2, last]):
+        with pytest.raises(InvalidRequest) as caught:
+            await ask(operation, {"tokens": tokens})
+        assert caught.value.param == "tokens"
+    with pytest.raises(KeyError, match="content"):  # an answer, which is no message
+        await ask(operation, {"tokens": [1, last]})
+    assert json.loads(ask.events[0].body)["prompt"]  # type: ignore[attr-defined]

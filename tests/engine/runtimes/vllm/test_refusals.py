@@ -48,6 +48,36 @@ def said(**message: Any) -> dict[str, Any]:
             "a valid string",
         ),
         (CHAT, {"messages": ASK, "response_format": {"type": "x"}}, "response_format.type", "'x'"),
+        (
+            CHAT,
+            {
+                "messages": ASK,
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": True},
+                },
+            },
+            "response_format.json_schema.schema",
+            "a valid dictionary",
+        ),
+        (
+            CHAT,
+            {"messages": ASK, "response_format": {"type": "json_schema", "json_schema": {}}},
+            "response_format.json_schema.name",
+            "required",
+        ),
+        (CHAT, {"messages": ASK, "max_tokens": True}, "max_tokens", "not true or false"),
+        (CHAT, {"messages": ASK, "temperature": False}, "temperature", "not true or false"),
+        (COMPLETION, {"prompt": "x", "logprobs": True}, "logprobs", "not true or false"),
+        (CHAT, {"messages": [{"role": "alien", "content": "x"}]}, "messages[0].role", "'alien'"),
+        (CHAT, said(), "messages[0].content", "required"),
+        (CHAT, {"messages": [*ASK, {"role": "assistant"}]}, "messages[1].content", "required"),
+        (
+            CHAT,
+            {"messages": [*ASK, {"role": "tool", "content": "x"}]},
+            "messages[1].tool_call_id",
+            "required",
+        ),
         (COMPLETION, {"prompt": {"a": 1}}, "prompt", "a valid list or a valid string"),
         (RESPONSES, {"input": 5}, "input", "a valid string or a valid list"),
         (
@@ -98,6 +128,21 @@ async def test_the_field_and_the_rule_are_named(
     assert rule in caught.value.message
     for words in ("pydantic", "Param", "ValidatorIterator", "(parameter=", "instance of"):
         assert words not in caught.value.message
+
+
+async def test_messages_that_clients_send_back_are_taken(vllm_runtime: VllmRuntime) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    model = ModelConfig(id="m", source="starter:tiny-llama")
+    for said in (
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "assistant", "content": None},
+        {"role": "assistant", "refusal": "no"},
+        {"role": "developer", "content": "x"},
+        {"role": "tool", "tool_call_id": "c", "content": ""},
+    ):
+        body = {"messages": [*ASK, said], "logprobs": True, "max_tokens": None}
+        vllm_runtime.prepare(model, TextRequest("m", CHAT, body, "test"))
 
 
 @pytest.mark.parametrize("item", [{"role": "user"}, {"type": "function_call", "name": "f"}])

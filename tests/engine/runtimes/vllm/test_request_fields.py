@@ -120,6 +120,14 @@ async def test_a_value_that_asks_for_nothing_is_taken(
     prepare(vllm_runtime, operation, **fields)
 
 
+async def test_what_hosted_tools_would_include_is_named(vllm_runtime: VllmRuntime) -> None:
+    operation = TextOperation.RESPONSES
+    include = ["reasoning.encrypted_content", "message.output_text.logprobs"]
+    prepare(vllm_runtime, operation, include=include)
+    for each in ("file_search_call.results", "message.input_image.image_url"):
+        assert refused(vllm_runtime, operation, include=[*include, each]) == "include[2]"
+
+
 @pytest.mark.parametrize("operation", [TextOperation.CHAT, TextOperation.RESPONSES])
 async def test_hosted_tools_are_named(vllm_runtime: VllmRuntime, operation: TextOperation) -> None:
     for kind in DOCUMENT["tools"][OPENAI[operation]]:
