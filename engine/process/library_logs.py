@@ -11,11 +11,7 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 """Variables that the libraries read during their import."""
-QUIET_LOGGERS = {
-    "torch._library.triton": logging.ERROR,
-    # What a model writes in place of a call is an answer like any other, not a server's error.
-    "vllm.tool_parsers": logging.CRITICAL,
-}
+QUIET_LOGGERS = ("torch._library.triton",)
 
 
 def quiet_libraries() -> None:
@@ -27,5 +23,5 @@ def quiet_libraries() -> None:
     """
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
-    for name, level in QUIET_LOGGERS.items():
-        logging.getLogger(name).setLevel(level)
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)

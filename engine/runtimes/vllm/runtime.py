@@ -11,6 +11,7 @@ import gc
 import json
 import logging
 import os
+import pkgutil
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -140,6 +141,7 @@ class VllmRuntime(Runtime):
 
         with sparing_imports(eager=self.context.device.kind == "cpu"):
             from engine.runtimes.vllm import core_client, core_thread, metrics, patches
+            from vllm import tool_parsers
             from vllm.entrypoints.anthropic.protocol import (
                 AnthropicCountTokensRequest,
                 AnthropicMessagesRequest,
@@ -156,6 +158,10 @@ class VllmRuntime(Runtime):
 
             for module in LAZY_MODULES:
                 import_module(module)
+        # What a model writes in place of a call is an answer like any other, not a server's error.
+        # vLLM sets the level of all loggers below its own again and again.
+        for parser in pkgutil.iter_modules(tool_parsers.__path__, f"{tool_parsers.__name__}."):
+            logging.getLogger(parser.name).disabled = True
         self._stat_logger = metrics.stat_logger(self._series)
         patches.patch_vllm()
         self._cores = cores = core_thread.CoreThread(self._omp_threads())
