@@ -110,10 +110,10 @@ def format_size(nbytes: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """`90.4` → `90 s`, `1.24` → `1.2 s`, `0.0014` → `1.4 ms`, for people."""
+    """`90.4` → `90 s`, `1.24` → `1.2 s`, `2` → `2 s`, `0.0014` → `1.4 ms`, for people."""
     if seconds < 1:
         return f"{seconds * 1e3:.2g} ms" if seconds < 0.01 else f"{seconds * 1e3:.0f} ms"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
