@@ -16,6 +16,8 @@ from engine.runtimes.base import Prepared
 from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.options import VllmOptions
 
+pytestmark = pytest.mark.slow  # a run of a text model imports vLLM
+
 
 def data(document: Any) -> str:
     return f"data: {json.dumps(document)}\n\n"
