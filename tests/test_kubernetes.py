@@ -66,7 +66,7 @@ def test_ports_and_probes_are_those_of_the_server(
     assert probes["readiness"]["httpGet"]["path"] == "/ready"
     assert probes["liveness"]["httpGet"]["path"] == "/health"
     assert probes["startup"]["httpGet"]["path"] == "/health"
-    # The supervisor replaces a hung process by itself, in less time.
+    # The supervisor replaces a hung process sooner than that.
     patience_s = probes["liveness"]["periodSeconds"] * probes["liveness"]["failureThreshold"]
     assert patience_s > ServerSettings().hang_s + 90
 

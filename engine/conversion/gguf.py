@@ -12,8 +12,8 @@ from engine.conversion.config import TENSORS_OF_CONFIG, generation_config, model
 from engine.conversion.header import GgufHeader, read_header
 from engine.conversion.refusals import TAKE_THE_ORIGINAL, check
 from engine.conversion.tokenizer import build_tokenizer, check_tokenizer
-from engine.errors import LoadFailed, reason
-from engine.files.atomic import new_folder
+from engine.errors import LoadFailed
+from engine.files.built_folder import ensure_built
 from engine.files.hub.cache import free_disk_bytes
 from engine.units import format_size
 
@@ -57,17 +57,14 @@ def add_gguf(file: Path, cache_dir: Path, tell: Tell) -> Path:
     if folder.is_dir():
         tell(f"it was converted before, to {folder}")
         return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(folder) as building:
-            tell(f"converting it to {folder}")
-            convert_gguf(file, building)
-            tell("comparing its answers with those of the file")
-            check_answers(file, building)
-    except OSError as error:
-        if not folder.is_dir():  # otherwise another process was first
-            raise LoadFailed(f"cannot write {folder}: {reason(error)}") from error
-    return folder
+
+    def write(building: Path) -> None:
+        tell(f"converting it to {folder}")
+        convert_gguf(file, building)
+        tell("comparing its answers with those of the file")
+        check_answers(file, building)
+
+    return ensure_built(folder, f"the folder of {file.name}", write, durable=True)
 
 
 def convert_gguf(file: Path, folder: Path) -> None:

@@ -67,17 +67,32 @@ def _write_sdxl(folder: Path, *, seed: int, scheduler: Callable[..., Any], spaci
     )
 
 
+_FLUX_VAE = partial(
+    sd_vae,
+    latent_channels=16,
+    scaling_factor=0.3611,
+    shift_factor=0.1159,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+)
+"""FLUX.1's, which Z-Image took over."""
+
+
+def _flux_scheduler(*, distilled: bool) -> FlowMatchEulerDiscreteScheduler:
+    """Of schnell where it is distilled, otherwise of dev; FLUX.2 klein has dev's."""
+    return FlowMatchEulerDiscreteScheduler(
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+        base_shift=0.5,
+        max_shift=1.15,
+        shift=1.0 if distilled else 3.0,
+        use_dynamic_shifting=not distilled,
+    )
+
+
 def _write_flux(folder: Path, *, seed: int, distilled: bool) -> None:
     """FLUX.1: schnell where it is distilled to few steps, otherwise dev."""
     weights = ModuleWeights(seed)
-    vae = partial(
-        sd_vae,
-        latent_channels=16,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
     transformer = partial(
         FluxTransformer2DModel,
         in_channels=64,  # 16 latents, packed two by two
@@ -91,20 +106,13 @@ def _write_flux(folder: Path, *, seed: int, distilled: bool) -> None:
         guidance_embeds=not distilled,
     )
     components = {
-        "vae": weights.build_vae(vae, gain=0.8),
+        "vae": weights.build_vae(_FLUX_VAE, gain=0.8),
         "text_encoder": weights.build(clip_text),
         "text_encoder_2": weights.build(t5),
         "tokenizer": clip_tokenizer(),
         "tokenizer_2": t5_tokenizer("T5TokenizerFast", 512, fast=True),
         "transformer": weights.build(transformer),
-        "scheduler": FlowMatchEulerDiscreteScheduler(
-            base_image_seq_len=256,
-            max_image_seq_len=4096,
-            base_shift=0.5,
-            max_shift=1.15,
-            shift=1.0 if distilled else 3.0,
-            use_dynamic_shifting=not distilled,
-        ),
+        "scheduler": _flux_scheduler(distilled=distilled),
     }
     write_pipeline(folder, "FluxPipeline", components)
 
@@ -140,28 +148,13 @@ def _write_flux2_klein(folder: Path) -> None:
         "text_encoder": weights.build(partial(qwen3, Qwen3ForCausalLM, layers=28)),
         "tokenizer": Files("PreTrainedTokenizerFast", write_chat_tokenizer),
         "transformer": weights.build(transformer),
-        "scheduler": FlowMatchEulerDiscreteScheduler(
-            base_image_seq_len=256,
-            max_image_seq_len=4096,
-            base_shift=0.5,
-            max_shift=1.15,
-            shift=3.0,
-            use_dynamic_shifting=True,
-        ),
+        "scheduler": _flux_scheduler(distilled=False),
     }
     write_pipeline(folder, "Flux2KleinPipeline", components, is_distilled=True)
 
 
 def _write_z_image(folder: Path) -> None:
     weights = ModuleWeights(33)
-    vae = partial(
-        sd_vae,
-        latent_channels=16,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
     transformer = partial(
         ZImageTransformer2DModel,
         dim=32,
@@ -174,7 +167,7 @@ def _write_z_image(folder: Path) -> None:
         axes_lens=[1536, 512, 512],
     )
     components = {
-        "vae": weights.build_vae(vae, gain=0.8),
+        "vae": weights.build_vae(_FLUX_VAE, gain=0.8),
         "text_encoder": weights.build(partial(qwen3, Qwen3Model, layers=3)),
         "tokenizer": Files("PreTrainedTokenizerFast", write_chat_tokenizer),
         "transformer": weights.build(transformer),
