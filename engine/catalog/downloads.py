@@ -12,6 +12,7 @@ from engine.files.hub.cache import check_room
 from engine.files.hub.fetch import Fetch, FetchProgress, OnProgress
 from engine.files.hub.selection import HubSource
 from engine.files.source import Source
+from engine.model_folder import is_built_here
 from engine.runtimes.registry import runtime_class
 
 NO_PROGRESS = FetchProgress("", 0, 0, 0, 0)
@@ -24,6 +25,12 @@ def sources_of(model: ModelConfig, *, allow_pickle: bool = False) -> tuple[HubSo
     """
     sources = of_a_hub(runtime_class(model.runtime).hub_sources(model))
     return tuple(replace(source, allow_pickle=allow_pickle) for source in sources)
+
+
+def built_sources_of(model: ModelConfig) -> tuple[str, ...]:
+    """The sources of a model that are built on this machine: samples and starters."""
+    sources = runtime_class(model.runtime).hub_sources(model)
+    return tuple(source.repo for source in sources if is_built_here(source.repo))
 
 
 def of_a_hub(sources: Sequence[HubSource]) -> tuple[HubSource, ...]:

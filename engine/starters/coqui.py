@@ -117,19 +117,32 @@ def _write_vits(folder: Path, *, name: str, speakers: tuple[str, ...]) -> None:
 
 
 def _write_xtts(folder: Path) -> None:
-    config = XttsConfig()
-    config.model_args = XttsArgs(
-        gpt_layers=2,
-        gpt_n_model_channels=64,
-        gpt_n_heads=4,
-        gpt_max_audio_tokens=30,
-        gpt_num_audio_tokens=258,
-        gpt_start_audio_token=256,
-        gpt_stop_audio_token=257,
-        gpt_use_perceiver_resampler=True,
-        decoder_input_dim=64,
-        tokenizer_file="vocab.json",
+    write_xtts(
+        folder,
+        XttsArgs(
+            gpt_layers=2,
+            gpt_n_model_channels=64,
+            gpt_n_heads=4,
+            gpt_max_audio_tokens=30,
+            gpt_num_audio_tokens=258,
+            gpt_start_audio_token=256,
+            gpt_stop_audio_token=257,
+            gpt_use_perceiver_resampler=True,
+            decoder_input_dim=64,
+        ),
     )
+
+
+def write_xtts(folder: Path, arguments: XttsArgs) -> None:
+    """Write XTTS of these sizes into an empty folder, with two speakers.
+
+    Raises:
+        OSError: the folder cannot be written.
+
+    """
+    arguments.tokenizer_file = "vocab.json"
+    config = XttsConfig()
+    config.model_args = arguments
     config.audio = XttsAudioConfig(output_sample_rate=24000)
     _xtts_tokenizer(config.languages).save(str(folder / "vocab.json"))
     model = Xtts(config)
@@ -139,7 +152,8 @@ def _write_xtts(folder: Path) -> None:
     model.gpt.mel_head.bias[config.model_args.gpt_stop_audio_token] = 0.0
     _write_checkpoint(folder / "model.pth", model, config)
     write_json(folder / "config.json", config.to_dict())
-    torch.save({name: _speaker() for name in XTTS_SPEAKERS}, folder / "speakers_xtts.pth")
+    width = arguments.gpt_n_model_channels
+    torch.save({name: _speaker(width) for name in XTTS_SPEAKERS}, folder / "speakers_xtts.pth")
 
 
 def _xtts_tokenizer(languages: list[str]) -> Tokenizer:
@@ -154,9 +168,9 @@ def _xtts_tokenizer(languages: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _speaker() -> dict[str, torch.Tensor]:
+def _speaker(width: int) -> dict[str, torch.Tensor]:
     return {
-        "gpt_cond_latent": torch.randn(1, 32, 64) * 0.1,
+        "gpt_cond_latent": torch.randn(1, 32, width) * 0.1,
         "speaker_embedding": torch.nn.functional.normalize(torch.randn(1, 512, 1), dim=1),
     }
 

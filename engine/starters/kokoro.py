@@ -12,6 +12,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -42,7 +43,7 @@ _LARGE = 4096
 _UNTRAINED = (".norm.weight", ".norm.bias")
 """Suffixes of the weights that the real file lacks: the library leaves them at 1 and 0."""
 
-_CONFIG: dict[str, Any] = {
+CONFIG: dict[str, Any] = {
     # Fixed by the library's code or by its vocoder.
     "hidden_dim": 512,
     "style_dim": 128,
@@ -77,8 +78,8 @@ _CONFIG: dict[str, Any] = {
 }
 
 
-def _write_kokoro(folder: Path) -> None:
-    """Write the model into an empty folder. Takes about a second.
+def write_kokoro(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write a model of that configuration into an empty folder. Takes about a second.
 
     The module is constructed behind the gate; torch's random state is afterwards what it was.
     The same versions of kokoro and torch always write the same bytes.
@@ -88,7 +89,7 @@ def _write_kokoro(folder: Path) -> None:
 
     """
     (folder / "voices").mkdir()
-    text = json.dumps(_CONFIG, ensure_ascii=False, indent=2)
+    text = json.dumps(config, ensure_ascii=False, indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     with GATE.exclusive(), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.random.default_generator.manual_seed(82)
@@ -97,7 +98,7 @@ def _write_kokoro(folder: Path) -> None:
         nothing.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module = KModel(repo_id="hexgrad/Kokoro-82M", config=_CONFIG, model=nothing)
+            module = KModel(repo_id="hexgrad/Kokoro-82M", config=dict(config), model=nothing)
         _make_it_speak(module)
         windows = _Windows()
         # Every key of the real file begins with `module.` too.
@@ -154,5 +155,7 @@ def _voice() -> torch.Tensor:
     return row.as_strided((_MAX_PHONEMES, 1, _STYLE_WIDTH), (1, 1, 1))
 
 
-WRITERS: Mapping[str, Callable[[Path], None]] = MappingProxyType({"tiny-kokoro": _write_kokoro})
+WRITERS: Mapping[str, Callable[[Path], None]] = MappingProxyType(
+    {"tiny-kokoro": partial(write_kokoro, config=CONFIG)}
+)
 """The function that writes each model into an empty folder, by the model's name."""

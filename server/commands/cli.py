@@ -26,7 +26,7 @@ from server.commands import doctor, models, schema
 from server.commands.bench import bench
 from server.commands.default_config import configuration
 from server.commands.options import ApiKey, ConfigFile, first_key
-from server.commands.terminal import err, exit_with, out
+from server.commands.terminal import exit_with, new_table, out, print_note
 from server.exit_codes import BAD_CONFIG, FAILED
 from server.packages import installed_version
 from server.settings import ServerSettings, load_settings
@@ -270,7 +270,7 @@ def _introduce(config: EngineConfig, settings: ServerSettings, source: str, port
             "  Models whose source begins with starter: have random weights."
             " Their answers mean nothing; they only show that everything works."
         )
-    err.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    print_note("\n".join(lines))
 
 
 def _show(status: dict[str, Any]) -> None:
@@ -283,7 +283,7 @@ def _show(status: dict[str, Any]) -> None:
         f"{format_size(granted)} of {format_size(capacity)}",
     )
     out.print(bar)
-    table = Table("model", "state", "tier", "device", "leases", "waiting", "idle", "last error")
+    table = new_table("model", "state", "tier", "device", "leases", "waiting", "idle", "last error")
     for model in status["models"]:
         idle_s = model["idle_s"]
         table.add_row(
@@ -316,7 +316,7 @@ def _show_plan(plan: dict[str, Any]) -> None:
         table.add_row(name, value)
     out.print(table, highlight=False)
     if plan["evictions"]:
-        leaving = Table("who leaves", "what of it", "bytes", "why")
+        leaving = new_table("who leaves", "what of it", "bytes", "why")
         for eviction in plan["evictions"]:
             leaving.add_row(
                 escape(eviction["model"]),

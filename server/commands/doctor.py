@@ -19,7 +19,6 @@ from typing import Annotated
 import psutil
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
@@ -28,7 +27,7 @@ from engine.memory.nvidia_smi import Gpu, read_gpus, read_processes
 from engine.units import format_size
 from server.commands.default_config import configuration, hub_answers, torch_has_cuda
 from server.commands.options import ConfigFile
-from server.commands.terminal import out
+from server.commands.terminal import new_table, out
 from server.exit_codes import FAILED
 from server.settings import ServerSettings, load_settings, read_engine_config
 
@@ -126,7 +125,7 @@ def doctor(
     if as_json:
         sys.stdout.write(json.dumps([asdict(each) for each in findings], indent=1) + "\n")
     else:
-        table = Table("what", "state", "found", "what to do")
+        table = new_table("what", "state", "found", "what to do")
         for each in findings:
             state = each.state.value
             table.add_row(each.what, state, escape(each.found), escape(each.advice))
@@ -376,10 +375,9 @@ def _disk(subject: Subject) -> Iterator[Finding]:
             if little
             else "",
         )
-    blobs = [path for path in folder.glob("models--*/blobs/*") if path.is_file()]
-    largest = max(blobs, key=lambda path: path.stat().st_size, default=None)
+    largest = _largest_file(folder, subject.config)
     if largest is None or largest.stat().st_size < SPEED_BYTES // 16:
-        yield Finding("disk speed", State.OK, "not measured: no model's file is here yet")
+        yield Finding("disk speed", State.OK, "not measured: no large file of a model is here yet")
         return
     try:
         speed = read_speed(largest)
@@ -397,6 +395,18 @@ def _disk(subject: Subject) -> Iterator[Finding]:
         if slow
         else "",
     )
+
+
+def _largest_file(hub_cache: Path, config: EngineConfig | None) -> Path | None:
+    """The largest file of the hub's cache and of the configured models that are on this disk."""
+    from engine.model_folder import present_folder
+
+    files = list(hub_cache.glob("models--*/blobs/*"))
+    if config is not None:
+        found = (present_folder(model.source, config.cache_dir) for model in config.models)
+        files += [path for folder in found if folder for path in folder.rglob("*")]
+    sized = {path: path.stat().st_size for path in files if path.is_file()}
+    return max(sized, key=sized.__getitem__, default=None)
 
 
 def read_speed(path: Path, clock: Callable[[], float] = time.perf_counter) -> float:

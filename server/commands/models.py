@@ -39,7 +39,15 @@ from engine.runtimes.registry import RUNTIMES
 from engine.units import format_size
 from server.commands.default_config import configuration
 from server.commands.options import ConfigFile
-from server.commands.terminal import err, exit_with, out, print_error, print_line
+from server.commands.terminal import (
+    err,
+    exit_with,
+    new_table,
+    out,
+    print_error,
+    print_line,
+    print_note,
+)
 from server.exit_codes import BAD_CONFIG, FAILED, INTERRUPTED
 from server.settings import read_engine_config
 
@@ -79,12 +87,13 @@ def pull(
     config: ConfigFile = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Download models from the hub, so that their first request need not wait for that.
+    """Bring the files of models to this disk, so that their first request need not wait for that.
 
-    Files that are here already are not downloaded again. A download that was stopped goes on where
-    it stopped. Without --config it reads the configuration that `serve` would take.
+    It downloads what comes from the hub, and builds samples and starters. What is here already is
+    left as it is. A download that was stopped goes on where it stopped. Without --config it reads
+    the configuration that `serve` would take.
     """
-    from engine.catalog.downloads import sources_of
+    from engine.catalog.downloads import built_sources_of, sources_of
 
     configured = _read(config)
     if bool(models) is every:
@@ -94,11 +103,14 @@ def pull(
     for name in names:
         try:
             model, sources = _find(name, configured, allow_pickle)
-            if not sources:
+            built = built_sources_of(model) if model else ()
+            for each in built:
+                _build(name, each, configured.cache_dir)
+            if sources:
+                _fetch(name, sources)
+            elif not built:
                 assert model is not None
-                print_line(f"{name}: nothing to fetch, its files are {_locally(model)}")
-                continue
-            _fetch(name, sources)
+                print_line(f"{name}: nothing to fetch, its files are in {model.source}")
         except EngineError as error:
             failed = True
             print_error(f"{name}: {error.message}")
@@ -118,7 +130,7 @@ def ls(
     from engine.catalog.model_files import files_of, other_repos
 
     configured = _read(config)
-    table = Table("model", "source", "here", "size", "last used", "where")
+    table = new_table("model", "source", "here", "size", "last used", "where")
     counted: dict[Path, int] = {}
     for model in configured.models:
         for number, each in enumerate(files_of(model, configured)):
@@ -239,12 +251,9 @@ def _converted(file: Path, cache_dir: Path) -> Path:
     """The folder that a GGUF file is converted to."""
     from engine.conversion.gguf import add_gguf, has_chat_template
 
-    def tell(line: str) -> None:
-        err.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    folder = add_gguf(file.resolve(), cache_dir, tell)
+    folder = add_gguf(file.resolve(), cache_dir, print_note)
     if not has_chat_template(folder):
-        tell(
+        print_note(
             f"{file.name} has no chat template, so the model takes /v1/completions only. For"
             f" conversations put chat_template.jinja of the original into {folder}"
         )
@@ -255,12 +264,7 @@ def _read(config: Path | None) -> EngineConfig:
     try:
         choice = configuration(config, os.environ)
         if choice.reason:
-            err.print(
-                f"configuration: {choice.path} ({choice.reason})",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            print_note(f"configuration: {choice.path} ({choice.reason})")
         return read_engine_config(choice.path, os.environ)
     except ConfigError as error:
         raise exit_with(error.message, BAD_CONFIG) from error
@@ -299,11 +303,12 @@ def _unconfigured(repo: str, allow_pickle: bool) -> Sequence[HubSource]:
     return sources_of(model, allow_pickle=allow_pickle)
 
 
-def _locally(model: ModelConfig) -> str:
-    from engine.model_folder import is_built_here
+def _build(name: str, source: str, cache_dir: Path) -> None:
+    from engine.model_folder import local_folder, present_folder
 
-    built = is_built_here(model.source)
-    return "built at the first request" if built else f"in {model.source}"
+    if present_folder(source, cache_dir) is None:
+        print_note(f"{name}: building {source}")
+    print_line(f"{name}: {source} is in {local_folder(source, cache_dir)}")
 
 
 def _fetch(name: str, sources: Sequence[HubSource]) -> None:
@@ -353,7 +358,7 @@ def _day(seconds: float | None) -> str:
 
 
 def _list(found: Sequence[Files]) -> None:
-    table = Table("repository", "size", "last used", "models")
+    table = new_table("repository", "size", "last used", "models")
     for each in found:
         used, models = _day(each.last_used), ", ".join(each.models) or "(none)"
         table.add_row(escape(each.source), format_size(each.nbytes), used, escape(models))

@@ -5,6 +5,8 @@ Nothing here imports torch before the first call.
 
 from __future__ import annotations
 
+import errno
+
 from engine.errors import EngineError, OutOfDeviceMemory, RuntimeFailed, reason
 
 
@@ -12,7 +14,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there was no memory left, on the device or the host."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # On the host torch has no class of its own for it (c10/core/impl/alloc_cpu.cpp).
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
 
 
 def torch_error(error: BaseException) -> EngineError:

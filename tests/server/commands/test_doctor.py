@@ -291,6 +291,13 @@ class TestDoctor:
         speed = found(config_file(tmp_path))["disk speed"]
         assert (speed.state, speed.found) == (State.WARN, "50 MB/s")
 
+    def test_the_disk_of_a_folder_that_is_configured(self, tmp_path: Path) -> None:
+        """`HF_HOME` has nothing; what the server will read is somewhere else."""
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "a.safetensors").write_bytes(bytes(doctor.SPEED_BYTES // 16))
+        text = f"models:\n  - {{id: mine, source: '{tmp_path / 'mine'}'}}\n"
+        assert found(config_file(tmp_path, text))["disk speed"].found.endswith("MB/s")
+
     def test_the_choice_is_told_where_no_file_is_named(self) -> None:
         findings = {each.what: each for each in examine(None, {"HF_HUB_OFFLINE": "1"})}
         chosen = choose(detect({"HF_HUB_OFFLINE": "1"}))

@@ -21,6 +21,8 @@ from engine.config import ENV_CONFIG, EngineConfig
 from engine.errors import ConfigError
 from engine.files.hub.cache import PARTIAL
 from engine.runtimes.registry import RUNTIMES, options_of, runtime_class
+from engine.samples.registry import can_build_all, sample_folder
+from engine.starters.registry import starter_folder
 from server.commands import cli, default_config, terminal
 from server.commands.default_config import GIB, Facts
 from tests.hub import Hub, etag, point_client_at, serving
@@ -98,11 +100,33 @@ class TestPull:
         assert str(folder) in result.stdout
         assert (folder / "model.safetensors").read_bytes() == WEIGHTS
 
-    def test_all(self, hub: Hub, cache: Path, config: Path) -> None:
-        result = invoke("pull", "--all")
+    def test_all(self, hub: Hub, cache: Path, config: Path, tmp_path: Path) -> None:
+        tiny = starter_folder("tiny-qwen", tmp_path / "cache")
+        tiny.mkdir(parents=True)
+        result = CliRunner(env={"ROUNDHOUSE_CACHE_DIR": str(tmp_path / "cache")}).invoke(
+            cli.app, ("pull", "--all")
+        )
         assert result.exit_code == 0, result.output
-        assert "tiny: nothing to fetch, its files are built at the first request" in result.stdout
+        assert f"tiny: starter:tiny-qwen is in {tiny}\n" in result.stdout
         assert snapshots(cache)
+
+    def test_a_sample_is_built(self, hub: Hub, config: Path, tmp_path: Path) -> None:
+        if not can_build_all():
+            pytest.skip("no sample models")
+        config.write_text("models:\n  - {id: mini, source: 'samples:minilm-l6-v2'}\n")
+        runner = CliRunner(env={"ROUNDHOUSE_CACHE_DIR": str(tmp_path / "cache")})
+        result = runner.invoke(cli.app, ("pull", "mini"))
+        assert result.exit_code == 0, result.output
+        folder = sample_folder("minilm-l6-v2", tmp_path / "cache")
+        assert result.stderr == "mini: building samples:minilm-l6-v2\n"
+        assert result.stdout == f"mini: samples:minilm-l6-v2 is in {folder}\n"
+        assert (folder / "model.safetensors").is_file()
+        assert not runner.invoke(cli.app, ("pull", "mini")).stderr
+
+    def test_a_folder_of_the_user(self, hub: Hub, config: Path, tmp_path: Path) -> None:
+        config.write_text(f"models:\n  - {{id: mine, source: '{tmp_path}'}}\n")
+        result = invoke("pull", "mine")
+        assert result.stdout == f"mine: nothing to fetch, its files are in {tmp_path}\n"
 
     def test_one_failure_does_not_stop_the_others(
         self, hub: Hub, cache: Path, config: Path
