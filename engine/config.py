@@ -248,6 +248,8 @@ class EngineConfig(Section):
     max_overtake_s: Duration = Field(default=10.0)
     """Seconds for which later requests may overtake a request."""
     models: tuple[ModelConfig, ...] = Field(min_length=1)
+    _found: tuple[tuple[ModelConfig, ...], Mapping[str, ModelConfig]] = PrivateAttr(((), {}))
+    """Models, and each of them by all its names."""
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
@@ -261,6 +263,14 @@ class EngineConfig(Section):
                 owner[name] = model.id
         return self
 
+    def _by_name(self) -> Mapping[str, ModelConfig]:
+        # Each request asks, and there may be hundreds. A copy with other models has this one's.
+        models, found = self._found
+        if models is not self.models:
+            found = {name: model for model in self.models for name in model.names}
+            self._found = (self.models, found)
+        return found
+
     def find(self, name: str) -> ModelConfig:
         """The model with this id or alias.
 
@@ -268,10 +278,9 @@ class EngineConfig(Section):
             ModelNotFound: there is none.
 
         """
-        for model in self.models:
-            if name in model.names:
-                return model
-        known = [each for model in self.models for each in model.names]
+        known = self._by_name()
+        if name in known:
+            return known[name]
         close = difflib.get_close_matches(name[:MOST_ECHOED], known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ModelNotFound(f"The model {echoed(name)} does not exist.{hint}", param="model")

@@ -12,7 +12,8 @@ that state is in `report.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from engine.config import EngineConfig
 from engine.errors import (
@@ -141,9 +142,14 @@ class Scheduler:
                 f"{model.waiting} requests wait for {model.config.id!r}, its bound.",
                 retry_after_s=retry_after_s(model),
             )
-        self._queue.add(ticket, now, model.tier)
+        at_once = self._can_grant_at_once(ticket, model)
+        serial = self._queue.add(ticket, now, model.tier)
         model.waiting += 1
         model.demand.count(now)
+        if at_once:
+            with self._reporting():
+                self._grant(serial)
+            return
         if model.needed_bytes is None and not model.estimating:
             model.estimating = True
             self._effects.estimate(ticket.model_id)
@@ -172,6 +178,9 @@ class Scheduler:
             model.idle_since = now
         if lease.exclusive:
             self._exclusive_running = False
+        elif self._is_settled and self._may_stay(model):
+            self._ask_for_its_expiry(model, now)
+            return
         self._replan()
 
     def on_order(self, order: Order) -> None:
@@ -424,6 +433,53 @@ class Scheduler:
             model.state is ModelState.ABSENT for model in self._models.values()
         )
 
+    # The short way: where nobody else waits and nothing moves, a plan could only grant the ticket,
+    # or find when the model expires. A plan looks at every model; this does not.
+
+    @property
+    def _is_settled(self) -> bool:
+        """Nobody waits, nothing moves, and no plan is being carried out."""
+        return not (
+            self._replanning
+            or self._queue
+            or self._transition is not None
+            or self._exclusive_running
+            or self._shutting_down
+        )
+
+    def _can_grant_at_once(self, ticket: Ticket, model: ScheduledModel) -> bool:
+        """Whether a plan could only grant a ticket that has just come."""
+        return (
+            self._is_settled
+            and model.state is ModelState.RESIDENT
+            and model.unload_reason is None
+            and not model.orders
+            and model.leases < model.max_concurrency
+            and not ticket.exclusive
+            and ticket.timeout_s > 0
+            # What is free now is within the budget and the capacity, whatever is pinned.
+            and ticket.working_bytes <= self._ledger.free_bytes
+        )
+
+    def _may_stay(self, model: ScheduledModel) -> bool:
+        """Whether a plan would let the model stay that has just lost a lease, and all others."""
+        return (
+            model.state is ModelState.RESIDENT
+            and model.unload_reason is None
+            and not model.orders
+            and (model.leases > 0 or model.keep_alive_s > 0)
+            and self._ledger.free_bytes >= 0
+        )
+
+    def _ask_for_its_expiry(self, model: ScheduledModel, now: float) -> None:
+        """Ask for the timer when the model expires, unless it comes before: it then asks again."""
+        if model.leases or model.pinned:
+            return
+        expires_at = now + model.keep_alive_s
+        if expires_at < (math.inf if self._asked_at is None else self._asked_at):
+            self._asked_at = expires_at
+            self._effects.call_at(expires_at)
+
     # Plans, carried out.
 
     def _replan(self) -> None:
@@ -435,11 +491,8 @@ class Scheduler:
             return
         self._replanning = True
         try:
-            wake_at = self._carry_out_plans()
-        except Exception as error:
-            # The plan was carried out in part, so nothing that follows can be trusted.
-            FAULTS.report("the scheduler", error)
-            raise
+            with self._reporting():
+                wake_at = self._carry_out_plans()
         finally:
             self._replanning = False
         if wake_at is not None and wake_at != self._asked_at:
@@ -447,6 +500,15 @@ class Scheduler:
             self._effects.call_at(wake_at)
         if self._shutting_down and self.empty:
             self._on_empty()
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Report an error: it has left a change half made, and nothing after it can be trusted."""
+        try:
+            yield
+        except Exception as error:
+            FAULTS.report("the scheduler", error)
+            raise
 
     def _carry_out_plans(self) -> float | None:
         """Plan and act until a plan changes nothing; returns its `wake_at`."""

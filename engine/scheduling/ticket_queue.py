@@ -23,8 +23,8 @@ class TicketQueue:
     def __contains__(self, serial: int) -> bool:
         return serial in self._tickets
 
-    def add(self, ticket: Ticket, now: float, tier: str) -> None:
-        """Let a ticket wait; `tier` is where its model is when it comes."""
+    def add(self, ticket: Ticket, now: float, tier: str) -> int:
+        """Let a ticket wait, and return its serial number; `tier` is where its model is now."""
         serial = self.next_serial
         self.next_serial += 1
         self._tickets[serial] = ticket
@@ -42,6 +42,7 @@ class TicketQueue:
             if_loaded_only=ticket.if_loaded_only,
         )
         self._tiers[serial] = tier
+        return serial
 
     def remove(self, serial: int) -> Ticket:
         """Take a ticket out."""

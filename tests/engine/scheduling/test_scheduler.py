@@ -307,8 +307,12 @@ def test_the_model_less_in_demand_makes_room(bench: Bench) -> None:
 def test_an_idle_model_leaves_after_its_keep_alive(make: Make) -> None:
     bench = make(ModelConfig.model_construct(id="a", source="folder", keep_alive=30.0))
     bench.bring_in("a", 60).release()
-    assert bench.effects.wake_at == bench.clock.now + 30
-    bench.clock.now += 30
+    expires_at = bench.clock.now + 30
+    assert bench.effects.wake_at == bench.clock.now + 10, "when the request would be overdue"
+    bench.clock.now += 10
+    bench.scheduler.on_timer()
+    assert bench.effects.wake_at == expires_at
+    bench.clock.now = expires_at
     bench.scheduler.on_timer()
     assert bench.effects.calls[-1] == ("unload", "a")
     bench.effects.external_bytes = 30
