@@ -91,6 +91,7 @@ def run(
         runner.run(_serve(_Server(config), engine, start, requests, listener, settings, heartbeat))
     if start.error is not None:
         raise start.error
+    logger.info("stopped")
 
 
 async def _serve(
@@ -119,6 +120,7 @@ async def _serve(
                 if task.done():  # only a bug of ours ends it, and that must not pass unnoticed
                     task.result()
             if stop.is_set():
+                logger.info("stopping: what runs has %g s to end", settings.drain_s)
                 # The listener stays open: probes see the drain, and new requests get a clean 503.
                 await start.drain(settings.drain_s)
         finally:

@@ -359,5 +359,6 @@ def test_a_signal_lets_running_requests_finish(tmp_path: Path) -> None:
             assert [each.result(START_S) for each in both] == [8] * 8
         assert tokens("tiny-llama", 200, stop_after_first=True) == 200
         assert server.process.wait(STOP_S) == 0
+        assert server.log().endswith("server.serve: stopped\n")
     finally:
         server.stop()
