@@ -130,7 +130,11 @@ class HostMemory:
             import torch
 
             self._idle.clear()
-            torch.accelerator.memory.empty_host_cache()  # otherwise torch keeps page-locked memory
+            # Otherwise torch keeps page-locked memory. Before torch 2.12 only CUDA's call is there.
+            if hasattr(torch.accelerator.memory, "empty_host_cache"):
+                torch.accelerator.memory.empty_host_cache()
+            else:
+                torch._C._host_emptyCache()
 
     def _rounded(self, nbytes: int) -> int:
         if self._pinned:

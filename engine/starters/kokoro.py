@@ -142,11 +142,9 @@ class _Windows:
         needed = 1 + sum(
             (size - 1) * step for size, step in zip(tensor.shape, strides, strict=True)
         )
-        if scale not in self._rows:
-            self._rows[scale] = torch.randn(2**14) * 2.0**scale
-        row = self._rows[scale]
-        assert needed <= row.numel()
-        return row.as_strided(tensor.shape, strides)
+        if scale not in self._rows or self._rows[scale].numel() < needed:
+            self._rows[scale] = torch.randn(max(2**14, needed)) * 2.0**scale
+        return self._rows[scale].as_strided(tensor.shape, strides)
 
 
 def _voice() -> torch.Tensor:

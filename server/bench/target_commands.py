@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -30,9 +31,14 @@ def ours(set_up: SetUp) -> Command:
     return Command(
         "roundhouse",
         (sys.executable, "-m", "server.commands.cli", *serve, "--log-level", "warning"),
-        {**OFFLINE, **set_up.environment, "PYTHONPATH": str(ROOT)},
+        {**OFFLINE, **set_up.environment, "PYTHONPATH": import_path(ROOT)},
         ready_path="/ready",
     )
+
+
+def import_path(first: Path) -> str:
+    """`PYTHONPATH` of a target: this folder before those that this process was given."""
+    return os.pathsep.join(filter(None, (str(first), os.environ.get("PYTHONPATH"))))
 
 
 def vllm_serve(set_up: SetUp) -> Command:
@@ -87,7 +93,7 @@ def vllm_metadata(folder: Path) -> dict[str, str]:
     named.mkdir(parents=True, exist_ok=True)
     text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
     (named / "METADATA").write_text(text, encoding="utf-8")
-    return {"PYTHONPATH": str(named.parent)}
+    return {"PYTHONPATH": import_path(named.parent)}
 
 
 def transformers_serve(set_up: SetUp) -> Command:

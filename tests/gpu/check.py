@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ import psutil
 
 from server.bench.machine import describe
 from tests.gpu.device import CACHE, VARIABLE
+from tests.gpu.models import CACHE_FOLDER
 from tests.gpu.record import RECORD, Figure, Line, Outcome, Record
 from tests.gpu.steps import Step
 
@@ -32,6 +34,11 @@ LEAST_S = 15.0
 
 KILL_S = 5.0
 """How long a step that was asked to stop has for that."""
+
+WITHOUT_FLASHINFER = (
+    {} if importlib.util.find_spec("flashinfer") else {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+)
+"""vLLM's default sampler imports it, although its attention does not need it."""
 
 TAIL_LINES = 40
 """Of the output of a step that failed."""
@@ -138,7 +145,7 @@ class Check:
             "config": str(config),
             "device": self.device,
             "size": "--small" if self.small else "--real",
-            "rounds": "2" if self.small else "50",
+            "rounds": "2" if self.small else "30",
             "requests": "8" if self.small else "24",
         }
         commands.append([sys.executable, *(each.format(**filled) for each in step.command)])
@@ -161,7 +168,9 @@ class Check:
                 "HF_HUB_OFFLINE": "1",
                 RECORD: str(record.path),
                 VARIABLE: self.device,
-                CACHE: str(self._folder / "cache"),
+                CACHE: str(self._folder / CACHE_FOLDER),
+                "XDG_CACHE_HOME": str(self._folder),
+                **WITHOUT_FLASHINFER,
                 **({"OMP_NUM_THREADS": "1"} if self.small else {}),
             },
         )
@@ -175,19 +184,9 @@ class Check:
             _end(process)
 
     def _forget_models(self) -> None:
-        """Delete the real models that no step needs any more: they may take the host's memory."""
-        # Deleted too early they would only be built again.
-        with self._writing:
-            wanted = {
-                source
-                for each in self.results
-                if not each.seconds
-                for source in sources_of(each.step)
-            }
-            built = self._folder / "models"
-            for path in built.iterdir() if built.is_dir() and self._beside == 1 else ():
-                if path.name.lstrip(".") not in wanted:
-                    shutil.rmtree(path, ignore_errors=True)
+        """Delete the real models: they may take the host's memory, and are built in seconds."""
+        if self._beside == 1:
+            shutil.rmtree(self._folder / "models", ignore_errors=True)
 
     def _write(self, output: str = "") -> None:
         with self._writing:
@@ -212,17 +211,6 @@ class Check:
             }
             _replace(self.out / "results.json", json.dumps(document, indent=1) + "\n")
             _replace(self.out / "results.md", page(self.results, self._machine, small=self.small))
-
-
-def sources_of(step: Step) -> set[str]:
-    """The names of the folders of the real models that a step reads."""
-    from tests.gpu.models import MODELS
-
-    found: set[str] = set()
-    for name in step.models:
-        real = MODELS[name].real
-        found |= {real["source"], *real.get("options", {}).get("components", {}).values()}
-    return {each.replace("/", "--") for each in found}
 
 
 def page(results: Sequence[Result], machine: Mapping[str, Any], *, small: bool) -> str:
@@ -277,25 +265,34 @@ def _wait(running: list[Future[None]]) -> None:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End what is left of a step's process group: first by asking, then by force."""
+    # A benchmark's servers have groups of their own, so that it can end them in order.
+    begun: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        begun = psutil.Process(process.pid).children(recursive=True)
     for sent in (signal.SIGTERM, signal.SIGKILL):
-        if not _lives(process):
+        if not (left := _living(process, begun)):
             break
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, sent)
+        for each in left:
+            with suppress(psutil.NoSuchProcess):
+                each.send_signal(sent)
         deadline = time.monotonic() + KILL_S
-        while _lives(process) and time.monotonic() < deadline:
+        while _living(process, begun) and time.monotonic() < deadline:
             time.sleep(0.05)
     process.wait()
 
 
-def _lives(process: subprocess.Popen[bytes]) -> bool:
-    """Whether anything in its group runs. A zombie waits only for somebody to ask how it ended."""
+def _living(
+    process: subprocess.Popen[bytes], begun: Sequence[psutil.Process]
+) -> list[psutil.Process]:
+    """What runs of them and of the group. A zombie waits only for somebody to ask how it ended."""
     process.poll()
-    for each in psutil.process_iter():
+    found = []
+    for each in {*psutil.process_iter(), *begun}:
         with suppress(psutil.Error, ProcessLookupError):
-            if os.getpgid(each.pid) == process.pid and each.status() != psutil.STATUS_ZOMBIE:
-                return True
-    return False
+            ours = each in begun or os.getpgid(each.pid) == process.pid
+            if ours and each.is_running() and each.status() != psutil.STATUS_ZOMBIE:
+                found.append(each)
+    return found
 
 
 def _replace(path: Path, text: str) -> None:

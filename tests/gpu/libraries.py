@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,15 @@ def _diffusers(model: ModelConfig, folder: Path, cache_dir: Path, device: str) -
         "output_type": "pil",
         **options.call,
     }
-    if "SVD" in type(pipe).__name__ or "StableVideo" in type(pipe).__name__:
+    if isinstance(pipe, diffusers.StableVideoDiffusionPipeline):
         arguments |= {"image": scene(options.width, options.height), "fps": options.fps}
         arguments |= {"max_guidance_scale": options.default.guidance, "motion_bucket_id": 60}
     else:
         arguments |= {"prompt": PROMPT, "guidance_scale": options.default.guidance}
     if model.task == "video":
         arguments["num_frames"] = options.num_frames
+        if "frame_rate" in inspect.signature(pipe.__call__).parameters:
+            arguments["frame_rate"] = options.fps
 
     def call() -> NDArray[Any]:
         made = pipe(**arguments, generator=torch.Generator("cpu").manual_seed(SEED))

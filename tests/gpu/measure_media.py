@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import statistics
 import time
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -81,20 +82,19 @@ async def measure(engine: Engine, model: ModelConfig, pairs: int) -> None:
     if model.task == "speech":
         rate = 24_000
         tell(Figure(f"{model.id}: real-time factor", seconds / (answer.size / rate)))
-        seconds = await first_audio(engine, model, 2 if pairs == 1 else 10)
+        seconds = await first_audio(engine, model)
         tell(Figure(f"{model.id}: first audio", 1e3 * seconds, "ms"))
     await engine.unload(model.id)
 
 
-async def first_audio(engine: Engine, model: ModelConfig, sentences: int) -> float:
-    """Seconds from the request for some sentences to the first samples."""
-    text = " ".join(f"The locomotive number {n} waits." for n in range(sentences))
+async def first_audio(engine: Engine, model: ModelConfig) -> float:
+    """Seconds from the request for three sentences to the first samples."""
+    text = " ".join(f"The locomotive number {n} waits." for n in range(3))
     began = time.perf_counter()
     session = await engine.open(request_for(model, text=text))
-    seconds = 0.0
-    async for _ in session.events():
-        seconds = seconds or time.perf_counter() - began
-    return seconds
+    async with aclosing(session.events()) as events:
+        await anext(events)
+        return time.perf_counter() - began
 
 
 def _what(model: ModelConfig) -> str:

@@ -28,7 +28,7 @@ def main(path: Path, *, small: bool) -> int:
     command = [
         *(sys.executable, "-m", "server.commands.cli", "bench", "llm"),
         *("--config", str(path), "--model", model.id, "--against", "bare", "--out", str(out)),
-        *("--repeats", "1" if small else "2", "--output-tokens", "8" if small else "128"),
+        *("--repeats", "1", "--output-tokens", "8" if small else "128"),
         *(word for number in streams for word in ("--streams", str(number))),
     ]
     status = subprocess.run(command, check=False).returncode

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from engine.starters.diffusion.parts import write_image_processor
 from engine.starters.registry import ensure_starter
 from tests.layouts.configured import CONFIGS
 from tests.layouts.layout import layouts
@@ -34,6 +35,9 @@ BLOCK = 32 * 2**20
 
 SPREAD = 0.02
 """Standard deviation of the weights, as transformers initialises them."""
+
+CACHE_FOLDER = "roundhouse"
+"""In the folder of the checks: what `XDG_CACHE_HOME` makes of it."""
 
 WRITERS = 8
 """Threads that write one file: memory-backed files take as many GB/s as there are copiers."""
@@ -76,7 +80,7 @@ def ensure_built(repository: str, folder: Path) -> Path:
         building = made.with_name(f".{made.name}")
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        BUILDS[repository](building, folder / "cache")
+        BUILDS[repository](building, folder / CACHE_FOLDER)
         building.rename(made)
     return made
 
@@ -136,19 +140,25 @@ def _pipeline(repository: str, starter: str | None) -> Build:
         layout = pipeline_layouts()[repository]
         # A part of other models has one set of weights, and no entry that names a dtype.
         made = layout.as_loaded(layout.model(repository)) if layout.entry else layout
+        sets = made.sets if layout.entry else made.sets[:1]
         for path, document in made.documents.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text(json.dumps(document), encoding="utf-8")
-        for each in made.sets:
+        for each in sets:
             if (index := each.index) is not None:
                 (folder / index[0]).write_text(json.dumps(index[1]), encoding="utf-8")
             for path, tensors in each.parts.items():
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                write_weights(folder / path, tensors)
+                file = folder / path.replace(".fp16.", ".")  # no variant is asked for
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_weights(file, tensors)
         if starter is not None:
             for part in ensure_starter(starter, cache_dir).iterdir():
                 if part.is_dir() and not list(part.glob("*.safetensors")):
                     shutil.copytree(part, folder / part.name, dirs_exist_ok=True)
+        images = folder / "feature_extractor"
+        if "feature_extractor" in made.documents.get("model_index.json", {}):
+            images.mkdir(exist_ok=True)
+            write_image_processor(images)
 
     return build
 
@@ -168,7 +178,10 @@ def _xtts(folder: Path, cache_dir: Path) -> None:
 
     from engine.starters.coqui import write_xtts
 
-    write_xtts(folder, XttsArgs(gpt_use_perceiver_resampler=True))
+    # Its weights never end a sentence, so that a short bound does: some 2.6 s of audio.
+    sizes = {"gpt_num_audio_tokens": 1026, "gpt_start_audio_token": 1024}
+    end = {"gpt_stop_audio_token": 1025, "gpt_max_audio_tokens": 60}
+    write_xtts(folder, XttsArgs(gpt_use_perceiver_resampler=True, **sizes, **end))
 
 
 # Weights.
@@ -269,8 +282,14 @@ BUILDS: Mapping[str, Build] = {
 }
 
 
-def _text(source: str) -> dict[str, Any]:
-    options = {"dtype": "bfloat16", "max_model_len": 8192, "kv_cache": "8GiB", "max_num_seqs": 256}
+def _text(source: str, *, eager: bool | None = None) -> dict[str, Any]:
+    options = {
+        "enforce_eager": eager,
+        "dtype": "bfloat16",
+        "max_model_len": 8192,
+        "kv_cache": "8GiB",
+        "max_num_seqs": 256,
+    }
     return {"source": source, "options": options}
 
 
@@ -292,7 +311,7 @@ def _small(steps: int, guidance: float, **more: Any) -> dict[str, Any]:
 
 MODELS: Mapping[str, CheckModel] = {
     "llama-8b": CheckModel(_text("meta-llama/Llama-3.1-8B-Instruct"), "tiny-llama", SMALL_TEXT),
-    "qwen-7b": CheckModel(_text("Qwen/Qwen2.5-7B-Instruct"), "tiny-qwen", SMALL_TEXT),
+    "qwen-7b": CheckModel(_text("Qwen/Qwen2.5-7B-Instruct", eager=True), "tiny-qwen", SMALL_TEXT),
     "sdxl-turbo": CheckModel(
         _configured("gpu-80gb", "sdxl-turbo", default={"steps": 4, "guidance": 0.0}),
         "tiny-sdxl-turbo",
@@ -335,7 +354,7 @@ def configuration(
     """The configuration of a server with these models."""
     engine: dict[str, Any] = {
         "device": device,
-        "cache_dir": str(folder / "cache"),
+        "cache_dir": str(folder / CACHE_FOLDER),
         "state_dir": str(folder / "state"),
         "data_dir": str(folder / "data"),
     }

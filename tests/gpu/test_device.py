@@ -84,8 +84,9 @@ def test_own_and_external_bytes_are_what_the_driver_shows(device: Device, cuda: 
     synchronize()
     assert device.own_bytes() >= HELD
     (gpu, *_) = read_gpus()
-    used = gpu.total_bytes - gpu.free_bytes
-    assert device.own_bytes() + device.external_bytes() == pytest.approx(used, rel=ERROR)
+    # The driver's total has some hundred MB more, which it keeps for itself.
+    free = device.total_bytes - device.own_bytes() - device.external_bytes()
+    assert free == pytest.approx(gpu.free_bytes, abs=128 * 2**20)
     del held
     device.release_cached()
     assert device.own_bytes() < HELD

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.asyncio(loop_scope=
 
 LITTLE = 64 * 2**20
 PICTURE = {"dtype": "float32", "default": {"steps": 1, "guidance": 1.0}}
-TEXT = {"dtype": "float32", "max_model_len": 512, "kv_cache": "256MiB"}
+TEXT = {"dtype": "float32", "max_model_len": 512, "kv_cache": "256MiB", "enforce_eager": True}
 MODELS = (
     ModelConfig(id="speech", runtime="kokoro", task="speech", source="starter:tiny-kokoro"),
     ModelConfig(

@@ -9,6 +9,14 @@ import errno
 
 from engine.errors import EngineError, OutOfDeviceMemory, RuntimeFailed, reason
 
+SHORTAGES = (
+    "DefaultCPUAllocator: ",  # c10/core/impl/alloc_cpu.cpp
+    "CUDA error: out of memory",  # of a kernel that is loaded, or a context
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""What a lack of memory is called where torch has no class of its own for it."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there was no memory left, on the device or the host."""
@@ -18,8 +26,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # On the host torch has no class of its own for it (c10/core/impl/alloc_cpu.cpp).
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in SHORTAGES)
 
 
 def torch_error(error: BaseException) -> EngineError:
