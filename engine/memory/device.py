@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -96,6 +97,8 @@ class CudaDevice(Device):
     kind: ClassVar[str] = "cuda"
 
     def __init__(self) -> None:
+        # Otherwise an allocation of parkable memory, which calls Python, holds torch's lock.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "release_lock_on_cudamalloc:True")
         import torch
 
         if not torch.cuda.is_available():
@@ -117,10 +120,14 @@ class CudaDevice(Device):
             self._checked.add_(1)
         self._checks.synchronize()
 
+    def synchronize(self) -> None:
+        """Wait until the GPU has done all work of this process."""
+        self._torch.cuda.synchronize()
+
     def external_bytes(self) -> int:
         """Bytes that the GPU reports as used, beyond those that our allocator reserved.
 
-        They include the CUDA context, loaded kernels and graphs, besides other programs.
+        They include the CUDA context and loaded kernels, besides other programs.
         """
         free_bytes, total_bytes = self._torch.cuda.mem_get_info()
         return max(0, int(total_bytes - free_bytes) - self.own_bytes())

@@ -48,11 +48,15 @@ class MappedFiles:
         if index < 0:
             return None
         end, offset, path = self._maps[index]
-        if address + nbytes > end or path.startswith("/dev/") or path.endswith(" (deleted)"):
+        if address + nbytes > end or _is_device(path) or path.endswith(" (deleted)"):
             return None
         if _written(address, nbytes):  # by the library, and only in memory
             return None
         return path, offset + address - self._starts[index]
+
+
+def _is_device(path: str) -> bool:
+    return path.startswith("/dev/") and not path.startswith("/dev/shm/")
 
 
 def read_file(path: str, offset: int, targets: Sequence[torch.Tensor]) -> None:

@@ -90,6 +90,7 @@ class Weights:
             masters = weights._allocate_masters(slabs)
             weights._fill(slabs, masters, pause)
         except BaseException:
+            weights._finish_copies()  # no memory may be used again while a copy reads it
             weights.close()
             raise
         for slab in slabs:

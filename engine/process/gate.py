@@ -63,6 +63,11 @@ class Gate:
         """The number of the current exclusive hold, new for each; None while there is none."""
         return None if self._holder is None else self._holds
 
+    @property
+    def holds(self) -> int:
+        """How many exclusive holds there have been."""
+        return self._holds
+
     def waits(self, thread: int) -> bool:
         """Whether a thread, by its `threading.get_ident`, waits at the gate."""
         return thread in self._waiting

@@ -89,6 +89,8 @@ def _with_generator(settings: dict[str, Any], device: Any) -> dict[str, Any]:
     if generators is None or settings.get("generator") is not None:
         return settings
     device = torch.device(device if device is not None else torch.get_default_device())
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if device not in generators:
         generators[device] = torch.Generator(device).manual_seed(_thread.seed)
     return {**settings, "generator": generators[device]}

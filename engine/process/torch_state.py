@@ -19,7 +19,9 @@ def share_torch_state(gate: Gate = GATE) -> None:
     from torch.nn.modules.module import register_module_module_registration_hook
 
     def breathe(*_module_name_submodule: Any) -> None:
-        gate.breathe()
+        # A compiler holds its lock while it traces: a step that compiles would wait for it.
+        if torch._guards.TracingContext.try_get() is None:
+            gate.breathe()
 
     register_module_module_registration_hook(breathe)
 

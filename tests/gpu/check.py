@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -34,11 +33,6 @@ LEAST_S = 15.0
 
 KILL_S = 5.0
 """How long a step that was asked to stop has for that."""
-
-WITHOUT_FLASHINFER = (
-    {} if importlib.util.find_spec("flashinfer") else {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
-)
-"""vLLM's default sampler imports it, although its attention does not need it."""
 
 TAIL_LINES = 40
 """Of the output of a step that failed."""
@@ -170,7 +164,6 @@ class Check:
                 VARIABLE: self.device,
                 CACHE: str(self._folder / CACHE_FOLDER),
                 "XDG_CACHE_HOME": str(self._folder),
-                **WITHOUT_FLASHINFER,
                 **({"OMP_NUM_THREADS": "1"} if self.small else {}),
             },
         )

@@ -133,6 +133,9 @@ class CoreThread:
             torch.get_num_threads()  # or torch would set the number when it first computes here
             # Each library in the process has its own OpenMP. The limit holds for this thread.
             threadpool_limits(self._omp_threads, user_api="openmp")
+        if torch.cuda.is_available():
+            # Otherwise a step waits for all kernels that runs of other models have queued.
+            torch.cuda.set_stream(torch.cuda.Stream(priority=-1))
         while True:
             working = [client for client in self._clients if client.has_work()]
             if not working:

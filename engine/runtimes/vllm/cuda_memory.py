@@ -15,11 +15,13 @@ Importing this module imports vLLM.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import logging
 import weakref
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +37,11 @@ log = logging.getLogger(__name__)
 
 Handle = tuple[int, int, int, int]
 """Device, bytes, address, and the extension's pointer to the memory mapped there."""
+
+GRAPHS = "graphs"
+"""Captured graphs, with the buffers that they and their kernels keep."""
+
+NOTHING: Handle = (0, 0, 0, 0)
 
 Owner = tuple[int, str]
 """An engine and one of its blocks."""
@@ -55,10 +62,15 @@ class Allocation:
         """Bytes of the range."""
         return self.handle[1]
 
+    @property
+    def address(self) -> int:
+        """Where it begins."""
+        return self.handle[2]
+
     def view(self) -> torch.Tensor:
         """Its bytes as a tensor that owns no memory. Valid only while it is mapped."""
-        device, nbytes, address, _ = self.handle
-        return torch.as_tensor(_DeviceRange(address, nbytes), device=f"cuda:{device}")
+        device = self.handle[0]
+        return torch.as_tensor(_DeviceRange(self.address, self.nbytes), device=f"cuda:{device}")
 
 
 class _DeviceRange:
@@ -74,13 +86,21 @@ class _DeviceRange:
 
 
 class MappedMemory:
-    """Every allocation of every pool. One a process: the extension has one pair of callbacks."""
+    """Every allocation of every pool. One a process: the extension has one pair of callbacks.
+
+    torch never frees these pools. It would call the extension, and that Python, while it holds the
+    lock of its allocator; a thread that holds the interpreter and frees a tensor waits for that
+    lock. So a pool is kept for ever, and `sweep` takes the memory from under it. What is left are
+    addresses, of which a process has 128 TiB.
+    """
 
     def __init__(self) -> None:
         self._allocations: dict[int, Allocation] = {}
         self._pools: dict[Owner, Any] = {}
         self._allocator: Any = None
         self._owner: Owner | None = None
+        self._ended: deque[Owner] = deque()
+        """Blocks of engines that have ended, until nothing uses their memory."""
         # The extension borrows its references to these.
         self._malloc_callback = self._on_malloc
         self._free_callback = self._on_free
@@ -92,12 +112,19 @@ class MappedMemory:
             self._allocator = cumem.get_pluggable_allocator(
                 self._malloc_callback, self._free_callback
             )
+            _keep_for_ever(self._allocator)
+        # torch's own retry cannot follow a failure of the extension.
+        torch.cuda.empty_cache()
         pool = torch.cuda.memory.MemPool(self._allocator._allocator)
+        _keep_for_ever(pool)
         self._pools[owner] = pool
         self._owner = owner
         try:
             with torch.cuda.memory.use_mem_pool(pool):
                 yield
+        except BaseException:
+            self._forget_failure(owner)
+            raise
         finally:
             self._owner = None
         torch.cuda.synchronize()
@@ -106,6 +133,19 @@ class MappedMemory:
                 spare = self._allocations[segment["address"]]
                 self._unmap(spare)
                 spare.spare = True
+
+    def _forget_failure(self, owner: Owner) -> None:
+        """Forget an allocation that failed.
+
+        The extension told of it before it failed. And it keeps its error, which fails all that
+        comes after; only a call that fails by itself clears it.
+        """
+        with suppress(RuntimeError):
+            cumem.create_and_map(NOTHING)
+        known = {segment["address"] for segment in self._pools[owner].snapshot()}
+        for allocation in self.of(owner):
+            if allocation.address not in known:
+                del self._allocations[allocation.address]
 
     def unmapped_bytes(self) -> int:
         """Bytes of addresses without memory, which torch still counts as reserved memory."""
@@ -128,6 +168,7 @@ class MappedMemory:
             torch.OutOfMemoryError: the device lacks the room.
 
         """
+        torch.cuda.empty_cache()  # runs of other models leave memory cached
         done = []
         try:
             for allocation in self.of(owner):
@@ -140,25 +181,32 @@ class MappedMemory:
             raise torch.OutOfMemoryError(str(error)) from error
 
     def release(self, owner: Owner) -> None:
-        """Release a pool: its addresses are given back as its tensors are freed."""
-        pool = self._pools.pop(owner, None)
-        unmapped = [
-            a.nbytes for a in self._allocations.values() if a.owner == owner if not a.mapped
-        ]
-        if unmapped and max(unmapped) > torch.cuda.mem_get_info()[0]:
-            # See `_on_free`. Reserved addresses cost nothing, and there are 2**47 of them.
-            log.warning("no room to free a parked engine's addresses; they stay reserved")
-            self._pools[owner] = pool
+        """Note that an engine has ended. Any thread may call it, in the middle of anything."""
+        self._ended.append(owner)
+
+    def sweep(self) -> None:
+        """Give back the memory of engines that have ended, as far as no tensor lies in it."""
+        torch.cuda.synchronize()
+        for _ in range(len(self._ended)):
+            owner = self._ended.popleft()
+            pool = self._pools.get(owner)
+            segments = pool.snapshot() if pool is not None else ()
+            used = {each["address"] for each in segments if each["allocated_size"]}
+            for allocation in self._allocations.values():
+                if allocation.owner == owner and allocation.address not in used:
+                    self._unmap(allocation)
+            if used:
+                log.warning("tensors of an engine that has ended keep its %s", owner[1])
+                self._ended.append(owner)
 
     def _on_malloc(self, handle: Handle) -> None:
         assert self._owner is not None  # only the pools above allocate here
         self._allocations[handle[2]] = Allocation(self._owner, handle)
 
     def _on_free(self, address: int) -> Handle:
+        # Nothing should come here (see above). The extension unmaps what it is handed.
         allocation = self._allocations.pop(address)
-        torch.cuda.synchronize(allocation.handle[0])  # the extension does not wait for kernels
         if not allocation.mapped:
-            # The extension unmaps what is freed. Once that fails, every later allocation fails.
             self._map(allocation)
         return allocation.handle
 
@@ -172,6 +220,11 @@ class MappedMemory:
             cumem.unmap_and_release(allocation.handle)
 
 
+def _keep_for_ever(thing: object) -> None:
+    """Keep an object also at the interpreter's end, where torch would free the pools."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
 MAPPED = MappedMemory()
 
 _engines = itertools.count()
@@ -183,6 +236,7 @@ class ParkingWorker(Worker):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.number = next(_engines)
+        self.graph_bytes = 0
         for block in (WEIGHTS, KV_CACHE):
             weakref.finalize(self, MAPPED.release, (self.number, block))
 
@@ -193,6 +247,14 @@ class ParkingWorker(Worker):  # type: ignore[misc]
         one = torch.ones(1, 1, device=self.device)
         torch.mm(one, one)
         super().load_model(**kwargs)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Compile and capture, and measure what the graphs keep."""
+        before = torch.cuda.memory_reserved()
+        done = super().compile_or_warm_up_model()
+        torch.cuda.empty_cache()
+        self.graph_bytes = max(0, torch.cuda.memory_reserved() - before)
+        return done
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[None]:
         # torch's expandable segments do not go with pools (pytorch/pytorch#147851).
@@ -233,6 +295,8 @@ class CudaMemory:
                         scratch=name == KV_CACHE,
                     )
                 )
+        if worker.graph_bytes:
+            blocks.append(Block(GRAPHS, worker.graph_bytes, parkable=False))
         blocks.append(Block(WORKSPACE, expected[WORKSPACE], parkable=True, scratch=True))
         self._blocks = tuple(blocks)
 

@@ -12,7 +12,9 @@ import torch
 from engine.process.gate import GATE
 from vllm.distributed import parallel_state
 from vllm.model_executor.layers import rotary_embedding
+from vllm.platforms import current_platform
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.worker import workspace
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 STEP_METHODS = frozenset(
@@ -34,6 +36,8 @@ class GatedWorker(WorkerWrapperBase):  # type: ignore[misc]
         with GATE.exclusive():
             super().init_device()
             _join_expert_group()
+            # One variable of the process for the scratch memory of each engine's kernels.
+            self.workspaces = workspace._manager
 
     def load_model(self) -> None:
         """Build the module and fill it.
@@ -43,6 +47,8 @@ class GatedWorker(WorkerWrapperBase):  # type: ignore[misc]
         """
         with GATE.exclusive():
             rotary_embedding._ROPE_DICT.clear()
+            # The graphs of all engines would share one pool, which ends with the last of them.
+            type(current_platform)._global_graph_pool = None
             self.worker.load_model()
 
 
@@ -52,8 +58,10 @@ class GatedExecutor(UniProcExecutor):  # type: ignore[misc]
     def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the worker. The call is exclusive unless it is part of a step."""
         if method in STEP_METHODS:
+            workspace._manager = self.driver_worker.workspaces
             return super().collective_rpc(method, *args, **kwargs)
         with GATE.exclusive():
+            workspace._manager = getattr(self.driver_worker, "workspaces", None)
             return super().collective_rpc(method, *args, **kwargs)
 
     def shutdown(self) -> None:

@@ -30,7 +30,7 @@ from vllm.model_executor.models import registry as model_registry
 from vllm.platforms import current_platform
 from vllm.utils import cpu_resource_utils
 from vllm.v1.executor import uniproc_executor
-from vllm.v1.worker import gpu_model_runner
+from vllm.v1.worker import gpu_model_runner, workspace
 
 
 def patch_vllm() -> None:
@@ -66,6 +66,11 @@ def patch_vllm() -> None:
     bind_forced_calls()
     answer_messages()
     prepare_structured_output()
+    GATE.state.register(
+        "vllm.workspace",
+        lambda: workspace._manager,
+        lambda manager: setattr(workspace, "_manager", manager),
+    )
     GATE.state.register(
         "vllm.current_config",
         lambda: vllm_config_module._current_vllm_config,

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pkgutil
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -72,8 +73,12 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    # FlashInfer's is compiled in the step that first needs it, while every stream waits.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 """Set before vLLM is imported. The operator's own values stay."""
+
+LEAST_KV_BYTES = 64 * 2**20
 
 PORT_VARIABLE = "VLLM_PORT"
 """Kubernetes sets it to `tcp://…` for a Service called `vllm`, and vLLM fails on that."""
@@ -322,6 +327,8 @@ class VllmRuntime(Runtime):
         try:
             loaded, arguments = await loop.run_in_executor(self._loader, self._build, model)
         except Exception as error:
+            # The frames hold the engine, as long as anything holds the error.
+            traceback.clear_frames(error.__traceback__)
             await loop.run_in_executor(self._loader, self._collect)
             raise _load_failed(error) from error
         try:
@@ -386,7 +393,10 @@ class VllmRuntime(Runtime):
 
         assert isinstance(self.context.device, CudaDevice)
         self.context.device.unmapped_bytes = MAPPED.unmapped_bytes
-        return CudaMemory(worker, self.context.host, expected)
+        memory = CudaMemory(worker, self.context.host, expected)
+        # The steps have a stream of their own, which knows nothing of the load's.
+        self.context.device.synchronize()
+        return memory
 
     def _command_line(self, model: ModelConfig, kv_bytes: int) -> list[str]:
         options = model.options_as(VllmOptions)
@@ -401,10 +411,13 @@ class VllmRuntime(Runtime):
             "--load-format", "roundhouse",
             "--runner", "pooling" if model.task == "embed" else "generate",
             # vLLM only checks that this share of the GPU is free. The ledger has done that.
-            "--gpu-memory-utilization", "0.01",
+            "--gpu-memory-utilization", "0.001",
             "--no-enable-log-requests",
             "--no-use-tqdm-on-load",
         ]  # fmt: skip
+        if not on_cpu:
+            # Without a size vLLM would measure what is free, and clear the graphs of all engines.
+            kv_bytes = kv_bytes or LEAST_KV_BYTES
         if kv_bytes:
             line += ["--kv-cache-memory-bytes", str(kv_bytes)]
         if eager:
@@ -489,6 +502,10 @@ class VllmRuntime(Runtime):
 
         forget_tokenizers()
         gc.collect()
+        if self.context.device.kind == "cuda":
+            from engine.runtimes.vllm.cuda_memory import MAPPED
+
+            MAPPED.sweep()
         self.context.device.release_cached()
 
     async def check_alive(self) -> None:

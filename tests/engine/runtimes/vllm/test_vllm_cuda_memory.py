@@ -32,6 +32,8 @@ class Card:
         self.memory: dict[int, Any] = {}
         self.reserved: set[int] = set()
         self.segments: list[dict[str, int]] = []
+        self.failed = False
+        """The extension keeps an error, which fails all that comes after, until a call raises."""
         self._malloc: Callable[[Any], None]
         self._free: Callable[[int], Any]
         self._next = PAGE
@@ -41,21 +43,25 @@ class Card:
         return SimpleNamespace(_allocator=None)
 
     def allocate(self, nbytes: int, *, used: bool = True) -> int:
+        import torch
+
         address, self._next = self._next, self._next + nbytes
         handle = (0, nbytes, address, 0)
+        self._malloc(handle)  # before anything can fail
+        if self.failed or nbytes > self.free_bytes:
+            self.failed = True
+            raise torch.OutOfMemoryError("CUDA out of memory")
         self.reserved.add(address)
-        self._malloc(handle)
         self.map(*handle)
         self.segments.append({"address": address, "allocated_size": nbytes if used else 0})
         return address
 
-    def free(self, address: int) -> None:
-        self.unmap(*self._free(address))
-        self.reserved.remove(address)
-
     def map(self, device: int, nbytes: int, address: int, pointer: int) -> None:
         import torch
 
+        if not nbytes:
+            self.failed = False
+            raise RuntimeError("CUDA Error: invalid argument")
         assert address in self.reserved
         assert address not in self.memory
         if nbytes > self.free_bytes:
@@ -64,6 +70,7 @@ class Card:
         self.memory[address] = torch.full((nbytes,), 0xAA, dtype=torch.uint8)
 
     def unmap(self, device: int, nbytes: int, address: int, pointer: int) -> None:
+        assert not self.failed, "unmapped, and its memory lost"
         del self.memory[address]
         self.free_bytes += nbytes
 
@@ -80,7 +87,6 @@ def card(vllm_runtime: VllmRuntime, monkeypatch: pytest.MonkeyPatch) -> Card:
 
     @contextmanager
     def use_pool(pool: Any) -> Iterator[None]:
-        card.segments.clear()
         yield
 
     def view(allocation: cuda_memory.Allocation) -> Any:
@@ -89,10 +95,16 @@ def card(vllm_runtime: VllmRuntime, monkeypatch: pytest.MonkeyPatch) -> Card:
     monkeypatch.setattr(cumem, "get_pluggable_allocator", card.allocator)
     monkeypatch.setattr(cumem, "python_create_and_map", card.map)
     monkeypatch.setattr(cumem, "python_unmap_and_release", card.unmap)
-    pool = SimpleNamespace(snapshot=lambda: list(card.segments))
-    monkeypatch.setattr(torch.cuda.memory, "MemPool", lambda allocator: pool)
+
+    def new_pool(allocator: Any) -> Any:
+        segments: list[dict[str, int]] = []
+        card.segments = segments
+        return SimpleNamespace(snapshot=lambda: list(segments))
+
+    monkeypatch.setattr(torch.cuda.memory, "MemPool", new_pool)
     monkeypatch.setattr(torch.cuda.memory, "use_mem_pool", use_pool)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (card.free_bytes, 16 * PAGE))
     monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
@@ -113,7 +125,7 @@ def engine(card: Card, number: int, host: HostMemory | None) -> tuple[Any, list[
         card.memory[address].fill_(10 * number + index)
     with mapped.pool((number, "kv_cache")):
         kv_cache = [card.allocate(3 * PAGE)]
-    worker: Any = SimpleNamespace(number=number)
+    worker: Any = SimpleNamespace(number=number, graph_bytes=0)
     return cuda_memory.CudaMemory(worker, host, EXPECTED), weights, kv_cache
 
 
@@ -155,29 +167,68 @@ def test_a_wake_without_room_leaves_all_parked(card: Card) -> None:
     assert set(card.memory) == {*weights, *kv_cache}
 
 
-def test_what_is_parked_can_be_freed(card: Card) -> None:
-    """The extension unmaps what torch frees: that must be mapped, or nothing works after it."""
-    memory, _, _ = engine(card, 1, HostMemory(2**20, pinned=False))
-    memory.park(("weights", "kv_cache"))
-    for address in sorted(card.reserved):
-        card.free(address)
-    assert not card.reserved
-    assert not card.memory
-    assert card.free_bytes == 16 * PAGE
-
-
-@pytest.mark.parametrize(("free_pages", "kept"), [(3, False), (2, True)])
-def test_addresses_stay_reserved_where_nothing_could_be_mapped_to_free_them(
-    card: Card, free_pages: int, kept: bool
-) -> None:
+def test_an_engine_that_has_ended_gives_its_memory_back_by_the_sweep(card: Card) -> None:
+    """Parked or not, and never by torch: its addresses stay reserved."""
     from engine.runtimes.vllm import cuda_memory
 
     mapped = cuda_memory.MAPPED
-    memory, _, _ = engine(card, 1, None)
-    memory.park(("kv_cache",))
-    card.free_bytes = free_pages * PAGE
+    memory, _, _ = engine(card, 1, HostMemory(2**20, pinned=False))
+    _, other_weights, other_kv = engine(card, 2, None)
+    memory.park(("weights",))
+    for block in ("weights", "kv_cache"):
+        mapped.release((1, block))
+        for segment in mapped._pools[1, block].snapshot():
+            segment["allocated_size"] = 0  # its tensors are gone
+    assert len(card.memory) == 4, "given back where the engine ended, in the middle of anything"
+    mapped.sweep()
+    assert set(card.memory) == {*other_weights, *other_kv}
+    assert mapped.unmapped_bytes() == (6 + 1) * PAGE, "with the one that the other's load freed"
+    mapped.sweep()
+    assert set(card.memory) == {*other_weights, *other_kv}
+
+
+def test_memory_that_a_tensor_still_uses_waits_for_the_next_sweep(card: Card) -> None:
+    from engine.runtimes.vllm import cuda_memory
+
+    mapped = cuda_memory.MAPPED
+    engine(card, 1, None)
+    (segment,) = card.segments  # of the KV cache, whose pool was the last
     mapped.release((1, "kv_cache"))
-    assert ((1, "kv_cache") in mapped._pools) is kept
+    mapped.sweep()
+    assert segment["address"] in card.memory
+    segment["allocated_size"] = 0
+    mapped.sweep()
+    assert segment["address"] not in card.memory
+
+
+def test_a_load_without_room_leaves_nothing_behind(card: Card) -> None:
+    """The extension told of the allocation before it failed, and keeps its error."""
+    import torch
+
+    from engine.runtimes.vllm import cuda_memory
+
+    mapped = cuda_memory.MAPPED
+    other, _, other_kv = engine(card, 2, HostMemory(2**20, pinned=False))
+    with pytest.raises(torch.OutOfMemoryError), mapped.pool((1, "weights")):
+        first = card.allocate(PAGE)
+        card.allocate(100 * PAGE)
+    assert [each.address for each in mapped.of((1, "weights"))] == [first]
+    other.park(("kv_cache",))
+    assert other_kv[0] not in card.memory
+    card.segments[0]["allocated_size"] = 0
+    mapped.release((1, "weights"))
+    mapped.sweep()
+    assert first not in card.memory
+    engine(card, 3, None)
+
+
+def test_graphs_are_counted(card: Card) -> None:
+    from engine.runtimes.vllm import cuda_memory
+
+    worker: Any = SimpleNamespace(number=1, graph_bytes=5 * PAGE)
+    memory = cuda_memory.CudaMemory(worker, None, EXPECTED)
+    (graphs,) = (block for block in memory.blocks if block.name == "graphs")
+    assert (graphs.nbytes, graphs.parkable) == (5 * PAGE, False)
 
 
 @pytest.mark.parametrize("host", [None, HostMemory(PAGE, pinned=False)])

@@ -117,6 +117,37 @@ async def test_engines_side_by_side_answer_as_each_alone(
     assert not wrong
 
 
+async def test_each_step_has_the_scratch_memory_of_its_own_engine(
+    vllm_runtime: VllmRuntime,
+    pair: list[tuple[ModelConfig, VllmModel]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM keeps it in one variable of the process, which the last load or unload has set."""
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+    from vllm.v1.worker import workspace
+
+    own = {}
+    for _, each in pair:
+        assert each.llm is not None
+        executor = each.llm.engine_core.core.model_executor
+        assert executor.driver_worker.workspaces is None, "a CPU has none"
+        own[executor] = executor.driver_worker.workspaces = object()
+    seen: dict[Any, set[Any]] = {}
+    rpc = UniProcExecutor.collective_rpc
+
+    def note(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.setdefault(self, set()).add(workspace._manager)
+        return rpc(self, *args, **kwargs)
+
+    monkeypatch.setattr(UniProcExecutor, "collective_rpc", note)
+    await asyncio.gather(*(answer(vllm_runtime, *each, PROMPTS[0], 16) for each in pair))
+    monkeypatch.undo()
+    assert seen == {executor: {workspaces} for executor, workspaces in own.items()}
+    workspace._manager = None
+    for executor in own:
+        executor.driver_worker.workspaces = None
+
+
 async def test_steps_see_the_usual_state_while_another_model_loads(
     vllm_runtime: VllmRuntime, make_model: MakeModel
 ) -> None:
