@@ -248,8 +248,8 @@ class EngineConfig(Section):
     max_overtake_s: Duration = Field(default=10.0)
     """Seconds for which later requests may overtake a request."""
     models: tuple[ModelConfig, ...] = Field(min_length=1)
+    # Models, and each of them by all its names.
     _found: tuple[tuple[ModelConfig, ...], Mapping[str, ModelConfig]] = PrivateAttr(((), {}))
-    """Models, and each of them by all its names."""
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

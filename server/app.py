@@ -84,7 +84,6 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         web_router(),
         docs_router(engine, settings),
     ):
-        # Not app.include_router(): it builds each of them again.
         app.router.routes += router.routes
     app.add_exception_handler(EngineError, _on_engine_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
 from server.errors import Failure
+from server.routes.router import ServedRoute
 
 VERSION = "/v1"
 MAX_PATH_CHARS = 200
@@ -37,7 +37,7 @@ def unserved(scope: Scope, routes: Iterable[BaseRoute]) -> Failure:
 def _methods(path: str, routes: Iterable[BaseRoute]) -> set[str]:
     found: set[str] = set()
     for route in routes:
-        if isinstance(route, APIRoute):
+        if isinstance(route, ServedRoute):
             scope = {"type": "http", "method": "", "path": path, "headers": []}
             if route.matches(scope)[0] is not Match.NONE:
                 found |= route.methods

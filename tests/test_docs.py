@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import yaml
-from fastapi.routing import APIRoute
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
@@ -28,6 +27,7 @@ from engine.status import BlockStatus, EngineStatus, Restarts
 from server.app import create_app
 from server.errors import Failure
 from server.metrics import HttpMetrics, render
+from server.routes.router import ServedRoute
 from server.schemas.audio import (
     RecordingBody,
     SpeechBody,
@@ -161,7 +161,7 @@ def test_every_route_is_described(engine: Engine) -> None:
     served = {
         f"{method} {route.path.replace(':path}', '}')}"
         for route in app.routes
-        if isinstance(route, APIRoute)
+        if isinstance(route, ServedRoute)
         for method in route.methods
     }
     assert sorted(named("api.md", "Routes")) == sorted(served)

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from fastapi.routing import APIRoute
 from pydantic.json_schema import JsonSchemaValue
 from starlette.routing import BaseRoute
 
@@ -20,6 +19,7 @@ from server.openapi.components import TEMPLATE, components
 from server.openapi.operation import BINARY, JSON, Operation, Schema, nullable, reference
 from server.openapi.operations import MODEL, OPERATIONS
 from server.packages import installed_version
+from server.routes.router import ServedRoute
 from server.schemas.fields import FILE_MARK, Body, as_list
 from server.schemas.scheduling_options import SchedulingBody, SchedulingHeaders
 from server.settings import ServerSettings
@@ -60,7 +60,7 @@ def openapi_document(
     schemas = components()
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
-        if isinstance(route, APIRoute) and route.include_in_schema:
+        if isinstance(route, ServedRoute) and route.include_in_schema:
             path = route.path.replace(":path}", "}")
             for method in sorted(route.methods):
                 operation = OPERATIONS[path][method.lower()]

@@ -8,10 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from starlette.exceptions import HTTPException
 
 from server.auth import DOCS_FILES_PREFIX, DOCS_PATH
+from server.routes.router import Router
 from server.settings import ServerSettings
 from server.static_files import StaticFile
 
@@ -29,13 +30,13 @@ _PACKAGE = "fastapi_offline"
 """Ships the files of Swagger UI. Nothing of it is imported."""
 
 
-def docs_router(engine: Engine, settings: ServerSettings) -> APIRouter:
+def docs_router(engine: Engine, settings: ServerSettings) -> Router:
     """`GET /openapi.json`, `GET /docs`, and the files of the page under `/docs/`.
 
     The page and its files are as open as the dashboard: a browser cannot send a key with them. The
     document needs a key as every other route, and the page asks for it.
     """
-    router = APIRouter(tags=["docs"])
+    router = Router("docs")
 
     @cache
     def files() -> dict[str, StaticFile]:
@@ -60,11 +61,11 @@ def docs_router(engine: Engine, settings: ServerSettings) -> APIRouter:
             document = await asyncio.to_thread(document_text, routes, engine.config, settings)
         return Response(document, media_type="application/json")
 
-    @router.api_route(DOCS_PATH, methods=["GET", "HEAD"])
+    @router.route(DOCS_PATH, "GET", "HEAD")
     async def page(request: Request) -> Response:
         return (await asyncio.to_thread(files))[_INDEX].response(request)
 
-    @router.api_route(DOCS_FILES_PREFIX + "{name}", methods=["GET", "HEAD"])
+    @router.route(DOCS_FILES_PREFIX + "{name}", "GET", "HEAD")
     async def file(name: str, request: Request) -> Response:
         if name not in (*_OWN, *_SWAGGER_UI):
             raise HTTPException(404)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engine.errors import InvalidRequest
 from engine.requests import Priority
@@ -16,6 +16,7 @@ from server.connection import ConnectedResponse
 from server.documents import engine_document, events_document, model_document
 from server.event_stream import send_events
 from server.forms import query_fields, read_json
+from server.routes.router import Router
 from server.schemas.engine import EventsQuery, PlanBody
 from server.settings import ServerSettings
 
@@ -25,13 +26,13 @@ if TYPE_CHECKING:
 LAST_EVENT_ID = "last-event-id"
 
 
-def engine_router(engine: Engine, settings: ServerSettings) -> APIRouter:
+def engine_router(engine: Engine, settings: ServerSettings) -> Router:
     """`/v1/engine`: status, `plan`, `events`, and actions on a model.
 
     An action, `POST /v1/engine/models/{id}/load|unload|park|pin|unpin`, answers with the model
     after the action.
     """
-    router = APIRouter(tags=["engine"])
+    router = Router("engine")
 
     @router.get("/v1/engine")
     async def status() -> dict[str, Any]:
@@ -47,7 +48,7 @@ def engine_router(engine: Engine, settings: ServerSettings) -> APIRouter:
         )
         return asdict(forecast)
 
-    @router.get("/v1/engine/events", response_model=None)
+    @router.get("/v1/engine/events")
     async def events(request: Request) -> Response | dict[str, Any]:
         query = EventsQuery.of(query_fields(request))
         accepted = request.headers.get("accept", "")
@@ -61,9 +62,7 @@ def engine_router(engine: Engine, settings: ServerSettings) -> APIRouter:
             await act(name)
             return model_document(engine.model_status(name), name)
 
-        router.add_api_route(
-            f"/v1/engine/models/{{name:path}}/{action}", endpoint, methods=["POST"], name=action
-        )
+        router.add(f"/v1/engine/models/{{name:path}}/{action}", endpoint, ["POST"], name=action)
 
     async def pin(name: str) -> None:
         engine.pin(name)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from starlette.datastructures import UploadFile
 from starlette.types import Send
 
@@ -22,6 +22,7 @@ from server.body import stream_body
 from server.connection import ConnectedResponse
 from server.errors import Failure
 from server.forms import is_form, parse_form
+from server.routes.router import Router
 from server.schemas.fields import model_name
 from server.sse import EventStream, event_frame
 
@@ -39,15 +40,15 @@ SPOOL_BYTES = 2**20
 """A larger upload is kept on disk while it comes."""
 
 
-def files_router(engine: Engine) -> APIRouter:
+def files_router(engine: Engine) -> Router:
     """`/v1/engine/files`, `/v1/engine/models/{id}/pull` and `…/files`, `/v1/engine/loras`."""
-    router = APIRouter(tags=["engine"])
+    router = Router("engine")
 
     @router.get("/v1/engine/files")
     async def list_files() -> dict[str, Any]:
         return await asyncio.to_thread(_files_document, engine)
 
-    @router.post("/v1/engine/models/{name:path}/pull", response_model=None)
+    @router.post("/v1/engine/models/{name:path}/pull")
     async def pull(name: str, request: Request) -> Response:
         model = engine.config.find(name)
         async for _ in stream_body(request, MAX_IGNORED_BYTES):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from fastapi.responses import FileResponse
 from PIL.Image import Image
 
@@ -24,6 +24,7 @@ from server.connection import ConnectedResponse
 from server.forms import read_fields
 from server.image_io import Picture, decode_pictures, encode_picture
 from server.public_address import base_url
+from server.routes.router import Router
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
 from server.schemas.scheduling_options import take_scheduling_options
 from server.settings import ServerSettings
@@ -41,9 +42,9 @@ _PATHS: dict[str, type[ImageBody]] = {
 }
 
 
-def images_router(engine: Engine, outputs: Outputs, settings: ServerSettings) -> APIRouter:
+def images_router(engine: Engine, outputs: Outputs, settings: ServerSettings) -> Router:
     """Generations, edits and variations, from JSON or forms; `GET /v1/images/files/{name}`."""
-    router = APIRouter(tags=["images"])
+    router = Router("images")
 
     def add(path: str, kind: type[ImageBody]) -> None:
         async def endpoint(request: Request) -> Response:
@@ -65,14 +66,12 @@ def images_router(engine: Engine, outputs: Outputs, settings: ServerSettings) ->
                 )
             return ConnectedResponse(lambda _: whole_answer(engine, image_request, answer.document))
 
-        router.add_api_route(
-            path, endpoint, methods=["POST"], name=kind.operation.value, response_model=None
-        )
+        router.add(path, endpoint, ["POST"], name=kind.operation.value)
 
     for path, kind in _PATHS.items():
         add(path, kind)
 
-    @router.api_route(IMAGE_FILES_PREFIX + "{name}", methods=["GET", "HEAD"])
+    @router.route(IMAGE_FILES_PREFIX + "{name}", "GET", "HEAD")
     async def image_file(name: str) -> Response:
         path = await asyncio.to_thread(outputs.path, name)
         return FileResponse(path, headers={"cache-control": "private"})

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter
-
 from server.documents import model_document
+from server.routes.router import Router
 
 if TYPE_CHECKING:
     from engine.engine import Engine
 
 
-def models_router(engine: Engine) -> APIRouter:
+def models_router(engine: Engine) -> Router:
     """`GET /v1/models` and `GET /v1/models/{id}`.
 
     An alias is listed as a model of its own, as clients offer exactly the listed ids, and some
     accept no others. `alias_of` is the id of its model.
     """
-    router = APIRouter(tags=["models"])
+    router = Router("models")
 
     # Clients probe with HEAD, and some end their base address with a slash.
-    @router.head("/v1/models", include_in_schema=False)
-    @router.head("/v1/models/", include_in_schema=False)
-    @router.get("/v1/models/", include_in_schema=False)
+    @router.head("/v1/models", described=False)
+    @router.head("/v1/models/", described=False)
+    @router.get("/v1/models/", described=False)
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         return {

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from engine.status import EngineState
 from server.metrics import HttpMetrics, render
+from server.routes.router import Router
 
 if TYPE_CHECKING:
     from engine.engine import Engine
     from server.start import Start
 
 
-def probes_router(engine: Engine, start: Start, metrics: HttpMetrics) -> APIRouter:
+def probes_router(engine: Engine, start: Start, metrics: HttpMetrics) -> Router:
     """`/health` (alive), `/ready` (takes work now), `/ping` (for RunPod), `/metrics`."""
-    router = APIRouter(tags=["probes"])
+    router = Router("probes")
 
     def takes_work() -> bool:
         return engine.state is EngineState.READY and start.done.is_set()
@@ -25,15 +26,15 @@ def probes_router(engine: Engine, start: Start, metrics: HttpMetrics) -> APIRout
     def state(*, ok: bool) -> JSONResponse:
         return JSONResponse({"status": engine.state.value}, 200 if ok else 503)
 
-    @router.api_route("/health", methods=["GET", "HEAD"])
+    @router.route("/health", "GET", "HEAD")
     async def health() -> Response:
         return state(ok=start.error is None and await engine.check_alive())
 
-    @router.api_route("/ready", methods=["GET", "HEAD"])
+    @router.route("/ready", "GET", "HEAD")
     async def ready() -> Response:
         return state(ok=takes_work())
 
-    @router.api_route("/ping", methods=["GET", "HEAD"])
+    @router.route("/ping", "GET", "HEAD")
     async def ping() -> Response:
         # For RunPod 204 keeps a worker in "initializing", 200 lets it take requests, and any other
         # status removes it.

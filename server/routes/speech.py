@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from starlette.types import Send
 
 from engine.errors import EngineError, NotFound, RuntimeFailed
@@ -22,6 +22,7 @@ from server.answer import stream_answer
 from server.connection import ConnectedResponse
 from server.forms import read_json
 from server.headers import answer_headers
+from server.routes.router import Router
 from server.schemas.audio import NO_USAGE, SpeechBody, words_document
 from server.schemas.scheduling_options import take_scheduling_options
 from server.settings import ServerSettings
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def speech_router(engine: Engine, voices: VoiceStore, settings: ServerSettings) -> APIRouter:
+def speech_router(engine: Engine, voices: VoiceStore, settings: ServerSettings) -> Router:
     """`POST /v1/audio/speech`."""
-    router = APIRouter(tags=["audio"])
+    router = Router("audio")
 
     def cloned(voice: str) -> Path | None:
         try:
@@ -45,7 +46,7 @@ def speech_router(engine: Engine, voices: VoiceStore, settings: ServerSettings) 
         except NotFound:
             return None  # then it is a name of the model's own, or a wrong one
 
-    @router.post("/v1/audio/speech", response_model=None)
+    @router.post("/v1/audio/speech")
     async def speech(request: Request) -> Response:
         fields = await read_json(request, settings.max_body_bytes)
         scheduling = take_scheduling_options(request.headers, fields, default=Priority.INTERACTIVE)

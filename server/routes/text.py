@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engine.events import Frame
 from engine.requests import TextOperation, TextRequest
@@ -14,6 +14,7 @@ from server.answer import stream_answer
 from server.connection import ConnectedResponse
 from server.forms import read_json
 from server.media import check_media_urls
+from server.routes.router import Router
 from server.schemas.fields import model_name
 from server.schemas.scheduling_options import take_scheduling_options
 from server.settings import ServerSettings
@@ -45,9 +46,9 @@ _STREAMING = frozenset(
 )
 
 
-def text_router(engine: Engine, settings: ServerSettings) -> APIRouter:
+def text_router(engine: Engine, settings: ServerSettings) -> Router:
     """All routes that take a JSON object with a `model` and answer a document or a stream."""
-    router = APIRouter(tags=["text"])
+    router = Router("text")
 
     def add(path: str, operation: TextOperation) -> None:
         async def endpoint(request: Request) -> Response:
@@ -57,9 +58,7 @@ def text_router(engine: Engine, settings: ServerSettings) -> APIRouter:
                 partial(stream_answer, engine, text_request, _frames, shows_wait=streams)
             )
 
-        router.add_api_route(
-            path, endpoint, methods=["POST"], name=operation.value, response_model=None
-        )
+        router.add(path, endpoint, ["POST"], name=operation.value)
 
     for path, operation in _PATHS.items():
         add(path, operation)

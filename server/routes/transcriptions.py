@@ -7,7 +7,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from engine.errors import RuntimeFailed
@@ -16,6 +16,7 @@ from engine.requests import Priority
 from server.answer import stream_answer, whole_answer
 from server.connection import ConnectedResponse
 from server.forms import read_fields
+from server.routes.router import Router
 from server.schemas.audio import (
     RecordingBody,
     TranscriptionBody,
@@ -37,9 +38,9 @@ _PATHS: dict[str, type[RecordingBody]] = {
 }
 
 
-def transcriptions_router(engine: Engine, settings: ServerSettings) -> APIRouter:
+def transcriptions_router(engine: Engine, settings: ServerSettings) -> Router:
     """`POST /v1/audio/transcriptions` and `/v1/audio/translations`, from forms."""
-    router = APIRouter(tags=["audio"])
+    router = Router("audio")
 
     def add(path: str, kind: type[RecordingBody]) -> None:
         async def endpoint(request: Request) -> Response:
@@ -58,9 +59,7 @@ def transcriptions_router(engine: Engine, settings: ServerSettings) -> APIRouter
             render = partial(_render, body)
             return ConnectedResponse(lambda _: whole_answer(engine, transcription_request, render))
 
-        router.add_api_route(
-            path, endpoint, methods=["POST"], name=kind.operation.value, response_model=None
-        )
+        router.add(path, endpoint, ["POST"], name=kind.operation.value)
 
     for path, kind in _PATHS.items():
         add(path, kind)

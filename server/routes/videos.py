@@ -6,7 +6,7 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from fastapi.responses import FileResponse
 
 from engine.errors import ModelNotFound
@@ -14,6 +14,7 @@ from engine.requests import Priority
 from server.forms import query_fields, read_fields
 from server.headers import weights_header
 from server.image_io import decode_pictures
+from server.routes.router import Router, json_response
 from server.schemas.scheduling_options import take_scheduling_options
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery, video_document
 from server.settings import ServerSettings
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from engine.jobs.store import Job
 
 
-def videos_router(engine: Engine, jobs: Jobs, settings: ServerSettings) -> APIRouter:
+def videos_router(engine: Engine, jobs: Jobs, settings: ServerSettings) -> Router:
     """`/v1/videos`: create, list, retrieve, content, delete; and cancel, an addition of ours."""
-    router = APIRouter(tags=["videos"])
+    router = Router("videos")
 
     def document(job: Job) -> dict[str, Any]:
         return video_document(job, jobs.place(job.id))
@@ -37,7 +38,7 @@ def videos_router(engine: Engine, jobs: Jobs, settings: ServerSettings) -> APIRo
         return {}
 
     @router.post("/v1/videos")
-    async def create(request: Request, response: Response) -> dict[str, Any]:
+    async def create(request: Request) -> Response:
         fields = await read_fields(request, settings.max_body_bytes)
         scheduling = take_scheduling_options(request.headers, fields, default=Priority.BATCH)
         body = VideoBody.of(fields)
@@ -48,8 +49,7 @@ def videos_router(engine: Engine, jobs: Jobs, settings: ServerSettings) -> APIRo
             pictures, request_id=request.state.request_id, scheduling=scheduling
         )
         job = await jobs.submit(video_request)
-        response.headers.update(headers_of(job))
-        return document(job)
+        return json_response(document(job), headers_of(job))
 
     @router.get("/v1/videos")
     async def list_videos(request: Request) -> dict[str, Any]:
@@ -64,12 +64,11 @@ def videos_router(engine: Engine, jobs: Jobs, settings: ServerSettings) -> APIRo
         }
 
     @router.get("/v1/videos/{video_id}")
-    async def retrieve(video_id: str, response: Response) -> dict[str, Any]:
+    async def retrieve(video_id: str) -> Response:
         job = jobs.get(video_id)
-        response.headers.update(headers_of(job))
-        return document(job)
+        return json_response(document(job), headers_of(job))
 
-    @router.api_route("/v1/videos/{video_id}/content", methods=["GET", "HEAD"])
+    @router.route("/v1/videos/{video_id}/content", "GET", "HEAD")
     async def content(video_id: str, request: Request) -> Response:
         query = VideoContentQuery.of(query_fields(request))
         path = await asyncio.to_thread(jobs.content, video_id, query.variant)

@@ -6,11 +6,12 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 
 from engine.config import ModelConfig
 from engine.errors import InvalidRequest, LoadFailed
 from server.forms import query_fields, read_fields
+from server.routes.router import Router
 from server.schemas.audio import (
     VoiceBody,
     VoicesQuery,
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def voices_router(engine: Engine, voices: VoiceStore, settings: ServerSettings) -> APIRouter:
+def voices_router(engine: Engine, voices: VoiceStore, settings: ServerSettings) -> Router:
     """`/v1/audio/voices`: create, list, delete."""
-    router = APIRouter(tags=["audio"])
+    router = Router("audio")
 
     def speech_models(name: str | None) -> list[ModelConfig]:
         if name is None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi import FastAPI
-from fastapi.routing import APIRoute
 from pydantic import SecretStr, ValidationError
 
 from engine.errors import ShuttingDown
@@ -18,6 +17,7 @@ from engine.requests import TextRequest
 from server.cors import EXPOSED_HEADERS, METHODS, allow_origins
 from server.headers import HEADER_PREFIX
 from server.open_requests import OpenRequests
+from server.routes.router import ServedRoute
 from server.settings import ServerSettings
 from server.supervision.fallback_responder import answer
 from tests.server.fake import FakeRuntime
@@ -76,7 +76,7 @@ class TestNamedOrigins:
             assert set(got.headers["access-control-allow-methods"].split(", ")) == {*METHODS}
 
     async def test_the_methods_are_those_of_the_routes(self, app: FastAPI) -> None:
-        routes = [route for route in app.routes if isinstance(route, APIRoute)]
+        routes = [route for route in app.routes if isinstance(route, ServedRoute)]
         assert {method for route in routes for method in route.methods} == {*METHODS}
 
     async def test_every_answer_is_readable(

@@ -14,7 +14,6 @@ import httpx
 import numpy as np
 import pytest
 from fastapi import FastAPI
-from fastapi.routing import APIRoute
 from jsonschema import Draft202012Validator
 from PIL import Image
 from pydantic import SecretStr
@@ -35,6 +34,7 @@ from engine.requests import ImageRequest, Request, SpeechRequest, TextRequest, V
 from engine.runtimes.base import Prepared, Voice
 from server.app import create_app
 from server.openapi.document import openapi_document
+from server.routes.router import ServedRoute
 from server.settings import ServerSettings
 from server.start import Start
 from tests.server.fake import FakeRuntime, fake_engine
@@ -145,7 +145,7 @@ def served(app: FastAPI) -> set[tuple[str, str]]:
     return {
         (route.path.replace(":path}", "}"), method.lower())
         for route in app.routes
-        if isinstance(route, APIRoute) and route.include_in_schema
+        if isinstance(route, ServedRoute) and route.include_in_schema
         for method in route.methods
     }
 

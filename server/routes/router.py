@@ -1,0 +1,110 @@
+"""The router of this server: its functions take the request, and what their path names.
+
+FastAPI's own builds a validator for each parameter of each route, and solves them anew for every
+request. Here the only parameters are names in paths, and those are texts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+from pydantic_core import to_json
+from starlette.routing import Route
+
+Endpoint = Callable[..., Awaitable[Any]]
+"""A function with the names in its path as parameters, and maybe `request`. It returns a response,
+or a document that becomes JSON."""
+
+EndpointT = TypeVar("EndpointT", bound=Endpoint)
+
+
+class ServedRoute(Route):
+    """A path, its methods, and the function that answers."""
+
+    methods: set[str]
+
+    def __init__(
+        self,
+        path: str,
+        endpoint: Endpoint,
+        methods: Collection[str],
+        *,
+        name: str | None,
+        tags: Sequence[str],
+        described: bool,
+    ) -> None:
+        super().__init__(path, _answer(endpoint), name=name, include_in_schema=described)
+        self.methods = set(methods)  # the base class adds HEAD to GET
+        self.tags = list(tags)
+
+
+class Router:
+    """Routes that are described under the same tag."""
+
+    def __init__(self, *tags: str) -> None:
+        self.routes: list[ServedRoute] = []
+        self._tags = tags
+
+    def add(
+        self,
+        path: str,
+        endpoint: Endpoint,
+        methods: Collection[str],
+        *,
+        name: str | None = None,
+        described: bool = True,
+    ) -> None:
+        """Answer these methods of a path by a function. Without `described` no document has it."""
+        route = ServedRoute(
+            path, endpoint, methods, name=name, tags=self._tags, described=described
+        )
+        self.routes.append(route)
+
+    def route(
+        self, path: str, *methods: str, described: bool = True
+    ) -> Callable[[EndpointT], EndpointT]:
+        """As `add`, as a decorator."""
+
+        def decorate(endpoint: EndpointT) -> EndpointT:
+            self.add(path, endpoint, methods, described=described)
+            return endpoint
+
+        return decorate
+
+    def get(self, path: str, *, described: bool = True) -> Callable[[EndpointT], EndpointT]:
+        """Answer GET."""
+        return self.route(path, "GET", described=described)
+
+    def head(self, path: str, *, described: bool = True) -> Callable[[EndpointT], EndpointT]:
+        """Answer HEAD."""
+        return self.route(path, "HEAD", described=described)
+
+    def post(self, path: str) -> Callable[[EndpointT], EndpointT]:
+        """Answer POST."""
+        return self.route(path, "POST")
+
+    def delete(self, path: str) -> Callable[[EndpointT], EndpointT]:
+        """Answer DELETE."""
+        return self.route(path, "DELETE")
+
+
+def json_response(document: Any, headers: dict[str, str] | None = None) -> Response:
+    """A document as JSON. Infinity, which JSON does not have, is null."""
+    body = to_json(document, inf_nan_mode="null")
+    return Response(body, media_type="application/json", headers=headers)
+
+
+def _answer(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+    takes_request = "request" in inspect.signature(endpoint).parameters
+
+    async def answer(request: Request) -> Response:
+        arguments: dict[str, Any] = request.path_params
+        if takes_request:
+            arguments = {**arguments, "request": request}
+        result = await endpoint(**arguments)
+        return result if isinstance(result, Response) else json_response(result)
+
+    return answer
