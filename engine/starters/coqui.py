@@ -116,23 +116,6 @@ def _write_vits(folder: Path, *, name: str, speakers: tuple[str, ...]) -> None:
     write_json(folder / "config.json", config.to_dict())
 
 
-def _write_xtts(folder: Path) -> None:
-    write_xtts(
-        folder,
-        XttsArgs(
-            gpt_layers=2,
-            gpt_n_model_channels=64,
-            gpt_n_heads=4,
-            gpt_max_audio_tokens=30,
-            gpt_num_audio_tokens=258,
-            gpt_start_audio_token=256,
-            gpt_stop_audio_token=257,
-            gpt_use_perceiver_resampler=True,
-            decoder_input_dim=64,
-        ),
-    )
-
-
 def write_xtts(folder: Path, arguments: XttsArgs) -> None:
     """Write XTTS of these sizes into an empty folder, with two speakers.
 
@@ -140,6 +123,10 @@ def write_xtts(folder: Path, arguments: XttsArgs) -> None:
         OSError: the folder cannot be written.
 
     """
+    _write(partial(_write_xtts, arguments=arguments), folder)
+
+
+def _write_xtts(folder: Path, *, arguments: XttsArgs) -> None:
     arguments.tokenizer_file = "vocab.json"
     config = XttsConfig()
     config.model_args = arguments
@@ -154,6 +141,20 @@ def write_xtts(folder: Path, arguments: XttsArgs) -> None:
     write_json(folder / "config.json", config.to_dict())
     width = arguments.gpt_n_model_channels
     torch.save({name: _speaker(width) for name in XTTS_SPEAKERS}, folder / "speakers_xtts.pth")
+
+
+def _tiny_xtts() -> XttsArgs:
+    return XttsArgs(
+        gpt_layers=2,
+        gpt_n_model_channels=64,
+        gpt_n_heads=4,
+        gpt_max_audio_tokens=30,
+        gpt_num_audio_tokens=258,
+        gpt_start_audio_token=256,
+        gpt_stop_audio_token=257,
+        gpt_use_perceiver_resampler=True,
+        decoder_input_dim=64,
+    )
 
 
 def _xtts_tokenizer(languages: list[str]) -> Tokenizer:
@@ -196,7 +197,7 @@ WRITERS: Mapping[str, Callable[[Path], None]] = MappingProxyType(
         "tiny-vits-multi": partial(
             _write, partial(_write_vits, name="tiny-vits-multi", speakers=VITS_SPEAKERS)
         ),
-        "tiny-xtts": partial(_write, _write_xtts),
+        "tiny-xtts": lambda folder: write_xtts(folder, _tiny_xtts()),
     }
 )
 """The function that writes each model into an empty folder, by the model's name."""
