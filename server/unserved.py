@@ -8,7 +8,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
 from server.errors import Failure
-from server.routes.router import ServedRoute
+from server.router import ServedRoute
 
 VERSION = "/v1"
 MAX_PATH_CHARS = 200

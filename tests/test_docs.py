@@ -27,7 +27,7 @@ from engine.status import BlockStatus, EngineStatus, Restarts
 from server.app import create_app
 from server.errors import Failure
 from server.metrics import HttpMetrics, render
-from server.routes.router import ServedRoute
+from server.router import ServedRoute
 from server.schemas.audio import (
     RecordingBody,
     SpeechBody,

@@ -19,7 +19,7 @@ from server.openapi.components import TEMPLATE, components
 from server.openapi.operation import BINARY, JSON, Operation, Schema, nullable, reference
 from server.openapi.operations import MODEL, OPERATIONS
 from server.packages import installed_version
-from server.routes.router import ServedRoute
+from server.router import ServedRoute
 from server.schemas.fields import FILE_MARK, Body, as_list
 from server.schemas.scheduling_options import SchedulingBody, SchedulingHeaders
 from server.settings import ServerSettings

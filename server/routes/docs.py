@@ -12,7 +12,7 @@ from fastapi import Request, Response
 from starlette.exceptions import HTTPException
 
 from server.auth import DOCS_FILES_PREFIX, DOCS_PATH
-from server.routes.router import Router
+from server.router import Router
 from server.settings import ServerSettings
 from server.static_files import StaticFile
 

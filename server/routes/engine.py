@@ -16,7 +16,7 @@ from server.connection import ConnectedResponse
 from server.documents import engine_document, events_document, model_document
 from server.event_stream import send_events
 from server.forms import query_fields, read_json
-from server.routes.router import Router
+from server.router import Router
 from server.schemas.engine import EventsQuery, PlanBody
 from server.settings import ServerSettings
 

@@ -22,7 +22,7 @@ from server.body import stream_body
 from server.connection import ConnectedResponse
 from server.errors import Failure
 from server.forms import is_form, parse_form
-from server.routes.router import Router
+from server.router import Router
 from server.schemas.fields import model_name
 from server.sse import EventStream, event_frame
 

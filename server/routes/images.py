@@ -24,7 +24,7 @@ from server.connection import ConnectedResponse
 from server.forms import read_fields
 from server.image_io import Picture, decode_pictures, encode_picture
 from server.public_address import base_url
-from server.routes.router import Router
+from server.router import Router
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
 from server.schemas.scheduling_options import take_scheduling_options
 from server.settings import ServerSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from server.documents import model_document
-from server.routes.router import Router
+from server.router import Router
 
 if TYPE_CHECKING:
     from engine.engine import Engine

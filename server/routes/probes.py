@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from engine.status import EngineState
 from server.metrics import HttpMetrics, render
-from server.routes.router import Router
+from server.router import Router
 
 if TYPE_CHECKING:
     from engine.engine import Engine

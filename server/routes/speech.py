@@ -22,7 +22,7 @@ from server.answer import stream_answer
 from server.connection import ConnectedResponse
 from server.forms import read_json
 from server.headers import answer_headers
-from server.routes.router import Router
+from server.router import Router
 from server.schemas.audio import NO_USAGE, SpeechBody, words_document
 from server.schemas.scheduling_options import take_scheduling_options
 from server.settings import ServerSettings

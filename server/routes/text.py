@@ -14,7 +14,7 @@ from server.answer import stream_answer
 from server.connection import ConnectedResponse
 from server.forms import read_json
 from server.media import check_media_urls
-from server.routes.router import Router
+from server.router import Router
 from server.schemas.fields import model_name
 from server.schemas.scheduling_options import take_scheduling_options
 from server.settings import ServerSettings

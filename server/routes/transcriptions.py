@@ -16,7 +16,7 @@ from engine.requests import Priority
 from server.answer import stream_answer, whole_answer
 from server.connection import ConnectedResponse
 from server.forms import read_fields
-from server.routes.router import Router
+from server.router import Router
 from server.schemas.audio import (
     RecordingBody,
     TranscriptionBody,

@@ -14,7 +14,7 @@ from engine.requests import Priority
 from server.forms import query_fields, read_fields
 from server.headers import weights_header
 from server.image_io import decode_pictures
-from server.routes.router import Router, json_response
+from server.router import Router, json_response
 from server.schemas.scheduling_options import take_scheduling_options
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery, video_document
 from server.settings import ServerSettings

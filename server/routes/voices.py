@@ -11,7 +11,7 @@ from fastapi import Request
 from engine.config import ModelConfig
 from engine.errors import InvalidRequest, LoadFailed
 from server.forms import query_fields, read_fields
-from server.routes.router import Router
+from server.router import Router
 from server.schemas.audio import (
     VoiceBody,
     VoicesQuery,

@@ -8,7 +8,7 @@ from fastapi import Request, Response
 from starlette.exceptions import HTTPException
 
 from server.auth import WEB_FILES_PREFIX, WEB_PATH
-from server.routes.router import Router
+from server.router import Router
 from server.static_files import MEDIA_TYPES, StaticFile
 
 _FOLDER = Path(__file__).parents[1] / "web"

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-from engine.starters.diffusion.parts import write_image_processor
 from engine.starters.registry import ensure_starter
 from tests.layouts.configured import CONFIGS
 from tests.layouts.layout import layouts
@@ -157,6 +156,8 @@ def _pipeline(repository: str, starter: str | None) -> Build:
                     shutil.copytree(part, folder / part.name, dirs_exist_ok=True)
         images = folder / "feature_extractor"
         if "feature_extractor" in made.documents.get("model_index.json", {}):
+            from engine.starters.diffusion.parts import write_image_processor  # it imports torch
+
             images.mkdir(exist_ok=True)
             write_image_processor(images)
 

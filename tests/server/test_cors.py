@@ -17,7 +17,7 @@ from engine.requests import TextRequest
 from server.cors import EXPOSED_HEADERS, METHODS, allow_origins
 from server.headers import HEADER_PREFIX
 from server.open_requests import OpenRequests
-from server.routes.router import ServedRoute
+from server.router import ServedRoute
 from server.settings import ServerSettings
 from server.supervision.fallback_responder import answer
 from tests.server.fake import FakeRuntime

@@ -34,7 +34,7 @@ from engine.requests import ImageRequest, Request, SpeechRequest, TextRequest, V
 from engine.runtimes.base import Prepared, Voice
 from server.app import create_app
 from server.openapi.document import openapi_document
-from server.routes.router import ServedRoute
+from server.router import ServedRoute
 from server.settings import ServerSettings
 from server.start import Start
 from tests.server.fake import FakeRuntime, fake_engine
