@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from server.bench.machine import describe
+from server.bench.target_commands import import_path
 from tests.gpu.device import CACHE, VARIABLE
 from tests.gpu.models import CACHE_FOLDER
 from tests.gpu.record import RECORD, Figure, Line, Outcome, Record
@@ -156,9 +157,7 @@ class Check:
             start_new_session=True,
             env={
                 **os.environ,
-                "PYTHONPATH": os.pathsep.join(
-                    (str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]))
-                ),
+                "PYTHONPATH": import_path(ROOT),
                 "HF_HUB_OFFLINE": "1",
                 RECORD: str(record.path),
                 VARIABLE: self.device,

@@ -7,7 +7,6 @@ Usage: python -m tests.gpu.measure_media CONFIG.yaml (--small | --real)
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import statistics
 import time
@@ -15,10 +14,10 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from engine.config import EngineConfig, ModelConfig, engine_config, engine_fields, read_sections
+from engine.config import ModelConfig
 from engine.engine import Engine
 from engine.runtimes.diffusers.options import DiffusersOptions
-from engine.runtimes.registry import RUNTIMES
+from tests.gpu.arguments import arguments, read
 from tests.gpu.device import DEVICE, free_bytes, synchronize
 from tests.gpu.libraries import library
 from tests.gpu.record import Figure, tell
@@ -32,13 +31,6 @@ AIMS_MS = {"sdxl-turbo": 84.0, "sdxl": 2500.0}
 
 SECOND_COPY = 1.5
 """How much room the library's copy needs, in the bytes of ours: its weights and its run."""
-
-
-def read(path: Path) -> EngineConfig:
-    """The configuration of a step."""
-    return engine_config(
-        read_sections(path, {}, {"engine": engine_fields(), "server": ["port"]}), RUNTIMES
-    )
 
 
 async def measure(engine: Engine, model: ModelConfig, pairs: int) -> None:
@@ -125,10 +117,5 @@ async def main(path: Path, *, small: bool) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("config", type=Path)
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--small", action="store_true")
-    size.add_argument("--real", action="store_true")
-    given = parser.parse_args()
+    given = arguments(__doc__)
     asyncio.run(main(given.config, small=given.small))

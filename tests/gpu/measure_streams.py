@@ -5,13 +5,12 @@ Usage: python -m tests.gpu.measure_streams CONFIG.yaml (--small | --real)
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.gpu.measure_media import read
+from tests.gpu.arguments import arguments, read
 from tests.gpu.record import Figure, tell
 
 STREAMS = (1, 16, 64, 256)
@@ -50,10 +49,5 @@ def main(path: Path, *, small: bool) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("config", type=Path)
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--small", action="store_true")
-    size.add_argument("--real", action="store_true")
-    given = parser.parse_args()
+    given = arguments(__doc__)
     sys.exit(main(given.config, small=given.small))

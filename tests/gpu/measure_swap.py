@@ -7,7 +7,6 @@ Usage: python -m tests.gpu.measure_swap CONFIG.yaml (--small | --real)
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import ctypes
 import statistics
@@ -25,8 +24,8 @@ from engine.engine import Engine
 from engine.memory.host_memory import HostMemory, host_slab
 from engine.memory.nvidia_smi import read_gpus
 from engine.memory.weights import Weights
+from tests.gpu.arguments import arguments, read
 from tests.gpu.device import DEVICE, free_bytes, synchronize, used_bytes
-from tests.gpu.measure_media import read
 from tests.gpu.models import write_weights
 from tests.gpu.record import Figure, tell
 from tests.gpu.requests import made, request_for, text_request
@@ -265,10 +264,5 @@ async def main(path: Path, *, small: bool) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("config", type=Path)
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--small", action="store_true")
-    size.add_argument("--real", action="store_true")
-    given = parser.parse_args()
+    given = arguments(__doc__)
     asyncio.run(main(given.config, small=given.small))

@@ -344,9 +344,8 @@ MODELS: Mapping[str, CheckModel] = {
     ),
     "kokoro": CheckModel(_configured("gpu-80gb", "kokoro-82m"), "tiny-kokoro"),
     "xtts": CheckModel(_configured("gpu-80gb", "xtts-v2"), "tiny-xtts"),
-    "vits": CheckModel({"runtime": "coqui", "task": "speech"}, "tiny-vits"),
 }
-"""All of them, by name. The last has no real size here."""
+"""All of them, by name."""
 
 
 def configuration(

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from server.bench.target_commands import import_path
 from tests.gpu.device import DEVICE
 from tests.server.real import ROOT, free_port
 
@@ -65,8 +66,7 @@ def test_it_is_replaced_and_its_models_come_back(cache_dir: Path, tmp_path: Path
     with log.open("w") as file:
         server = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [
-                str(ROOT), os.environ.get("PYTHONPATH")]))},
+            env={**os.environ, "PYTHONPATH": import_path(ROOT)},
         )  # fmt: skip
     try:
         wait_for(lambda: engine(url), START_S, log)

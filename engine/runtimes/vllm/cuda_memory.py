@@ -137,8 +137,8 @@ class MappedMemory:
     def _forget_failure(self, owner: Owner) -> None:
         """Forget an allocation that failed.
 
-        The extension told of it before it failed. And it keeps its error, which fails all that
-        comes after; only a call that fails by itself clears it.
+        The extension announced it before it failed. It also keeps the error, and then fails every
+        later call. The next call of Python's that fails clears the error.
         """
         with suppress(RuntimeError):
             cumem.create_and_map(NOTHING)
