@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 from engine.config import ModelConfig
 from engine.errors import OutOfDeviceMemory
-from engine.events import Cut, Event, Frame, Progress
+from engine.events import Cut, Event, Progress
 from engine.run import Run
 from engine.scheduling.lease import Lease
 
@@ -92,18 +91,6 @@ class Session:
                 event = following
         finally:
             await self.close()
-
-    async def frames(self) -> AsyncGenerator[Frame, None]:
-        """The stream of a text model. Closing it cancels the work.
-
-        Raises:
-            EngineError: the run failed part-way.
-
-        """
-        async with contextlib.aclosing(self.events()) as events:
-            async for event in events:
-                if isinstance(event, Frame):
-                    yield event
 
     async def close(self) -> None:
         """Stop what still runs and end the lease."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, nullcontext, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, nullcontext, suppress
 from typing import TYPE_CHECKING, TypeAlias
 
 from starlette.responses import Response
@@ -32,8 +32,8 @@ still has an HTTP status of its own."""
 
 PROGRESS_INTERVAL_S = 1.0
 
-Frames: TypeAlias = Callable[["Session"], AsyncGenerator[Frame, None]]
-"""The answer as complete events. A frame without text begins the response and sends nothing."""
+Frames: TypeAlias = Callable[["Session"], AsyncGenerator[Event, None]]
+"""The answer. Of its events the frames are sent. One without text begins the response."""
 
 Render: TypeAlias = Callable[[Sequence[Event]], Awaitable[Response]]
 """Makes the response from all events of a session."""
@@ -76,27 +76,17 @@ async def stream_answer(
     """
     stream = EventStream(send)
     try:
-        # The session is closed before the last piece is sent: see run_while_connected.
-        async with AsyncExitStack() as stack:
-            waiting = Waiting()
-            shown = _shown_wait(engine, request, waiting, stream) if shows_wait else nullcontext()
-            async with shown:
-                session = await engine.open(request, waiting)
-                stack.push_async_callback(session.close)
-            headers = answer_headers(session)
-            if isinstance(session.first, Document) and not stream.begun:
-                return Response(session.first.body, headers=headers, media_type="application/json")
-            if stream.begun:
-                await stream.send(_granted_comment(headers))
-            if isinstance(session.first, Document):
-                # Comments about the wait have begun a stream: the document is its only event.
-                await stream.send(f"data: {session.first.body.decode()}\n\n")
-            async with aclosing(frames(session)) as answer:
-                async for frame in answer:
-                    if not stream.begun:
-                        await stream.begin(headers)
-                    if frame.data:
-                        await stream.send(frame.data)
+        waiting = Waiting()
+        shown = _ShownWait(engine, request, waiting, stream) if shows_wait else nullcontext()
+        async with shown:
+            session = await engine.open(request, waiting)
+        try:
+            response = await _send_answer(session, frames, stream)
+        finally:
+            # Before the last piece is sent: see run_while_connected.
+            await session.close()
+        if response is not None:
+            return response
     except Exception as error:
         if not stream.begun:
             raise
@@ -108,39 +98,65 @@ async def stream_answer(
     return None
 
 
-@asynccontextmanager
-async def _shown_wait(
-    engine: Engine, request: Request, waiting: Waiting, stream: EventStream
-) -> AsyncIterator[None]:
-    """Send comments about the wait while the body of this context runs."""
-    over = asyncio.Event()
-    reporter = asyncio.create_task(_report_wait(engine, request.model, waiting, stream, over))
-    try:
-        yield
-    except asyncio.CancelledError:
-        # The client reads no more, so a send under way may never complete.
-        reporter.cancel()
-        raise
-    finally:
-        over.set()
-        await reporter  # not cancelled: it may be in the middle of a head
+async def _send_answer(session: Session, frames: Frames, stream: EventStream) -> Response | None:
+    """Send what the session gives, or return it as a response."""
+    headers = answer_headers(session)
+    if isinstance(session.first, Document) and not stream.begun:
+        return Response(session.first.body, headers=headers, media_type="application/json")
+    if stream.begun:
+        await stream.send(_granted_comment(headers))
+    if isinstance(session.first, Document):
+        # Comments about the wait have begun a stream: the document is its only event.
+        await stream.send(f"data: {session.first.body.decode()}\n\n")
+    async with aclosing(frames(session)) as answer:
+        async for frame in answer:
+            if isinstance(frame, Frame):
+                if not stream.begun:
+                    await stream.begin(headers)
+                await stream.send(frame.data)
+    return None
 
 
-async def _report_wait(
-    engine: Engine, model: str, waiting: Waiting, stream: EventStream, over: asyncio.Event
-) -> None:
-    pause_s = GRACE_S
-    while True:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(pause_s):
-                await over.wait()
-                return
-        status = engine.wait_status(waiting)
-        if status.stage is Stage.RUNNING and not stream.begun:
-            continue  # granted in time: its first event decides the kind of response
-        await stream.begin({})
-        await stream.send(_wait_comment(status, engine.config.find(model).id))
-        pause_s = PROGRESS_INTERVAL_S
+class _ShownWait:
+    """Sends comments about the wait of a request, if it waits for longer than `GRACE_S`."""
+
+    def __init__(
+        self, engine: Engine, request: Request, waiting: Waiting, stream: EventStream
+    ) -> None:
+        self._engine = engine
+        self._model = request.model
+        self._waiting = waiting
+        self._stream = stream
+        self._over = asyncio.Event()
+        self._reporter: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(GRACE_S, self._begin)
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._timer.cancel()
+        if self._reporter is None:
+            return
+        if kind is asyncio.CancelledError:
+            # The client reads no more, so a send under way may never complete.
+            self._reporter.cancel()
+        self._over.set()
+        await self._reporter  # otherwise not cancelled: it may be in the middle of a head
+
+    def _begin(self) -> None:
+        self._reporter = asyncio.create_task(self._report())
+
+    async def _report(self) -> None:
+        while not self._over.is_set():
+            status = self._engine.wait_status(self._waiting)
+            # Granted in time, its first event decides the kind of response.
+            if status.stage is not Stage.RUNNING or self._stream.begun:
+                await self._stream.begin({})
+                model = self._engine.config.find(self._model).id
+                await self._stream.send(_wait_comment(status, model))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PROGRESS_INTERVAL_S):
+                    await self._over.wait()
 
 
 def _wait_comment(status: WaitStatus, model: str) -> str:

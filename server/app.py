@@ -1,19 +1,15 @@
-"""The HTTP application: routes, layers and error handlers around one engine."""
+"""The HTTP application: routes and layers around one engine."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI, Request, Response
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Lifespan
 
-from engine.errors import EngineError, Overloaded
 from server.auth import Guard
-from server.errors import Failure
 from server.metrics import HttpMetrics
 from server.request_context import RequestContext
 from server.routes.docs import docs_router
@@ -26,15 +22,37 @@ from server.routes.videos import videos_router
 from server.routes.web import web_router
 from server.settings import ServerSettings
 from server.start import Start
-from server.unserved import unserved
 
 if TYPE_CHECKING:
     from engine.engine import Engine
 
-logger = logging.getLogger(__name__)
+
+class Application(FastAPI):
+    """FastAPI's application with two layers: the context of a request, and the guard.
+
+    Its own layers handle errors, which the context does here, and close what its routes leave open.
+    The routes here are Starlette's.
+    """
+
+    def __init__(
+        self, settings: ServerSettings, metrics: HttpMetrics, lifespan: Lifespan[FastAPI]
+    ) -> None:
+        super().__init__(
+            title="Roundhouse",
+            lifespan=lifespan,
+            # Most routes read their bodies themselves, so FastAPI's document would say little, and
+            # its pages load scripts from another host. `docs_router` has both.
+            openapi_url=None,
+            redirect_slashes=False,
+        )
+        self.requests = RequestContext(Guard(self.router, settings), metrics)
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """The layers round the routes."""
+        return self.requests
 
 
-def create_app(engine: Engine, settings: ServerSettings, start: Start | None = None) -> FastAPI:
+def create_app(engine: Engine, settings: ServerSettings, start: Start | None = None) -> Application:
     """The application. Its lifespan starts engine and jobs in the background and stops them.
 
     `start` reports a failed start to the caller.
@@ -62,14 +80,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
             await start.end()
 
     metrics = HttpMetrics()
-    app = FastAPI(
-        title="Roundhouse",
-        lifespan=lifespan,
-        # Most routes read their bodies themselves, so FastAPI's document would say little, and its
-        # pages load scripts from another host. `docs_router` has both.
-        openapi_url=None,
-        redirect_slashes=False,
-    )
+    app = Application(settings, metrics, lifespan)
     for router in (
         probes_router(engine, start, metrics),
         text_router(engine, settings),
@@ -85,24 +96,4 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         docs_router(engine, settings),
     ):
         app.router.routes += router.routes
-    app.add_exception_handler(EngineError, _on_engine_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_middleware(Guard, settings=settings)
-    app.add_middleware(RequestContext, metrics=metrics)  # added last: outermost
     return app
-
-
-async def _on_engine_error(request: Request, error: Exception) -> Response:
-    failure = Failure.of(error)
-    if failure.status >= 500 and not isinstance(error, Overloaded):
-        logger.error("request %s failed: %s", request.state.request_id, error)
-    return failure.response(request.url.path, request.state.request_id)
-
-
-async def _on_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if error.status_code in (404, 405) and error.detail == HTTPStatus(error.status_code).phrase:
-        failure = unserved(request.scope, request.app.routes)
-    else:
-        failure = Failure.of_status(error.status_code, str(error.detail), error.headers or {})
-    return failure.response(request.url.path, request.state.request_id)

@@ -86,13 +86,12 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
         ClientDisconnect: the client left while sending.
 
     """
-    raw = bytearray()
-    async for chunk in stream_body(request, max_bytes):
-        raw += chunk
+    chunks = [chunk async for chunk in stream_body(request, max_bytes)]
+    raw = chunks[0] if len(chunks) == 1 else b"".join(chunks)
     try:
         # Unlike `json`, this refuses NaN and lone surrogates, which no tokenizer takes. It also
         # refuses more than 200 levels, which would exhaust the stack here or later.
-        document = from_json(bytes(raw).removeprefix(_BOM), allow_inf_nan=False)
+        document = from_json(raw.removeprefix(_BOM), allow_inf_nan=False)
     except ValueError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from error
     if not isinstance(document, dict):

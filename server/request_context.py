@@ -1,4 +1,4 @@
-"""The outermost layer of every request: its id, its time, its metrics, and the plain 500."""
+"""The outermost layer of every request: its id, time and metrics, its errors, and its end."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from http import HTTPStatus
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engine.errors import EngineError, Overloaded
 from server.auth import PROBES
 from server.errors import Failure, is_anthropic
 from server.metrics import HttpMetrics
+from server.unserved import unserved
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +29,68 @@ CLIENT_LEFT = 499
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-class RequestContext:
-    """ASGI middleware: `x-request-id`, `openai-processing-ms`, metrics, log, and a plain 500.
+class _Open:
+    """A request whose response is not complete."""
 
-    The id is the client's if it is sane, otherwise a new one. It is `request.state.request_id`.
+    __slots__ = ("began_s", "clock", "given_up", "receive", "request_id", "scope", "send", "status")
+
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        request_id: str,
+        clock: Callable[[], float],
+    ) -> None:
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.request_id = request_id
+        self.clock = clock
+        self.began_s = clock()
+        self.status = CLIENT_LEFT
+        self.given_up = False
+        """The application's own response is not sent any more."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether the response has begun."""
+        return self.status != CLIENT_LEFT
+
+    def elapsed_s(self) -> float:
+        """Seconds since the head of the request."""
+        return self.clock() - self.began_s
+
+    async def pass_on(self, message: Message) -> None:
+        """Send a message of the application's response."""
+        if not self.given_up:
+            await self.send_with_headers(message)
+
+    async def send_with_headers(self, message: Message) -> None:
+        """Send a message of the response; the first gets the headers that all responses have."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self.request_id
+            if is_anthropic(self.scope["path"]):
+                headers["request-id"] = self.request_id  # the name that its clients read
+            headers["openai-processing-ms"] = f"{self.elapsed_s() * 1000:.0f}"
+        await self.send(message)
+
+    async def answer(self, failure: Failure) -> None:
+        """Send the failure as the response."""
+        response = failure.response(self.scope["path"], self.request_id)
+        await response(self.scope, self.receive, self.send_with_headers)
+
+
+class RequestContext:
+    """ASGI middleware: `x-request-id`, `openai-processing-ms`, metrics, log, and errors.
+
+    The id is the client's if it is sane, otherwise a new one. It is `request.state.request_id`. An
+    error of the application becomes the response, unless one has begun.
+
+    Starlette has a layer for each of these, and each of them passes on every event of every stream.
+    Here it is one.
     """
 
     def __init__(
@@ -40,48 +102,68 @@ class RequestContext:
         self._app = app
         self._metrics = metrics
         self._clock = clock
+        self._open: set[_Open] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on. Measure and count its response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began_s = self._clock()
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
-        status = CLIENT_LEFT
-
-        async def send_with_context(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
-                if is_anthropic(scope["path"]):
-                    headers["request-id"] = request_id  # the name that its clients read
-                headers["openai-processing-ms"] = f"{(self._clock() - began_s) * 1000:.0f}"
-            await send(message)
-
+        request = _Open(scope, receive, send, request_id, self._clock)
+        self._open.add(request)
         try:
-            await self._app(scope, receive, send_with_context)
+            await self._app(scope, receive, request.pass_on)
         except ClientDisconnect:
             pass  # the client left while it sent its body
         except Exception as error:
-            logger.exception("request %s failed unexpectedly", request_id)
-            if status == CLIENT_LEFT:  # the response has not begun
-                response = Failure.of(error).response(scope["path"], request_id)
-                await response(scope, receive, send_with_context)
+            failure = _failure(error, request)
+            # The engine tells all who wait for a load the same error. Each raise would lengthen its
+            # traceback, whose frames hold the requests.
+            error.__traceback__ = None
+            if not request.begun and not request.given_up:
+                await request.answer(failure)
         finally:
-            elapsed_s = self._clock() - began_s
-            route = getattr(scope.get("route"), "path", None)
-            self._metrics.observe(route, scope["method"], status, elapsed_s)
-            logger.log(
-                logging.DEBUG if scope["path"] in PROBES else logging.INFO,
-                "%s %s %d in %.0f ms (%s)",
-                scope["method"],
-                quote(scope["path"]),
-                status,
-                elapsed_s * 1000,
-                request_id,
-            )
+            self._open.discard(request)
+            self._count(request)
+
+    async def give_up(self, error: EngineError) -> None:
+        """Answer every request without a response with `error`. Cut off no begun response.
+
+        A process that must end does this: its clients try again after `Retry-After`. A broken
+        connection would give them no such answer.
+        """
+        for request in tuple(self._open):
+            if not request.begun and not request.given_up:
+                request.given_up = True
+                await request.answer(Failure.of(error))
+
+    def _count(self, request: _Open) -> None:
+        scope, elapsed_s = request.scope, request.elapsed_s()
+        route = getattr(scope.get("route"), "path", None)
+        self._metrics.observe(route, scope["method"], request.status, elapsed_s)
+        logger.log(
+            logging.DEBUG if scope["path"] in PROBES else logging.INFO,
+            "%s %s %d in %.0f ms (%s)",
+            scope["method"],
+            quote(scope["path"]),
+            request.status,
+            elapsed_s * 1000,
+            request.request_id,
+        )
+
+
+def _failure(error: Exception, request: _Open) -> Failure:
+    """What the client is told of an error. What is the server's own is logged."""
+    if isinstance(error, HTTPException) and not request.begun:
+        if error.status_code in (404, 405) and error.detail == HTTPStatus(error.status_code).phrase:
+            return unserved(request.scope, request.scope["app"].routes)
+        return Failure.of_status(error.status_code, str(error.detail), error.headers or {})
+    failure = Failure.of(error)
+    if not isinstance(error, EngineError) or request.begun:
+        logger.error("request %s failed unexpectedly", request.request_id, exc_info=error)
+    elif failure.status >= 500 and not isinstance(error, Overloaded):
+        logger.error("request %s failed: %s", request.request_id, error)
+    return failure

@@ -13,12 +13,29 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from pydantic_core import to_json
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 Endpoint = Callable[..., Awaitable[Any]]
 """A function with the names in its path as parameters, and maybe `request`. It returns a response,
 or a document that becomes JSON."""
 
 EndpointT = TypeVar("EndpointT", bound=Endpoint)
+
+
+class _Answer:
+    """A function of a route as an application. Its errors go to the context of the request."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._takes_request = "request" in inspect.signature(endpoint).parameters
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arguments: dict[str, Any] = scope["path_params"]
+        if self._takes_request:
+            arguments = {**arguments, "request": Request(scope, receive, send)}
+        result = await self._endpoint(**arguments)
+        response = result if isinstance(result, Response) else json_response(result)
+        await response(scope, receive, send)
 
 
 class ServedRoute(Route):
@@ -36,7 +53,8 @@ class ServedRoute(Route):
         tags: Sequence[str],
         described: bool,
     ) -> None:
-        super().__init__(path, _answer(endpoint), name=name, include_in_schema=described)
+        name = name or endpoint.__name__
+        super().__init__(path, _Answer(endpoint), name=name, include_in_schema=described)
         self.methods = set(methods)  # the base class adds HEAD to GET
         self.tags = list(tags)
 
@@ -95,16 +113,3 @@ def json_response(document: Any, headers: dict[str, str] | None = None) -> Respo
     """A document as JSON. Infinity, which JSON does not have, is null."""
     body = to_json(document, inf_nan_mode="null")
     return Response(body, media_type="application/json", headers=headers)
-
-
-def _answer(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
-    takes_request = "request" in inspect.signature(endpoint).parameters
-
-    async def answer(request: Request) -> Response:
-        arguments: dict[str, Any] = request.path_params
-        if takes_request:
-            arguments = {**arguments, "request": request}
-        result = await endpoint(**arguments)
-        return result if isinstance(result, Response) else json_response(result)
-
-    return answer

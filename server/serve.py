@@ -18,11 +18,10 @@ import uvicorn
 
 from engine.errors import ShuttingDown
 from engine.memory.malloc import share_one_heap
-from server.app import create_app
+from server.app import Application, create_app
 from server.cors import allow_origins
 from server.exit_codes import FAULT, INTERRUPTED
 from server.http_protocol import http_protocol
-from server.open_requests import OpenRequests
 from server.public_address import without_root_path
 from server.settings import ServerSettings
 from server.start import Start
@@ -74,9 +73,9 @@ def run(
     """
     share_one_heap()
     start = Start(engine)
-    requests = OpenRequests(create_app(engine, settings, start))
+    app = create_app(engine, settings, start)
     config = uvicorn.Config(
-        without_root_path(allow_origins(requests, settings), settings),
+        without_root_path(allow_origins(app, settings), settings),
         http=http_protocol(settings.write_timeout_s),
         lifespan="on",
         ws="none",
@@ -88,7 +87,7 @@ def run(
         timeout_graceful_shutdown=FLUSH_S,
     )
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_serve(_Server(config), engine, start, requests, listener, settings, heartbeat))
+        runner.run(_serve(_Server(config), engine, start, app, listener, settings, heartbeat))
     if start.error is not None:
         raise start.error
     logger.info("stopped")
@@ -98,7 +97,7 @@ async def _serve(
     server: _Server,
     engine: Engine,
     start: Start,
-    requests: OpenRequests,
+    app: Application,
     listener: socket.socket,
     settings: ServerSettings,
     heartbeat: Heartbeat | None,
@@ -107,9 +106,7 @@ async def _serve(
     with _stop_on_signals(stop):
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         waits = [asyncio.create_task(each.wait()) for each in (stop, start.failed)]
-        beside = [
-            asyncio.create_task(_replace_if_lost(engine, start, requests, settings, heartbeat))
-        ]
+        beside = [asyncio.create_task(_replace_if_lost(engine, start, app, settings, heartbeat))]
         if heartbeat is not None:
             beside.append(asyncio.create_task(_beat(engine, start, heartbeat)))
         await asyncio.wait((serving, *waits, *beside), return_when=asyncio.FIRST_COMPLETED)
@@ -147,7 +144,7 @@ async def _beat(engine: Engine, start: Start, heartbeat: Heartbeat) -> None:
 async def _replace_if_lost(
     engine: Engine,
     start: Start,
-    requests: OpenRequests,
+    app: Application,
     settings: ServerSettings,
     heartbeat: Heartbeat | None,
 ) -> None:
@@ -161,7 +158,7 @@ async def _replace_if_lost(
     message = f"The server is being restarted: {fault}."
     with contextlib.suppress(TimeoutError):  # a client that does not read delays no other
         async with asyncio.timeout(FLUSH_S):
-            await requests.give_up(ShuttingDown(message, retry_after_s=RESTART_S))
+            await app.requests.give_up(ShuttingDown(message, retry_after_s=RESTART_S))
     sys.stderr.flush()
     # Not sys.exit: that waits for the thread that hangs.
     os._exit(FAULT)

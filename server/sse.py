@@ -38,7 +38,7 @@ class BodyStream:
             {"type": "http.response.start", "status": 200, "headers": head.raw_headers}
         )
 
-    async def send(self, piece: bytes) -> None:
+    async def send_bytes(self, piece: bytes) -> None:
         """Send a piece of the body. An empty piece sends nothing."""
         if piece:
             await self._send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -48,25 +48,16 @@ class BodyStream:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class EventStream:
+class EventStream(BodyStream):
     """A response of server-sent events."""
 
     def __init__(self, send: Send) -> None:
-        self._body = BodyStream(send, "text/event-stream")
-
-    @property
-    def begun(self) -> bool:
-        """Whether the status and the headers are sent."""
-        return self._body.begun
+        super().__init__(send, "text/event-stream")
 
     async def begin(self, headers: Mapping[str, str]) -> None:
         """Send the status and the headers, unless they are sent already."""
-        await self._body.begin({**headers, "x-accel-buffering": "no"})
+        await super().begin({**headers, "x-accel-buffering": "no"})
 
     async def send(self, text: str) -> None:
-        """Send complete events or comments, unchanged."""
-        await self._body.send(text.encode())
-
-    async def end(self) -> None:
-        """Complete the response."""
-        await self._body.end()
+        """Send complete events or comments, unchanged. An empty text sends nothing."""
+        await self.send_bytes(text.encode())

@@ -93,10 +93,10 @@ async def _send_pieces(
     async with aclosing(_encoded(audio_format, session)) as pieces:
         first, _ = await anext(pieces)
         await stream.begin(answer_headers(session))
-        await stream.send(first)
+        await stream.send_bytes(first)
         try:
             async for piece, _ in pieces:
-                await stream.send(piece)
+                await stream.send_bytes(piece)
         except Exception as error:
             expected = isinstance(error, EngineError)
             logger.error("speech %s failed: %s", request_id, error, exc_info=not expected)

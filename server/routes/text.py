@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import Request, Response
 
-from engine.events import Frame
+from engine.events import Event
 from engine.requests import TextOperation, TextRequest
 from server.answer import stream_answer
 from server.connection import ConnectedResponse
@@ -55,7 +55,7 @@ def text_router(engine: Engine, settings: ServerSettings) -> Router:
             text_request = await read_text_request(request, operation, settings)
             streams = operation in _STREAMING and text_request.body.get("stream") is True
             return ConnectedResponse(
-                partial(stream_answer, engine, text_request, _frames, shows_wait=streams)
+                partial(stream_answer, engine, text_request, _events, shows_wait=streams)
             )
 
         router.add(path, endpoint, ["POST"], name=operation.value)
@@ -87,5 +87,5 @@ async def read_text_request(
     )
 
 
-def _frames(session: Session) -> AsyncGenerator[Frame, None]:
-    return session.frames()
+def _events(session: Session) -> AsyncGenerator[Event, None]:
+    return session.events()

@@ -174,7 +174,7 @@ async def measure_gaps(
         while not stop.is_set():
             session = await engine.open(text_request(streaming.id, max_tokens=400))
             last = 0.0
-            async for event in session.frames():
+            async for event in session.events():
                 now = time.perf_counter()
                 if last and "[DONE]" not in str(event):
                     gaps.append(now - last)
@@ -218,7 +218,7 @@ async def first_output(engine: Engine, model: ModelConfig) -> float:
         return time.perf_counter() - began
     session = await engine.open(request_for(model))
     seconds = time.perf_counter() - began
-    async for _ in session.frames():
+    async for _ in session.events():
         pass
     return seconds
 

@@ -65,7 +65,7 @@ async def engine(started: Engine) -> AsyncIterator[Engine]:
 
 async def tokens(engine: Engine) -> int:
     session = await engine.open(text_request("text", max_tokens=4))
-    return len([frame async for frame in session.frames()])
+    return len([frame async for frame in session.events()])
 
 
 async def test_in_a_load(engine: Engine) -> None:

@@ -6,11 +6,10 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from fastapi import FastAPI
 
 from engine.engine import Engine
 from engine.runtimes.registry import REGISTRY
-from server.app import create_app
+from server.app import Application, create_app
 from server.settings import ServerSettings
 from tests.server.fake import FakeRuntime, fake_engine, listening
 from tests.server.real import Server
@@ -54,12 +53,12 @@ def engine(runtime: FakeRuntime, tmp_path: Path) -> Engine:
 
 
 @pytest.fixture
-def app(engine: Engine, settings: ServerSettings) -> FastAPI:
+def app(engine: Engine, settings: ServerSettings) -> Application:
     return create_app(engine, settings)
 
 
 @pytest.fixture
-async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+async def client(app: Application) -> AsyncIterator[httpx.AsyncClient]:
     """Calls the application directly, as a client on this machine."""
     transport = httpx.ASGITransport(app)
     async with (
@@ -70,7 +69,7 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-async def url(app: FastAPI) -> AsyncIterator[str]:
+async def url(app: Application) -> AsyncIterator[str]:
     """The application behind real sockets."""
     async with listening(app) as url:
         yield url

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fastapi import FastAPI
 from pydantic import SecretStr, ValidationError
 
 from engine.errors import ShuttingDown
 from engine.events import Event
 from engine.requests import TextRequest
+from server.app import Application
 from server.cors import EXPOSED_HEADERS, METHODS, allow_origins
 from server.headers import HEADER_PREFIX
-from server.open_requests import OpenRequests
 from server.router import ServedRoute
 from server.settings import ServerSettings
 from server.supervision.fallback_responder import answer
@@ -45,9 +44,9 @@ def settings() -> ServerSettings:
 
 
 @pytest.fixture
-async def client(app: FastAPI, settings: ServerSettings) -> AsyncIterator[httpx.AsyncClient]:
+async def client(app: Application, settings: ServerSettings) -> AsyncIterator[httpx.AsyncClient]:
     """Calls the layers that the server puts around its application."""
-    transport = httpx.ASGITransport(allow_origins(OpenRequests(app), settings))
+    transport = httpx.ASGITransport(allow_origins(app, settings))
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client,
@@ -75,7 +74,7 @@ class TestNamedOrigins:
             assert got.headers["access-control-allow-headers"] == headers
             assert set(got.headers["access-control-allow-methods"].split(", ")) == {*METHODS}
 
-    async def test_the_methods_are_those_of_the_routes(self, app: FastAPI) -> None:
+    async def test_the_methods_are_those_of_the_routes(self, app: Application) -> None:
         routes = [route for route in app.routes if isinstance(route, ServedRoute)]
         assert {method for route in routes for method in route.methods} == {*METHODS}
 
@@ -111,17 +110,15 @@ class TestNamedOrigins:
         assert ALLOW not in got.headers
 
     async def test_an_answer_to_all_open_requests_is_readable(
-        self, app: FastAPI, settings: ServerSettings, runtime: FakeRuntime
+        self, app: Application, settings: ServerSettings, runtime: FakeRuntime
     ) -> None:
-        requests = OpenRequests(app)
-
         async def gives_up(_: TextRequest) -> AsyncGenerator[Event, None]:
-            await requests.give_up(ShuttingDown("gone", retry_after_s=5))
+            await app.requests.give_up(ShuttingDown("gone", retry_after_s=5))
             raise KeyError
             yield
 
         runtime.answer = gives_up
-        transport = httpx.ASGITransport(allow_origins(requests, settings))
+        transport = httpx.ASGITransport(allow_origins(app, settings))
         async with (
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client,

@@ -1,13 +1,22 @@
-"""Request ids, HTTP metrics, and how registries are joined."""
+"""Request ids, HTTP metrics, how registries are joined, and requests that are given up."""
 
 from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
 
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine.errors import ShuttingDown
+from engine.events import Event, Frame
+from engine.requests import TextRequest
+from server.app import Application
 from server.metrics import HttpMetrics, render
+from tests.server.fake import FakeRuntime, listening
+from tests.server.serve_fake import wait_for_pipe
 
 CHAT = "/v1/chat/completions"
 
@@ -118,3 +127,44 @@ def test_a_method_of_the_clients_invention_makes_no_series() -> None:
         'roundhouse_http_requests_total{method="OTHER",route="unmatched",status="404"} 2.0'
         in generate_latest(metrics.registry).decode()
     )
+
+
+async def test_who_waits_is_told_to_come_again(app: Application, runtime: FakeRuntime) -> None:
+    begun = asyncio.Event()
+
+    async def never(request: TextRequest) -> AsyncGenerator[Event, None]:
+        begun.set()
+        await asyncio.Event().wait()
+        yield Frame("")
+
+    runtime.answer = never
+    async with listening(app) as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
+        waiting = asyncio.create_task(client.post(CHAT, json={"model": "small"}))
+        await begun.wait()
+        queued = asyncio.create_task(client.post("/v1/messages", json={"model": "small"}))
+        while not (await client.get("/v1/engine")).json()["queue"]:
+            pass
+        await app.requests.give_up(ShuttingDown("The server is being restarted.", retry_after_s=5))
+        for answer, kind in ((await waiting, "server_error"), (await queued, "overloaded_error")):
+            assert answer.status_code == 503
+            assert answer.headers["retry-after"] == "5"
+            assert answer.json()["error"]["type"] == kind
+
+
+async def test_a_stream_that_has_begun_gets_no_second_answer(
+    app: Application, runtime: FakeRuntime
+) -> None:
+    runtime.answer = wait_for_pipe
+    async with listening(app) as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
+        body = {"model": "small", "stream": True}
+        async with client.stream("POST", CHAT, json=body) as stream:
+            lines = stream.aiter_lines()
+            assert await anext(lines) == "data: first"
+            await app.requests.give_up(ShuttingDown("Restarting.", retry_after_s=5))
+            assert [(each.begun, each.given_up) for each in app.requests._open] == [(True, False)]
+
+
+async def test_nothing_is_kept_of_what_was_answered(app: Application) -> None:
+    async with listening(app) as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
+        assert (await client.get("/health")).status_code == 200
+    assert not app.requests._open

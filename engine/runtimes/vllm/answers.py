@@ -79,10 +79,10 @@ def _mark_cut(item: Any) -> None:
         item.status = "incomplete"
 
 
-async def completed_events(
+async def response_events(
     events: AsyncIterator[Any], body: Mapping[str, Any]
-) -> AsyncGenerator[Any, None]:
-    """The events of a streamed response to `body`, each corrected as a whole answer is.
+) -> AsyncGenerator[str, None]:
+    """The events of a streamed response to `body` as texts, each corrected as a whole answer is.
 
     The end of an item waits for the next event, which may say that the item was cut.
     """
@@ -94,12 +94,35 @@ async def completed_events(
             if response.status == "incomplete" and ended is not None:
                 _mark_cut(ended.item)
         if ended is not None:
-            yield ended
+            yield _text(ended)
         ended = event if getattr(event, "type", "") == "response.output_item.done" else None
         if ended is None:
-            yield event
+            yield _text(event)
     if ended is not None:
-        yield ended
+        yield _text(ended)
+
+
+def _text(event: Any) -> str:
+    """An event of the Responses API as the text of a server-sent event.
+
+    vLLM says "completed" also of a response that was cut. Its errors are texts already.
+    """
+    if isinstance(event, str):
+        return event
+    kind = event.type
+    if kind == "response.completed" and event.response.status == "incomplete":
+        kind = "response.incomplete"
+        event = event.model_copy(update={"type": kind})
+    return f"event: {kind}\ndata: {event.model_dump_json(by_alias=True)}\n\n"
+
+
+async def message_events(events: AsyncIterator[str]) -> AsyncGenerator[str, None]:
+    """The events of a streamed message. Its id has Anthropic's form."""
+    async for event in events:
+        if event.startswith("event: message_start"):
+            yield event.replace('"id":"chatcmpl-', '"id":"msg_', 1)
+        else:
+            yield event
 
 
 def answer_messages() -> None:

@@ -8,7 +8,7 @@ model.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
 SERVER_ERRORS = frozenset({"internal_error", "api_error", "overloaded_error"})
 """Types of Anthropic's errors that are not the client's."""
+
+
+ERROR = '"error"'
+"""In each event that is an error. Quotes inside a JSON string are escaped, so this finds keys and
+whole strings only, and few events need to be parsed."""
 
 
 class VllmModel(LoadedModel):
@@ -72,12 +77,10 @@ class VllmModel(LoadedModel):
                 return
             PACE.streams += 1
             try:
-                async for piece in self._completed(answer, request):
-                    frame = Frame(
-                        _message_id(piece) if isinstance(piece, str) else _named_event(piece)
-                    )
-                    self._check(frame, request.body)
-                    yield frame
+                async for text in self._texts(answer, request):
+                    if ERROR in text:
+                        self._check(text, request.body)
+                    yield Frame(text)
             finally:
                 PACE.streams -= 1
                 await answer.aclose()
@@ -88,15 +91,22 @@ class VllmModel(LoadedModel):
         finally:
             self.runs -= 1
 
-    def _completed(self, answer: Any, request: TextRequest) -> Any:
-        """The pieces of a streamed answer, corrected."""
-        from engine.runtimes.vllm.answers import completed_chunks, completed_events
+    def _texts(self, answer: Any, request: TextRequest) -> AsyncIterator[str]:
+        """The events of a streamed answer as texts, corrected."""
+        from engine.runtimes.vllm.answers import (
+            completed_chunks,
+            message_events,
+            response_events,
+        )
 
-        if request.operation is TextOperation.RESPONSES:
-            return completed_events(answer, request.body)
-        if request.operation is TextOperation.CHAT and request.body.get("tools"):
-            return completed_chunks(answer)
-        return answer
+        match request.operation:
+            case TextOperation.RESPONSES:
+                return response_events(answer, request.body)
+            case TextOperation.MESSAGES:
+                return message_events(answer)
+            case TextOperation.CHAT if request.body.get("tools"):
+                return completed_chunks(answer)
+        return answer  # type: ignore[no-any-return]
 
     def _is_parsed(self, prepared: Prepared) -> bool:
         """Whether vLLM may look for thoughts or tool calls in the text."""
@@ -136,13 +146,13 @@ class VllmModel(LoadedModel):
                     param="tokens",
                 )
 
-    def _check(self, frame: Frame, body: Mapping[str, Any]) -> None:
-        """Raise the error that a frame is, if it is one: vLLM streams errors like answers.
+    def _check(self, text: str, body: Mapping[str, Any]) -> None:
+        """Raise the error that an event is, if it is one: vLLM streams errors like answers.
 
         So a refusal fails before the first byte, and a stream that breaks ends with the error that
         a whole answer would get.
         """
-        error = _streamed_error(frame.data)
+        error = _streamed_error(text)
         if error is None:
             return
         code = error.get("code")
@@ -189,13 +199,7 @@ class VllmModel(LoadedModel):
 
 
 def _streamed_error(text: str) -> dict[str, Any] | None:
-    """The `error` of an event that is an error; None of any other event.
-
-    Quotes inside a JSON string are escaped. So the search finds keys and whole strings only, and
-    few events need to be parsed.
-    """
-    if '"error"' not in text:
-        return None
+    """The `error` of an event that is an error; None of any other event."""
     for line in text.splitlines():
         if not line.startswith("data: {"):
             continue
@@ -209,22 +213,3 @@ def _streamed_error(text: str) -> dict[str, Any] | None:
         if document.get("type") == "error":  # the fields of the Responses API are at the top
             return {**document, "type": None}
     return None
-
-
-def _message_id(text: str) -> str:
-    """A piece of an answer. If it begins a message, its id is one of Anthropic's form."""
-    if not text.startswith("event: message_start"):
-        return text
-    return text.replace('"id":"chatcmpl-', '"id":"msg_', 1)
-
-
-def _named_event(event: Any) -> str:
-    """An event of the Responses API as the text of a server-sent event.
-
-    vLLM says "completed" also of a response that was cut.
-    """
-    kind = event.type
-    if kind == "response.completed" and event.response.status == "incomplete":
-        kind = "response.incomplete"
-        event = event.model_copy(update={"type": kind})
-    return f"event: {kind}\ndata: {event.model_dump_json(by_alias=True)}\n\n"

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from engine.config import ModelConfig
-from engine.events import Frame
+from engine.events import Event, Frame
 from engine.requests import TextOperation, TextRequest
 from engine.runtimes.base import LoadedModel, Runtime
 
@@ -34,8 +34,9 @@ def completion(model_id: str, prompt: str, *, max_tokens: int = 48, **more: Any)
     )
 
 
-def text_of(frame: Frame) -> str:
+def text_of(frame: Event) -> str:
     """The text in one chunk of a completion."""
+    assert isinstance(frame, Frame)
     data = frame.data.removeprefix("data: ").strip()
     return "" if data == "[DONE]" else str(json.loads(data)["choices"][0]["text"])
 

@@ -28,7 +28,10 @@ from engine.runtimes.vllm.runtime import VllmRuntime
 from engine.scheduling.ledger import Change, LedgerRecord
 from engine.starters.registry import ensure_starter
 from engine.status import ModelState
+from server.app import create_app
+from server.settings import ServerSettings
 from tests.engine.conftest import MakeModel
+from tests.engine.runtimes.vllm.call_count import counted_calls, post, wait_for_the_loop
 from tests.engine.runtimes.vllm.greedy import PROMPTS, completion, text_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
@@ -86,7 +89,7 @@ async def make_engine(
 async def text(engine: Engine, request: TextRequest) -> str:
     """The text of a streamed completion, through the whole engine."""
     session = await engine.open(request)
-    return "".join([text_of(frame) async for frame in session.frames()])
+    return "".join([text_of(frame) async for frame in session.events()])
 
 
 def assert_adds_up(engine: Engine) -> None:
@@ -188,7 +191,7 @@ async def test_a_hundred_streams_and_one_that_leaves(
     assert_adds_up(engine)
 
     async def read(index: int) -> str:
-        return "".join([text_of(frame) async for frame in sessions[index].frames()])
+        return "".join([text_of(frame) async for frame in sessions[index].events()])
 
     await sessions[0].close()
     texts = await asyncio.gather(*(read(i) for i in range(1, 100)))
@@ -210,7 +213,7 @@ async def test_a_client_that_leaves_frees_what_it_held(
         return float(await asyncio.wrap_future(call))
 
     assert await usage() > 0
-    frames = session.frames()
+    frames = session.events()
     await anext(frames)
     await frames.aclose()
     async with asyncio.timeout(WAIT_S):
@@ -231,7 +234,7 @@ async def test_a_running_stream_is_never_cut_by_another_model(
     other = asyncio.ensure_future(text(engine, completion("qwen", "hello", max_tokens=4)))
     with pytest.raises(Conflict):
         await engine.unload("llama")
-    assert "".join([text_of(frame) async for frame in session.frames()]) == expected
+    assert "".join([text_of(frame) async for frame in session.events()]) == expected
     async with asyncio.timeout(WAIT_S):
         assert await other
     assert engine.model_status("llama").state is ModelState.PARKED
@@ -349,3 +352,58 @@ async def test_what_a_model_writes_in_place_of_a_call_is_no_error_of_the_server(
     parser = logging.getLogger("vllm.tool_parsers.llama_tool_parser")
     assert parser.name in sys.modules or find_spec(parser.name) is not None
     assert not parser.isEnabledFor(logging.ERROR)
+
+
+@pytest.mark.parametrize(
+    ("path", "token_calls", "request_calls"),
+    [("/v1/chat/completions", 106, 1250), ("/v1/completions", 103, 1115)],
+)
+async def test_what_a_token_and_a_request_cost(
+    make_engine: MakeEngine,
+    make_model: MakeModel,
+    vllm_runtime: VllmRuntime,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    token_calls: int,
+    request_calls: int,
+) -> None:
+    """Calls of Python functions on the event loop, whose number no other process changes.
+
+    Lower the numbers when a change makes them smaller.
+    """
+    engine = await make_engine(make_model("llama"), memory="1GiB")
+    app = create_app(engine, ServerSettings())
+    monkeypatch.setattr(VllmModel, "_is_parsed", lambda *_: True)  # an event for each token
+    wait_for_the_loop(monkeypatch)
+    # The steps are recorded once, at the end, however long they take.
+    monkeypatch.setattr("engine.runtimes.vllm.metrics.RECORDED_S", WAIT_S)
+
+    async def calls(tokens: int) -> Counter[str]:
+        body = {"model": "llama", "stream": True, "max_tokens": tokens, "ignore_eos": True}
+        if path == "/v1/completions":
+            body["prompt"] = "hello"
+        else:
+            body["messages"] = [{"role": "user", "content": "hello"}]
+        with counted_calls() as count:
+            sent = await post(app, path, body)
+        assert sent[0]["status"] == 200, sent
+        assert len(sent) >= tokens
+        return count
+
+    async def fewest(tokens: int) -> Counter[str]:
+        return min([await calls(tokens) for _ in range(4)], key=Counter.total)
+
+    await calls(8)
+    few, many = await fewest(16), await fewest(80)
+    token = (many.total() - few.total()) / 64
+    request = few.total() - 16 * token
+    assert token <= 1.1 * token_calls, table(many - few, 64)
+    assert request <= 1.1 * request_calls, table(few, 1)
+    assert token >= 0.9 * token_calls
+    assert request >= 0.9 * request_calls
+
+
+def table(count: Counter[str], divisor: int) -> str:
+    """The most frequent calls, for whoever has to find what has grown."""
+    rows = [f"{each / divisor:8.2f} {name}" for name, each in count.most_common(60)]
+    return "\n".join(rows)

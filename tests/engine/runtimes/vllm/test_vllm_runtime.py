@@ -9,14 +9,17 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import pytest_asyncio
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from engine.config import ModelConfig
 from engine.errors import InvalidRequest, LoadFailed, RuntimeFailed
@@ -713,3 +716,78 @@ async def test_two_models_have_their_own_series(
         await answer(vllm_runtime, model, loaded, "hello", max_tokens=4)
     for model, _ in pair:
         assert finished(model.id) == before[model.id] + 1
+
+
+async def test_steps_recorded_together_count_as_each_alone(
+    pair: list[tuple[ModelConfig, VllmModel]],
+) -> None:
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+    from vllm.v1.metrics.stats import SchedulerStats
+
+    from engine.runtimes.vllm.metrics import stat_logger
+
+    apart, together = CollectorRegistry(), CollectorRegistry()
+
+    class Apart(PrometheusStatLogger):  # type: ignore[misc]
+        _gauge_cls = staticmethod(partial(Gauge, registry=apart))
+        _counter_cls = staticmethod(partial(Counter, registry=apart))
+        _histogram_cls = staticmethod(partial(Histogram, registry=apart))
+
+    config = pair[0][1].llm.vllm_config
+    loggers = [Apart(config), stat_logger(together)(config)]
+    for _ in range(2):  # what was recorded is held no more
+        for step in [*steps(30, seed=1), (SchedulerStats(), None)]:
+            for logger in loggers:
+                logger.record(*deepcopy(step))
+    counted = samples(together)
+    assert counted == pytest.approx(samples(apart))
+    assert counted["vllm:inter_token_latency_seconds_count llama 0"] > 100
+    assert counted["vllm:iteration_tokens_total_count llama 0"] > 50
+    assert counted["vllm:external_prefix_cache_queries_total llama 0"] == 20
+
+
+def steps(count: int, seed: int) -> Iterator[tuple[Any, Any]]:
+    """What vLLM counts of some steps: each kind of number, and of what only some steps have."""
+    from vllm.v1.engine import FinishReason
+    from vllm.v1.metrics.stats import (
+        FinishedRequestStats,
+        IterationStats,
+        PrefixCacheStats,
+        SchedulerStats,
+    )
+
+    draw = random.Random(seed)
+    for index in range(count):
+        iteration = IterationStats()
+        iteration.num_generation_tokens = draw.randrange(9)
+        iteration.num_preempted_reqs = draw.randrange(2)
+        iteration.prompt_token_stats.computed = draw.randrange(500)
+        iteration.prompt_token_stats.total = draw.randrange(500)
+        iteration.n_params_iter = [1] * draw.randrange(3)
+        iteration.time_to_first_tokens_iter = [draw.random() for _ in range(draw.randrange(3))]
+        iteration.inter_token_latencies_iter = [
+            draw.choice((0.01, 0.025, draw.expovariate(9))) for _ in range(draw.randrange(9))
+        ]
+        iteration.finished_requests = [
+            FinishedRequestStats(FinishReason.STOP, e2e_latency=draw.random() * 9)
+            for _ in range(draw.randrange(2))
+        ]
+        queries = draw.randrange(100)
+        scheduler = SchedulerStats(
+            num_running_reqs=1 + draw.randrange(9),
+            kv_cache_usage=draw.random(),
+            prefix_cache_stats=PrefixCacheStats(queries=queries, hits=queries // 2),
+        )
+        if index % 3 == 0:
+            scheduler.connector_prefix_cache_stats = PrefixCacheStats(queries=1)
+        yield scheduler, iteration if draw.random() < 0.9 else None
+
+
+def samples(registry: CollectorRegistry) -> dict[str, float]:
+    """All values by their series, without those that say when one was made."""
+    return {
+        sample.name + "".join(f" {each}" for each in sample.labels.values() if each): sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    }
