@@ -39,6 +39,8 @@ class EstimateStore:
         self._options_of = options_of
         self._lock = threading.Lock()
         self._entries: dict[str, dict[str, Any]] = {}
+        self._keys: dict[str, tuple[ModelConfig, str]] = {}
+        """The key of each model that was asked for, with the configuration that it is for."""
         try:
             entries = json.loads(self._path.read_text(encoding="utf-8"))
             self._entries = entries if isinstance(entries, dict) else {}
@@ -120,6 +122,10 @@ class EstimateStore:
             log.warning("cannot write %s: %s", self._path, error)
 
     def _key(self, model: ModelConfig) -> str:
-        options = self._options_of(model).model_dump_json()
-        text = "\n".join((self._device_name, model.runtime, model.task, model.source, options))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        known, key = self._keys.get(model.id, (None, ""))
+        if known is not model:
+            options = self._options_of(model).model_dump_json()
+            text = "\n".join((self._device_name, model.runtime, model.task, model.source, options))
+            key = hashlib.sha256(text.encode()).hexdigest()[:16]
+            self._keys[model.id] = model, key
+        return key

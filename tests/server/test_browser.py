@@ -152,7 +152,8 @@ def send(page: Page, panel: str, **fields: str) -> Locator:
             field.select_option(value)
         else:
             field.fill(value)
-    page.locator(f"#{panel}-form [type=submit]").click()
+    # By the keyboard: the page above moves, and a click meets nothing if it does so half-way.
+    page.locator(f"#{panel}-form [type=submit]").press("Enter")
     return page.locator(f"#{panel}-form [data-status]")
 
 

@@ -31,6 +31,7 @@ from engine.runtimes.diffusers.families import family_of
 from engine.runtimes.diffusers.files import component_weights
 from engine.runtimes.diffusers.loras import Loras
 from engine.runtimes.diffusers.options import OFFLOADED, TILE_SIDE, DiffusersOptions
+from engine.runtimes.diffusers.pipeline_arguments import call_parameters
 
 
 class Pipeline(TorchParts):
@@ -133,7 +134,7 @@ class Pipeline(TorchParts):
         return self._variants[kind]
 
     def _make_variant(self, kind: str) -> Any:
-        accepts = inspect.signature(self.base.__call__).parameters
+        accepts = call_parameters(self.base)
         if kind == "text" or (kind in ("image", "video-image") and "image" in accepts):
             return self.base
         try:

@@ -5,23 +5,19 @@ Importing this module imports torch and diffusers.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from PIL import Image
 
 from engine.requests import ImageRequest
+from engine.runtimes.diffusers.pipeline_arguments import call_parameters
 
 
 def preview_steps(request: ImageRequest, pipe: Any) -> dict[int, int]:
     """Step → number of the partial image due after it. Evenly spread; none at the last step."""
     steps = request.steps or 1
-    if (
-        request.images
-        and request.strength is not None
-        and "strength" in inspect.signature(pipe.__call__).parameters
-    ):
+    if request.images and request.strength is not None and "strength" in call_parameters(pipe):
         steps = max(1, min(int(steps * request.strength), steps))
     count = min(request.partial_images, steps - 1)
     return {(number + 1) * steps // (count + 1) - 1: number for number in range(count)}

@@ -10,13 +10,13 @@ Importing this module imports torch.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from engine.events import Cut
+from engine.runtimes.diffusers.pipeline_arguments import call_parameters
 
 UNCOUNTED = {"add_special_tokens": False, "truncation": False, "verbose": False}
 """Arguments of a tokenizer that gives all tokens of a text, without marks and warnings."""
@@ -41,7 +41,7 @@ def takes_chunks(pipe: Any) -> bool:
     return (
         getattr(pipe, "unet", None) is not None
         and all(_is_clip(tokenizer) for tokenizer in _tokenizers(pipe))
-        and "prompt_embeds" in inspect.signature(pipe.__call__).parameters
+        and "prompt_embeds" in call_parameters(pipe)
     )
 
 
@@ -70,8 +70,9 @@ def _tokens_before(tokenizer: Any) -> int:
 
 
 def _tokenizers(pipe: Any) -> Iterator[Any]:
-    for name, part in pipe.components.items():
-        if name.startswith("tokenizer") and part is not None:
+    for name in pipe.config:  # `components` reads a signature each time
+        part = getattr(pipe, name, None) if name.startswith("tokenizer") else None
+        if part is not None:
             yield getattr(part, "tokenizer", part)  # a processor has one
 
 
@@ -83,7 +84,7 @@ def _limit(pipe: Any, tokenizer: Any, arguments: Mapping[str, Any]) -> int | Non
     """The longest sequence, marks included; None if the pipeline does not say."""
     if _is_clip(tokenizer):
         return int(tokenizer.model_max_length)
-    parameter = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
+    parameter = call_parameters(pipe).get("max_sequence_length")
     limit = arguments.get("max_sequence_length", parameter and parameter.default)
     return limit if isinstance(limit, int) else None
 
@@ -99,7 +100,7 @@ def in_chunks(pipe: Any, arguments: Mapping[str, Any], *, guided: bool) -> dict[
         for suffix in ("", "_2")
         if getattr(pipe, f"text_encoder{suffix}", None) is not None
     ]
-    pools = "pooled_prompt_embeds" in inspect.signature(pipe.__call__).parameters
+    pools = "pooled_prompt_embeds" in call_parameters(pipe)
     names = PROMPTS if guided else PROMPTS[:1]
     # Both prompts and both encoders have one number of chunks: the most that any of them needs.
     count = max(len(_chunks(tokenizer, texts[name])) for tokenizer, _ in encoders for name in names)

@@ -5,7 +5,6 @@ Importing this module imports torch and diffusers.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,7 +20,7 @@ from engine.requests import ImageRequest, VideoRequest
 from engine.runtimes.common.torch_run import TorchRun
 from engine.runtimes.diffusers.families import check_size, made_size
 from engine.runtimes.diffusers.pipeline import Pipeline
-from engine.runtimes.diffusers.pipeline_arguments import check_arguments
+from engine.runtimes.diffusers.pipeline_arguments import call_parameters, check_arguments
 from engine.runtimes.diffusers.previews import decode_latents, preview_steps
 from engine.runtimes.diffusers.prompts import in_chunks, takes_chunks, too_long
 
@@ -54,7 +53,7 @@ class Run(TorchRun):
         check_size(self._size, pipeline.family)
         pipeline.loras.set(request.loras)
         pipe = pipeline.variant(self._kind())
-        check_arguments(self._asked, inspect.signature(pipe.__call__).parameters)
+        check_arguments(self._asked, call_parameters(pipe))
         arguments = self._common(pipe)
         cuts = too_long(pipe, arguments, chat_prompt=pipeline.family.chat_prompt)
         chunked = bool(cuts) and takes_chunks(pipe)
@@ -132,12 +131,12 @@ class Run(TorchRun):
             reference = request.reference_image
             self._pipeline.base.set_ip_adapter_scale(adapter.scale if reference else 0.0)
             found["ip_adapter_image"] = reference or Image.new("RGB", (224, 224))
-        accepted = inspect.signature(pipe.__call__).parameters
+        accepted = call_parameters(pipe)
         return {name: value for name, value in found.items() if name in accepted}
 
     def _video(self, pipe: Any, request: VideoRequest, arguments: dict[str, Any]) -> VideoResult:
         assert request.seed is not None and request.num_frames is not None and request.fps
-        accepted = inspect.signature(pipe.__call__).parameters
+        accepted = call_parameters(pipe)
         if request.image is None and "image" in accepted:
             raise InvalidRequest("This model starts from an image.", param="input_reference")
         step = self._pipeline.family.frame_step
@@ -162,7 +161,7 @@ class Run(TorchRun):
 
     def _common(self, pipe: Any) -> dict[str, Any]:
         request, options = self._request, self._pipeline.options
-        accepted = inspect.signature(pipe.__call__).parameters
+        accepted = call_parameters(pipe)
         wanted: dict[str, Any] = {
             "prompt": request.prompt,
             "width": request.width,
