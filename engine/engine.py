@@ -142,8 +142,10 @@ class Engine:
             with uncollected():
                 device, host, budget_bytes = await asyncio.to_thread(self._open)
                 freeze_heap()  # otherwise collections in a warm-up scan all that is imported
-                for runtime in self._runtimes.values():
+                for name, runtime in self._runtimes.items():
+                    began_s = time.perf_counter()
                     await runtime.warm_up()
+                    log.info("%s is warm after %.1f s", name, time.perf_counter() - began_s)
         except Exception as error:
             thaw_heap()
             self._start_error = str(error) or type(error).__name__
@@ -185,10 +187,12 @@ class Engine:
                 self._runtimes[model.runtime] = make(context)
             options_of(model)  # a configuration made in code may not have been checked
         for name, runtime in self._runtimes.items():
+            began_s = time.perf_counter()
             try:
                 runtime.start()
             except ImportError as error:
                 raise ConfigError(f"models: the runtime {name!r} cannot start: {error}") from error
+            log.info("%s is imported after %.1f s", name, time.perf_counter() - began_s)
         if "torch" in sys.modules:
             share_torch_state()
         return device, host, budget_bytes

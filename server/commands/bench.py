@@ -86,6 +86,9 @@ def bench(
     rounds: Annotated[
         int, typer.Option(min=0, help="Requests of each stream in a repeat. 0: scenario's default.")
     ] = 0,
+    single_tokens: Annotated[
+        bool, typer.Option("--single-tokens", help="Text: ask for an event with each token.")
+    ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats for each target.")] = 5,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for one answer.")] = 600.0,
     out: Annotated[
@@ -102,7 +105,7 @@ def bench(
         config=config,
         overrides=tuple(set_ or ()),
         threads=threads,
-        settings=Settings(tuple(streams or ()), output_tokens, prompt_words, rounds),
+        settings=Settings(tuple(streams or ()), output_tokens, prompt_words, rounds, single_tokens),
         repeats=repeats,
         timeout_s=timeout,
     )

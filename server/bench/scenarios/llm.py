@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from server.bench.figures import Figure, quantile
@@ -78,9 +79,11 @@ class Llm(Scenario):
 
     def _work(self, key: str) -> Work:
         settings = self._settings
-        return completion(
-            self._models[0], prompt(key, settings.prompt_words), settings.output_tokens
-        )
+        text = prompt(key, settings.prompt_words)
+        work = completion(self._models[0], text, settings.output_tokens)
+        if settings.single_tokens:
+            work = replace(work, body={**work.body, "stream_interval": 1})
+        return work
 
     def measure(self, round_: Round) -> Mapping[str, float]:
         """The throughput counts from the first request of all streams to their last answer."""

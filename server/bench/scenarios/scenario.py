@@ -38,6 +38,8 @@ class Settings:
     prompt_words: int = 16
     requests: int = 0
     """Requests of each stream in a round. 0 takes the scenario's default."""
+    single_tokens: bool = False
+    """Ask for an event with each token, however busy the server is."""
 
 
 class Scenario(ABC):

@@ -295,6 +295,12 @@ class TestScenarios:
         assert figures["tokens a piece"] == pytest.approx(8 / 5)
         assert figures["client CPU"] == pytest.approx(25)
 
+    def test_an_event_with_each_token_is_asked_for_if_wanted(self) -> None:
+        for single in (False, True):
+            llm = Llm(["m"], Settings(streams=(1,), single_tokens=single))
+            ((work, *_),) = llm.streams(llm.cases()[0], 0)
+            assert work.body.get("stream_interval") == (1 if single else None)
+
     def test_no_prompt_is_sent_twice(self) -> None:
         llm = Llm(["m"], Settings(streams=(2, 3)))
         prompts = [work.body["prompt"] for work in llm.samples()]
