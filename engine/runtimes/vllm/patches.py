@@ -16,7 +16,7 @@ import vllm.config.vllm as vllm_config_module
 import vllm.v1.engine.core as vllm_core_module
 from engine.process.gate import GATE
 from engine.runtimes.vllm import loader  # noqa: F401 - registers the load format
-from engine.runtimes.vllm.answers import answer_messages
+from engine.runtimes.vllm.answers import answer_messages, write_chunks_unchecked
 from engine.runtimes.vllm.executor import GatedWorker
 from engine.runtimes.vllm.forced_calls import bind_forced_calls
 from engine.runtimes.vllm.output_collector import keep_outputs_apart
@@ -65,6 +65,7 @@ def patch_vllm() -> None:
     keep_outputs_apart()
     bind_forced_calls()
     answer_messages()
+    write_chunks_unchecked()
     prepare_structured_output()
     GATE.state.register(
         "vllm.workspace",
