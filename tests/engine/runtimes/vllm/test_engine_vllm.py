@@ -399,8 +399,6 @@ async def test_what_a_token_and_a_request_cost(
     request = few.total() - 16 * token
     assert token <= 1.1 * token_calls, table(many - few, 64)
     assert request <= 1.1 * request_calls, table(few, 1)
-    assert token >= 0.9 * token_calls
-    assert request >= 0.9 * request_calls
 
 
 def table(count: Counter[str], divisor: int) -> str:
