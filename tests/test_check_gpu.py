@@ -67,7 +67,7 @@ def test_a_step_that_hangs_is_stopped_with_its_children(
         """Its limit is over once it hangs, however long it takes to get there."""
 
         def wait(self, timeout: float | None = None) -> int:
-            while timeout is not None:
+            while timeout is not None and self.poll() is None:
                 if told.exists() and told.read_text():
                     raise subprocess.TimeoutExpired(self.args, timeout)
                 time.sleep(0.02)

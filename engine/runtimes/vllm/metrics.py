@@ -4,8 +4,8 @@ vLLM registers its series again for every engine, and removes those of the engin
 series is made once, in our registry. The label `model_name` distinguishes the engines, and
 counters continue across reloads.
 
-vLLM records every step by itself: some forty calls, and one more for each token. Here the steps of
-a tenth of a second are recorded as one.
+vLLM records each step on its own. That takes some forty calls, and one more for each token. Here
+the steps of a tenth of a second are added up and recorded once.
 
 Importing this module imports vLLM.
 """
