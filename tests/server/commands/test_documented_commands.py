@@ -86,6 +86,7 @@ SUBSTITUTIONS = (
     Substitution(r"\bTRACE$", "abab", "a word for the reader's own"),
     Substitution(r"\bSCENARIO$", "llm", "a word for the reader's own"),
     Substitution(r"\bFILE$", "{small}", "a word for the reader's own"),
+    Substitution(r"\bSTEP_MS\b", "20", "a word for the reader's own"),
     Substitution(r"(?<=^scripts/serve --config )configs/gpu-\w+\.yaml", "{small}", "needs a GPU"),
     Substitution(
         r"(?<=^scripts/serve --config )configs/samples\.yaml",
