@@ -119,7 +119,7 @@ NOT_RUN: Mapping[str, str] = {
     r"scripts/setup --cuda": "installs gigabytes; tests/test_container.py runs it without pip",
     r"scripts/test( .*)?": TESTS,
     r"\.ci/run": TESTS,
-    r"(\.venv/bin/python )?scripts/check-gpu( .*)?": "needs a card",
+    r"(\.venv/bin/python )?scripts/check-gpu( .*)?": "needs a card; .ci/run runs it on the CPU",
     r"(?s)(\w+=\S+ )?docker .*": CONTAINER,
     r"chown 10001": CONTAINER,
     r"cd /opt/roundhouse && nohup scripts/container .*": CONTAINER,
