@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 
@@ -23,3 +24,7 @@ class Usage:
     video_s: float = 0.0
     price: float | None = None
     """Dollars, where the provider said so itself."""
+
+
+COUNTED: ContextVar[Usage | None] = ContextVar("counted", default=None)
+"""Where a library's own code, called from a run, counts what it does for it."""

@@ -21,6 +21,7 @@ from engine.runtimes.common.torch_errors import torch_error
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.refusals import plain, refusal
 from engine.runtimes.vllm.stream_pace import PACE, READ_BY_PARSER
+from engine.usage import COUNTED
 
 if TYPE_CHECKING:
     from engine.runtimes.vllm.core_client import CoreClient
@@ -70,6 +71,7 @@ class VllmModel(LoadedModel):
             raise RuntimeFailed(f"The model's blocks are parked: {', '.join(sorted(parked))}.")
         self.runs += 1
         READ_BY_PARSER.set(self._is_parsed(prepared))
+        COUNTED.set(prepared.usage)
         try:
             answer = await self._answer(request.operation, prepared.payload)
             if not hasattr(answer, "__aiter__"):

@@ -1,4 +1,4 @@
-"""vLLM's state of a request, which sends tokens at the pace of the streams.
+"""vLLM's state of a request, which sends tokens at the pace of the streams and counts them.
 
 vLLM itself sends a fixed number of tokens with each event, the `stream_interval`.
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.runtimes.vllm.stream_pace import PACE, READ_BY_PARSER
+from engine.usage import COUNTED
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import output_processor
 from vllm.v1.engine.output_processor import RequestState
@@ -21,6 +22,8 @@ ADAPTIVE = 0
 class PacedRequestState(RequestState):  # type: ignore[misc]
     """Holds tokens back as vLLM does, but by the pace. The first and the last never wait.
 
+    Every token is counted when it comes, for the request of the task that made this state.
+
     A `stream_interval` of the client is kept as it is. Tokens that a parser reads do not wait.
     """
 
@@ -30,6 +33,8 @@ class PacedRequestState(RequestState):  # type: ignore[misc]
             stream_interval = 1
         self._wanted = stream_interval
         self._sent_s = 0.0
+        self._usage = COUNTED.get()
+        self._begun = False
         self._paced = self.detokenizer is not None and self.output_kind == RequestOutputKind.DELTA
 
     def _due(self, held: int) -> bool:
@@ -46,6 +51,15 @@ class PacedRequestState(RequestState):  # type: ignore[misc]
         **kwargs: Any,
     ) -> Any:
         """The output to send, or None while its tokens are held back."""
+        usage = self._usage
+        if usage is not None:
+            usage.output_tokens += len(new_token_ids)
+            if not self._begun:
+                self._begun = True
+                # Several answers to one prompt have it in common.
+                if self.parent_req is None or self.request_index == 0:
+                    usage.input_tokens += self.prompt_len
+                    usage.cached_tokens += self.num_cached_tokens
         if self._paced:
             sent = self.sent_tokens_offset
             held = self.detokenizer.num_output_tokens() - sent
