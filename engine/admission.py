@@ -89,7 +89,10 @@ class Admission:
             # Only now do the files say what a run takes, and what it cannot do.
             prepared = runtime.prepare(model, request)
 
-        async def alone() -> Session:
+        async def alone(error: EngineError) -> Session:
+            if not isinstance(error, OutOfDeviceMemory):
+                raise error
+            log.warning("%s: %s; trying once more, alone", request.request_id, error)
             deadline.go_on()
             return await self._attempt(
                 model, prepared, deadline, waiting, exclusive=True, since=self._clock()
@@ -100,10 +103,13 @@ class Admission:
                 model, prepared, deadline, waiting, exclusive=False, since=opened_at
             )
         except OutOfDeviceMemory as error:
-            log.warning("%s: %s; trying once more, alone", request.request_id, error)
-            return await alone()
+            return await alone(error)
         session.again = alone
         return session
+
+    def has_files(self, model: ModelConfig) -> bool:
+        """Whether the model's files are here, or it has none."""
+        return self._fetcher.has_files(model)
 
     async def check_loaded(self, model: ModelConfig) -> None:
         """Return if the model is there, or is being brought in for others.

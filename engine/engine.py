@@ -14,6 +14,7 @@ from prometheus_client.registry import CollectorRegistry
 from engine.admission import Admission
 from engine.catalog.fetcher import Fetcher
 from engine.config import EngineConfig, ModelConfig
+from engine.dispatch import Dispatch
 from engine.errors import (
     ConfigError,
     Conflict,
@@ -33,6 +34,8 @@ from engine.process.library_logs import quiet_libraries
 from engine.process.torch_state import share_torch_state
 from engine.requests import Priority, Request, SchedulingOptions
 from engine.residency import Residency
+from engine.routing.choice import Choice
+from engine.routing.router import Router, request_to
 from engine.runtimes.base import Prepared, Runtime, RuntimeContext, Voice
 from engine.runtimes.registry import options_of, runtime_class
 from engine.scheduling.deadline import Deadline
@@ -114,6 +117,10 @@ class Engine:
             self._fetcher,
             clock,
             self._metrics.request_seconds,
+        )
+        self.router = Router(config, self._prepare, self._outlook, lambda _model, _request: 0.0)
+        self._dispatch = Dispatch(
+            config, self.router, self._admission, self._scheduler.report, clock
         )
         self._started = asyncio.Event()
         self._start_error: str | None = None
@@ -255,10 +262,17 @@ class Engine:
 
         """
         model = self.config.find(request.model)
-        runtime = self._runtimes.get(model.runtime)
-        if self.state is EngineState.STARTING or runtime is None:
+        if self.state is EngineState.STARTING or model.runtime not in self._runtimes:
             raise QueueTimeout("The engine is still starting.", retry_after_s=5.0)
-        return runtime.prepare(model, request)
+        return self._prepare(model, request)
+
+    def _prepare(self, model: ModelConfig, request: Request) -> Prepared:
+        return self._runtimes[model.runtime].prepare(model, request)
+
+    def _outlook(self, model: ModelConfig, request: Request, working_bytes: int) -> Forecast:
+        return self._scheduler.report.forecast(
+            model.id, working_bytes=working_bytes, priority=request.scheduling.priority
+        )
 
     async def build_files(self, name: str) -> None:
         """Build the files of a model that this machine builds itself; fetch nothing from a hub.
@@ -282,13 +296,13 @@ class Engine:
             EngineError: whatever can go wrong before the first byte.
 
         """
-        model = self.config.find(request.model)
+        self._dispatch.check_name(request.model)
         timeout_s = request.scheduling.timeout_s
         if timeout_s is None:
             timeout_s = self.config.queue_timeout_s
         deadline = Deadline(self._clock, timeout_s)
         await self._wait_started(deadline)
-        return await self._admission.open(model, request, deadline, waiting or Waiting())
+        return await self._dispatch.open(request, deadline, waiting or Waiting())
 
     async def check_loaded(self, name: str) -> None:
         """Return if a model is there, or is being brought in for others.
@@ -320,6 +334,33 @@ class Engine:
         return self._scheduler.report.forecast(
             model.id, working_bytes=working_bytes, priority=priority
         )
+
+    async def route(self, request: Request) -> Choice:
+        """Which models would serve a request that came now, and why. Runs nothing.
+
+        Raises:
+            ModelNotFound: no model and no route has that name.
+            InvalidRequest: the caller's key may not use the route.
+
+        """
+        self._dispatch.check_name(request.model)
+        deadline = self._usual_deadline()
+        await self._wait_started(deadline)
+        return await self._dispatch.choose(request, deadline)
+
+    async def resolve(self, request: Request) -> Request:
+        """The request, addressed to the model that would serve it now.
+
+        Raises:
+            EngineError: see `route`; or no model of the route can do it.
+
+        """
+        if request.model not in self.router:
+            return request_to(self.config.find(request.model), request)
+        choice = await self.route(request)
+        if not choice.models:
+            raise choice.refusal()
+        return request_to(self.config.find(choice.models[0]), request)
 
     def _usual_deadline(self) -> Deadline:
         return Deadline(self._clock, self.config.queue_timeout_s)

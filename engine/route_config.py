@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import Annotated
 
 from pydantic import Field, StringConstraints
@@ -12,32 +13,54 @@ from engine.section import Section
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\s]+$")]
 
 
-class ComplexityConfig(Section):
-    """The weights of the score that tells a simple request from a hard one.
+class Preference(StrEnum):
+    """What decides among the models that can do a request."""
 
-    Each part is 0 to 1, and so is their weighted mean.
+    CHEAP = "cheap"
+    """Price and time together."""
+    BEST = "best"
+    """`quality`; among equals the cheapest."""
+    FAST = "fast"
+    """The forecast seconds; among equals the cheapest."""
+
+
+class Profile(StrEnum):
+    """What the `quality` of an image or a video asks for: low, medium or high."""
+
+    SPEED = "speed"
+    BALANCED = "balanced"
+    QUALITY = "quality"
+
+
+class ComplexityConfig(Section):
+    """The weights, 0 to 1, of the score that tells a simple request from a hard one.
+
+    Each part of a request is 0 to 1. The score is 1 - Π (1 - weight × part).
     """
 
-    length: float = Field(default=1.0, ge=0)
+    length: float = Field(default=0.7, ge=0, le=1)
     """How long the prompt is: 1 at `long` characters."""
     long: int = Field(default=8000, gt=0)
-    code: float = Field(default=1.0, ge=0)
+    code: float = Field(default=0.6, ge=0, le=1)
     """Whether it holds code, or asks for it."""
-    mathematics: float = Field(default=1.0, ge=0)
+    mathematics: float = Field(default=0.6, ge=0, le=1)
     """Whether it holds formulas, or asks for a proof or a calculation."""
-    reasoning: float = Field(default=1.0, ge=0)
-    """Whether it asks for steps, plans or comparisons, or the request for a reasoning effort."""
+    reasoning: float = Field(default=0.8, ge=0, le=1)
+    """Whether it asks for steps, plans or comparisons, or for a reasoning effort."""
 
 
 class RouteConfig(Section):
     """A virtual model. Of those that can do a request it takes the cheapest.
 
-    The cost of a model is its price and the forecast seconds times `value_of_time`.
+    The cost of a model is its price and the forecast seconds times `value_of_time`. With
+    `NAME:best` a request takes the best that can do it, and with `NAME:fast` the soonest.
     """
 
     id: ModelId
     choose: tuple[ModelId, ...] = Field(min_length=1)
     """The models to choose from, by id or alias."""
+    prefer: Preference = Preference.CHEAP
+    """What decides among the models that can do a request."""
     least_quality: float = Field(default=0.0, ge=0, le=1)
     """The least `quality` of a model for the simplest request."""
     hard_quality: float | None = Field(default=None, ge=0, le=1)
@@ -49,5 +72,5 @@ class RouteConfig(Section):
     tiers: tuple[str, ...] = ()
     """Tiers of keys that may use this route; none: all."""
     complexity: ComplexityConfig = ComplexityConfig()
-    profiles: Mapping[str, ModelId] = Field(default_factory=dict)
-    """For images, video and speech: the model of a profile (`speed`, `balanced`, `quality`)."""
+    profiles: Mapping[Profile, ModelId] = Field(default_factory=dict)
+    """For images and video: the model for a `quality` of low, medium and high."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from engine.config import ModelConfig
-from engine.errors import OutOfDeviceMemory
+from engine.errors import EngineError
 from engine.events import Cut, Event, Progress
 from engine.run import Run
 from engine.scheduling.lease import Lease
@@ -40,6 +41,19 @@ class Notes:
     """Texts of the request that were too long. They are known before the first event."""
 
 
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A model that could not serve the request, before the one that does."""
+
+    model: str
+    code: str
+    """Of its error."""
+
+
+Retry: TypeAlias = Callable[[EngineError], Awaitable["Session"]]
+"""Runs the request once more after this error, or raises one."""
+
+
 class Session:
     """A request that runs: its first event is here already, so it has not failed so far."""
 
@@ -58,15 +72,15 @@ class Session:
         self.timings = timings
         self.notes = notes
         self.usage = usage
-        self.again: Callable[[], Awaitable[Session]] | None = None
-        """How to run the request once more after it ran out of device memory."""
+        self.attempts: tuple[Attempt, ...] = ()
+        self.again: Retry | None = None
+        """How to go on after the run has failed and given no more than progress."""
         self._run = Run(rest, lease)
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """The whole run, `first` included. Closing it cancels the work.
 
-        A run that gave no more than progress before it ran out of device memory is tried once
-        more, alone.
+        A run that fails and gave no more than progress may be tried once more: see `again`.
 
         Raises:
             EngineError: the run failed part-way.
@@ -81,20 +95,23 @@ class Session:
                 yield event
                 try:
                     following = await self._run.next()
-                except OutOfDeviceMemory as error:
+                except EngineError as error:
                     if given or self.again is None:
                         raise
-                    log.warning("%s; trying once more, alone", error)
                     await self.close()
-                    second, self.again = await self.again(), None
-                    self._run, self.notes = second._run, second.notes
-                    self.usage = second.usage
-                    following = second.first
+                    self._take(await self.again(error))
+                    following = self.first
                 if following is None:
                     return
                 event = following
         finally:
             await self.close()
+
+    def _take(self, other: Session) -> None:
+        """Become the session that goes on with the request."""
+        self.model, self.first, self.timings = other.model, other.first, other.timings
+        self.notes, self.usage, self.attempts = other.notes, other.usage, other.attempts
+        self.again, self._run = other.again, other._run
 
     async def close(self) -> None:
         """Stop what still runs and end the lease."""

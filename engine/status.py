@@ -126,6 +126,8 @@ class Forecast:
     """Seconds of the load or wake; 0 while the model is there, None while unknown."""
     eta_s: float | None
     """Seconds until it would be served, with everything ahead of it."""
+    service_s: float | None
+    """Seconds of a usual run of the model; None while it has served nothing."""
     reason: str
     """In words."""
 

@@ -77,7 +77,7 @@ async def stream_answer(
     stream = EventStream(send)
     try:
         waiting = Waiting()
-        shown = _ShownWait(engine, request, waiting, stream) if shows_wait else nullcontext()
+        shown = _ShownWait(engine, waiting, stream) if shows_wait else nullcontext()
         async with shown:
             session = await engine.open(request, waiting)
         try:
@@ -120,11 +120,8 @@ async def _send_answer(session: Session, frames: Frames, stream: EventStream) ->
 class _ShownWait:
     """Sends comments about the wait of a request, if it waits for longer than `GRACE_S`."""
 
-    def __init__(
-        self, engine: Engine, request: Request, waiting: Waiting, stream: EventStream
-    ) -> None:
+    def __init__(self, engine: Engine, waiting: Waiting, stream: EventStream) -> None:
         self._engine = engine
-        self._model = request.model
         self._waiting = waiting
         self._stream = stream
         self._over = asyncio.Event()
@@ -152,8 +149,7 @@ class _ShownWait:
             # Granted in time, its first event decides the kind of response.
             if status.stage is not Stage.RUNNING or self._stream.begun:
                 await self._stream.begin({})
-                model = self._engine.config.find(self._model).id
-                await self._stream.send(_wait_comment(status, model))
+                await self._stream.send(_wait_comment(status, self._waiting.model))
             with suppress(TimeoutError):
                 async with asyncio.timeout(PROGRESS_INTERVAL_S):
                     await self._over.wait()

@@ -32,7 +32,8 @@ DOCS_FILES_PREFIX = "/docs/"
 """Pages and their files hold no secret. A page requests its data with the key that it gets."""
 ADMIN_PREFIX = "/v1/engine/"
 PLAN_PATH = "/v1/engine/plan"
-"""It changes nothing, though it is a POST, so any key may use it."""
+ROUTE_PATH = "/v1/engine/route"
+"""They change nothing, though they are a POST, so any key may use them."""
 IMAGE_FILES_PREFIX = "/v1/images/files/"
 """Read without a key, so that a browser can show an image. Nobody can guess the names (256 bits),
 so the URL itself is the permission."""
@@ -144,7 +145,7 @@ class Guard:
 
 def is_admin(method: str, path: str) -> bool:
     """Whether a request needs an admin key."""
-    changes = method not in ("GET", "HEAD") and path != PLAN_PATH
+    changes = method not in ("GET", "HEAD") and path not in (PLAN_PATH, ROUTE_PATH)
     return changes and path.startswith(ADMIN_PREFIX)
 
 

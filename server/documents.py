@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from engine.route_config import RouteConfig
 from engine.scheduling.event_log import LoggedEvent, Lost, Page
 from engine.status import EngineStatus, ModelStatus
 from engine.words import without_folders
@@ -35,6 +36,17 @@ def model_document(status: ModelStatus, name: str) -> dict[str, Any]:
         "created": created,
         "owned_by": OWNER,
         "alias_of": None if name == status.id else status.id,
+    }
+
+
+def route_document(route: RouteConfig) -> dict[str, Any]:
+    """OpenAI's model object for a route."""
+    return {
+        "id": route.id,
+        "object": "model",
+        "created": 0,
+        "owned_by": OWNER,
+        "choose": list(route.choose),
     }
 
 

@@ -25,6 +25,8 @@ ANSWER_HEADERS = tuple(
         "peak-bytes",
         "cut",
         "weights",
+        "served-by",
+        "attempts",
     )
 )
 """All that `answer_headers` may give."""
@@ -42,6 +44,12 @@ def answer_headers(session: Session, ran_ms: float = 0.0) -> dict[str, str]:
         f"{HEADER_PREFIX}run-ms": f"{timings.run_ms + ran_ms:.1f}",
         f"{HEADER_PREFIX}tier": timings.tier,
     }
+    headers[f"{HEADER_PREFIX}served-by"] = session.model.id
+    if session.attempts:
+        # As in `small=queue_timeout, cloud=provider_busy`: models tried before, and their errors.
+        headers[f"{HEADER_PREFIX}attempts"] = ", ".join(
+            f"{attempt.model}={attempt.code}" for attempt in session.attempts
+        )
     if timings.fetch_ms >= FETCH_MS:
         headers[f"{HEADER_PREFIX}fetch-ms"] = f"{timings.fetch_ms:.1f}"
     if session.notes.peak_bytes is not None:

@@ -225,8 +225,9 @@ class Jobs:
                 f"{len(self._live)} jobs are unfinished, the engine's bound.", retry_after_s=60.0
             )
         job_id = f"video_{uuid.uuid4().hex}"
+        request = replace(await self._engine.resolve(request), request_id=job_id)
         model = self._engine.config.find(request.model)
-        request = replace(request, model=model.id, request_id=job_id)
+        request = replace(request, model=model.id)
         prepared = await self._check(request)
         if request.scheduling.if_loaded_only:
             await self._engine.check_loaded(model.id)

@@ -106,6 +106,7 @@ class SchedulerReport:
             evictions=outlook.evictions,
             move_s=model.move_s,
             eta_s=eta_s if outlook.fits else None,
+            service_s=model.service_s,
             reason=outlook.reason,
         )
 

@@ -27,6 +27,8 @@ class Waiting:
 
     def __init__(self) -> None:
         self.stage = Stage.STARTING
+        self.model = ""
+        """The id of the model that the request waits for; empty before one is chosen."""
         self.ticket: Ticket | None = None
         """Set while the request is in the scheduler's queue."""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from engine.route_config import Preference
 from engine.scheduling.scheduler_event import EventKind
 from engine.status import EngineState, EngineStatus, Forecast, ModelStatus
 from server.json_schema import SchemaGenerator
@@ -156,6 +157,37 @@ DELETED_FILES = record(
     freed_bytes=INTEGER,
 )
 
+ROUTE_MODEL = record(
+    id=STRING,
+    object={"const": "model"},
+    created=INTEGER,
+    owned_by=STRING,
+    choose={"type": "array", "items": STRING, "description": "The models that it chooses from."},
+)
+
+_SCORE = record(score=NUMBER, parts={"type": "object", "additionalProperties": NUMBER})
+
+ROUTE = record(
+    object={"const": "engine.route"},
+    route=STRING,
+    model={**nullable(STRING), "description": "The choice; null if none can do it."},
+    prefer=nullable({"enum": [each.value for each in Preference]}),
+    needed_quality=NUMBER,
+    complexity=nullable(_SCORE),
+    options={
+        "type": "array",
+        "items": record(
+            model=STRING,
+            capable=BOOLEAN,
+            reason={**nullable(STRING), "description": "Why it cannot be chosen."},
+            quality=NUMBER,
+            price={**nullable(NUMBER), "description": "Dollars, as expected."},
+            seconds={**nullable(NUMBER), "description": "Until the whole answer."},
+            cost={**nullable(NUMBER), "description": "The price and what the time is worth."},
+        ),
+    },
+)
+
 LORA = record(id=STRING, object={"const": "engine.lora"}, model=STRING, nbytes=INTEGER)
 
 STATUS = record(status={"enum": [*(state.value for state in EngineState), "restarting"]})
@@ -191,7 +223,9 @@ def components() -> dict[str, Any]:
         **found,
         "EngineStatus": status,
         "Plan": forecast,
-        "ModelList": listing(reference("Model")),
+        "RouteModel": ROUTE_MODEL,
+        "ModelList": listing({"anyOf": [reference("Model"), reference("RouteModel")]}),
+        "Route": ROUTE,
         "Images": IMAGES,
         "Video": VIDEO,
         "VideoList": listing(

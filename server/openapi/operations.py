@@ -23,7 +23,7 @@ from server.schemas.audio import (
     VoiceBody,
     VoicesQuery,
 )
-from server.schemas.engine import EventsQuery, PlanBody
+from server.schemas.engine import EventsQuery, PlanBody, RouteBody
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
 
@@ -247,7 +247,10 @@ OPERATIONS: Mapping[str, Methods] = {
         )
     },
     "/v1/models/{name}": {
-        "get": Operation(summary="One model", answers={JSON: reference("Model")})
+        "get": Operation(
+            summary="One model",
+            answers={JSON: {"anyOf": [reference("Model"), reference("RouteModel")]}},
+        )
     },
     "/v1/engine": {
         "get": Operation(
@@ -261,6 +264,15 @@ OPERATIONS: Mapping[str, Methods] = {
             answers={JSON: reference("Plan")},
             json=PlanBody,
             example={"model": MODEL},
+        )
+    },
+    "/v1/engine/route": {
+        "post": Operation(
+            summary="Which model a route would choose for a request, and why",
+            description="Runs nothing.",
+            answers={JSON: reference("Route")},
+            json=RouteBody,
+            example={"body": {"model": MODEL, "messages": _MESSAGES}},
         )
     },
     "/v1/engine/events": {

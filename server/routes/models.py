@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from server.documents import model_document
+from server.documents import model_document, route_document
 from server.router import Router
 
 if TYPE_CHECKING:
@@ -15,7 +15,8 @@ def models_router(engine: Engine) -> Router:
     """`GET /v1/models` and `GET /v1/models/{id}`.
 
     An alias is listed as a model of its own, as clients offer exactly the listed ids, and some
-    accept no others. `alias_of` is the id of its model.
+    accept no others. `alias_of` is the id of its model. A route is listed with the models that it
+    chooses from.
     """
     router = Router("models")
 
@@ -31,11 +32,14 @@ def models_router(engine: Engine) -> Router:
                 model_document(model, name)
                 for model in engine.status().models
                 for name in (model.id, *model.aliases)
-            ],
+            ]
+            + [route_document(route) for route in engine.config.routes],
         }
 
     @router.get("/v1/models/{name:path}")
     async def retrieve_model(name: str) -> dict[str, Any]:
+        if name in engine.router:
+            return route_document(engine.router.find(name))
         return model_document(engine.model_status(name), name)
 
     return router

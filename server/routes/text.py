@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.session import Session
 
-_PATHS = {
+TEXT_PATHS = {
     "/v1/chat/completions": TextOperation.CHAT,
     "/v1/completions": TextOperation.COMPLETION,
     "/v1/responses": TextOperation.RESPONSES,
@@ -60,7 +60,7 @@ def text_router(engine: Engine, settings: ServerSettings) -> Router:
 
         router.add(path, endpoint, ["POST"], name=operation.value)
 
-    for path, operation in _PATHS.items():
+    for path, operation in TEXT_PATHS.items():
         add(path, operation)
     return router
 

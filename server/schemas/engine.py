@@ -1,10 +1,11 @@
-"""The body of `/v1/engine/plan` and the query of `/v1/engine/events`."""
+"""The bodies of `/v1/engine/plan` and `/v1/engine/route`, the query of `/v1/engine/events`."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import Field, PlainValidator
+from pydantic import Field, PlainValidator, SkipValidation, WithJsonSchema
 
 from engine.units import parse_size
 from server.schemas.fields import Body, ModelName
@@ -20,6 +21,15 @@ class PlanBody(Body):
     priority: PriorityField = None
     working_bytes: Annotated[int, PlainValidator(parse_size)] = 0
     """The memory of its run besides the model: bytes, or a size such as `2GiB`."""
+
+
+class RouteBody(Body):
+    """`POST /v1/engine/route`: the request to choose a model for."""
+
+    endpoint: str = "/v1/chat/completions"
+    """The path that the request would be sent to."""
+    body: Annotated[Mapping[str, Any], SkipValidation, WithJsonSchema({"type": "object"})]
+    """Its body; `model` is the name of a route or a model."""
 
 
 class EventsQuery(Body):

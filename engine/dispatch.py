@@ -1,0 +1,259 @@
+"""Which model serves a request, and which is tried next if it cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from engine.admission import Admission
+from engine.config import EngineConfig, ModelConfig
+from engine.errors import (
+    EngineError,
+    InsufficientCapacity,
+    LoadFailed,
+    NoSpaceLeft,
+    NotLoaded,
+    OutOfDeviceMemory,
+    Overloaded,
+    QueueFull,
+    QueueTimeout,
+    RuntimeFailed,
+    ShuttingDown,
+)
+from engine.requests import Request
+from engine.routing.choice import Choice
+from engine.routing.router import Router, request_to
+from engine.scheduling.deadline import Deadline
+from engine.scheduling.report import SchedulerReport
+from engine.scheduling.waiting import Waiting
+from engine.session import Attempt, Retry, Session
+
+log = logging.getLogger(__name__)
+
+PASSED_ON = (
+    InsufficientCapacity,
+    LoadFailed,
+    NoSpaceLeft,
+    NotLoaded,
+    OutOfDeviceMemory,
+    Overloaded,
+    RuntimeFailed,
+)
+"""Errors after which another model may serve the request: none of them is the client's."""
+
+IMPATIENT = (QueueFull, QueueTimeout)
+"""Errors after which the same model may serve it later."""
+
+
+class Dispatch:
+    """Opens requests at the model they name, at its fallbacks, or at the models of a route."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        router: Router,
+        admission: Admission,
+        report: SchedulerReport,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._router = router
+        self._admission = admission
+        self._report = report
+        self._clock = clock
+        self._chains: dict[str, tuple[ModelConfig, ...]] = {}
+
+    def check_name(self, name: str) -> None:
+        """Return if a model or a route has that name.
+
+        Raises:
+            ModelNotFound: there is none.
+
+        """
+        if name not in self._router:
+            self._config.find(name)
+
+    async def models(self, request: Request, deadline: Deadline) -> tuple[ModelConfig, ...]:
+        """Those that may serve the request, in the order in which they are tried.
+
+        Raises:
+            ModelNotFound: no model and no route has that name.
+            InvalidRequest: no model of the route can do it; the reason is that of the last.
+
+        """
+        if request.model not in self._router:
+            return self._chain(self._config.find(request.model))
+        chosen = await self.choose(request, deadline)
+        if not chosen.models:
+            raise chosen.refusal()
+        found = (self._chain(self._config.find(name)) for name in chosen.models)
+        return tuple(dict.fromkeys(model for chain in found for model in chain))
+
+    async def choose(self, request: Request, deadline: Deadline) -> Choice:
+        """What the route would choose; for a model, itself and its fallbacks in their order.
+
+        Raises:
+            InvalidRequest: the caller's key may not use the route.
+
+        """
+        if request.model not in self._router:
+            chain = self._chain(self._config.find(request.model))
+            await self._know_sizes(chain, deadline)
+            return self._router.look(request, chain)
+        await self._know_sizes(self._router.models(request.model), deadline)
+        return self._router.choose(request)
+
+    async def open(self, request: Request, deadline: Deadline, waiting: Waiting) -> Session:
+        """Open the request at the first model that can serve it.
+
+        Raises:
+            EngineError: none can; the error is that of the last, and names those tried before.
+
+        """
+        models = await self.models(request, deadline)
+        if len(models) == 1:
+            model = models[0]
+            waiting.model = model.id
+            return await self._admission.open(model, request_to(model, request), deadline, waiting)
+        return await _Opening(
+            self._admission, self._report, self._clock, request, models, deadline, waiting
+        ).open()
+
+    def _chain(self, model: ModelConfig) -> tuple[ModelConfig, ...]:
+        """The model, its fallbacks, theirs, and so on; each once."""
+        if model.id not in self._chains:
+            found: dict[str, ModelConfig] = {}
+            self._follow(model, found)
+            self._chains[model.id] = tuple(found.values())
+        return self._chains[model.id]
+
+    def _follow(self, model: ModelConfig, found: dict[str, ModelConfig]) -> None:
+        if model.id not in found:
+            found[model.id] = model
+            for name in model.fallbacks:
+                self._follow(self._config.find(name), found)
+
+    async def _know_sizes(self, models: Iterable[ModelConfig], deadline: Deadline) -> None:
+        """Read the sizes of the models that are on this disk: forecasts need them."""
+        for model in models:
+            # Nothing is fetched for a forecast, and a model that cannot be read is a bad choice.
+            if self._admission.has_files(model):
+                with contextlib.suppress(EngineError):
+                    await self._admission.know_size(model, deadline)
+
+
+class _Opening:
+    """One request on its way through several models."""
+
+    def __init__(
+        self,
+        admission: Admission,
+        report: SchedulerReport,
+        clock: Callable[[], float],
+        request: Request,
+        models: Sequence[ModelConfig],
+        deadline: Deadline,
+        waiting: Waiting,
+    ) -> None:
+        self._admission = admission
+        self._report = report
+        self._clock = clock
+        self._request = request
+        self._left = deque(models)
+        self._deadline = deadline
+        self._waiting = waiting
+        self._attempts: list[Attempt] = []
+        self._busy: list[ModelConfig] = []
+        """Models that would have served the request later."""
+
+    async def open(self) -> Session:
+        """Open the request at the first of the models left.
+
+        Raises:
+            EngineError: none of them can serve it.
+
+        """
+        while True:
+            model = self._left.popleft()
+            try:
+                return await self._open_at(model)
+            except PASSED_ON as error:
+                self._pass_on(model, error)
+
+    def _pass_on(self, model: ModelConfig, error: EngineError) -> None:
+        """Return if another model may serve the request after this error; raise it otherwise."""
+        if isinstance(error, ShuttingDown) or not isinstance(error, PASSED_ON):
+            raise error
+        log.info("%s: %s cannot serve it: %s", self._request.request_id, model.id, error)
+        self._attempts.append(Attempt(model.id, error.code))
+        if isinstance(error, IMPATIENT):
+            self._busy.append(model)
+        if not self._left and self._busy and self._deadline.left_s > 0:
+            # Nobody else can. So it waits for the first that only was busy, to its own deadline.
+            self._left.append(self._busy[0])
+            self._busy.clear()
+        if not self._left:
+            raise self._refusal(error)
+
+    def _refusal(self, error: EngineError) -> EngineError:
+        before = self._attempts[:-1]
+        if not before:
+            return error
+        # Those who wait for the same load share the error.
+        told = copy.copy(error)
+        tried = ", ".join(f"{attempt.model} ({attempt.code})" for attempt in before)
+        told.message = f"{error.message} Tried before: {tried}."
+        told.args = (told.message,)
+        return told
+
+    async def _open_at(self, model: ModelConfig) -> Session:
+        deadline = self._deadline
+        patience_s = self._patience_s(model)
+        if patience_s < deadline.left_s:
+            self._check_queue(model, patience_s)
+            deadline = Deadline(self._clock, patience_s)
+        self._waiting.model, self._waiting.ticket = model.id, None
+        session = await self._admission.open(
+            model, request_to(model, self._request), deadline, self._waiting
+        )
+        self._adopt(session)
+        return session
+
+    def _patience_s(self, model: ModelConfig) -> float:
+        """Seconds that the request waits for the model while others are left."""
+        if not self._left:
+            return math.inf
+        own = self._request.scheduling.max_wait_s
+        patience_s = model.max_wait if own is None else own
+        return math.inf if patience_s is None else patience_s
+
+    def _check_queue(self, model: ModelConfig, patience_s: float) -> None:
+        eta_s = self._report.forecast(model.id, priority=self._request.scheduling.priority).eta_s
+        if eta_s is not None and eta_s > patience_s:
+            raise QueueTimeout(
+                f"The model {model.id!r} would take {eta_s:.1f} s to begin.", retry_after_s=eta_s
+            )
+
+    def _adopt(self, session: Session) -> None:
+        """Note what was tried, and have the session go on elsewhere if it gives nothing."""
+        session.attempts = tuple(self._attempts)
+        session.again = partial(self._go_on, session.model, session.again)
+
+    async def _go_on(self, model: ModelConfig, alone: Retry | None, error: EngineError) -> Session:
+        """A session for a request whose run failed before it gave anything."""
+        if alone is not None:
+            try:
+                session = await alone(error)
+            except EngineError as second:
+                error = second
+            else:
+                self._adopt(session)
+                return session
+        self._deadline.go_on()
+        self._pass_on(model, error)
+        return await self.open()
