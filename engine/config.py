@@ -266,6 +266,7 @@ class EngineConfig(Section):
             _check_known(f"models: fallbacks of {model.id!r}", model.fallbacks, models)
         for route in self.routes:
             _check_known(f"routes: choose of {route.id!r}", route.choose, models)
+            _check_known(f"routes: profiles of {route.id!r}", route.profiles.values(), models)
         return self
 
     def _by_name(self) -> Mapping[str, ModelConfig]:
