@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,13 @@ class World:
 
 def request(model: str, **scheduling: Any) -> TextRequest:
     return TextRequest(model, TextOperation.CHAT, {}, "r", SchedulingOptions(**scheduling))
+
+
+async def until(ready: Callable[[], object], waits: asyncio.Task[Any]) -> None:
+    async with asyncio.timeout(10):
+        while not ready():
+            await asyncio.wait([waits], timeout=0.01)
+            assert not waits.done()
 
 
 @pytest.fixture
@@ -157,8 +164,7 @@ async def test_the_patience_of_a_request_goes_before_that_of_the_model(world: Wo
     world.does["first"] = [busy]
     first = await world.engine.open(request("first"))
     waits = asyncio.create_task(world.ask("first", max_wait_s=60))
-    while not world.engine.status().queue:
-        await asyncio.sleep(0)
+    await until(lambda: world.engine.status().queue, waits)
     busy.set()
     await first.close()
     assert await waits == ["of first"]
@@ -171,8 +177,7 @@ async def test_a_busy_model_is_waited_for_after_all_where_no_other_can(world: Wo
     world.does["third"] = [RuntimeFailed("it broke")]
     first = await world.engine.open(request("first"))
     waits = asyncio.create_task(world.ask("first"))
-    while len(world.asked) < 3 or not world.engine.status().queue:
-        await asyncio.sleep(0.001)
+    await until(lambda: len(world.asked) == 3 and world.engine.status().queue, waits)
     busy.set()
     await first.close()
     assert await waits == ["of first"]
