@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
 from collections import deque
@@ -92,7 +91,7 @@ class Dispatch:
         if not chosen.models:
             raise chosen.refusal()
         found = (self._chain(self._config.find(name)) for name in chosen.models)
-        return tuple(dict.fromkeys(model for chain in found for model in chain))
+        return tuple({model.id: model for chain in found for model in chain}.values())
 
     async def choose(self, request: Request, deadline: Deadline) -> Choice:
         """What the route would choose; for a model, itself and its fallbacks in their order.
@@ -204,12 +203,8 @@ class _Opening:
         before = self._attempts[:-1]
         if not before:
             return error
-        # Those who wait for the same load share the error.
-        told = copy.copy(error)
         tried = ", ".join(f"{attempt.model} ({attempt.code})" for attempt in before)
-        told.message = f"{error.message} Tried before: {tried}."
-        told.args = (told.message,)
-        return told
+        return error.reworded(f"{error.message} Tried before: {tried}.")
 
     async def _open_at(self, model: ModelConfig) -> Session:
         deadline = self._deadline

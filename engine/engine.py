@@ -35,7 +35,7 @@ from engine.process.torch_state import share_torch_state
 from engine.requests import Priority, Request, SchedulingOptions
 from engine.residency import Residency
 from engine.routing.choice import Choice
-from engine.routing.router import Router, request_to
+from engine.routing.router import RequestT, Router, request_to
 from engine.runtimes.base import Prepared, Runtime, RuntimeContext, Voice
 from engine.runtimes.registry import options_of, runtime_class
 from engine.scheduling.deadline import Deadline
@@ -348,7 +348,7 @@ class Engine:
         await self._wait_started(deadline)
         return await self._dispatch.choose(request, deadline)
 
-    async def resolve(self, request: Request) -> Request:
+    async def resolve(self, request: RequestT) -> RequestT:
         """The request, addressed to the model that would serve it now.
 
         Raises:

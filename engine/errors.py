@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 SQLITE_FULL = 13
 """SQLite's result code for a full disk. Its module takes time to import."""
@@ -48,6 +48,12 @@ class EngineError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
+
+    def reworded(self, message: str) -> Self:
+        """The same error with another message. Others may wait for this one: it stays."""
+        other = type(self).__new__(type(self), message)
+        vars(other).update(vars(self), message=message)
+        return other
 
 
 class ConfigError(EngineError):

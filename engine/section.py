@@ -83,7 +83,7 @@ def describe(kind: type[BaseModel], item: Any, prefix: str) -> str:
 def _part_of(kind: type[BaseModel], place: Sequence[Any]) -> type[BaseModel]:
     """The part of the configuration that holds the key at `place`."""
     field, *_ = place
-    annotation = kind.model_fields[field].annotation
+    annotation: Any = kind.model_fields[field].annotation
     found: type[BaseModel] = next(iter(get_args(annotation)), annotation)
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
+from typing import TypeVar
 
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import EngineError, InvalidRequest
@@ -26,6 +27,9 @@ _PROFILES: Mapping[Quality, Profile] = MappingProxyType({
     Quality.MEDIUM: Profile.BALANCED,
     Quality.HIGH: Profile.QUALITY,
 })  # fmt: skip
+
+
+RequestT = TypeVar("RequestT", bound=Request)
 
 
 class Router:
@@ -154,6 +158,6 @@ class Router:
         )
 
 
-def request_to(model: ModelConfig, request: Request) -> Request:
+def request_to(model: ModelConfig, request: RequestT) -> RequestT:
     """The request, addressed to a model."""
     return request if request.model in model.names else replace(request, model=model.id)

@@ -27,7 +27,7 @@ from server.settings import ServerSettings
 if TYPE_CHECKING:
     from engine.engine import Engine
 
-_MEDIA = {
+_MEDIA: dict[str, tuple[type[GenerationBody | VideoBody | SpeechBody], Priority]] = {
     "/v1/images/generations": (GenerationBody, Priority.NORMAL),
     "/v1/videos": (VideoBody, Priority.BATCH),
     "/v1/audio/speech": (SpeechBody, Priority.INTERACTIVE),

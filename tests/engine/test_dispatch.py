@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from engine.errors import (
 )
 from engine.events import Event, Frame, Progress
 from engine.requests import SchedulingOptions, TextOperation, TextRequest
+from engine.runtimes.registry import REGISTRY
 from tests.server.fake import DEVICE_BYTES, FakeRuntime, fake_engine
 
 MODELS: list[dict[str, Any]] = [
@@ -76,7 +77,10 @@ async def until(ready: Callable[[], object], waits: asyncio.Task[Any]) -> None:
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> Any:
+async def world(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unfrozen_heap: None
+) -> AsyncIterator[World]:
+    monkeypatch.setitem(REGISTRY, "fake", "tests.server.fake:FakeRuntime")
     world = World(tmp_path)
     await world.engine.start()
     yield world

@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from engine.requests import TextOperation
-from server.routes.text import _PATHS
+from server.routes.text import TEXT_PATHS
 from tests.server.real import START_S, STOP_S, Server, starter_config
 
 pytestmark = pytest.mark.slow
@@ -244,9 +244,9 @@ def test_what_is_wrong_with_a_request_is_told(sdk: openai.OpenAI, server: Server
     status(server)
 
 
-@pytest.mark.parametrize("path", sorted(_PATHS))
+@pytest.mark.parametrize("path", sorted(TEXT_PATHS))
 def test_no_broken_body_gets_a_server_error(server: Server, path: str) -> None:
-    model = "tiny-embed" if _PATHS[path] is TextOperation.EMBEDDINGS else "tiny-llama"
+    model = "tiny-embed" if TEXT_PATHS[path] is TextOperation.EMBEDDINGS else "tiny-llama"
     bodies: tuple[dict[str, Any], ...] = (
         {},
         {"prompt": {}},

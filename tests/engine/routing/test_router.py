@@ -163,7 +163,7 @@ def test_a_model_is_looked_at_once_under_all_its_names() -> None:
         ({"choose": ["nobody"]}, "routes: choose of 'auto': no model has the name 'nobody'"),
         ({"choose": []}, "routes[0].choose"),
         ({"prefer": "luck"}, "routes[0].prefer"),
-        ({"least": 1}, "routes[0].least: unknown key (did you mean least_quality?)"),
+        ({"least_qualty": 1}, "routes[0].least_qualty: unknown key (did you mean least_quality?)"),
         ({"profiles": {"speed": "nobody"}}, "routes: profiles of 'auto': no model has the name"),
     ],
 )
