@@ -269,6 +269,13 @@ class EngineConfig(Section):
             _check_known(f"routes: profiles of {route.id!r}", route.profiles.values(), models)
         return self
 
+    @model_validator(mode="after")
+    def _budgets_have_limits(self) -> Self:
+        for index, budget in enumerate(self.budgets):
+            if budget.day is None and budget.month is None:
+                raise ValueError(f"budgets[{index}]: it needs day or month")
+        return self
+
     def _by_name(self) -> Mapping[str, ModelConfig]:
         # Each request asks, and there may be hundreds. A copy with other models has this one's.
         models, found = self._found

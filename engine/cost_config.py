@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from engine.section import Section
 
@@ -39,9 +39,3 @@ class BudgetConfig(Section):
     """`refuse` answers 429; `free` passes to models that cost nothing, if there are any."""
     webhook: str | None = None
     """A URL that gets a POST at 80, 90 and 100 percent."""
-
-    @model_validator(mode="after")
-    def _has_a_limit(self) -> Self:
-        if self.day is None and self.month is None:
-            raise ValueError("it needs day or month")
-        return self

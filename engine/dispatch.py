@@ -90,8 +90,9 @@ class Dispatch:
         chosen = await self.choose(request, deadline)
         if not chosen.models:
             raise chosen.refusal()
-        found = (self._chain(self._config.find(name)) for name in chosen.models)
-        return tuple({model.id: model for chain in found for model in chain}.values())
+        models = [self._config.find(name) for name in chosen.models]
+        behind = [model for each in models for model in self._chain(each)]
+        return tuple({model.id: model for model in (*models, *behind)}.values())
 
     async def choose(self, request: Request, deadline: Deadline) -> Choice:
         """What the route would choose; for a model, itself and its fallbacks in their order.

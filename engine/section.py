@@ -70,7 +70,8 @@ def describe(kind: type[BaseModel], item: Any, prefix: str) -> str:
         if len(item["loc"]) == 1:
             known = list(kind.model_fields)
         elif at_the_top:
-            known = list(_part_of(kind, item["loc"]).model_fields)
+            part = _part_of(kind, item["loc"])
+            known = [] if part is None else list(part.model_fields)
         return unknown_key(key, known)
     if item["type"] == "options":
         return "; ".join(
@@ -80,12 +81,12 @@ def describe(kind: type[BaseModel], item: Any, prefix: str) -> str:
     return f"{key}: {message}" if path or not message.startswith(_AT_THE_TOP) else message
 
 
-def _part_of(kind: type[BaseModel], place: Sequence[Any]) -> type[BaseModel]:
-    """The part of the configuration that holds the key at `place`."""
+def _part_of(kind: type[BaseModel], place: Sequence[Any]) -> type[BaseModel] | None:
+    """The part of the configuration that holds the key at `place`; None: not a section."""
     field, *_ = place
-    annotation: Any = kind.model_fields[field].annotation
-    found: type[BaseModel] = next(iter(get_args(annotation)), annotation)
-    return found
+    annotation = kind.model_fields[field].annotation
+    parts = (annotation, *get_args(annotation))
+    return next((p for p in parts if isinstance(p, type) and issubclass(p, BaseModel)), None)
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:

@@ -16,10 +16,12 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
-from engine.config import EngineConfig, ModelConfig, engine_fields
+from engine.config import LISTS, EngineConfig, ModelConfig, engine_fields
+from engine.cost_config import BudgetConfig, CostConfig
 from engine.engine import Engine
 from engine.errors import EngineError, NotLoaded, Overloaded
 from engine.metrics import EngineMetrics
+from engine.route_config import ComplexityConfig, RouteConfig
 from engine.runtimes.diffusers.options import IpAdapter, Profile
 from engine.runtimes.registry import REGISTRY, runtime_class
 from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
@@ -36,7 +38,7 @@ from server.schemas.audio import (
     VoiceBody,
     VoicesQuery,
 )
-from server.schemas.engine import EventsQuery, PlanBody
+from server.schemas.engine import EventsQuery, PlanBody, RouteBody
 from server.schemas.fields import Body
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
 from server.schemas.scheduling_options import SchedulingBody, SchedulingHeaders
@@ -54,6 +56,10 @@ CONFIGURATION: list[tuple[str, str, type[BaseModel], dict[str, Any]]] = [
     ("`engine`", "key", EngineConfig, {"models": [MODEL]}),
     ("`server`", "key", ServerSettings, NOTHING),
     ("`models`", "key", ModelConfig, MODEL),
+    ("`routes`", "key", RouteConfig, {"id": "auto", "choose": ["any"]}),
+    ("`routes`", "key of `complexity`", ComplexityConfig, NOTHING),
+    ("`costs`", "key", CostConfig, NOTHING),
+    ("`budgets`", "key", BudgetConfig, NOTHING),
     *((f"Options of `{name}`", "key", runtime_class(name).Options, NOTHING) for name in REGISTRY),
     ("Options of `diffusers`", "key of a profile", Profile, {"steps": 1, "guidance": 0}),
     ("Options of `diffusers`", "key of `ip_adapter`", IpAdapter, {"source": "any"}),
@@ -66,7 +72,7 @@ BODIES: dict[str, list[type[Body]]] = {
     "Speech": [SpeechBody],
     "Transcriptions and translations": [TranscriptionBody, TranslationBody],
     "Voices": [VoiceBody, VoicesQuery],
-    "The engine": [PlanBody, EventsQuery],
+    "The engine": [PlanBody, RouteBody, EventsQuery],
 }
 
 
@@ -120,7 +126,8 @@ def test_every_key_is_described_with_its_default(
         monkeypatch.delenv(variable, raising=False)
     table = [r for r in rows("configuration.md") if (r.section, r.column) == (section, column)]
     described = {code(row.cells[0])[0]: "".join(code(row.cells[1])) for row in table}
-    assert [*described] == [name for name in kind.model_fields if name != "models"]
+    sections = (*LISTS, "costs") if kind is EngineConfig else ()
+    assert [*described] == [name for name in kind.model_fields if name not in sections]
     by_itself = kind.model_validate(needed)
     for name, text in described.items():
         assert bool(text) is not kind.model_fields[name].is_required(), name
@@ -144,7 +151,7 @@ def test_every_runtime_has_its_options_described() -> None:
 
 
 def test_every_variable_that_is_named_is_one() -> None:
-    keys = {*engine_fields(), *ServerSettings.model_fields, "config"}
+    keys = {*engine_fields(), *ServerSettings.model_fields, *CostConfig.model_fields, "config"}
     texts = "".join(page.read_text() for page in PAGES)
     variables = set(re.findall(r"\bROUNDHOUSE_([A-Z_]+)\b", texts))
     assert "API_KEYS" in variables
