@@ -107,10 +107,6 @@ class Admission:
         session.again = alone
         return session
 
-    def has_files(self, model: ModelConfig) -> bool:
-        """Whether the model's files are here, or it has none."""
-        return self._fetcher.has_files(model)
-
     async def check_loaded(self, model: ModelConfig) -> None:
         """Return if the model is there, or is being brought in for others.
 
@@ -156,6 +152,13 @@ class Admission:
         if estimate is None:
             estimate = await self._fetcher.estimate(model, deadline)
         self._scheduler.on_estimate(model.id, estimate)
+
+    async def learn_size(self, model: ModelConfig, deadline: Deadline) -> None:
+        """The same if the model's files are here. Nothing is fetched, and no failure is told."""
+        known = self._scheduler.report.model(model.id).estimated_bytes is not None
+        with contextlib.suppress(EngineError):
+            if not known and await self._fetcher.look(model):
+                await self.know_size(model, deadline)
 
     def working_bytes(self, model: ModelConfig, prepared: Prepared) -> int:
         """The measured peak of the last run of that shape and a margin, otherwise the estimate."""

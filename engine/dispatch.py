@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections import deque
@@ -141,10 +140,7 @@ class Dispatch:
     async def _know_sizes(self, models: Iterable[ModelConfig], deadline: Deadline) -> None:
         """Read the sizes of the models that are on this disk: forecasts need them."""
         for model in models:
-            # Nothing is fetched for a forecast, and a model that cannot be read is a bad choice.
-            if self._admission.has_files(model):
-                with contextlib.suppress(EngineError):
-                    await self._admission.know_size(model, deadline)
+            await self._admission.learn_size(model, deadline)
 
 
 class _Opening:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, PlainValidator, SkipValidation, WithJsonSchema
+from pydantic import Field, PlainValidator
 
 from engine.units import parse_size
 from server.schemas.fields import Body, ModelName
@@ -28,7 +27,7 @@ class RouteBody(Body):
 
     endpoint: str = "/v1/chat/completions"
     """The path that the request would be sent to."""
-    body: Annotated[Mapping[str, Any], SkipValidation, WithJsonSchema({"type": "object"})]
+    body: dict[str, Any]
     """Its body; `model` is the name of a route or a model."""
 
 

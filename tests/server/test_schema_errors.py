@@ -25,6 +25,7 @@ GIVEN: dict[str, Any] = {
     "image": [b"x"],
     "audio_sample": [b"x"],
     "name": "n",
+    "body": {"model": "m"},
 }
 WRONG: list[Any] = [
     5, -1, 1.5, "zz", [], ["a"] * 40, [1], {}, {"x": 1}, True, "x" * 600_000,

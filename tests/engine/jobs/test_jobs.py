@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from engine import model_folder
+from engine.caller import Caller
 from engine.config import ModelConfig
 from engine.engine import Engine
 from engine.errors import (
@@ -209,6 +210,20 @@ async def test_a_job_makes_its_file(
     assert np.abs(shown.astype(int) - frames_of(request)).max() <= 3
     with Image.open(jobs.content(job.id, "thumbnail")) as thumbnail:
         assert thumbnail.size == (64, 48)
+
+
+async def test_a_job_is_for_the_model_that_its_route_chooses(
+    runtime: FakeVideoRuntime, tmp_path: Path
+) -> None:
+    route = {"id": "auto", "choose": ["film", "other"], "profiles": {"quality": "other"}}
+    caller = Caller("anna", "paid")
+    async with serving(video_engine(runtime, tmp_path, routes=[route])) as jobs:
+        request = ask("auto", quality=Quality.HIGH, scheduling=SchedulingOptions(caller=caller))
+        submitted = await jobs.submit(request)
+        assert submitted.model == "other"
+        await jobs.ended(submitted.id)
+    (ran,) = runtime.requests
+    assert (ran.model, ran.scheduling.caller) == ("other", caller)
 
 
 async def test_a_seed_is_drawn_once_so_that_all_attempts_are_alike(

@@ -21,6 +21,7 @@ import pytest_asyncio
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.errors import Conflict, InsufficientCapacity, LoadFailed
+from engine.events import Document
 from engine.requests import TextOperation, TextRequest
 from engine.runtimes.base import RuntimeContext
 from engine.runtimes.vllm.model import VllmModel
@@ -399,6 +400,35 @@ async def test_what_a_token_and_a_request_cost(
     request = few.total() - 16 * token
     assert token <= 1.1 * token_calls, table(many - few, 64)
     assert request <= 1.1 * request_calls, table(few, 1)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_tokens_are_counted_as_in_the_usage_of_the_answer(
+    make_engine: MakeEngine, make_model: MakeModel, n: int
+) -> None:
+    engine = await make_engine(make_model("llama"), memory="1GiB")
+    body = {"prompt": "hello there", "max_tokens": 8, "n": n, "seed": 1}
+    session = await engine.open(TextRequest("llama", TextOperation.COMPLETION, body, "whole"))
+    (event,) = [each async for each in session.events()]
+    assert isinstance(event, Document)
+    usage = json.loads(event.body)["usage"]
+    counted = session.usage
+    assert counted.input_tokens == usage["prompt_tokens"] > 0
+    assert counted.output_tokens == usage["completion_tokens"] > 0
+
+
+async def test_a_stream_that_is_closed_has_counted_what_it_took(
+    make_engine: MakeEngine, make_model: MakeModel
+) -> None:
+    engine = await make_engine(make_model("llama"), memory="1GiB")
+    body = {"prompt": "hello there", "max_tokens": 200, "stream": True, "ignore_eos": True}
+    session = await engine.open(TextRequest("llama", TextOperation.COMPLETION, body, "stream"))
+    events = session.events()
+    for _ in range(3):
+        await anext(events)
+    await events.aclose()
+    assert session.usage.input_tokens > 0
+    assert 3 <= session.usage.output_tokens < 200
 
 
 def table(count: Counter[str], divisor: int) -> str:
