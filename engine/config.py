@@ -266,6 +266,8 @@ class EngineConfig(Section):
             _check_known(f"models: fallbacks of {model.id!r}", model.fallbacks, models)
         for route in self.routes:
             _check_known(f"routes: choose of {route.id!r}", route.choose, models)
+            if (examples := route.complexity.examples) is not None:
+                _check_known(f"routes: examples of {route.id!r}", (examples.model,), models)
             _check_known(f"routes: profiles of {route.id!r}", route.profiles.values(), models)
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections import deque
@@ -23,8 +24,11 @@ from engine.errors import (
     RuntimeFailed,
     ShuttingDown,
 )
-from engine.requests import Request
+from engine.events import Document
+from engine.requests import Request, TextOperation, TextRequest
 from engine.routing.choice import Choice
+from engine.routing.examples import Examples, Vector
+from engine.routing.prompt_text import prompt_text
 from engine.routing.router import Router, request_to
 from engine.scheduling.deadline import Deadline
 from engine.scheduling.report import SchedulerReport
@@ -43,6 +47,9 @@ PASSED_ON = (
     RuntimeFailed,
 )
 """Errors after which another model may serve the request: none of them is the client's."""
+
+EMBED_TIMEOUT_S = 10.0
+"""How long a choice waits for the model that compares it with examples."""
 
 IMPATIENT = (QueueFull, QueueTimeout)
 """Errors after which the same model may serve it later."""
@@ -65,6 +72,7 @@ class Dispatch:
         self._report = report
         self._clock = clock
         self._chains: dict[str, tuple[ModelConfig, ...]] = {}
+        self._examples: dict[str, Examples] = {}
 
     def check_name(self, name: str) -> None:
         """Return if a model or a route has that name.
@@ -105,7 +113,7 @@ class Dispatch:
             await self._know_sizes(chain, deadline)
             return self._router.look(request, chain)
         await self._know_sizes(self._router.models(request.model), deadline)
-        return self._router.choose(request)
+        return self._router.choose(request, await self._likeness(request))
 
     async def open(self, request: Request, deadline: Deadline, waiting: Waiting) -> Session:
         """Open the request at the first model that can serve it.
@@ -122,6 +130,33 @@ class Dispatch:
         return await _Opening(
             self._admission, self._report, self._clock, request, models, deadline, waiting
         ).open()
+
+    async def _likeness(self, request: Request) -> float | None:
+        """How like the hard examples of its route the request is; None: nobody knows."""
+        route = self._router.find(request.model)
+        config = route.complexity.examples
+        if config is None or not (text := prompt_text(request)):
+            return None
+        examples = self._examples.setdefault(route.id, Examples(config, self._embed))
+        try:
+            return await examples.likeness(text)
+        except EngineError as error:
+            log.warning("the examples of %s say nothing: %s", route.id, error)
+            return None
+
+    async def _embed(self, name: str, texts: Sequence[str]) -> list[Vector]:
+        model = self._config.find(name)
+        body = {"model": model.id, "input": list(texts)}
+        request = TextRequest(model.id, TextOperation.EMBEDDINGS, body, f"route-{model.id}")
+        deadline = Deadline(self._clock, EMBED_TIMEOUT_S)
+        session = await self._admission.open(model, request, deadline, Waiting())
+        try:
+            first = session.first
+        finally:
+            await session.close()
+        if not isinstance(first, Document):
+            raise RuntimeFailed(f"{model.id!r} gave no embeddings.")
+        return [each["embedding"] for each in json.loads(first.body)["data"]]
 
     def _chain(self, model: ModelConfig) -> tuple[ModelConfig, ...]:
         """The model, its fallbacks, theirs, and so on; each once."""

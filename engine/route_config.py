@@ -32,6 +32,16 @@ class Profile(StrEnum):
     QUALITY = "quality"
 
 
+class ExamplesConfig(Section):
+    """Requests whose difficulty is known, for an embedding model to compare others with."""
+
+    model: ModelId
+    """A model that embeds."""
+    simple: tuple[str, ...] = Field(min_length=1)
+    hard: tuple[str, ...] = Field(min_length=1)
+    weight: float = Field(default=0.8, ge=0, le=1)
+
+
 class ComplexityConfig(Section):
     """The weights, 0 to 1, of the score that tells a simple request from a hard one.
 
@@ -47,6 +57,8 @@ class ComplexityConfig(Section):
     """Whether it holds formulas, or asks for a proof or a calculation."""
     reasoning: float = Field(default=0.8, ge=0, le=1)
     """Whether it asks for steps, plans or comparisons, or for a reasoning effort."""
+    examples: ExamplesConfig | None = None
+    """Whether it is closer to hard examples than to simple ones. None: nobody looks."""
 
 
 class RouteConfig(Section):

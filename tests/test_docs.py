@@ -21,7 +21,7 @@ from engine.cost_config import BudgetConfig, CostConfig
 from engine.engine import Engine
 from engine.errors import EngineError, NotLoaded, Overloaded
 from engine.metrics import EngineMetrics
-from engine.route_config import ComplexityConfig, RouteConfig
+from engine.route_config import ComplexityConfig, ExamplesConfig, RouteConfig
 from engine.runtimes.diffusers.options import IpAdapter, Profile
 from engine.runtimes.registry import REGISTRY, runtime_class
 from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
@@ -58,6 +58,12 @@ CONFIGURATION: list[tuple[str, str, type[BaseModel], dict[str, Any]]] = [
     ("`models`", "key", ModelConfig, MODEL),
     ("`routes`", "key", RouteConfig, {"id": "auto", "choose": ["any"]}),
     ("`routes`", "key of `complexity`", ComplexityConfig, NOTHING),
+    (
+        "`routes`",
+        "key of `examples`",
+        ExamplesConfig,
+        {"model": "any", "simple": ["a"], "hard": ["b"]},
+    ),
     ("`costs`", "key", CostConfig, NOTHING),
     ("`budgets`", "key", BudgetConfig, NOTHING),
     *((f"Options of `{name}`", "key", runtime_class(name).Options, NOTHING) for name in REGISTRY),

@@ -45,8 +45,10 @@ class Complexity:
     parts: Mapping[str, float]
 
 
-def complexity(request: Request, weights: ComplexityConfig) -> Complexity:
-    """The score of a request.
+def complexity(
+    request: Request, weights: ComplexityConfig, likeness: float | None = None
+) -> Complexity:
+    """The score of a request. `likeness` is how like the hard examples it is, 0 to 1, if known.
 
     It is 1 - Π (1 - weight × part): one strong sign is enough, and several add up.
     """
@@ -61,6 +63,9 @@ def complexity(request: Request, weights: ComplexityConfig) -> Complexity:
     simple = 1.0
     for name, part in parts.items():
         simple *= 1 - getattr(weights, name) * part
+    if likeness is not None and weights.examples is not None:
+        parts["examples"] = likeness
+        simple *= 1 - weights.examples.weight * likeness
     return Complexity(1 - simple, parts)
 
 

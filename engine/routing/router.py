@@ -77,8 +77,10 @@ class Router:
     def __contains__(self, name: str) -> bool:
         return name in self._routes
 
-    def choose(self, request: Request) -> Choice:
+    def choose(self, request: Request, likeness: float | None = None) -> Choice:
         """The models for a request that names a route.
+
+        `likeness` is how like the route's hard examples it is, if it has any.
 
         Raises:
             InvalidRequest: the caller's key may not use the route.
@@ -91,7 +93,7 @@ class Router:
                 param="model",
                 status=403,
             )
-        hard = complexity(request, route.complexity)
+        hard = complexity(request, route.complexity, likeness)
         highest = route.least_quality if route.hard_quality is None else route.hard_quality
         needed = route.least_quality + (highest - route.least_quality) * hard.score
         profile = self._profile_model(route, request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from engine.errors import (
     QueueTimeout,
     RuntimeFailed,
 )
-from engine.events import Event, Frame, Progress
+from engine.events import Document, Event, Frame, Progress
 from engine.requests import SchedulingOptions, TextOperation, TextRequest
 from engine.runtimes.registry import REGISTRY
 from tests.server.fake import DEVICE_BYTES, FakeRuntime, fake_engine
@@ -32,7 +33,13 @@ MODELS: list[dict[str, Any]] = [
     {"id": "big", "fallbacks": ["broken"], "options": {"nbytes": 10 * DEVICE_BYTES}},
     {"id": "alone"},
 ]
-ROUTES = [{"id": "auto", "choose": ["broken", "alone"]}]
+EXAMPLES = {"model": "alone", "simple": ["hi"], "hard": ["prove it"], "weight": 1}
+ROUTES: list[dict[str, Any]] = [
+    {"id": "auto", "choose": ["broken", "alone"]},
+    {"id": "taught", "choose": ["third"], "complexity": {"examples": EXAMPLES}},
+    {"id": "untaught", "choose": ["third"], "complexity": {
+        "examples": {**EXAMPLES, "model": "big"}}},
+]  # fmt: skip
 
 
 class World:
@@ -48,6 +55,11 @@ class World:
         self.engine: Engine = fake_engine(self.runtime, folder, models=models, routes=ROUTES)
 
     async def _answer(self, request: TextRequest) -> AsyncGenerator[Event, None]:
+        if request.operation is TextOperation.EMBEDDINGS:
+            vectors = [[float("prove" in text), 1.0] for text in request.body["input"]]
+            data = [{"embedding": vector} for vector in vectors]
+            yield Document(json.dumps({"data": data}).encode())
+            return
         self.asked.append(request.model)
         yield Progress(0.1)
         plan = self.does.get(request.model)
@@ -211,6 +223,20 @@ async def test_a_route_chooses_and_goes_on(world: World) -> None:
     assert set(choice.models) == {"broken", "alone"}
     resolved = await world.engine.resolve(request("auto"))
     assert resolved.model == choice.models[0]
+
+
+async def test_a_route_compares_with_its_examples(world: World) -> None:
+    async def score(route: str, text: str) -> float:
+        body = {"messages": [{"role": "user", "content": text}]}
+        asked = TextRequest(route, TextOperation.CHAT, body, "r")
+        choice = await world.engine.route(asked)
+        assert choice.complexity is not None
+        return choice.complexity.score
+
+    assert await score("taught", "Say hello") < 0.1
+    assert await score("taught", "Tell me how to prove everything") > 0.9
+    # A model that cannot embed now says nothing, and the route chooses all the same.
+    assert await score("untaught", "Say hello") < 0.1
 
 
 async def test_a_name_that_nobody_has_is_refused_at_once(world: World) -> None:
