@@ -294,7 +294,7 @@ class Admission:
             tier=lease.timings.tier,
             fetch_ms=max(0.0, granted_at - since - lease.timings.queued_s) * 1e3,
         )
-        return Session(model, first, events, lease, timings, notes)
+        return Session(model, first, events, lease, timings, notes, prepared.usage)
 
     async def _noted(
         self,

@@ -2,14 +2,17 @@
 
 An unknown key or an impossible value is an error that names the key. What a runtime allows is
 known above this module: whoever reads a configuration passes the runtimes to check it against.
-The file has three sections::
+The file has these sections::
 
-    engine:            # EngineConfig without `models`
+    engine:            # EngineConfig without the sections below
       memory: 80%
     server: {}         # read by server/settings.py
     models:
       - id: qwen
         source: Qwen/Qwen3-4B-Instruct-2507
+    routes: []         # RouteConfig
+    budgets: []        # BudgetConfig
+    costs: {}          # CostConfig
 
 `ROUNDHOUSE_MEMORY=20GiB` overrides `engine.memory`, and so on for every
 scalar key of `engine` and `server`. What Kubernetes sets for a Service of our name is ignored.
@@ -20,14 +23,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
     SkipValidation,
@@ -39,14 +40,19 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
+from engine.cost_config import BudgetConfig, CostConfig
 from engine.errors import ConfigError, ModelNotFound
-from engine.rules import rule
+from engine.route_config import ModelId, RouteConfig
+from engine.section import Runtimes, Section, SectionT, describe, parse_section, unknown_key
 from engine.units import Budget, Duration, MemoryBudget, Size
 from engine.words import MOST_ECHOED, echoed
 
 ENV_PREFIX = "ROUNDHOUSE_"
 ENV_CONFIG = "ROUNDHOUSE_CONFIG"
 """The configuration file to read. It is not a key of a section."""
+
+LISTS = ("models", "routes", "budgets")
+"""The sections that are lists."""
 
 _LINK = re.compile(
     r"""(?:_[A-Z0-9]+)*?(?:
@@ -60,8 +66,6 @@ _LINK = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 """A variable of Kubernetes or of a Docker link and its value, behind the name of the service."""
-
-ModelId = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\s]+$")]
 
 
 def is_service_link(name: str, variable: str, text: str) -> bool:
@@ -100,26 +104,6 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class Section(BaseModel):
-    """Base of every part of the configuration: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-SectionT = TypeVar("SectionT", bound=Section)
-
-
-class RuntimeKind(Protocol):
-    """What a runtime says of the models that it takes."""
-
-    tasks: ClassVar[tuple[str, ...]]
-    Options: ClassVar[type[Section]]
-
-
-Runtimes = Mapping[str, type[RuntimeKind]]
-"""The runtimes by name; a configuration is checked against them."""
-
-
 class _Parsed:
     """The last parsed form of a model's options, with what it was parsed from.
 
@@ -150,6 +134,12 @@ class ModelConfig(Section):
     """Seconds an idle model stays; None takes `engine.keep_alive`."""
     pin: bool = False
     """Load at start and never evict."""
+    fallbacks: tuple[ModelId, ...] = ()
+    """Models that answer, in this order, when this one cannot."""
+    max_wait: Duration | None = Field(default=None, gt=0)
+    """Seconds a request waits for this model before its fallbacks are tried."""
+    quality: float = Field(default=0.5, ge=0, le=1)
+    """How good its answers are, 0 to 1, for routes that ask for a least quality."""
     options: Annotated[Mapping[str, Any], SkipValidation] = Field(default_factory=dict)
     """The runtime's own options as they were written; `options_as` gives their parsed form."""
     _parsed: _Parsed = PrivateAttr(default_factory=_Parsed)
@@ -190,7 +180,7 @@ class ModelConfig(Section):
             try:
                 kind.model_validate(value)
             except ValidationError as error:
-                lines = "; ".join(_describe(kind, item, "options") for item in error.errors())
+                lines = "; ".join(describe(kind, item, "options") for item in error.errors())
                 raise PydanticCustomError("options", "{lines}", {"lines": lines}) from error
         return value
 
@@ -248,6 +238,12 @@ class EngineConfig(Section):
     max_overtake_s: Duration = Field(default=10.0)
     """Seconds for which later requests may overtake a request."""
     models: tuple[ModelConfig, ...] = Field(min_length=1)
+    routes: tuple[RouteConfig, ...] = ()
+    """Names that stand for the cheapest model that can do a request."""
+    budgets: tuple[BudgetConfig, ...] = ()
+    """What may be spent in a day or a month."""
+    costs: CostConfig = CostConfig()
+    """What this machine costs, and what its answers are compared with."""
     # Models, and each of them by all its names.
     _found: tuple[tuple[ModelConfig, ...], Mapping[str, ModelConfig]] = PrivateAttr(((), {}))
 
@@ -261,6 +257,15 @@ class EngineConfig(Section):
                         f"models: the name {name!r} of {model.id!r} is taken by {owner[name]!r}"
                     )
                 owner[name] = model.id
+        for route in self.routes:
+            if route.id in owner:
+                raise ValueError(f"routes: the name {route.id!r} is taken by {owner[route.id]!r}")
+            owner[route.id] = route.id
+        models = {name for model in self.models for name in model.names}
+        for model in self.models:
+            _check_known(f"models: fallbacks of {model.id!r}", model.fallbacks, models)
+        for route in self.routes:
+            _check_known(f"routes: choose of {route.id!r}", route.choose, models)
         return self
 
     def _by_name(self) -> Mapping[str, ModelConfig]:
@@ -294,13 +299,19 @@ class EngineConfig(Section):
         return self.host_memory or MemoryBudget(share=0.5 if device == "cuda" else 0.2)
 
 
+def _check_known(where: str, named: Iterable[str], models: Collection[str]) -> None:
+    for name in named:
+        if name not in models:
+            raise ValueError(f"{where}: no model has the name {name!r}")
+
+
 def read_sections(
     path: Path, environ: Mapping[str, str], fields: Mapping[str, Iterable[str]]
 ) -> dict[str, Any]:
     """Read the file and lay the environment over it.
 
     `fields` maps each section to the scalar keys that a variable may set.
-    Returns one raw mapping per section, plus `models`.
+    Returns one raw mapping per section, plus the lists.
 
     Raises:
         ConfigError: unreadable, not a mapping, an unknown section or variable.
@@ -320,9 +331,9 @@ def read_sections(
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected a mapping at the top")
     for key in document:
-        if key not in (*fields, "models"):
-            raise ConfigError(_unknown(str(key), (*fields, "models")))
-    sections: dict[str, Any] = {"models": document.get("models") or []}
+        if key not in (*fields, *LISTS):
+            raise ConfigError(unknown_key(str(key), (*fields, *LISTS)))
+    sections: dict[str, Any] = {name: document.get(name) or [] for name in LISTS}
     for section in fields:
         value = document.get(section) or {}
         if not isinstance(value, dict):
@@ -339,32 +350,10 @@ def read_sections(
         if is_service_link("roundhouse", variable, text):
             continue
         if variable not in variables:
-            raise ConfigError(_unknown(variable, variables))
+            raise ConfigError(unknown_key(variable, variables))
         section, key = variables[variable]
         sections[section][key] = text
     return sections
-
-
-def parse_section(
-    kind: type[SectionT], raw: Any, prefix: str, runtimes: Runtimes | None = None
-) -> SectionT:
-    """Validate one section. An error names the full key.
-
-    Models are checked against `runtimes`. Without them, nobody looks at runtime, task and options.
-
-    Raises:
-        ConfigError: naming every key at fault.
-
-    """
-    try:
-        return kind.model_validate(raw, context=runtimes)
-    except ValidationError as error:
-        found = error.errors()
-        # Pydantic counts the valid items only, so a list whose items are all wrong seems empty.
-        lists = {item["loc"][:1] for item in found if len(item["loc"]) > 1}
-        told = [each for each in found if each["type"] != "too_short" or each["loc"] not in lists]
-        lines = [_describe(kind, item, prefix) for item in told]
-        raise ConfigError("; ".join(lines)) from error
 
 
 def engine_config(sections: Mapping[str, Any], runtimes: Runtimes) -> EngineConfig:
@@ -374,36 +363,13 @@ def engine_config(sections: Mapping[str, Any], runtimes: Runtimes) -> EngineConf
         ConfigError: naming every key at fault.
 
     """
-    raw = {**sections.get("engine", {}), "models": sections["models"]}
+    raw = dict(sections.get("engine", {}))
+    for name in (*LISTS, "costs"):
+        if name in sections:
+            raw[name] = sections[name]
     return parse_section(EngineConfig, raw, "engine", runtimes)
 
 
 def engine_fields() -> list[str]:
     """The keys of `engine` that an environment variable may set."""
-    return [name for name in EngineConfig.model_fields if name != "models"]
-
-
-def _describe(kind: type[BaseModel], item: Any, prefix: str) -> str:
-    path = ""
-    for part in item["loc"]:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}"
-    path = path.removeprefix(".")
-    key = path if path.startswith("models") else f"{prefix}.{path}" if path else prefix
-    if item["type"] == "extra_forbidden":
-        known: Sequence[str] = ()
-        if len(item["loc"]) == 1:
-            known = list(kind.model_fields)
-        elif path.startswith("models") and len(item["loc"]) == 3:
-            known = list(ModelConfig.model_fields)
-        return _unknown(key, known)
-    if item["type"] == "options":
-        return "; ".join(
-            f"{key.removesuffix('.options')}.{line}" for line in item["msg"].split("; ")
-        )
-    message = rule(item)
-    return f"{key}: {message}" if path or not message.startswith("models") else message
-
-
-def _unknown(key: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(known), n=1)
-    return f"{key}: unknown key" + (f" (did you mean {close[0]}?)" if close else "")
+    return [name for name in EngineConfig.model_fields if name not in (*LISTS, "costs")]

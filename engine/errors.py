@@ -12,12 +12,15 @@ The tree::
     ├── Overloaded                 try again later; `retry_after_s` says when
     │   ├── QueueFull              the model's queue is at its bound
     │   ├── QueueTimeout           waited its whole time without being granted
+    │   ├── ProviderBusy           the provider of a remote model takes no more for now
+    │   ├── BudgetExceeded         what may be spent is spent
     │   └── ShuttingDown           the engine accepts no new work
     ├── InsufficientCapacity       would not fit even on an empty device
     ├── NoSpaceLeft                the disk is full
     ├── LoadFailed                 the runtime could not load the model
     ├── OutOfDeviceMemory          ran out of memory while running
     └── RuntimeFailed              the native library failed while running
+        └── ProviderFailed         the provider of a remote model failed
 
 Catch by type. The HTTP status of each lives in one table, `server/errors.py`.
 """
@@ -134,6 +137,18 @@ class QueueTimeout(Overloaded):
     code = "queue_timeout"
 
 
+class ProviderBusy(Overloaded):
+    """The provider of a remote model takes no more for now: its limits, or it has lately failed."""
+
+    code = "provider_busy"
+
+
+class BudgetExceeded(Overloaded):
+    """What may be spent in this day or month is spent; `retry_after_s` is until the next."""
+
+    code = "budget_exceeded"
+
+
 class ShuttingDown(Overloaded):
     """The engine is draining and accepts no new work."""
 
@@ -177,6 +192,12 @@ class RuntimeFailed(EngineError):
     """The native library failed while the request ran."""
 
     code = "runtime_failed"
+
+
+class ProviderFailed(RuntimeFailed):
+    """The provider of a remote model gave an error or no answer, or could not be reached."""
+
+    code = "provider_failed"
 
 
 def reason(error: BaseException) -> str:

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 from PIL.Image import Image
 
+from engine.caller import NOBODY, Caller
+
 
 class Priority(IntEnum):
     """Order among waiting requests; lower is served first."""
@@ -33,6 +35,10 @@ class SchedulingOptions:
     """Refuse the request at once, with `NotLoaded`, if the model would have to be loaded."""
     no_evict: bool = False
     """No other model may leave for this one. The request waits for room until its timeout."""
+    max_wait_s: float | None = None
+    """Seconds to wait for the model before its fallbacks are tried; None takes the model's own."""
+    caller: Caller = NOBODY
+    """Whose request it is."""
 
 
 class TextOperation(StrEnum):

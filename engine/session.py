@@ -11,6 +11,7 @@ from engine.errors import OutOfDeviceMemory
 from engine.events import Cut, Event, Progress
 from engine.run import Run
 from engine.scheduling.lease import Lease
+from engine.usage import Usage
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +51,13 @@ class Session:
         lease: Lease,
         timings: Timings,
         notes: Notes,
+        usage: Usage,
     ) -> None:
         self.model = model
         self.first = first
         self.timings = timings
         self.notes = notes
+        self.usage = usage
         self.again: Callable[[], Awaitable[Session]] | None = None
         """How to run the request once more after it ran out of device memory."""
         self._run = Run(rest, lease)
@@ -85,6 +88,7 @@ class Session:
                     await self.close()
                     second, self.again = await self.again(), None
                     self._run, self.notes = second._run, second.notes
+                    self.usage = second.usage
                     following = second.first
                 if following is None:
                     return

@@ -12,6 +12,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from engine.errors import (
+    BudgetExceeded,
     ConfigError,
     Conflict,
     EngineError,
@@ -24,6 +25,8 @@ from engine.errors import (
     NotLoaded,
     OutOfDeviceMemory,
     Overloaded,
+    ProviderBusy,
+    ProviderFailed,
     QueueFull,
     QueueTimeout,
     RuntimeFailed,
@@ -59,12 +62,15 @@ _ANSWERS: Mapping[type[EngineError], _Answer] = {
     Overloaded: _Answer(503, "server_error"),
     QueueFull: _Answer(429, "rate_limit_error"),
     QueueTimeout: _Answer(503, "server_error"),
+    ProviderBusy: _Answer(503, "server_error"),
+    BudgetExceeded: _Answer(429, "rate_limit_error", retry=False),
     ShuttingDown: _Answer(503, "server_error"),
     InsufficientCapacity: _Answer(507, "server_error", retry=False),
     NoSpaceLeft: _Answer(507, "server_error", retry=False),
     LoadFailed: _Answer(500, "server_error", retry=False),
     OutOfDeviceMemory: _Answer(503, "server_error"),
     RuntimeFailed: _Answer(500, "server_error"),
+    ProviderFailed: _Answer(502, "server_error"),
 }
 
 _ANTHROPIC_TYPES: Mapping[int, str] = {

@@ -13,17 +13,11 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, field_validator
 
-from engine.config import (
-    ENV_CONFIG,
-    EngineConfig,
-    Section,
-    engine_config,
-    engine_fields,
-    parse_section,
-    read_sections,
-)
+from engine.config import ENV_CONFIG, EngineConfig, engine_config, engine_fields, read_sections
+from engine.cost_config import CostConfig
 from engine.errors import ConfigError
 from engine.runtimes.registry import RUNTIMES
+from engine.section import Section, parse_section
 from engine.units import Duration, Size
 
 logger = logging.getLogger(__name__)
@@ -215,7 +209,11 @@ def read_engine_config(path: Path, environ: Mapping[str, str]) -> EngineConfig:
 
 
 def _sections(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:
-    fields = {"engine": engine_fields(), "server": list(ServerSettings.model_fields)}
+    fields = {
+        "engine": engine_fields(),
+        "server": list(ServerSettings.model_fields),
+        "costs": [name for name in CostConfig.model_fields if name != "compare"],
+    }
     return read_sections(path, environ, fields)
 
 

@@ -48,6 +48,8 @@ LAYERS = (
     ("engine.requests",),
     ("engine.status",),
     ("engine.config",),
+    ("engine.route_config", "engine.cost_config"),
+    ("engine.section", "engine.usage", "engine.caller"),
     ("engine.errors", "engine.rules", "engine.units", "engine.words"),
 )
 """From the top. A module belongs to the longest name that it begins with, and may import its own

@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from engine.caller import Caller
 from engine.jobs.store import Job
 from engine.requests import LoraChoice, Quality, SchedulingOptions, VideoRequest
 
@@ -56,5 +57,7 @@ def left_s(job: Job, now: float) -> float:
 
 
 def _scheduling(job: Job) -> dict[str, Any]:
-    scheduling: dict[str, Any] = job.request.get(_SCHEDULING, {})  # early records have none
+    scheduling: dict[str, Any] = dict(job.request.get(_SCHEDULING, {}))  # early records have none
+    if "caller" in scheduling:
+        scheduling["caller"] = Caller(**scheduling["caller"])
     return scheduling

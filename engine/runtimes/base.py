@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from prometheus_client.registry import CollectorRegistry
 
-from engine.config import ModelConfig, Section
+from engine.config import ModelConfig
 from engine.events import Event
 from engine.files.hub.repository import Repository
 from engine.files.hub.selection import HubSource
@@ -25,6 +25,8 @@ from engine.memory.host_memory import HostMemory
 from engine.model_folder import WANTED_FILES, local_folder
 from engine.requests import Request
 from engine.runtimes.recognised import Recognised
+from engine.section import Section
+from engine.usage import Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class Prepared:
     shape: str = ""
     """What the working memory depends on. A run of that shape that gives `WorkingMemory` corrects
     the estimate of the next; runs without a shape are never corrected."""
+    usage: Usage = field(default_factory=Usage, compare=False)
+    """What the run takes. A run counts tokens here, and what only the library knows."""
 
 
 class LoadedModel(ABC):

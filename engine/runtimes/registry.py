@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from engine.config import ModelConfig, Section
+from engine.config import ModelConfig
+from engine.section import Section
 
 if TYPE_CHECKING:  # commands that only read `--help` need none of what it imports
     from engine.runtimes.base import Runtime

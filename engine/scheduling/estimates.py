@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine.config import ModelConfig, Section
+from engine.config import ModelConfig
 from engine.files.atomic import new_file
 from engine.memory.block import Block, Estimate
+from engine.section import Section
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,10 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from engine.config import EngineConfig, ModelId, Section, parse_section
+from engine.config import EngineConfig, ModelId
 from engine.errors import ConfigError
 from engine.requests import Priority
+from engine.section import Section, parse_section
 from engine.units import Duration, MemoryBudget, Size, format_size
 
 GIB = 2**30

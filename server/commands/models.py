@@ -25,17 +25,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from engine.config import (
-    ENV_CONFIG,
-    EngineConfig,
-    ModelConfig,
-    engine_config,
-    parse_section,
-    user_dir,
-)
+from engine.config import ENV_CONFIG, EngineConfig, ModelConfig, engine_config, user_dir
 from engine.errors import ConfigError, EngineError, LoadFailed, ModelNotFound
 from engine.files.source import Source
 from engine.runtimes.registry import RUNTIMES
+from engine.section import parse_section
 from engine.units import format_size
 from server.commands.default_config import configuration
 from server.commands.options import ConfigFile

@@ -49,7 +49,7 @@ def images_router(engine: Engine, outputs: Outputs, settings: ServerSettings) ->
     def add(path: str, kind: type[ImageBody]) -> None:
         async def endpoint(request: Request) -> Response:
             fields = await read_fields(request, settings.max_body_bytes)
-            scheduling = take_scheduling_options(request.headers, fields)
+            scheduling = take_scheduling_options(request, fields)
             body = kind.of(fields)
             pictures: list[Picture] = []
             if uploads := body.uploads():

@@ -49,7 +49,7 @@ def speech_router(engine: Engine, voices: VoiceStore, settings: ServerSettings) 
     @router.post("/v1/audio/speech")
     async def speech(request: Request) -> Response:
         fields = await read_json(request, settings.max_body_bytes)
-        scheduling = take_scheduling_options(request.headers, fields, default=Priority.INTERACTIVE)
+        scheduling = take_scheduling_options(request, fields, default=Priority.INTERACTIVE)
         body = SpeechBody.of(fields)
         sample = None if body.voice is None else await asyncio.to_thread(cloned, body.voice)
         speech_request = body.to_request(

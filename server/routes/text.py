@@ -77,7 +77,7 @@ async def read_text_request(
     fields = await read_json(request, settings.max_body_bytes)
     model = model_name(fields.values.get("model"))
     check_media_urls(fields.values, settings.allowed_media_hosts)
-    scheduling = take_scheduling_options(request.headers, fields)
+    scheduling = take_scheduling_options(request, fields)
     return TextRequest(
         model=model,
         operation=operation,

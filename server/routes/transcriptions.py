@@ -45,9 +45,7 @@ def transcriptions_router(engine: Engine, settings: ServerSettings) -> Router:
     def add(path: str, kind: type[RecordingBody]) -> None:
         async def endpoint(request: Request) -> Response:
             fields = await read_fields(request, settings.max_body_bytes)
-            scheduling = take_scheduling_options(
-                request.headers, fields, default=Priority.INTERACTIVE
-            )
+            scheduling = take_scheduling_options(request, fields, default=Priority.INTERACTIVE)
             body = kind.of(fields)
             transcription_request = body.to_request(
                 request_id=request.state.request_id, scheduling=scheduling

@@ -40,7 +40,7 @@ def videos_router(engine: Engine, jobs: Jobs, settings: ServerSettings) -> Route
     @router.post("/v1/videos")
     async def create(request: Request) -> Response:
         fields = await read_fields(request, settings.max_body_bytes)
-        scheduling = take_scheduling_options(request.headers, fields, default=Priority.BATCH)
+        scheduling = take_scheduling_options(request, fields, default=Priority.BATCH)
         body = VideoBody.of(fields)
         pictures = await asyncio.to_thread(
             decode_pictures, body.uploads(), settings.max_image_pixels

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Annotated, Any, TypeAlias
 
+from fastapi import Request
 from pydantic import ConfigDict, PlainValidator, WithJsonSchema
 
+from engine.caller import NOBODY
 from engine.requests import Priority, SchedulingOptions
 from engine.units import parse_duration
 from server.forms import Fields
@@ -76,6 +77,12 @@ class SchedulingBody(Body):
     """Answer 409 at once if the model would have to be loaded or woken."""
     no_evict: bool = False
     """Evict no other model for this request."""
+    max_wait: Annotated[
+        float | None,
+        PlainValidator(_read_timeout_s),
+        WithJsonSchema({"type": ["number", "string"], "examples": ["5s"]}),
+    ] = None
+    """How long to wait for the model before its fallbacks are tried, if it has any."""
 
 
 class SchedulingHeaders(SchedulingBody):
@@ -89,9 +96,9 @@ _HEADERS = tuple(_header(name) for name in _FIELDS)
 
 
 def take_scheduling_options(
-    headers: Mapping[str, str], fields: Fields, default: Priority = Priority.NORMAL
+    request: Request, fields: Fields, default: Priority = Priority.NORMAL
 ) -> SchedulingOptions:
-    """The scheduling options of a request. Its body goes before its headers.
+    """The scheduling options of a request, and its caller. Its body goes before its headers.
 
     Takes them out of `fields`, as the schemas of the endpoints do not know them.
 
@@ -100,6 +107,7 @@ def take_scheduling_options(
 
     """
     named: dict[str, Any] = {}
+    headers = request.headers
     in_headers = {name: headers[name] for name in _HEADERS if name in headers}
     if in_headers:
         named |= _named(SchedulingHeaders.of(Fields(in_headers, typed=False)))
@@ -112,6 +120,8 @@ def take_scheduling_options(
         keep_alive_s=named.get("keep_alive"),
         if_loaded_only=named.get("if_loaded_only", False),
         no_evict=named.get("no_evict", False),
+        max_wait_s=named.get("max_wait"),
+        caller=getattr(request.state, "caller", NOBODY),
     )
 
 

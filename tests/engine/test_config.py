@@ -7,18 +7,11 @@ from typing import Any
 
 import pytest
 
-from engine.config import (
-    EngineConfig,
-    ModelConfig,
-    Section,
-    engine_config,
-    is_service_link,
-    parse_section,
-    read_sections,
-)
+from engine.config import EngineConfig, ModelConfig, engine_config, is_service_link, read_sections
 from engine.errors import ConfigError
 from engine.runtimes.registry import REGISTRY, RUNTIMES, options_of
 from engine.runtimes.vllm.options import VllmOptions
+from engine.section import Section, parse_section
 from engine.units import parse_duration
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import uvicorn
 from fastapi import FastAPI
 
-from engine.config import EngineConfig, ModelConfig, Section
+from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.errors import LoadFailed
 from engine.events import Document, Event, Frame
@@ -23,6 +23,7 @@ from engine.memory.block import Block, Estimate
 from engine.memory.device import Device
 from engine.requests import Request, TextRequest
 from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
+from engine.section import Section
 
 MODEL_BYTES = 1000
 DEVICE_BYTES = 10_000

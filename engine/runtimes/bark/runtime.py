@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from engine.config import ModelConfig, Section
+from engine.config import ModelConfig
 from engine.errors import InvalidRequest, LoadFailed, reason
 from engine.files.hub.repository import Repository
 from engine.files.hub.selection import HubSource
@@ -40,6 +40,7 @@ from engine.runtimes.common.speech import (
 from engine.runtimes.common.torch_model import TorchRuntime
 from engine.runtimes.common.utterance import Utterance
 from engine.runtimes.recognised import Recognised
+from engine.section import Section
 
 FILES = (*WANTED_FILES, "*.npy")
 """The files to fetch from a hub. The voices are arrays beside the weights."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from engine.config import Section
+from engine.section import Section
 
 
 class SpeechOptions(Section):

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
-from engine.config import ModelConfig, Section
+from engine.config import ModelConfig
 from engine.errors import InvalidRequest, LoadFailed
 from engine.files.hub.repository import Repository
 from engine.files.hub.selection import HubSource
@@ -40,6 +40,7 @@ from engine.runtimes.common.utterance import Utterance
 from engine.runtimes.coqui.files import CONFIG_FILE, CoquiFiles, read_folder
 from engine.runtimes.coqui.options import CoquiOptions
 from engine.runtimes.recognised import Recognised
+from engine.section import Section
 
 FILES = ("*.json", "*.pth", "!dvae.pth", "!mel_stats.pth")
 """The files to fetch from a hub. Coqui's weights are pickled, and read with `weights_only`. XTTS is

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from engine.config import Section
 from engine.requests import Quality
+from engine.section import Section
 
 MAX_STEPS = 500
 """Models are trained with 1000 time steps. Some schedulers fail near that many."""

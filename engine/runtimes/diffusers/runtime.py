@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from engine.config import ModelConfig, Section
+from engine.config import ModelConfig
 from engine.errors import InvalidRequest, LoadFailed
 from engine.files.hub.repository import Repository
 from engine.files.hub.selection import HubSource
@@ -42,6 +42,7 @@ from engine.runtimes.diffusers.options import OFFLOADED, DiffusersOptions
 from engine.runtimes.diffusers.recognition import recognise_pipeline
 from engine.runtimes.diffusers.request_checks import RequestChecks
 from engine.runtimes.recognised import Recognised
+from engine.section import Section
 
 if TYPE_CHECKING:
     from engine.runtimes.diffusers.pipeline import Pipeline  # noqa: F401 - used in a string

@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from engine.config import Section
 from engine.runtimes.kokoro.languages import NEEDS_PACKAGES, find_language, spoken_languages
 from engine.runtimes.kokoro.voices import OPENAI_VOICES, language_of, parse_blend
+from engine.section import Section
 
 
 class KokoroOptions(Section):

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from engine.config import ModelConfig, Section
+from engine.config import ModelConfig
 from engine.errors import InvalidRequest, LoadFailed
 from engine.files.hub.repository import Repository
 from engine.files.hub.selection import HubSource
@@ -51,6 +51,7 @@ from engine.runtimes.kokoro.voices import (
     voice_files,
 )
 from engine.runtimes.recognised import Recognised
+from engine.section import Section
 from engine.words import echoed
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from engine.config import Section
+from engine.section import Section
 from engine.units import Size
 
 

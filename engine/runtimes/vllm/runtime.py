@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from prometheus_client.registry import CollectorRegistry
 from pydantic import ValidationError
 
-from engine.config import ModelConfig, Section, is_service_link
+from engine.config import ModelConfig, is_service_link
 from engine.errors import (
     EngineError,
     InvalidRequest,
@@ -59,6 +59,7 @@ from engine.runtimes.vllm.recognition import recognise_language_model
 from engine.runtimes.vllm.refusals import invalid, refusal
 from engine.runtimes.vllm.tool_choice import check_chosen_tool
 from engine.runtimes.vllm.warm_up import warm_up_requests
+from engine.section import Section
 
 if TYPE_CHECKING:
     from engine.runtimes.vllm.core_thread import CoreThread

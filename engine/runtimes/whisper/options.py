@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from engine.config import Section
+from engine.section import Section
 from engine.units import Duration
 
 ComputeType = Literal[

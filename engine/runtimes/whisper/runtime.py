@@ -26,7 +26,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from engine.config import ModelConfig, Section
+from engine.config import ModelConfig
 from engine.errors import (
     EngineError,
     InvalidRequest,
@@ -47,6 +47,7 @@ from engine.runtimes.common.loading import load_on_thread
 from engine.runtimes.common.thread_run import run_on_thread
 from engine.runtimes.recognised import Recognised
 from engine.runtimes.whisper.options import WhisperOptions, run_compute_type
+from engine.section import Section
 from engine.words import echoed
 
 if TYPE_CHECKING:

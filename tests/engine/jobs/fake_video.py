@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from engine.config import EngineConfig, ModelConfig, Section
+from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.errors import InvalidRequest
 from engine.events import Event, Frames, ImageResult, Progress, VideoResult
@@ -19,6 +19,7 @@ from engine.jobs.queue import Jobs
 from engine.media.outputs import Outputs
 from engine.requests import ImageRequest, Request, VideoRequest
 from engine.runtimes.base import Prepared
+from engine.section import Section
 from tests.server.fake import DEVICE_BYTES, FakeDevice, FakeOptions, FakeRuntime
 
 NAME = "fake_video"

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from engine.config import ModelConfig, Section
+from engine.config import ModelConfig
 from engine.errors import InvalidRequest, LoadFailed
 from engine.events import Document, Event
 from engine.files.hub.repository import Repository
@@ -19,6 +19,7 @@ from engine.model_folder import PresentFolders
 from engine.requests import Request, TextRequest
 from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.recognised import Recognised
+from engine.section import Section
 
 RHYMES_FILE = "rhymes.json"
 

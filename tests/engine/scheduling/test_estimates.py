@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from engine.config import Section
 from engine.scheduling.estimates import FILE_NAME, MAX_SHAPES, EstimateStore
+from engine.section import Section
 from tests.engine.scheduling.world import config, estimate
 
 MODEL = config(["model"]).models[0]

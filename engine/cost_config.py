@@ -1,0 +1,47 @@
+"""The configuration of costs and budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from engine.section import Section
+
+
+class CostConfig(Section):
+    """What this machine costs, and what its answers are compared with. Money is in dollars."""
+
+    price_per_hour: float = Field(default=0.0, ge=0)
+    """The rent of this machine."""
+    watts: float = Field(default=0.0, ge=0)
+    """The power that it takes beyond idling while a model runs."""
+    price_per_kwh: float = Field(default=0.0, ge=0)
+    value_of_time: float = Field(default=1.0, ge=0)
+    """Dollars an hour of waiting is worth, for routes."""
+    compare: Mapping[str, str] = Field(default_factory=dict)
+    """The cloud's model that a task would have been paid for otherwise, as `generate: gpt-4o`."""
+
+
+class BudgetConfig(Section):
+    """What may be spent in a day or a month (UTC): in all, by a key, or at a provider."""
+
+    key: str | None = None
+    """The name of a key. Neither a key nor a provider: all of them together."""
+    provider: str | None = None
+    """A provider of remote models."""
+    day: float | None = Field(default=None, ge=0)
+    """Dollars a day."""
+    month: float | None = Field(default=None, ge=0)
+    """Dollars a calendar month."""
+    when_spent: Literal["refuse", "free"] = "refuse"
+    """`refuse` answers 429; `free` passes to models that cost nothing, if there are any."""
+    webhook: str | None = None
+    """A URL that gets a POST at 80, 90 and 100 percent."""
+
+    @model_validator(mode="after")
+    def _has_a_limit(self) -> Self:
+        if self.day is None and self.month is None:
+            raise ValueError("it needs day or month")
+        return self

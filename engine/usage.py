@@ -1,0 +1,25 @@
+"""What a request took and gave, in the units in which providers bill it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Usage:
+    """Counts of one request. They grow while it runs, so that a cancelled one has what it took."""
+
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the input tokens, those that a prefix cache had."""
+    output_tokens: int = 0
+    characters: int = 0
+    """Of a text that was spoken."""
+    heard_s: float = 0.0
+    """Seconds of a recording that was transcribed."""
+    images: int = 0
+    pixels: int = 0
+    """Of one image or frame."""
+    video_s: float = 0.0
+    price: float | None = None
+    """Dollars, where the provider said so itself."""
