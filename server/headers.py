@@ -11,6 +11,12 @@ if TYPE_CHECKING:
 
 HEADER_PREFIX = "x-roundhouse-"
 
+CACHE_HEADER = f"{HEADER_PREFIX}cache"
+"""Of a request: what it wants of the response cache. Of an answer: what the cache did."""
+
+SERVED_BY_HEADER = f"{HEADER_PREFIX}served-by"
+"""The id of the model that answered."""
+
 FETCH_MS = 10.0
 """A wait for files that is worth a header. Looking whether they are here takes less."""
 
@@ -25,9 +31,11 @@ ANSWER_HEADERS = tuple(
         "peak-bytes",
         "cut",
         "weights",
+        "cache",
+        "served-by",
     )
 )
-"""All that `answer_headers` may give."""
+"""All that `answer_headers` and the response cache may give."""
 
 
 def answer_headers(session: Session, ran_ms: float = 0.0) -> dict[str, str]:
