@@ -24,6 +24,8 @@ class Identity:
     """Of the runtime, the source, the options, and the files."""
     changed_at: float
     """Unix seconds at which the newest of its files came to this disk; 0 without files."""
+    complete: bool
+    """Whether something of each of its parts is on this disk."""
     loras_changed_at: float
     """The same of its folder of LoRAs, which a loaded model reads when a request names one."""
 
@@ -32,6 +34,7 @@ class Identity:
 class _Found:
     content: Any
     changed_at: float = 0.0
+    present: bool = True
 
 
 def identity_of(model: ModelConfig, cache_dir: Path) -> Identity:
@@ -58,6 +61,7 @@ def identity_of(model: ModelConfig, cache_dir: Path) -> Identity:
     return Identity(
         digest=hashlib.sha256(text.encode()).hexdigest(),
         changed_at=max((each.changed_at for each in found), default=0.0),
+        complete=all(each.present for each in found),
         loras_changed_at=loras.changed_at,
     )
 
@@ -68,7 +72,7 @@ _NOTHING = _Found(None)
 def _of_source(source: str, revision: str | None, cache_dir: Path) -> _Found:
     folder = present_folder(source, cache_dir, revision=revision)
     if folder is None:
-        return _Found([source, None])
+        return _Found([source, None], present=False)
     found = _folder(folder)
     if Source(source).is_repo:
         # The commit says what is in the files. A file that was fetched again is the same file.

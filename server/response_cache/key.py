@@ -27,7 +27,7 @@ def request_key(fields: Fields, *parts: object) -> bytes:
     large: list[object] = []
     tree = _without_large(fields.values, (), large)
     document = [FORMAT, *parts, fields.typed, tree, large]
-    text = json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(_utf8(text)).digest()
 
 

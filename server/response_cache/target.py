@@ -78,8 +78,12 @@ class Loads:
             self._began_at[model_id] = at
         if status.state is ModelState.ABSENT:
             return True
+        if status.outdated or not identity.complete:
+            return False
+        if not identity.changed_at:
+            return True  # it has no files
         began_at = self._began_at.get(status.id)
-        if status.outdated or began_at is None or identity.changed_at > began_at:
+        if began_at is None or identity.changed_at > began_at:
             return False
         named = isinstance(request, ImageRequest) and request.loras
         # One of the same name may be attached already.

@@ -193,7 +193,7 @@ def test_a_variable_turns_the_response_cache_off(config: Path, text: str) -> Non
     "text",
     [
         "", "redis://", "memcached://:secret-word@localhost", "redis://:secret-word@host/name",
-        "redis://:secret-word@host:port/0", "redis://:secret-word/1@host", "redis://[secret-word",
+        "redis://:secret-word@host:port/0", "redis://a:secret-word/1@host", "redis://[secret-word",
     ],
 )  # fmt: skip
 def test_a_place_for_the_response_cache_that_is_none(config: Path, text: str) -> None:

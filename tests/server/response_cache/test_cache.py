@@ -198,6 +198,12 @@ async def test_any_other_field_makes_another_request(
     assert fresh.runs == 2
 
 
+async def test_another_endpoint_makes_another_request(caller: Caller, fresh: Fresh) -> None:
+    for path in (CHAT, "/v1/completions", "/v1/responses", "/v1/messages"):
+        assert (await caller.post(path, json=ASK)).headers[CACHE] == "miss"
+    await caller.until(4)
+
+
 async def test_another_file_makes_another_request(caller: Caller, fresh: Fresh) -> None:
     path, request = KEPT["transcription"]
     await caller.post(path, **request)
@@ -482,6 +488,34 @@ async def test_a_starter_says_of_a_kept_answer_too_that_it_means_nothing(
         answer = await caller.post(CHAT, json=ASK)
         assert answer.headers[CACHE] == "hit"
         assert answer.headers["x-roundhouse-weights"] == "random"
+
+
+async def test_a_stream_that_waited_is_replayed_without_its_wait(
+    runtime: FakeRuntime, tmp_path: Path, settings: ServerSettings, fresh: Fresh,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("server.answer.GRACE_S", 0.0)
+    runtime.may_start.clear()
+    model = {"id": "small", "runtime": "fake", "source": "starter:tiny-llama"}
+    app = create_app(fake_engine(runtime, tmp_path, models=[model]), settings)
+    ask = {**ASK, "stream": True}
+    async with listening(app) as url, httpx.AsyncClient(base_url=url, timeout=60) as client:
+        try:
+            async with client.stream("POST", CHAT, json=ask) as answer:
+                pieces = answer.aiter_text()
+                assert (await anext(pieces)).startswith(": starting")
+                runtime.may_start.set()
+                text = "".join([piece async for piece in pieces])
+        finally:
+            runtime.may_start.set()
+        assert "x-roundhouse-weights" not in answer.headers
+        caller = Caller(client)
+        await caller.until(1)
+        again = await caller.post(CHAT, json=ask)
+    assert again.headers[CACHE] == "hit"
+    assert again.headers["x-roundhouse-weights"] == "random"
+    assert again.text.startswith("data: ")
+    assert text.endswith(again.text)
 
 
 class TestBadFiles:

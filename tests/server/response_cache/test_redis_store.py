@@ -70,8 +70,9 @@ class TestAwayOrSlow:
     @pytest.mark.parametrize("kind", ["away", "silent"])
     async def test_it_is_a_miss_and_one_warning(
         self, engine: Engine, fresh: Fresh, caplog: pytest.LogCaptureFixture, silent: str,
-        kind: str,
+        kind: str, monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
+        monkeypatch.setattr("server.response_cache.redis_store.WRITE_LIMIT_S", 0.2)
         url = silent if kind == "silent" else f"redis://:secret-word@127.0.0.1:{free_port()}/0"
         settings = ServerSettings(response_cache=url)
         with caplog.at_level(logging.DEBUG):
@@ -91,10 +92,24 @@ class TestAwayOrSlow:
         told = f"{caplog.text}{status}{answer.headers}{cleared.text}"
         assert "secret-word" not in told
 
-    async def test_it_is_asked_again_after_a_pause(self, silent: str) -> None:
+    async def test_a_request_waits_a_moment_only(
+        self, silent: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("server.response_cache.redis_store.WRITE_LIMIT_S", 10 * LIMIT_S)
+        store = RedisStore(silent, 60)
+        async with asyncio.timeout(LIMIT_S):
+            assert await store.get(b"key") is None
+        await store.close()
+
+    async def test_it_is_asked_again_after_a_pause(
+        self, silent: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         now = 0.0
         store = RedisStore(silent, 60, clock=lambda: now)
         assert await store.get(b"key") is None
+        with monkeypatch.context() as context:
+            context.setattr(store._redis, "get", None)  # asking it would be an error
+            assert await store.get(b"key") is None
         failed = store._failing
         made = threading.Event()
 

@@ -214,6 +214,22 @@ async def test_another_process_that_writes_turns_nothing_off(path: Path, clock: 
     await store.close()
 
 
+async def test_what_is_rolled_back_does_not_count(path: Path, clock: Clock) -> None:
+    store = SqliteStore(path, 10**6, 60, clock)
+    await store.start()
+    put(store, 1)
+    await written(store)
+    before = store.kept()
+    assert store._writing is not None
+    with pytest.raises(RuntimeError), store._transaction(store._writing):
+        store._make_room(store._writing, 0)
+        assert store.kept().entries == 0
+        raise RuntimeError
+    assert store.kept() == before
+    assert await store.get(key(1)) == entry(1)
+    await store.close()
+
+
 async def test_the_database_of_another_program_is_left_alone(path: Path, clock: Clock) -> None:
     path.parent.mkdir()
     with sqlite3.connect(path) as connection:
