@@ -37,6 +37,8 @@ CLEAR_LIMIT_S = 60.0
 
 BUSY_LIMIT_S = 2.0
 EVICTED_AT_ONCE = 64
+USED_AT_ONCE = 1000
+"""Hits of different answers that are written together."""
 RECOUNT_AFTER = 256
 """Entries after which the sum is counted anew: another process may write to the same file."""
 JOURNAL_BYTES = 16 * 2**20
@@ -148,6 +150,7 @@ class SqliteStore:
 
     async def close(self) -> None:
         """Write what waits, and close the file."""
+        self._writer.submit(self._write_used)
         for executor, connection in (
             (self._writer, self._writing),
             (self._reader, self._reading),
@@ -255,9 +258,10 @@ class SqliteStore:
             self._writer.submit(self._remove, key, content)
             return None
         with self._lock:
-            if not self._used:
-                self._writer.submit(self._write_used)
             self._used[key] = now
+            # Before an answer is evicted they are written in any case.
+            if len(self._used) == USED_AT_ONCE:
+                self._writer.submit(self._write_used)
         return entry
 
     def _put(self, key: bytes, nbytes: int, encode: Encode) -> None:
@@ -269,6 +273,7 @@ class SqliteStore:
                 return
             size, now = len(content) + ROW_BYTES, self._clock()
             with self._guarded(), self._transaction(self._writing):
+                self._note_used(self._writing)
                 self._puts += 1
                 if self._puts % RECOUNT_AFTER == 0:
                     self._count(self._writing)
@@ -297,15 +302,17 @@ class SqliteStore:
                 self._count(self._writing)
 
     def _write_used(self) -> None:
-        with self._lock:
-            used, self._used = self._used, {}
         with self._guarded():
             if self._writing is not None:
                 with self._transaction(self._writing):
-                    self._writing.executemany(
-                        "UPDATE entries SET used = ? WHERE key = ?",
-                        [(at, key) for key, at in used.items()],
-                    )
+                    self._note_used(self._writing)
+
+    def _note_used(self, connection: sqlite3.Connection) -> None:
+        with self._lock:
+            used, self._used = self._used, {}
+        connection.executemany(
+            "UPDATE entries SET used = ? WHERE key = ?", [(at, key) for key, at in used.items()]
+        )
 
     def _clear(self) -> int | None:
         if self._writing is None:

@@ -73,7 +73,8 @@ async def test_what_was_put_is_there_after_a_restart(path: Path, clock: Clock) -
     assert status(path).st_mode & 0o077 == 0
 
 
-async def test_the_least_recently_used_go_first(path: Path, clock: Clock) -> None:
+@pytest.mark.parametrize("restarts", [False, True])
+async def test_the_least_recently_used_go_first(path: Path, clock: Clock, restarts: bool) -> None:
     size = len(entry(1).encode(key(1))) + ROW_BYTES
     store = SqliteStore(path, 5 * size, 10_000, clock)
     await store.start()
@@ -82,7 +83,10 @@ async def test_the_least_recently_used_go_first(path: Path, clock: Clock) -> Non
         clock.now += 1
         await written(store)
     assert await store.get(key(0)) is not None
-    await written(store)
+    if restarts:
+        await store.close()
+        store = SqliteStore(path, 5 * size, 10_000, clock)
+        await store.start()
     for number in range(5, 8):
         clock.now += 1
         put(store, number)
