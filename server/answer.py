@@ -75,6 +75,7 @@ async def stream_answer(
 
     """
     stream = EventStream(send)
+    failed = False
     try:
         waiting = Waiting()
         shown = _ShownWait(engine, waiting, stream) if shows_wait else nullcontext()
@@ -94,7 +95,8 @@ async def stream_answer(
         expected = isinstance(error, EngineError)
         logger.error("stream %s failed: %s", request.request_id, error, exc_info=not expected)
         await stream.send(Failure.of(error).frame(request.operation, request.request_id))
-    await stream.end()
+        failed = True
+    await stream.end(failed=failed)
     return None
 
 

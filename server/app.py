@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Lifespan
 from server.auth import Guard
 from server.metrics import HttpMetrics
 from server.request_context import RequestContext
+from server.response_cache.cache import open_cache
 from server.routes.docs import docs_router
 from server.routes.engine import engine_router
 from server.routes.images import images_router
@@ -71,27 +72,33 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     outputs = Outputs(engine.config)
     jobs = Jobs(engine, outputs)
     voices = VoiceStore(engine.config)
+    cache = open_cache(engine, settings)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         start.begin(jobs)
         try:
+            if cache is not None:
+                await cache.start()
             yield
         finally:
             await start.end()
+            if cache is not None:
+                await cache.close()
 
     metrics = HttpMetrics()
+    cache_series = () if cache is None else (cache.registry,)
     app = Application(settings, metrics, lifespan)
     for router in (
-        probes_router(engine, start, metrics),
-        text_router(engine, settings),
-        images_router(engine, outputs, settings),
+        probes_router(engine, start, (metrics.registry, *cache_series)),
+        text_router(engine, settings, cache),
+        images_router(engine, outputs, settings, cache),
         videos_router(engine, jobs, settings),
-        speech_router(engine, voices, settings),
-        transcriptions_router(engine, settings),
+        speech_router(engine, voices, settings, cache),
+        transcriptions_router(engine, settings, cache),
         voices_router(engine, voices, settings),
         models_router(engine),
-        engine_router(engine, settings),
+        engine_router(engine, settings, cache),
         route_router(engine, settings),
         files_router(engine),
         web_router(),

@@ -12,7 +12,7 @@ from pydantic.json_schema import JsonSchemaValue, models_json_schema
 from engine.config import EngineConfig, ModelConfig
 from engine.runtimes.registry import REGISTRY, runtime_class
 from server.json_schema import SchemaGenerator
-from server.settings import ServerSettings, split_commas
+from server.settings import ServerSettings, read_cache, split_commas
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -22,8 +22,19 @@ def _list_schema(items: Any) -> JsonSchemaValue:
     return {"anyOf": [items, text, {"type": "null"}]}
 
 
+def _cache_schema(text: Any) -> JsonSchemaValue:
+    # Some parsers of YAML take `off` for false.
+    return {"anyOf": [text, {"type": "boolean"}]}
+
+
 class _Generator(SchemaGenerator):
-    parsers = MappingProxyType({**SchemaGenerator.parsers, split_commas: _list_schema})
+    parsers = MappingProxyType(
+        {
+            **SchemaGenerator.parsers,
+            split_commas: _list_schema,
+            read_cache: _cache_schema,
+        }
+    )
 
 
 def config_schema() -> dict[str, Any]:

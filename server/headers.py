@@ -11,6 +11,12 @@ if TYPE_CHECKING:
 
 HEADER_PREFIX = "x-roundhouse-"
 
+CACHE_HEADER = f"{HEADER_PREFIX}cache"
+"""Of a request: what it wants of the response cache. Of an answer: what the cache did."""
+
+SERVED_BY_HEADER = f"{HEADER_PREFIX}served-by"
+"""The id of the model that answered."""
+
 FETCH_MS = 10.0
 """A wait for files that is worth a header. Looking whether they are here takes less."""
 
@@ -27,9 +33,10 @@ ANSWER_HEADERS = tuple(
         "weights",
         "served-by",
         "attempts",
+        "cache",
     )
 )
-"""All that `answer_headers` may give."""
+"""All that `answer_headers` and the response cache may give."""
 
 
 def answer_headers(session: Session, ran_ms: float = 0.0) -> dict[str, str]:
@@ -43,8 +50,8 @@ def answer_headers(session: Session, ran_ms: float = 0.0) -> dict[str, str]:
         f"{HEADER_PREFIX}load-ms": f"{timings.load_ms:.1f}",
         f"{HEADER_PREFIX}run-ms": f"{timings.run_ms + ran_ms:.1f}",
         f"{HEADER_PREFIX}tier": timings.tier,
+        SERVED_BY_HEADER: session.model.id,
     }
-    headers[f"{HEADER_PREFIX}served-by"] = session.model.id
     if session.attempts:
         # As in `small=queue_timeout, cloud=provider_busy`: models tried before, and their errors.
         headers[f"{HEADER_PREFIX}attempts"] = ", ".join(

@@ -36,6 +36,48 @@ def split_commas(value: Any) -> Any:
     return () if value is None else value
 
 
+CACHE_OFF = "off"
+CACHE_SQLITE = "sqlite"
+_REDIS_SCHEMES = ("redis", "rediss")
+_CACHE_WORDS = {"off": CACHE_OFF, "false": CACHE_OFF, "on": CACHE_SQLITE, "true": CACHE_SQLITE}
+
+
+def read_cache(value: Any) -> str:
+    """Where the response cache is: `off`, `sqlite`, a path, or the URL of a Redis.
+
+    YAML takes `off` and `on` for false and true.
+
+    Raises:
+        ValueError: it is none of these. The message has no part of the value, as a URL may hold a
+            password.
+
+    """
+    if isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("it is off, sqlite, a path, or redis://HOST:PORT/DB")
+    text = value.strip()
+    if "://" in text:
+        try:
+            parts = urlsplit(text)
+            fits = parts.scheme in _REDIS_SCHEMES and parts.hostname and parts.port != 0
+        except ValueError:  # its words have a part of the address
+            fits = False
+        if not fits:
+            raise ValueError("its address is redis://HOST:PORT/DB, or begins with rediss://")
+        path = parts.path.strip("/")
+        if path and not path.isdecimal():
+            raise ValueError("the database of Redis is a number, as in redis://HOST:PORT/0")
+    return _CACHE_WORDS.get(text.lower(), text)
+
+
+def is_redis(where: str) -> bool:
+    """Whether the response cache is in Redis."""
+    return "://" in where
+
+
+CachePlace: TypeAlias = Annotated[str, BeforeValidator(read_cache), Field(repr=False)]
+
 Keys: TypeAlias = Annotated[tuple[SecretStr, ...], BeforeValidator(split_commas)]
 Hosts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(split_commas)]
 
@@ -78,6 +120,17 @@ class ServerSettings(Section):
     """Pixels that the pictures of one request may have together. With more it is refused."""
     allowed_media_hosts: Hosts = ()
     """Hosts whose URLs a request may name for images, audio and video."""
+    response_cache: CachePlace = CACHE_OFF
+    """Where answers that equal requests may get are kept.
+
+    `off`, `sqlite` (a file in `engine.cache_dir`), the path of a file, or `redis://HOST:PORT/DB`.
+    """
+    response_cache_size: Size = Field(default=2**30, gt=0)
+    """Bytes of kept answers; beyond, the least recently used go. Redis has a bound of its own."""
+    response_cache_age: Duration = Field(default=86_400.0, gt=0)
+    """How long an answer is kept."""
+    response_cache_shared: bool = False
+    """A key may get the answers that were given to another."""
     cors_origins: Hosts = ()
     """Origins of web pages whose scripts may read answers, as `https://app.example.com`, or `*`."""
     public_url: str | None = None

@@ -11,6 +11,9 @@ from starlette.types import Send
 
 from engine.events import Frame
 
+FAILED = "roundhouse.failed"
+"""Marks the last message of a response that reported an error. Servers pass over it."""
+
 
 def event_frame(document: Mapping[str, Any]) -> Frame:
     """A document as an event. Its `type` is the event's name."""
@@ -43,9 +46,10 @@ class BodyStream:
         if piece:
             await self._send({"type": "http.response.body", "body": piece, "more_body": True})
 
-    async def end(self) -> None:
-        """Complete the response."""
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+    async def end(self, *, failed: bool = False) -> None:
+        """Complete the response. What is around it sees whether it `failed`."""
+        mark = {FAILED: True} if failed else {}
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False, **mark})
 
 
 class EventStream(BodyStream):

@@ -29,6 +29,8 @@ from engine.status import BlockStatus, EngineStatus, Restarts
 from server.app import create_app
 from server.errors import Failure
 from server.metrics import HttpMetrics, render
+from server.response_cache.outcome import CacheMetrics
+from server.response_cache.store import Kept
 from server.router import ServedRoute
 from server.schemas.audio import (
     RecordingBody,
@@ -238,7 +240,8 @@ def series(engine: Engine) -> dict[str, dict[str, set[str]]]:
     metrics.residual("any", 0)
     metrics.request_seconds.labels("any", "run").observe(0)
     http.observe("/", "GET", 200, 0.0)
-    text, _ = render((metrics.registry, http.registry), "text/plain")
+    cache = CacheMetrics(lambda: Kept(0, 0))
+    text, _ = render((metrics.registry, http.registry, cache.registry), "text/plain")
     found: dict[str, dict[str, set[str]]] = {}
     for family in text_string_to_metric_families(text.decode()):
         name = f"{family.name}_total" if family.type == "counter" else family.name

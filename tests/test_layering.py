@@ -28,6 +28,7 @@ LAYERS = (
     ("server.routes",),
     ("server.openapi",),
     ("server.schemas",),
+    ("server.response_cache",),
     ("server",),
     ("engine.jobs",),
     ("engine.simulation",),

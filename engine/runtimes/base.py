@@ -136,6 +136,9 @@ class Runtime(ABC):
     Options: ClassVar[type[Section]]
     """What `options` of a model of this runtime may hold."""
 
+    repeats_itself: ClassVar[bool] = False
+    """Whether equal requests get equal answers also without a seed."""
+
     metrics: CollectorRegistry | None = None
     """The library's own metric series, if it has any."""
 

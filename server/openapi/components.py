@@ -190,6 +190,23 @@ ROUTE = record(
 
 LORA = record(id=STRING, object={"const": "engine.lora"}, model=STRING, nbytes=INTEGER)
 
+CACHE = record(
+    store={"enum": ["off", "sqlite", "redis"]},
+    optional={
+        "off_reason": {**nullable(STRING), "description": "Why it keeps nothing any more."},
+        "shared": BOOLEAN,
+        "entries": {**nullable(INTEGER), "description": "Null in Redis, as are the bytes."},
+        "bytes": nullable(INTEGER),
+        "max_bytes": nullable(INTEGER),
+        "max_age_s": {**nullable(NUMBER), "description": "Null is for ever."},
+        "requests": {
+            "type": "object",
+            "description": "Requests by what the cache did, since the start.",
+            "additionalProperties": INTEGER,
+        },
+    },
+)
+
 STATUS = record(status={"enum": [*(state.value for state in EngineState), "restarting"]})
 
 
@@ -245,6 +262,8 @@ def components() -> dict[str, Any]:
         "FilesList": listing(MODEL_FILES),
         "DeletedFiles": DELETED_FILES,
         "AddedLora": LORA,
+        "ResponseCache": CACHE,
+        "ClearedCache": record(removed_entries=INTEGER),
         "Status": STATUS,
         "Error": ERROR,
         "AnthropicError": ANTHROPIC_ERROR,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from engine.media.audio_output import ENCODINGS
+from server.headers import CACHE_HEADER
 from server.openapi.components import BOOLEAN, STRING
 from server.openapi.operation import (
     BINARY,
@@ -34,6 +35,8 @@ TOKENIZER = "https://docs.vllm.ai/en/latest/serving/openai_compatible_server.htm
 MODEL = "MODEL"
 """Stands in an example for the id of a configured model."""
 
+_CACHE = {CACHE_HEADER: "`off`: nothing of the response cache; `refresh`: a new answer for it."}
+
 _MESSAGES = [{"role": "user", "content": "Hello"}]
 
 Methods = Mapping[str, Operation]
@@ -56,6 +59,7 @@ def _text(
         answers=answers,
         json={**body, "additionalProperties": True},
         scheduled=True,
+        headers=_CACHE,
         link=link,
         example={"model": MODEL, **example},
         task=task,
@@ -73,6 +77,7 @@ def _images(summary: str, kind: type[ImageBody], example: Mapping[str, object] |
         json=kind,
         form=kind,
         scheduled=True,
+        headers=_CACHE,
         link=f"{OPENAI}/images",
         example=example,
         task="image",
@@ -90,6 +95,7 @@ def _recording(summary: str, kind: type[TranscriptionBody | TranslationBody]) ->
         answers=answers,
         form=kind,
         scheduled=True,
+        headers=_CACHE,
         link=f"{OPENAI}/audio",
         task="transcribe",
     )
@@ -205,6 +211,7 @@ OPERATIONS: Mapping[str, Methods] = {
             },
             json=SpeechBody,
             scheduled=True,
+            headers=_CACHE,
             link=f"{OPENAI}/audio/createSpeech",
             example={"model": MODEL, "input": "All aboard!"},
             task="speech",
@@ -286,6 +293,14 @@ OPERATIONS: Mapping[str, Methods] = {
             query=EventsQuery,
             headers={"last-event-id": "The id of the last event that the client has read."},
         )
+    },
+    "/v1/engine/cache": {
+        "get": Operation(
+            summary="What the response cache holds", answers={JSON: reference("ResponseCache")}
+        ),
+        "delete": Operation(
+            summary="Empty the response cache", answers={JSON: reference("ClearedCache")}
+        ),
     },
     "/v1/engine/models/{name}/load": _action("Load or wake a model"),
     "/v1/engine/models/{name}/unload": _action("Unload a model"),

@@ -16,18 +16,22 @@ from server.connection import ConnectedResponse
 from server.documents import engine_document, events_document, model_document
 from server.event_stream import send_events
 from server.forms import query_fields, read_json
+from server.response_cache.cache import ResponseCache
 from server.router import Router
 from server.schemas.engine import EventsQuery, PlanBody
-from server.settings import ServerSettings
+from server.settings import CACHE_OFF, ServerSettings
 
 if TYPE_CHECKING:
     from engine.engine import Engine
 
+CACHE_PATH = "/v1/engine/cache"
 LAST_EVENT_ID = "last-event-id"
 
 
-def engine_router(engine: Engine, settings: ServerSettings) -> Router:
-    """`/v1/engine`: status, `plan`, `events`, and actions on a model.
+def engine_router(
+    engine: Engine, settings: ServerSettings, cache: ResponseCache | None = None
+) -> Router:
+    """`/v1/engine`: status, `plan`, `events`, the response cache, and actions on a model.
 
     An action, `POST /v1/engine/models/{id}/load|unload|park|pin|unpin`, answers with the model
     after the action.
@@ -56,6 +60,14 @@ def engine_router(engine: Engine, settings: ServerSettings) -> Router:
             return ConnectedResponse(partial(send_events, engine.events, _begin(request, query)))
         page = engine.events.after(query.after or 0)
         return events_document(page, query.limit, newest=query.after is None)
+
+    @router.get(CACHE_PATH)
+    async def cache_status() -> dict[str, Any]:
+        return {"store": CACHE_OFF} if cache is None else cache.document()
+
+    @router.delete(CACHE_PATH)
+    async def clear_cache() -> dict[str, Any]:
+        return {"removed_entries": 0 if cache is None else await cache.clear()}
 
     def add(action: str, act: Callable[[str], Awaitable[None]]) -> None:
         async def endpoint(name: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from server.connection import ConnectedResponse
 from server.forms import read_fields
 from server.image_io import Picture, decode_pictures, encode_picture
 from server.public_address import base_url
+from server.response_cache.cache import Answer, ResponseCache, cached
 from server.router import Router
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
 from server.schemas.scheduling_options import take_scheduling_options
@@ -42,7 +43,12 @@ _PATHS: dict[str, type[ImageBody]] = {
 }
 
 
-def images_router(engine: Engine, outputs: Outputs, settings: ServerSettings) -> Router:
+def images_router(
+    engine: Engine,
+    outputs: Outputs,
+    settings: ServerSettings,
+    cache: ResponseCache | None = None,
+) -> Router:
     """Generations, edits and variations, from JSON or forms; `GET /v1/images/files/{name}`."""
     router = Router("images")
 
@@ -61,10 +67,14 @@ def images_router(engine: Engine, outputs: Outputs, settings: ServerSettings) ->
             )
             answer = _Answer(body, outputs, f"{base_url(request, settings)}{IMAGE_FILES_PREFIX}")
             if body.stream:
-                return ConnectedResponse(
-                    partial(stream_answer, engine, image_request, answer.frames)
-                )
-            return ConnectedResponse(lambda _: whole_answer(engine, image_request, answer.document))
+                send: Answer = partial(stream_answer, engine, image_request, answer.frames)
+            else:
+                send = lambda _: whole_answer(engine, image_request, answer.document)  # noqa: E731
+            # An image behind a URL is deleted some day, so an answer with one is not kept.
+            keeps = not body.answers_with_url
+            return ConnectedResponse(
+                cached(cache, request, fields, image_request, send, keeps=keeps)
+            )
 
         router.add(path, endpoint, ["POST"], name=kind.operation.value)
 

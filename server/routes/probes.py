@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry
 
 from engine.status import EngineState
-from server.metrics import HttpMetrics, render
+from server.metrics import render
 from server.router import Router
 
 if TYPE_CHECKING:
@@ -16,8 +18,11 @@ if TYPE_CHECKING:
     from server.start import Start
 
 
-def probes_router(engine: Engine, start: Start, metrics: HttpMetrics) -> Router:
-    """`/health` (alive), `/ready` (takes work now), `/ping` (for RunPod), `/metrics`."""
+def probes_router(engine: Engine, start: Start, registries: Sequence[CollectorRegistry]) -> Router:
+    """`/health` (alive), `/ready` (takes work now), `/ping` (for RunPod), `/metrics`.
+
+    `registries` are those of the server.
+    """
     router = Router("probes")
 
     def takes_work() -> bool:
@@ -46,7 +51,7 @@ def probes_router(engine: Engine, start: Start, metrics: HttpMetrics) -> Router:
     @router.get("/metrics")
     async def scrape(request: Request) -> Response:
         body, content_type = render(
-            (metrics.registry, *engine.registries()), request.headers.get("accept", "")
+            (*registries, *engine.registries()), request.headers.get("accept", "")
         )
         return Response(body, media_type=content_type)
 

@@ -22,6 +22,7 @@ from server.answer import stream_answer
 from server.connection import ConnectedResponse
 from server.forms import read_json
 from server.headers import answer_headers
+from server.response_cache.cache import Answer, ResponseCache, cached
 from server.router import Router
 from server.schemas.audio import NO_USAGE, SpeechBody, words_document
 from server.schemas.scheduling_options import take_scheduling_options
@@ -36,7 +37,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def speech_router(engine: Engine, voices: VoiceStore, settings: ServerSettings) -> Router:
+def speech_router(
+    engine: Engine,
+    voices: VoiceStore,
+    settings: ServerSettings,
+    cache: ResponseCache | None = None,
+) -> Router:
     """`POST /v1/audio/speech`."""
     router = Router("audio")
 
@@ -58,8 +64,10 @@ def speech_router(engine: Engine, voices: VoiceStore, settings: ServerSettings) 
         audio_format = body.response_format
         if body.stream_format == "sse":
             frames = partial(_frames, audio_format)
-            return ConnectedResponse(partial(stream_answer, engine, speech_request, frames))
-        return ConnectedResponse(partial(_send_audio, engine, speech_request, audio_format))
+            answer: Answer = partial(stream_answer, engine, speech_request, frames)
+        else:
+            answer = partial(_send_audio, engine, speech_request, audio_format)
+        return ConnectedResponse(cached(cache, request, fields, speech_request, answer))
 
     return router
 

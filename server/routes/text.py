@@ -12,8 +12,9 @@ from engine.events import Event
 from engine.requests import TextOperation, TextRequest
 from server.answer import stream_answer
 from server.connection import ConnectedResponse
-from server.forms import read_json
+from server.forms import Fields, read_json
 from server.media import check_media_urls
+from server.response_cache.cache import ResponseCache, cached
 from server.router import Router
 from server.schemas.fields import model_name
 from server.schemas.scheduling_options import take_scheduling_options
@@ -46,17 +47,18 @@ _STREAMING = frozenset(
 )
 
 
-def text_router(engine: Engine, settings: ServerSettings) -> Router:
+def text_router(
+    engine: Engine, settings: ServerSettings, cache: ResponseCache | None = None
+) -> Router:
     """All routes that take a JSON object with a `model` and answer a document or a stream."""
     router = Router("text")
 
     def add(path: str, operation: TextOperation) -> None:
         async def endpoint(request: Request) -> Response:
-            text_request = await read_text_request(request, operation, settings)
+            fields, text_request = await read_text_request(request, operation, settings)
             streams = operation in _STREAMING and text_request.body.get("stream") is True
-            return ConnectedResponse(
-                partial(stream_answer, engine, text_request, _events, shows_wait=streams)
-            )
+            answer = partial(stream_answer, engine, text_request, _events, shows_wait=streams)
+            return ConnectedResponse(cached(cache, request, fields, text_request, answer))
 
         router.add(path, endpoint, ["POST"], name=operation.value)
 
@@ -67,8 +69,8 @@ def text_router(engine: Engine, settings: ServerSettings) -> Router:
 
 async def read_text_request(
     request: Request, operation: TextOperation, settings: ServerSettings
-) -> TextRequest:
-    """The engine's request from body and headers.
+) -> tuple[Fields, TextRequest]:
+    """The fields of the body, and the engine's request from them and the headers.
 
     Raises:
         InvalidRequest: naming the wrong field or header.
@@ -78,7 +80,7 @@ async def read_text_request(
     model = model_name(fields.values.get("model"))
     check_media_urls(fields.values, settings.allowed_media_hosts)
     scheduling = take_scheduling_options(request, fields)
-    return TextRequest(
+    return fields, TextRequest(
         model=model,
         operation=operation,
         body=fields.values,

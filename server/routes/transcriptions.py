@@ -16,6 +16,7 @@ from engine.requests import Priority
 from server.answer import stream_answer, whole_answer
 from server.connection import ConnectedResponse
 from server.forms import read_fields
+from server.response_cache.cache import Answer, ResponseCache, cached
 from server.router import Router
 from server.schemas.audio import (
     RecordingBody,
@@ -38,7 +39,9 @@ _PATHS: dict[str, type[RecordingBody]] = {
 }
 
 
-def transcriptions_router(engine: Engine, settings: ServerSettings) -> Router:
+def transcriptions_router(
+    engine: Engine, settings: ServerSettings, cache: ResponseCache | None = None
+) -> Router:
     """`POST /v1/audio/transcriptions` and `/v1/audio/translations`, from forms."""
     router = Router("audio")
 
@@ -51,11 +54,11 @@ def transcriptions_router(engine: Engine, settings: ServerSettings) -> Router:
                 request_id=request.state.request_id, scheduling=scheduling
             )
             if body.streams:
-                return ConnectedResponse(
-                    partial(stream_answer, engine, transcription_request, _deltas)
-                )
-            render = partial(_render, body)
-            return ConnectedResponse(lambda _: whole_answer(engine, transcription_request, render))
+                send: Answer = partial(stream_answer, engine, transcription_request, _deltas)
+            else:
+                render = partial(_render, body)
+                send = lambda _: whole_answer(engine, transcription_request, render)  # noqa: E731
+            return ConnectedResponse(cached(cache, request, fields, transcription_request, send))
 
         router.add(path, endpoint, ["POST"], name=kind.operation.value)
 

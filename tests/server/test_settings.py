@@ -162,3 +162,47 @@ def test_loopback(host: str) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "localhost.example", "127.0.0.1.example"])
 def test_not_loopback(host: str) -> None:
     assert not is_loopback(host)
+
+
+@pytest.mark.parametrize(
+    ("written", "held"),
+    [
+        ("off", "off"),  # which YAML takes for false
+        ('"off"', "off"),
+        ("on", "sqlite"),
+        ("sqlite", "sqlite"),
+        ("./off", "./off"),
+        ("/var/cache/answers.sqlite3", "/var/cache/answers.sqlite3"),
+        ("redis://localhost:6379/0", "redis://localhost:6379/0"),
+        ("rediss://user:word@redis.example.com", "rediss://user:word@redis.example.com"),
+    ],
+)
+def test_where_the_response_cache_is(config: Path, written: str, held: str) -> None:
+    config.write_text(f"{CONFIG.replace('port: 9000', f'response_cache: {written}')}")
+    assert load_settings(config, {})[1].response_cache == held
+
+
+@pytest.mark.parametrize("text", ["off", "Off", "false"])
+def test_a_variable_turns_the_response_cache_off(config: Path, text: str) -> None:
+    config.write_text(CONFIG.replace("port: 9000", "response_cache: sqlite"))
+    _, settings = load_settings(config, {"ROUNDHOUSE_RESPONSE_CACHE": text})
+    assert settings.response_cache == "off"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "redis://", "memcached://:secret-word@localhost", "redis://:secret-word@host/name",
+        "redis://:secret-word@host:port/0", "redis://a:secret-word/1@host", "redis://[secret-word",
+    ],
+)  # fmt: skip
+def test_a_place_for_the_response_cache_that_is_none(config: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(config, {"ROUNDHOUSE_RESPONSE_CACHE": text})
+    assert caught.value.message.startswith("server.response_cache: ")
+    assert "secret-word" not in caught.value.message
+
+
+def test_the_password_of_redis_is_not_shown() -> None:
+    settings = ServerSettings(response_cache="redis://:secret-word@localhost/0")
+    assert "secret-word" not in f"{settings!r} {settings}"

@@ -96,6 +96,7 @@ class KokoroRuntime(TorchRuntime):
     name: ClassVar[str] = "kokoro"
     tasks: ClassVar[tuple[str, ...]] = ("speech",)
     Options: ClassVar[type[Section]] = KokoroOptions
+    repeats_itself: ClassVar[bool] = True  # a request without a seed has the seed 0
 
     def __init__(self, context: RuntimeContext) -> None:
         super().__init__(context)
