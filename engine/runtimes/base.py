@@ -26,6 +26,7 @@ from engine.model_folder import WANTED_FILES, local_folder
 from engine.requests import Request
 from engine.runtimes.recognised import Recognised
 from engine.section import Section
+from engine.status import ProviderStatus
 from engine.usage import Usage
 
 
@@ -136,6 +137,10 @@ class Runtime(ABC):
     Options: ClassVar[type[Section]]
     """What `options` of a model of this runtime may hold."""
 
+    takes_no_device: ClassVar[bool] = False
+    """Whether its models have no bytes. Then they are brought in before the first request, and
+    stay."""
+
     metrics: CollectorRegistry | None = None
     """The library's own metric series, if it has any."""
 
@@ -162,6 +167,15 @@ class Runtime(ABC):
 
         """
         return None
+
+    @classmethod  # noqa: B027 - most runtimes have nothing to look at
+    def check(cls, model: ModelConfig) -> None:
+        """Look whether the keys of a model fit each other, when the configuration is read.
+
+        Raises:
+            ValueError: they do not. It begins with the key, as in `source: it is no URL`.
+
+        """
 
     @classmethod
     def lora_folder(cls, model: ModelConfig) -> Path | None:  # noqa: ARG003 - few have one
@@ -262,6 +276,10 @@ class Runtime(ABC):
             LoadFailed: the files are missing or unreadable.
 
         """
+        return ()
+
+    def providers(self) -> tuple[ProviderStatus, ...]:
+        """How the providers of its models are, if others than this process serve them."""
         return ()
 
     async def check_alive(self) -> None:  # noqa: B027 - most libraries have no thread of their own
