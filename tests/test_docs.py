@@ -49,12 +49,17 @@ PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md",
 
 MODEL = {"id": "any", "source": "any"}
 NOTHING: dict[str, Any] = {}
+NEEDED = {"remote": {"model": "any"}}
+"""What a model of a runtime cannot do without."""
 
 CONFIGURATION: list[tuple[str, str, type[BaseModel], dict[str, Any]]] = [
     ("`engine`", "key", EngineConfig, {"models": [MODEL]}),
     ("`server`", "key", ServerSettings, NOTHING),
     ("`models`", "key", ModelConfig, MODEL),
-    *((f"Options of `{name}`", "key", runtime_class(name).Options, NOTHING) for name in REGISTRY),
+    *(
+        (f"Options of `{name}`", "key", runtime_class(name).Options, NEEDED.get(name, NOTHING))
+        for name in REGISTRY
+    ),
     ("Options of `diffusers`", "key of a profile", Profile, {"steps": 1, "guidance": 0}),
     ("Options of `diffusers`", "key of `ip_adapter`", IpAdapter, {"source": "any"}),
 ]

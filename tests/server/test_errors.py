@@ -31,12 +31,14 @@ TABLE: list[tuple[EngineError, int, str]] = [
     (errors.Overloaded("m", retry_after_s=1), 503, "server_error"),
     (errors.QueueFull("m", retry_after_s=1), 429, "rate_limit_error"),
     (errors.QueueTimeout("m", retry_after_s=1), 503, "server_error"),
+    (errors.ProviderBusy("m", retry_after_s=1), 503, "server_error"),
     (errors.ShuttingDown("m", retry_after_s=1), 503, "server_error"),
     (errors.InsufficientCapacity("m"), 507, "server_error"),
     (errors.NoSpaceLeft("m"), 507, "server_error"),
     (errors.LoadFailed("m"), 500, "server_error"),
     (errors.OutOfDeviceMemory("m"), 503, "server_error"),
     (errors.RuntimeFailed("m"), 500, "server_error"),
+    (errors.ProviderFailed("m"), 502, "server_error"),
 ]
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from engine.events import Samples
 
 PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
-"""Codes of formats, from Microsoft's `mmreg.h`."""
+"""Codes of formats (Microsoft, "WAVE and AVI Codec Registries", RFC 2361)."""
 
 MOST_HEADER_BYTES = 2**16
 
