@@ -45,13 +45,14 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
         """Connect to the first address of the host that answers."""
-        if is_named_literally(host) or self._may_be_private(host):
+        if is_named_literally(host):
             return await self._backend.connect_tcp(
                 host, port, timeout, local_address, socket_options
             )
         addresses = await _resolve(host, port, timeout)
+        allowed = self._may_be_private(host)
         for address in addresses:
-            if is_private(address):
+            if is_private(address) and not allowed:
                 raise PrivateAddress(
                     f"{host} leads to the private address {address}; the option 'private' allows it"
                 )

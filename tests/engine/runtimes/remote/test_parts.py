@@ -114,6 +114,7 @@ class TestBreaker:
         probe = breaker.let_through()
         assert late is not None and probe is not None
         late.failed()
+        assert self.state(breaker) is BreakerState.HALF_OPEN
         assert breaker.let_through() is None, "the probe is still out"
         probe.answered()
         assert self.state(breaker) is BreakerState.CLOSED
