@@ -16,12 +16,12 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
-from engine.config import EngineConfig, ModelConfig, engine_fields
+from engine.config import EngineConfig, ModelConfig, engine_config, engine_fields
 from engine.engine import Engine
 from engine.errors import EngineError, NotLoaded, Overloaded
 from engine.metrics import EngineMetrics
 from engine.runtimes.diffusers.options import IpAdapter, Profile
-from engine.runtimes.registry import REGISTRY, runtime_class
+from engine.runtimes.registry import REGISTRY, RUNTIMES, runtime_class
 from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
 from engine.status import BlockStatus, EngineStatus, Restarts
 from server.app import create_app
@@ -300,6 +300,17 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_readme_leads_to_every_page() -> None:
     readme = (ROOT / "README.md").read_text()
     assert [page.name for page in DOCS if f"(docs/{page.name})" not in readme] == []
+
+
+def test_the_examples_of_providers_are_configurations() -> None:
+    text = (ROOT / "docs" / "providers.md").read_text()
+    blocks = re.findall(r"```yaml\n(models:.*?)```", text, re.S)
+    assert blocks
+    for block in blocks:
+        engine_config(yaml.safe_load(block), RUNTIMES)
+    for source in re.findall(r"`(https?://[^`]+)` \|", text):
+        model = {**MODEL, "runtime": "remote", "source": source, "options": NEEDED["remote"]}
+        engine_config({"models": [model]}, RUNTIMES)
 
 
 def test_the_examples_of_proxies_fit_the_server() -> None:

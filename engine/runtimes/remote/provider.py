@@ -118,6 +118,9 @@ class Answer(Generic[FirstT]):
                 self._provider.note(self._call.target, error, "broken")
             else:  # whole, or its reader has left
                 self._passage.succeeded()
+                self._provider.outcomes["ok"] += 1
+                if isinstance(error, EngineError):
+                    hide_keys(self._call.target, error)
         finally:
             await self.reply.close()
 
@@ -194,7 +197,8 @@ class Provider:
         """
         turn = _Turn()
         while True:
-            await self._wait_for_limits(call, turn)
+            if not call.is_foreign:
+                await self._wait_for_limits(call, turn)
             passage = self.breaker.let_through()
             if passage is None:
                 self.outcomes["refused"] += 1
@@ -202,7 +206,7 @@ class Provider:
                     f"The provider {self.name!r} has lately failed, and is not asked for now.",
                     retry_after_s=max(1.0, self.breaker.refused_s),
                 )
-            taken = call.target.limits.take(call.tokens)
+            taken = Taken(0.0, 0) if call.is_foreign else call.target.limits.take(call.tokens)
             try:
                 return await self._attempt(call, start, passage, taken, turn)
             except Failure as failure:
@@ -251,7 +255,6 @@ class Provider:
         seconds = self.clock() - began_s
         latency.add(seconds)
         self.first_byte.add(seconds)
-        self.outcomes["ok"] += 1
         passage.answered()
         reply.idle_s = options.idle_timeout_s
         return Answer(self, call, reply, first, passage, taken)

@@ -6,6 +6,7 @@ takes its key. `source` is the provider's base URL.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -65,7 +66,11 @@ class RemoteRuntime(Runtime):
             raise ValueError(f"source: {error}") from None
 
     def start(self) -> None:
-        """Import httpx."""
+        """Import httpx, and keep its line for each request out of the log.
+
+        A file of an answer may be at an address that is a permission by itself.
+        """
+        logging.getLogger("httpx").setLevel(logging.WARNING)
         from engine.runtimes.remote.metrics import provider_registry
 
         self.metrics = provider_registry(self._providers.values)

@@ -198,8 +198,6 @@ class _Reading:
             self._rename(document)
             self.document = _dumped(document)
             return
-        if reply.media_type != "text/event-stream":
-            raise garbage(self._provider, "no events where a stream was asked for")
         while not self._first and not self._done:
             chunk = await reply.next()
             events = self._events.end() if chunk is None else self._take(chunk, reply.most_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -302,6 +303,31 @@ async def test_an_error_in_a_stream_ends_it(world: World) -> None:
     world.upstream.usual = streams(CHUNK, f"data: {error}\n\n", CHUNK)
     with pytest.raises(ProviderFailed, match=r"Broken, \[key\]\."):
         await world.run(chat(stream=True))
+
+
+async def test_a_page_in_the_place_of_a_stream(world: World) -> None:
+    world.upstream.usual = answers("<html>Please log in</html>")
+    with pytest.raises(ProviderFailed):
+        await world.run(chat(stream=True), retries=0)
+    world.upstream.usual = streams("<html>\n\n<body>", kind="text/html")
+    with pytest.raises(ProviderFailed, match="a stream without an event"):
+        await world.run(chat(stream=True), retries=0)
+
+
+async def test_a_refusal_in_a_stream_shows_no_key(world: World) -> None:
+    error = json.dumps({"error": {"message": f"No good, {KEY}.", "code": 400}})
+    world.upstream.usual = streams(CHUNK, f"data: {error}\n\n")
+    with pytest.raises(InvalidRequest, match=r"No good, \[key\]\."):
+        await world.run(chat(stream=True))
+
+
+async def test_outcomes_are_counted_once(world: World) -> None:
+    world.upstream.script = [streams(CHUNK, ends=False), answers(ERROR, 400), answers(ERROR, 500)]
+    world.upstream.usual = answers(GOOD)
+    for request in (chat(stream=True), chat(), chat(), chat()):
+        with contextlib.suppress(EngineError):
+            await world.run(request, retries=0)
+    assert world.provider.outcomes == {"broken": 1, "invalid": 1, "failed": 1, "ok": 1}
 
 
 async def test_closing_a_run_closes_the_connection_at_once(world: World) -> None:
