@@ -129,7 +129,10 @@ class ModelConfig(Section):
     task: str = "generate"
     """What the model is for; one of its runtime's `tasks`."""
     source: Annotated[str, StringConstraints(min_length=1)]
-    """A local folder, `samples:NAME`, `starter:NAME`, or a hub repository `owner/name`."""
+    """A local folder, `samples:NAME`, `starter:NAME`, or a hub repository `owner/name`.
+
+    Of a remote model the provider's base URL.
+    """
     keep_alive: Duration | None = None
     """Seconds an idle model stays; None takes `engine.keep_alive`."""
     pin: bool = False
@@ -140,7 +143,7 @@ class ModelConfig(Section):
     """Seconds a request waits for this model before its fallbacks are tried."""
     quality: float = Field(default=0.5, ge=0, le=1)
     """How good its answers are, 0 to 1, for routes that ask for a least quality."""
-    options: Annotated[Mapping[str, Any], SkipValidation] = Field(default_factory=dict)
+    options: Annotated[Mapping[str, Any], SkipValidation] = Field(default_factory=dict, repr=False)
     """The runtime's own options as they were written; `options_as` gives their parsed form."""
     _parsed: _Parsed = PrivateAttr(default_factory=_Parsed)
 
@@ -183,6 +186,16 @@ class ModelConfig(Section):
                 lines = "; ".join(describe(kind, item, "options") for item in error.errors())
                 raise PydanticCustomError("options", "{lines}", {"lines": lines}) from error
         return value
+
+    @model_validator(mode="after")
+    def _fits_runtime(self, info: ValidationInfo) -> Self:
+        runtimes: Runtimes | None = info.context
+        if runtimes is not None:
+            try:
+                runtimes[self.runtime].check(self)
+            except ValueError as error:
+                raise PydanticCustomError("options", "{lines}", {"lines": str(error)}) from None
+        return self
 
     def options_as(self, kind: type[SectionT]) -> SectionT:
         """The options in the form that their runtime declares; parsed once.

@@ -47,7 +47,15 @@ from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
 from engine.scheduling.waiting import Stage, Waiting, WaitStatus
 from engine.session import Session
-from engine.status import EngineState, EngineStatus, Forecast, ModelState, ModelStatus, Restarts
+from engine.status import (
+    EngineState,
+    EngineStatus,
+    Forecast,
+    ModelState,
+    ModelStatus,
+    ProviderStatus,
+    Restarts,
+)
 from engine.units import format_size
 
 log = logging.getLogger(__name__)
@@ -167,6 +175,7 @@ class Engine:
         self._residency.open(device, estimates, host)
         self._ledger.set_device(budget_bytes, device.total_bytes)
         self._scheduler.on_timer()
+        await self._bring_in_what_takes_no_device()
         self._started.set()
         if self.state is not EngineState.STARTING:  # `drain` was called during the start
             return
@@ -420,6 +429,10 @@ class Engine:
             restarts=self._restarts,
         )
 
+    def providers(self) -> tuple[ProviderStatus, ...]:
+        """The providers of remote models, at this moment."""
+        return tuple(each for runtime in self._runtimes.values() for each in runtime.providers())
+
     def model_status(self, name: str) -> ModelStatus:
         """One model, by id or alias.
 
@@ -440,11 +453,16 @@ class Engine:
         deadline = self._usual_deadline()
         await self._wait_started(deadline)
         await self._admission.bring_files(model, deadline)
+        await self._lend_for_load(model, deadline, scheduling or SchedulingOptions())
+
+    async def _lend_for_load(
+        self, model: ModelConfig, deadline: Deadline, scheduling: SchedulingOptions
+    ) -> None:
         lease = await self._admission.lease(
             model,
             request_id=f"load-{model.id}",
             operation="load",
-            scheduling=scheduling or SchedulingOptions(),
+            scheduling=scheduling,
             deadline=deadline,
             waiting=Waiting(),
             ignore_backoff=True,
@@ -558,6 +576,15 @@ class Engine:
 
         """
         self._scheduler.unpin(self.config.find(name).id)
+
+    async def _bring_in_what_takes_no_device(self) -> None:
+        """Before any request: later they would wait for the transition of another model."""
+        for model in self.config.models:
+            if self._runtimes[model.runtime].takes_no_device:
+                try:
+                    await self._lend_for_load(model, self._usual_deadline(), SchedulingOptions())
+                except EngineError as error:
+                    log.error("cannot bring in %s: %s", model.id, error)
 
     async def _preload(self, model: ModelConfig) -> None:
         try:

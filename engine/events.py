@@ -53,8 +53,8 @@ class ImageResult:
     """The finished images, in order; the last event of an image run."""
 
     images: tuple[Image, ...]
-    seed: int
-    """Of the first."""
+    seed: int | None
+    """Of the first; None: the provider of a remote model did not say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,10 @@ _AT_THE_TOP = ("models", "routes", "budgets", "costs")
 class Section(BaseModel):
     """Base of every part of the configuration: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    # An error that is printed whole, as in a traceback, must not show a key that is in the input.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True
+    )
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -29,6 +32,10 @@ class RuntimeKind(Protocol):
 
     tasks: ClassVar[tuple[str, ...]]
     Options: ClassVar[type[Section]]
+
+    @classmethod
+    def check(cls, model: Any) -> None:
+        """Raise `ValueError` with `key: reason` if the keys of a model do not fit."""
 
 
 Runtimes = Mapping[str, type[RuntimeKind]]

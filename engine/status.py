@@ -178,6 +178,37 @@ class Restarts:
 
 
 @dataclass(frozen=True, slots=True)
+class ProviderModelStatus:
+    """One remote model at its provider: what is left of its limits, None where nobody has said."""
+
+    model: str
+    requests_left: int | None
+    tokens_left: int | None
+    blocked_s: float
+    """Seconds until the provider takes requests for it again."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderStatus:
+    """The provider of remote models."""
+
+    provider: str
+    breaker: str
+    """`closed`, `open` (no request is sent) or `half_open` (one is sent as a probe)."""
+    retry_after_s: float
+    """Seconds until a request may be sent; 0: now."""
+    error_rate: float | None
+    """The share of failures in the last minute; None without requests."""
+    first_byte_p50_s: float | None
+    first_byte_p95_s: float | None
+    """Seconds to the first byte of a stream, and to the end of a whole answer."""
+    last_error: str | None
+    last_error_at: float | None
+    """Unix seconds."""
+    models: tuple[ProviderModelStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatus:
     """The whole engine at one moment."""
 

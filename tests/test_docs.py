@@ -16,14 +16,14 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
-from engine.config import LISTS, EngineConfig, ModelConfig, engine_fields
+from engine.config import LISTS, EngineConfig, ModelConfig, engine_config, engine_fields
 from engine.cost_config import BudgetConfig, CostConfig
 from engine.engine import Engine
 from engine.errors import EngineError, NotLoaded, Overloaded
 from engine.metrics import EngineMetrics
 from engine.route_config import ComplexityConfig, ExamplesConfig, RouteConfig
 from engine.runtimes.diffusers.options import IpAdapter, Profile
-from engine.runtimes.registry import REGISTRY, runtime_class
+from engine.runtimes.registry import REGISTRY, RUNTIMES, runtime_class
 from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
 from engine.status import BlockStatus, EngineStatus, Restarts
 from server.app import create_app
@@ -53,6 +53,8 @@ PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md",
 
 MODEL = {"id": "any", "source": "any"}
 NOTHING: dict[str, Any] = {}
+NEEDED = {"remote": {"model": "any"}}
+"""What a model of a runtime cannot do without."""
 
 CONFIGURATION: list[tuple[str, str, type[BaseModel], dict[str, Any]]] = [
     ("`engine`", "key", EngineConfig, {"models": [MODEL]}),
@@ -68,7 +70,10 @@ CONFIGURATION: list[tuple[str, str, type[BaseModel], dict[str, Any]]] = [
     ),
     ("`costs`", "key", CostConfig, NOTHING),
     ("`budgets`", "key", BudgetConfig, NOTHING),
-    *((f"Options of `{name}`", "key", runtime_class(name).Options, NOTHING) for name in REGISTRY),
+    *(
+        (f"Options of `{name}`", "key", runtime_class(name).Options, NEEDED.get(name, NOTHING))
+        for name in REGISTRY
+    ),
     ("Options of `diffusers`", "key of a profile", Profile, {"steps": 1, "guidance": 0}),
     ("Options of `diffusers`", "key of `ip_adapter`", IpAdapter, {"source": "any"}),
 ]
@@ -311,6 +316,17 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_readme_leads_to_every_page() -> None:
     readme = (ROOT / "README.md").read_text()
     assert [page.name for page in DOCS if f"(docs/{page.name})" not in readme] == []
+
+
+def test_the_examples_of_providers_are_configurations() -> None:
+    text = (ROOT / "docs" / "providers.md").read_text()
+    blocks = re.findall(r"```yaml\n(models:.*?)```", text, re.S)
+    assert blocks
+    for block in blocks:
+        engine_config(yaml.safe_load(block), RUNTIMES)
+    for source in re.findall(r"`(https?://[^`]+)` \|", text):
+        model = {**MODEL, "runtime": "remote", "source": source, "options": NEEDED["remote"]}
+        engine_config({"models": [model]}, RUNTIMES)
 
 
 def test_the_examples_of_proxies_fit_the_server() -> None:

@@ -26,6 +26,7 @@ from engine.model_folder import WANTED_FILES, local_folder
 from engine.requests import Request
 from engine.runtimes.recognised import Recognised
 from engine.section import Section
+from engine.status import ProviderStatus
 from engine.usage import Usage
 
 
@@ -139,6 +140,10 @@ class Runtime(ABC):
     repeats_itself: ClassVar[bool] = False
     """Whether equal requests get equal answers also without a seed."""
 
+    takes_no_device: ClassVar[bool] = False
+    """Whether its models have no bytes. Then they are brought in before the first request, and
+    stay."""
+
     metrics: CollectorRegistry | None = None
     """The library's own metric series, if it has any."""
 
@@ -165,6 +170,15 @@ class Runtime(ABC):
 
         """
         return None
+
+    @classmethod  # noqa: B027 - most runtimes have nothing to look at
+    def check(cls, model: ModelConfig) -> None:
+        """Look whether the keys of a model fit each other, when the configuration is read.
+
+        Raises:
+            ValueError: they do not. It begins with the key, as in `source: it is no URL`.
+
+        """
 
     @classmethod
     def lora_folder(cls, model: ModelConfig) -> Path | None:  # noqa: ARG003 - few have one
@@ -265,6 +279,10 @@ class Runtime(ABC):
             LoadFailed: the files are missing or unreadable.
 
         """
+        return ()
+
+    def providers(self) -> tuple[ProviderStatus, ...]:
+        """How the providers of its models are, if others than this process serve them."""
         return ()
 
     async def check_alive(self) -> None:  # noqa: B027 - most libraries have no thread of their own

@@ -19,6 +19,7 @@ REGISTRY = {
     "coqui": "engine.runtimes.coqui.runtime:CoquiRuntime",
     "bark": "engine.runtimes.bark.runtime:BarkRuntime",
     "whisper": "engine.runtimes.whisper.runtime:WhisperRuntime",
+    "remote": "engine.runtimes.remote.runtime:RemoteRuntime",
 }
 """Module and class of each. A repository of a hub is offered to the last line first: vLLM, on the
 first, takes any language model."""

@@ -37,6 +37,11 @@ class PlannedModel:
         return self.view.state is ModelState.RESIDENT and self.view.unload_reason is None
 
     @property
+    def weightless(self) -> bool:
+        """It is there and has no bytes on the device. What runs on it disturbs nobody."""
+        return self.resident and self.view.resident_bytes == 0
+
+    @property
     def ample_bytes(self) -> int:
         """Up to this working memory a ticket is not refused, nor waits for other programs."""
         return min(self.budget_bytes, self.capacity_bytes) - (self.base_bytes or 0)

@@ -202,7 +202,7 @@ class _Decision:
                 return False
         if self.head is None:
             self.head = ticket
-        if self.frozen:
+        if self.frozen and (ticket.working_bytes or not model.weightless):
             return False
         if ticket.exclusive:
             return self._decide_exclusive(ticket, model)
@@ -234,7 +234,8 @@ class _Decision:
         others = [other for other in self.models.values() if other is not model and other.evictable]
         for other in others:
             other.held = True
-        if others or self.snapshot.busy or any(each.leases for each in self.models.values()):
+        running = (each for each in self.models.values() if each.leases and not each.weightless)
+        if others or self.snapshot.busy or any(running):
             return False
         if not model.resident or ticket.working_bytes > self.free_bytes:
             return False

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 
 from engine.route_config import Preference
 from engine.scheduling.scheduler_event import EventKind
-from engine.status import EngineState, EngineStatus, Forecast, ModelStatus
+from engine.status import EngineState, EngineStatus, Forecast, ModelStatus, ProviderStatus
 from server.json_schema import SchemaGenerator
 from server.openapi.operation import Schema, listing, nullable, record, reference
 
@@ -49,8 +49,14 @@ IMAGES = record(
     },
     background={"const": "opaque"},
     output_format={"enum": ["png", "jpeg", "webp"]},
-    seed={**INTEGER, "description": "The seed of the first image."},
-    optional={"size": STRING, "quality": STRING},
+    optional={
+        "seed": {
+            **INTEGER,
+            "description": "The seed of the first image, unless a provider keeps it to itself.",
+        },
+        "size": STRING,
+        "quality": STRING,
+    },
 )
 
 VIDEO = record(
@@ -214,7 +220,8 @@ def components() -> dict[str, Any]:
     """All of them by name."""
     status = _of_dataclass(EngineStatus)
     forecast = _of_dataclass(Forecast)
-    found = {**status.pop("$defs"), **forecast.pop("$defs")}
+    provider = _of_dataclass(ProviderStatus)
+    found = {**status.pop("$defs"), **forecast.pop("$defs"), **provider.pop("$defs")}
     model = found[ModelStatus.__name__]
     model["properties"]["keep_alive_s"] = {
         **nullable(NUMBER),
@@ -265,6 +272,7 @@ def components() -> dict[str, Any]:
         "ResponseCache": CACHE,
         "ClearedCache": record(removed_entries=INTEGER),
         "Status": STATUS,
+        "ProviderList": listing(provider),
         "Error": ERROR,
         "AnthropicError": ANTHROPIC_ERROR,
     }

@@ -348,6 +348,12 @@ OPERATIONS: Mapping[str, Methods] = {
             others={503: "It is not."},
         )
     ),
+    "/health/providers": {
+        "get": Operation(
+            summary="How the providers of remote models are",
+            answers={JSON: reference("ProviderList")},
+        )
+    },
     "/ready": _both(
         Operation(
             summary="Whether the server takes work now",

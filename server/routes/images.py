@@ -142,7 +142,8 @@ class _Answer:
         result = _result(results)
         for index, image in enumerate(result.images):
             b64_json = await asyncio.to_thread(self._base64, image)
-            document = body.completed_event(b64_json, image, result.seed + index, int(time.time()))
+            seed = None if result.seed is None else result.seed + index
+            document = body.completed_event(b64_json, image, seed, int(time.time()))
             yield event_frame(document)
 
     def _base64(self, image: Image) -> str:

@@ -1,9 +1,13 @@
-"""`/health`, `/ready`, `/ping` and `/metrics`: for load balancers, orchestrators, Prometheus."""
+"""`/health`, `/ready`, `/ping` and `/metrics`: for load balancers, orchestrators, Prometheus.
+
+`/health/providers` is for people. It needs a key, as it says with whom this server works.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -47,6 +51,10 @@ def probes_router(engine: Engine, start: Start, registries: Sequence[CollectorRe
         if starting and not start.done.is_set() and start.error is None:
             return Response(status_code=204)
         return state(ok=takes_work())
+
+    @router.get("/health/providers")
+    async def providers() -> dict[str, Any]:
+        return {"object": "list", "data": [asdict(each) for each in engine.providers()]}
 
     @router.get("/metrics")
     async def scrape(request: Request) -> Response:

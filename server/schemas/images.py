@@ -182,7 +182,7 @@ class ImageBody(Body):
         )
 
     def document(
-        self, data: list[dict[str, str]], image: Image, seed: int, now: int
+        self, data: list[dict[str, str]], image: Image, seed: int | None, now: int
     ) -> dict[str, Any]:
         """OpenAI's ImagesResponse and the seed of the first `image`; `now` in unix seconds."""
         document: dict[str, Any] = {
@@ -190,8 +190,9 @@ class ImageBody(Body):
             "data": data,
             "background": "opaque",
             "output_format": self.output_format,
-            "seed": seed,
         }
+        if seed is not None:
+            document["seed"] = seed
         if (size := _size_of(image)) in _LISTED_SIZES:
             document["size"] = size
         if self.engine_quality in _LISTED_QUALITIES:
@@ -203,10 +204,13 @@ class ImageBody(Body):
         event = self._event("partial_image", b64_json, image, now)
         return {**event, "partial_image_index": index}
 
-    def completed_event(self, b64_json: str, image: Image, seed: int, now: int) -> dict[str, Any]:
-        """One finished image, with its seed."""
+    def completed_event(
+        self, b64_json: str, image: Image, seed: int | None, now: int
+    ) -> dict[str, Any]:
+        """One finished image, with its seed if that is known."""
         event = self._event("completed", b64_json, image, now)
-        return {**event, "usage": _NO_USAGE, "seed": seed}
+        event = {**event, "usage": _NO_USAGE}
+        return event if seed is None else {**event, "seed": seed}
 
     def _event(self, name: str, b64_json: str, image: Image, now: int) -> dict[str, Any]:
         size = _size_of(image)

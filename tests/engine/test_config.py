@@ -87,12 +87,16 @@ class TestModelsAreCheckedAsTheyAreRead:
             (
                 {"runtime": "vlm", "options": {"no": "matter"}},
                 "models[1].runtime: no runtime 'vlm'; there is bark, coqui, diffusers, kokoro,"
-                " vllm, whisper",
+                " remote, vllm, whisper",
             ),
             (
                 {"task": "dance"},
                 "models[1].task: it must be 'generate', 'embed', 'image', 'video', 'speech'"
                 " or 'transcribe'",
+            ),
+            (
+                {"runtime": "remote", "options": {"model": "a", "api_key": "sk-1"}},
+                "models[1].source: it is the provider's base URL, as https://api.example.com/v1",
             ),
             (
                 {"task": "image"},

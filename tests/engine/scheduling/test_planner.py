@@ -455,6 +455,26 @@ def test_beside_a_running_exclusive_lease_nothing_is_granted_or_loaded() -> None
     assert decision.transition is None
 
 
+def test_what_takes_no_bytes_runs_beside_an_exclusive_lease() -> None:
+    models = [model("a", leases=1), model("cloud", 0), absent("later", 0)]
+    tickets = [ticket(1, "a"), ticket(2, "cloud"), ticket(3, "later"), ticket(4, "cloud")]
+    assert decide(models, tickets, exclusive_running=True).grants == (2, 4)
+    lean = [ticket(1, "cloud", working_bytes=1)]
+    assert decide(models, lean, exclusive_running=True).grants == ()
+
+
+def test_what_takes_no_bytes_does_not_hold_up_an_exclusive_ticket() -> None:
+    models = [model("a"), model("cloud", 0, leases=1)]
+    assert decide(models, [ticket(1, "a", exclusive=True)]).grants == (1,)
+
+
+def test_what_takes_no_bytes_never_leaves() -> None:
+    cloud = model("cloud", 0, idle_since=LONG_AGO, keep_alive_s=1.0)
+    assert decide([cloud]).transition is None
+    assert decide([cloud], capacity_bytes=-50).transition is None
+    assert decide([cloud, absent("a", 100)], [ticket(1, "a")]).transition == Load("a")
+
+
 def test_an_exclusive_ticket_behind_others_wakes_when_it_is_overdue() -> None:
     tickets = [ticket(1, "a", waited_s=4), ticket(2, "a", waited_s=3, exclusive=True)]
     assert decide([model("a", leases=4)], tickets).wake_at == NOW + 7
