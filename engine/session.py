@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 
+from engine.caller import NOBODY, Caller
 from engine.config import ModelConfig
 from engine.errors import OutOfDeviceMemory
 from engine.events import Cut, Event, Progress
@@ -58,6 +59,9 @@ class Session:
         self.timings = timings
         self.notes = notes
         self.usage = usage
+        self.caller: Caller = NOBODY
+        """Gets the usage once, when the session is closed."""
+        self._counted = False
         self.again: Callable[[], Awaitable[Session]] | None = None
         """How to run the request once more after it ran out of device memory."""
         self._run = Run(rest, lease)
@@ -85,7 +89,7 @@ class Session:
                     if given or self.again is None:
                         raise
                     log.warning("%s; trying once more, alone", error)
-                    await self.close()
+                    await self._run.close()
                     second, self.again = await self.again(), None
                     self._run, self.notes = second._run, second.notes
                     self.usage = second.usage
@@ -97,5 +101,10 @@ class Session:
             await self.close()
 
     async def close(self) -> None:
-        """Stop what still runs and end the lease."""
-        await self._run.close()
+        """Stop what still runs, end the lease, and count the usage."""
+        try:
+            await self._run.close()
+        finally:
+            if not self._counted:
+                self._counted = True
+                self.caller.count(self.usage)

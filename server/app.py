@@ -10,6 +10,8 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Lifespan
 
 from server.auth import Guard
+from server.keys.keyring import Keyring
+from server.keys.watch import KeyWatch
 from server.metrics import HttpMetrics
 from server.request_context import RequestContext
 from server.routes.docs import docs_router
@@ -35,7 +37,11 @@ class Application(FastAPI):
     """
 
     def __init__(
-        self, settings: ServerSettings, metrics: HttpMetrics, lifespan: Lifespan[FastAPI]
+        self,
+        settings: ServerSettings,
+        keyring: Keyring,
+        metrics: HttpMetrics,
+        lifespan: Lifespan[FastAPI],
     ) -> None:
         super().__init__(
             title="Roundhouse",
@@ -45,7 +51,8 @@ class Application(FastAPI):
             openapi_url=None,
             redirect_slashes=False,
         )
-        self.requests = RequestContext(Guard(self.router, settings), metrics)
+        self.keyring = keyring
+        self.requests = RequestContext(Guard(self.router, settings, keyring), metrics)
 
     def build_middleware_stack(self) -> ASGIApp:
         """The layers round the routes."""
@@ -56,6 +63,10 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     """The application. Its lifespan starts engine and jobs in the background and stops them.
 
     `start` reports a failed start to the caller.
+
+    Raises:
+        ConfigError: the store of keys cannot be used.
+
     """
     # Imported here, as they bring numpy and PyAV: `roundhouse ps` need not wait for that (0.17 s).
     from engine.jobs.queue import Jobs
@@ -74,13 +85,20 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         start.begin(jobs)
+        watch.begin()
         try:
             yield
         finally:
-            await start.end()
+            try:
+                await start.end()
+            finally:
+                await watch.end()
 
     metrics = HttpMetrics()
-    app = Application(settings, metrics, lifespan)
+    keyring = Keyring(settings.configured_keys, engine.config)
+    watch = KeyWatch(engine.config.data_dir, keyring)
+    watch.load()
+    app = Application(settings, keyring, metrics, lifespan)
     for router in (
         probes_router(engine, start, metrics),
         text_router(engine, settings),

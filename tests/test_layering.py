@@ -29,6 +29,7 @@ LAYERS = (
     ("server.openapi",),
     ("server.schemas",),
     ("server",),
+    ("server.keys",),
     ("engine.jobs",),
     ("engine.simulation",),
     ("engine.engine",),

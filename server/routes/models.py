@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fastapi import Request
+
 from server.documents import model_document
+from server.keys.access import access_of
 from server.router import Router
 
 if TYPE_CHECKING:
@@ -15,7 +18,7 @@ def models_router(engine: Engine) -> Router:
     """`GET /v1/models` and `GET /v1/models/{id}`.
 
     An alias is listed as a model of its own, as clients offer exactly the listed ids, and some
-    accept no others. `alias_of` is the id of its model.
+    accept no others. `alias_of` is the id of its model. A key is shown the models that it may use.
     """
     router = Router("models")
 
@@ -24,18 +27,21 @@ def models_router(engine: Engine) -> Router:
     @router.head("/v1/models/", described=False)
     @router.get("/v1/models/", described=False)
     @router.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
+    async def list_models(request: Request) -> dict[str, Any]:
+        access = access_of(request)
         return {
             "object": "list",
             "data": [
                 model_document(model, name)
                 for model in engine.status().models
                 for name in (model.id, *model.aliases)
+                if access.may_use(name)
             ],
         }
 
     @router.get("/v1/models/{name:path}")
-    async def retrieve_model(name: str) -> dict[str, Any]:
+    async def retrieve_model(name: str, request: Request) -> dict[str, Any]:
+        access_of(request).check_model(name)
         return model_document(engine.model_status(name), name)
 
     return router
