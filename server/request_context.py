@@ -77,7 +77,9 @@ class _Open:
             headers["openai-processing-ms"] = f"{self.elapsed_s() * 1000:.0f}"
             turn = self.scope["state"].get("turn")
             if turn is not None:
-                headers.update(turn.headers())
+                # Not one by one: each would be looked for among the headers that are there.
+                limits = turn.headers().items()
+                headers.raw.extend((name.encode(), value.encode()) for name, value in limits)
         elif not message.get("more_body"):
             # Before the last piece is sent: its receiver may send the next request at once.
             self.leave()

@@ -99,6 +99,7 @@ class ServerSettings(Section):
     _names: Mapping[str, str] = PrivateAttr(default_factory=dict)
     # Where the store of keys is; None: there is none.
     _data_dir: Path | None = PrivateAttr(None)
+    _stored: tuple[Key, ...] | None = PrivateAttr(None)
 
     @field_validator("api_keys", "admin_keys")
     @classmethod
@@ -174,7 +175,8 @@ class ServerSettings(Section):
     def has_keys(self) -> bool:
         """Whether there is any key at all, in the configuration or in the store.
 
-        Keys of the store that are revoked or expired count as well.
+        Keys of the store that are revoked or expired count as well. The store is read once, so this
+        is what there was at the start. A running server asks its keyring.
 
         Raises:
             ConfigError: the store cannot be used.
@@ -195,10 +197,13 @@ class ServerSettings(Section):
         )
 
     def _stored_keys(self) -> tuple[Key, ...]:
-        # SQLite is imported only if somebody asks.
-        from server.keys.store import stored_keys
+        """The keys of the store, as they were when somebody first asked."""
+        if self._stored is None:
+            # SQLite is imported only if somebody asks.
+            from server.keys.store import stored_keys
 
-        return () if self._data_dir is None else stored_keys(self._data_dir)
+            self._stored = () if self._data_dir is None else stored_keys(self._data_dir)
+        return self._stored
 
 
 def is_loopback(host: str) -> bool:

@@ -79,7 +79,7 @@ class KeyWatch:
     def _take(self, keys: tuple[Key, ...] | None) -> None:
         if keys is not None:
             self._keyring.replace(keys)
-            logger.info("%d keys in %s", len(keys), self._path)
+            logger.info("keys in %s: %d", self._path, len(keys))
 
     def _look(self) -> tuple[Key, ...] | None:
         """The keys, if they have changed since the last look."""

@@ -225,5 +225,7 @@ def test_keys_of_the_store_are_keys(config: Path, tmp_path: Path) -> None:
     _, settings = load_settings(path, environ, {"host": "0.0.0.0"})
     assert settings.has_keys and not settings.has_admin_keys
     store.add(Key(name="root", digest=b"2", created_at=1, admin=True))
+    assert not settings.has_admin_keys  # it is read once
+    _, settings = load_settings(path, environ, {"host": "0.0.0.0"})
     assert settings.has_admin_keys
     store.close()

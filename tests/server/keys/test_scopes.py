@@ -268,10 +268,11 @@ class TestRoles:
     ) -> None:
         admin, user = add_key("root", admin=True), add_key("alice", revoked_at=1)
         await until(client, admin, 200)
-        secret = admin["authorization"].removeprefix("Bearer ")
-        for other in (user["authorization"], "Bearer user-key", "Bearer wrong"):
-            headers = {"x-api-key": secret, "authorization": other}
-            assert (await client.post(LOAD, headers=headers)).status_code == 200
+        secrets = [each["authorization"].removeprefix("Bearer ") for each in (admin, user)]
+        for other in (secrets[1], "user-key", "wrong"):
+            for first, second in ((secrets[0], other), (other, secrets[0])):
+                headers = {"x-api-key": first, "authorization": f"Bearer {second}"}
+                assert (await client.post(LOAD, headers=headers)).status_code == 200
 
     async def test_keys_of_the_configuration_have_names_and_no_limits(
         self, client: httpx.AsyncClient, runtime: FakeRuntime
