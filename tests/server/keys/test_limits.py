@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from engine.engine import Engine
-from engine.errors import RuntimeFailed
-from engine.events import Document, Event, Frame
+from engine.errors import OutOfDeviceMemory, RuntimeFailed
+from engine.events import Document, Event, Frame, Progress
 from engine.requests import TextRequest
 from server.app import Application
 from server.keys.limiter import RATE_LIMIT_HEADERS, Limiter
@@ -107,6 +107,27 @@ async def test_tokens_of_a_run_that_fails_or_is_left_are_charged(
             assert await anext(answer.aiter_lines())
         await eventually(lambda: limiter.running == 0)
         assert limiter.headers()["x-ratelimit-remaining-tokens"] == "986"
+
+
+@pytest.mark.parametrize("begins", [False, True])
+async def test_a_run_that_is_tried_twice_is_charged_once(
+    client: httpx.AsyncClient, add_key: AddKey, runtime: CountingRuntime, begins: bool
+) -> None:
+    async def too_large_once(request: TextRequest) -> AsyncGenerator[Event, None]:
+        if begins:
+            yield Progress(0.1)
+        if len(runtime.requests) == 1:
+            raise OutOfDeviceMemory("too large")
+        yield Frame("data: done\n\n")
+
+    runtime.answer = too_large_once
+    key = add_key("alice", tokens_per_minute=100)
+    await until(client, key, 200)
+    answer = await client.post(CHAT, headers=key, json=STREAM)
+    assert (answer.status_code, answer.text) == (200, "data: done\n\n")
+    assert len(runtime.requests) == 2
+    left = told(await client.get("/v1/models", headers=key))["remaining-tokens"]
+    assert left == "93"
 
 
 async def test_the_official_client_is_told_when_to_come_again(url: str, add_key: AddKey) -> None:
