@@ -303,7 +303,9 @@ class Admission:
             tier=lease.timings.tier,
             fetch_ms=max(0.0, granted_at - since - lease.timings.queued_s) * 1e3,
         )
-        return Session(model, first, events, lease, timings, notes, prepared.usage)
+        session = Session(model, first, events, lease, timings, notes, prepared.usage)
+        session.caller = request.scheduling.caller
+        return session
 
     async def _noted(
         self,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.usage import Usage
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -13,6 +15,12 @@ class Caller:
     """Empty without keys."""
     tier: str = ""
     """What routes may ask for."""
+
+    def count(self, usage: Usage) -> None:
+        """Note what a request of this caller took, once it has ended.
+
+        Here it is noted nowhere. A server that limits the tokens of its callers has its own kind.
+        """
 
 
 NOBODY = Caller()

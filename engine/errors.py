@@ -6,6 +6,7 @@ The tree::
     ├── ConfigError                the configuration cannot be served as written
     ├── InvalidRequest             the request itself is wrong; `param` names the field
     ├── ModelNotFound              no model has that id or alias
+    ├── ModelForbidden             the caller may not use it, if it exists
     ├── NotFound                   there is no such job or file, or no longer
     ├── Conflict                   the model's state forbids it now (in use, pinned)
     │   └── NotLoaded              it would have to be loaded, and the request forbade that
@@ -88,6 +89,12 @@ class ModelNotFound(EngineError):
     """No configured model has this id or alias."""
 
     code = "model_not_found"
+
+
+class ModelForbidden(EngineError):
+    """The caller may not use a model of this name. It says nothing of whether there is one."""
+
+    code = "model_forbidden"
 
 
 class NotFound(EngineError):

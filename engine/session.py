@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from engine.caller import NOBODY, Caller
 from engine.config import ModelConfig
 from engine.errors import EngineError
 from engine.events import Cut, Event, Progress
@@ -73,6 +74,9 @@ class Session:
         self.notes = notes
         self.usage = usage
         self.attempts: tuple[Attempt, ...] = ()
+        self.caller: Caller = NOBODY
+        """Gets the usage once, when the session is closed."""
+        self._counted = False
         self.again: Retry | None = None
         """How to go on after the run has failed and given no more than progress."""
         self._run = Run(rest, lease)
@@ -98,7 +102,7 @@ class Session:
                 except EngineError as error:
                     if given or self.again is None:
                         raise
-                    await self.close()
+                    await self._run.close()
                     self._take(await self.again(error))
                     following = self.first
                 if following is None:
@@ -114,5 +118,10 @@ class Session:
         self.again, self._run = other.again, other._run
 
     async def close(self) -> None:
-        """Stop what still runs and end the lease."""
-        await self._run.close()
+        """Stop what still runs, end the lease, and count the usage."""
+        try:
+            await self._run.close()
+        finally:
+            if not self._counted:
+                self._counted = True
+                self.caller.count(self.usage)

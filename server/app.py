@@ -10,6 +10,8 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Lifespan
 
 from server.auth import Guard
+from server.keys.keyring import Keyring
+from server.keys.watch import KeyWatch
 from server.metrics import HttpMetrics
 from server.request_context import RequestContext
 from server.response_cache.cache import open_cache
@@ -37,7 +39,11 @@ class Application(FastAPI):
     """
 
     def __init__(
-        self, settings: ServerSettings, metrics: HttpMetrics, lifespan: Lifespan[FastAPI]
+        self,
+        settings: ServerSettings,
+        keyring: Keyring,
+        metrics: HttpMetrics,
+        lifespan: Lifespan[FastAPI],
     ) -> None:
         super().__init__(
             title="Roundhouse",
@@ -47,7 +53,8 @@ class Application(FastAPI):
             openapi_url=None,
             redirect_slashes=False,
         )
-        self.requests = RequestContext(Guard(self.router, settings), metrics)
+        self.keyring = keyring
+        self.requests = RequestContext(Guard(self.router, settings, keyring), metrics)
 
     def build_middleware_stack(self) -> ASGIApp:
         """The layers round the routes."""
@@ -58,6 +65,10 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     """The application. Its lifespan starts engine and jobs in the background and stops them.
 
     `start` reports a failed start to the caller.
+
+    Raises:
+        ConfigError: the store of keys cannot be used.
+
     """
     # Imported here, as they bring numpy and PyAV: `roundhouse ps` need not wait for that (0.17 s).
     from engine.jobs.queue import Jobs
@@ -77,18 +88,25 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         start.begin(jobs)
+        watch.begin()
         try:
             if cache is not None:
                 await cache.start()
             yield
         finally:
-            await start.end()
+            try:
+                await start.end()
+            finally:
+                await watch.end()
             if cache is not None:
                 await cache.close()
 
     metrics = HttpMetrics()
     cache_series = () if cache is None else (cache.registry,)
-    app = Application(settings, metrics, lifespan)
+    keyring = Keyring(settings.configured_keys, engine.config)
+    watch = KeyWatch(engine.config.data_dir, keyring)
+    watch.load()
+    app = Application(settings, keyring, metrics, lifespan)
     for router in (
         probes_router(engine, start, (metrics.registry, *cache_series)),
         text_router(engine, settings, cache),

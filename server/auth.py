@@ -1,7 +1,8 @@
 """Access to the server: by keys, and without keys only from this machine.
 
-With configured keys every route needs one, except the probes, the pages `/` and `/docs`, and the
-files of finished images. The routes that change the engine need an admin key. Without keys the
+With keys, of the configuration or of the store, every route needs one, except the probes, the pages
+`/` and `/docs`, and the files of finished images. The routes that change the engine need an admin
+key. A key of the store may be limited to endpoints, to models, and in its rate. Without keys the
 server is open to programs on this machine. It is not open to other web pages in a browser: a page
 may send requests to loopback addresses, and a host name may be rebound to one. The settings
 `public_url` and `cors_origins` name the hosts and pages that are meant to reach it.
@@ -9,15 +10,18 @@ may send requests to loopback addresses, and a host name may be rebound to one. 
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from enum import IntEnum
+import math
+import time
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import Failure
+from server.keys.access import Access
+from server.keys.endpoints import is_counted
+from server.keys.keyring import Keyring
+from server.keys.limiter import Refusal, Turn
 from server.settings import ANY, ServerSettings, is_loopback
 
 HOST_NAMES_IN_CONTAINERS = frozenset({"host.docker.internal", "host.containers.internal"})
@@ -39,74 +43,84 @@ IMAGE_FILES_PREFIX = "/v1/images/files/"
 so the URL itself is the permission."""
 
 
-class Role(IntEnum):
-    """What a caller may do. Each role may do what the lower ones may."""
-
-    NOBODY = 0
-    USER = 1
-    ADMIN = 2
-
-
-class Keyring:
-    """The configured keys, kept as digests."""
-
-    def __init__(self, settings: ServerSettings) -> None:
-        self._digests = [
-            (_digest(key.get_secret_value()), role)
-            for role, keys in ((Role.USER, settings.api_keys), (Role.ADMIN, settings.admin_keys))
-            for key in keys
-        ]
-
-    def __bool__(self) -> bool:
-        return bool(self._digests)
-
-    def role_of(self, presented: str) -> Role:
-        """The highest role of this key, in a time that does not depend on the keys."""
-        digest = _digest(presented)
-        role = Role.NOBODY
-        for known, granted in self._digests:
-            # No early exit: the time of the search would reveal where a key is.
-            role = max(role, granted if hmac.compare_digest(known, digest) else Role.NOBODY)
-        return role
-
-
 class Guard:
-    """ASGI middleware that lets a request through or answers 401 or 403."""
+    """ASGI middleware that lets a request through or answers 401, 403 or 429.
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+    It puts what the sender may do at `request.state.access`, whose caller is also at
+    `request.state.caller`. For a key with limits there is a `request.state.turn`, which the context
+    of the request ends.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings, keyring: Keyring) -> None:
         self._app = app
-        self._keyring = Keyring(settings)
+        self._keyring = keyring
         self._local = is_loopback(settings.host)
+        self._open = self._local or settings.insecure
         self._origins = frozenset(settings.cors_origins)
         self._public_host = _hostname(settings.public_url or "")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request through, or answer for it."""
         if scope["type"] == "http":
-            failure = self._refusal(scope["method"], scope["path"], Headers(scope=scope))
+            failure = self._refusal(scope)
             if failure is not None:
                 response = failure.response(scope["path"], scope["state"]["request_id"])
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _refusal(self, method: str, path: str, headers: Headers) -> Failure | None:
+    def _refusal(self, scope: Scope) -> Failure | None:
+        method, path, headers = scope["method"], scope["path"], Headers(scope=scope)
         admin = is_admin(method, path)
-        if not self._keyring:
+        # Beyond this machine a server without keys is open only if that was wanted. It may have
+        # begun with keys of the store, and lost them since.
+        if not self._keyring and self._open:
             return self._refusal_without_keys(headers, admin=admin)
         if is_open(method, path):
             return None
+        access = self._access(headers)
+        if isinstance(access, Failure):
+            return access
+        state = scope["state"]
+        state["access"], state["caller"] = access, access.caller
+        if access.limiter is not None:
+            state["turn"] = Turn(access.limiter)
+        if admin and not access.admin:
+            return _forbidden(
+                "This needs an admin key (server.admin_keys, or `roundhouse keys add --admin`).",
+                "admin_key_required",
+            )
+        if not access.may_call(path):
+            return _forbidden(f"This API key may not use {path}.", "endpoint_forbidden")
+        if access.limiter is not None and is_counted(method, path):
+            refusal = state["turn"].enter()
+            if refusal is not None:
+                return _limited(refusal)
+        return None
+
+    def _access(self, headers: Headers) -> Access | Failure:
+        """What the presented key may do. Of several valid ones an admin's counts, or the first."""
         presented = _presented_keys(headers)
         if not presented:
             return _unauthorized(
                 "No API key given. Send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'."
             )
-        role = max(self._keyring.role_of(key) for key in presented)
-        if role is Role.NOBODY:
-            return _unauthorized("Incorrect API key.")
-        if admin and role < Role.ADMIN:
-            return _forbidden("This needs an admin key (server.admin_keys).", "admin_key_required")
-        return None
+        now = time.time()
+        found: Access | None = None
+        reason = None
+        for key in presented:
+            access = self._keyring.find(key)
+            if access is None:
+                continue
+            ended = access.ended(now)
+            if ended is not None:
+                reason = ended
+            elif found is None or (access.admin and not found.admin):
+                found = access
+        if found is None:
+            return _unauthorized(reason or "Incorrect API key.")
+        found.used_at = now
+        return found
 
     def _refusal_without_keys(self, headers: Headers, *, admin: bool) -> Failure | None:
         host = headers.get("host")
@@ -159,10 +173,6 @@ def is_open(method: str, path: str) -> bool:
     )
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
-
-
 def _presented_keys(headers: Headers) -> list[str]:
     keys = headers.getlist("x-api-key")
     for value in headers.getlist("authorization"):
@@ -185,3 +195,14 @@ def _unauthorized(message: str) -> Failure:
 
 def _forbidden(message: str, code: str) -> Failure:
     return Failure(403, message, code=code)
+
+
+def _limited(refusal: Refusal) -> Failure:
+    wait_s = max(1, math.ceil(refusal.retry_after_s))
+    return Failure(
+        429,
+        refusal.message,
+        "rate_limit_error",
+        "rate_limit_exceeded",
+        headers={"retry-after": str(wait_s)},
+    )

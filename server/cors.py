@@ -6,6 +6,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from server.headers import ANSWER_HEADERS
+from server.keys.limiter import RATE_LIMIT_HEADERS
 from server.settings import ServerSettings
 
 METHODS = ("GET", "HEAD", "POST", "DELETE")
@@ -20,6 +21,7 @@ EXPOSED_HEADERS = (
     "www-authenticate",
     "allow",
     "content-disposition",
+    *RATE_LIMIT_HEADERS,
     *ANSWER_HEADERS,
 )
 """What a script may read besides the headers that every page may read."""

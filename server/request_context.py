@@ -75,7 +75,21 @@ class _Open:
             if is_anthropic(self.scope["path"]):
                 headers["request-id"] = self.request_id  # the name that its clients read
             headers["openai-processing-ms"] = f"{self.elapsed_s() * 1000:.0f}"
+            turn = self.scope["state"].get("turn")
+            if turn is not None:
+                # Not one by one: each would be looked for among the headers that are there.
+                limits = turn.headers().items()
+                headers.raw.extend((name.encode(), value.encode()) for name, value in limits)
+        elif not message.get("more_body"):
+            # Before the last piece is sent: its receiver may send the next request at once.
+            self.leave()
         await self.send(message)
+
+    def leave(self) -> None:
+        """Give back what the request holds of the limits of its key."""
+        turn = self.scope["state"].get("turn")
+        if turn is not None:
+            turn.leave()
 
     async def answer(self, failure: Failure) -> None:
         """Send the failure as the response."""
@@ -85,6 +99,8 @@ class _Open:
 
 class RequestContext:
     """ASGI middleware: `x-request-id`, `openai-processing-ms`, metrics, log, and errors.
+
+    It also adds the headers of a key's limits, and ends its turn.
 
     The id is the client's if it is sane, otherwise a new one. It is `request.state.request_id`. An
     error of the application becomes the response, unless one has begun.
@@ -127,6 +143,7 @@ class RequestContext:
                 await request.answer(failure)
         finally:
             self._open.discard(request)
+            request.leave()
             self._count(request)
 
     async def give_up(self, error: EngineError) -> None:

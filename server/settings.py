@@ -6,12 +6,13 @@ import ipaddress
 import logging
 import re
 import stat
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, SecretStr, field_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, SecretStr, field_validator
 
 from engine.config import ENV_CONFIG, EngineConfig, engine_config, engine_fields, read_sections
 from engine.cost_config import CostConfig
@@ -19,6 +20,8 @@ from engine.errors import ConfigError
 from engine.runtimes.registry import RUNTIMES
 from engine.section import Section, parse_section
 from engine.units import Duration, Size
+from server.keys.keyring import ConfiguredKey
+from server.keys.record import Key, check_name, digest_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,8 @@ STARTER_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "starter.y
 
 ADMIN_MARK = "admin:"
 _KEY = re.compile(r"[\x21-\x7e]+")
+_NAMED_KEY = re.compile(r"(?P<name>\S+)\s+=\s+(?P<key>\S+)")
+"""With spaces, as a key may have a `=` itself."""
 
 
 def split_commas(value: Any) -> Any:
@@ -99,7 +104,10 @@ class ServerSettings(Section):
     admin_keys: Keys = ()
     """Keys that may also load, unload and pin."""
     api_keys_file: Path | None = None
-    """One key a line; `#` starts a comment, `admin:` in front marks an admin key."""
+    """One key a line; `#` starts a comment, `admin:` in front marks an admin key.
+
+    `NAME = KEY`, with spaces, gives it a name.
+    """
     insecure: bool = False
     """Allow listening beyond loopback without any key."""
     drain_s: Duration = Field(default=30.0, le=86_400)
@@ -140,6 +148,11 @@ class ServerSettings(Section):
     forwarded_allow_ips: Hosts = ()
     """Addresses or networks of proxies whose `X-Forwarded-*` headers are believed, or `*`."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    # The names of the keys of the file, by key.
+    _names: Mapping[str, str] = PrivateAttr(default_factory=dict)
+    # Where the store of keys is; None: there is none.
+    _data_dir: Path | None = PrivateAttr(None)
+    _stored: tuple[Key, ...] | None = PrivateAttr(None)
 
     @field_validator("api_keys", "admin_keys")
     @classmethod
@@ -198,9 +211,52 @@ class ServerSettings(Section):
         return networks
 
     @property
+    def configured_keys(self) -> tuple[ConfiguredKey, ...]:
+        """The keys of the configuration, with a name and without the key itself."""
+        kinds = (("config", self.api_keys, False), ("config-admin", self.admin_keys, True))
+        return tuple(
+            ConfiguredKey(
+                self._names.get(key.get_secret_value(), f"{kind}-{number}"),
+                digest_of(key.get_secret_value()),
+                admin,
+            )
+            for kind, keys, admin in kinds
+            for number, key in enumerate(keys, start=1)
+        )
+
+    @property
     def has_keys(self) -> bool:
-        """Whether any key at all is configured."""
-        return bool(self.api_keys or self.admin_keys)
+        """Whether there is any key at all, in the configuration or in the store.
+
+        Keys of the store that are revoked or expired count as well. The store is read once, so this
+        is what there was at the start. A running server asks its keyring.
+
+        Raises:
+            ConfigError: the store cannot be used.
+
+        """
+        return bool(self.api_keys or self.admin_keys or self._stored_keys())
+
+    @property
+    def has_admin_keys(self) -> bool:
+        """Whether any key may give orders to the engine.
+
+        Raises:
+            ConfigError: the store cannot be used.
+
+        """
+        return bool(self.admin_keys) or any(
+            key.admin and key.state(time.time()) == "active" for key in self._stored_keys()
+        )
+
+    def _stored_keys(self) -> tuple[Key, ...]:
+        """The keys of the store, as they were when somebody first asked."""
+        if self._stored is None:
+            # SQLite is imported only if somebody asks.
+            from server.keys.store import stored_keys
+
+            self._stored = () if self._data_dir is None else stored_keys(self._data_dir)
+        return self._stored
 
 
 def is_loopback(host: str) -> bool:
@@ -238,17 +294,21 @@ def load_settings(
     raw = {**sections["server"], **(overrides or {})}
     settings = parse_section(ServerSettings, raw, "server")
     if settings.api_keys_file is not None:
-        keys, admin_keys = _read_keys(settings.api_keys_file)
+        keys, admin_keys, names = _read_keys(settings.api_keys_file)
         raw["api_keys"] = (*settings.api_keys, *keys)
         raw["admin_keys"] = (*settings.admin_keys, *admin_keys)
         settings = parse_section(ServerSettings, raw, "server")
-    if not (settings.has_keys or settings.insecure or is_loopback(settings.host)):
+        settings._names = names
+    engine = engine_config(sections, RUNTIMES)
+    settings._data_dir = engine.data_dir
+    if not (is_loopback(settings.host) or settings.insecure or settings.has_keys):
         raise ConfigError(
             f"server.host: {settings.host} can be reached from other machines, and there is no"
-            " key. Set server.api_keys (ROUNDHOUSE_API_KEYS) or server.api_keys_file, or allow it"
-            " with server.insecure (--insecure)"
+            " key. Make one with `roundhouse keys add NAME`, set server.api_keys"
+            " (ROUNDHOUSE_API_KEYS) or server.api_keys_file, or allow it with server.insecure"
+            " (--insecure)"
         )
-    return engine_config(sections, RUNTIMES), settings
+    return engine, settings
 
 
 def read_engine_config(path: Path, environ: Mapping[str, str]) -> EngineConfig:
@@ -270,7 +330,8 @@ def _sections(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:
     return read_sections(path, environ, fields)
 
 
-def _read_keys(path: Path) -> tuple[list[str], list[str]]:
+def _read_keys(path: Path) -> tuple[list[str], list[str], dict[str, str]]:
+    """The keys of the file, its admin keys, and the names of all of them."""
     try:
         text = path.read_text(encoding="utf-8")
         mode = path.stat().st_mode
@@ -281,12 +342,30 @@ def _read_keys(path: Path) -> tuple[list[str], list[str]]:
         logger.warning("%s can be read by other users; chmod 600 it", path)
     keys: list[str] = []
     admin_keys: list[str] = []
-    for line in text.splitlines():
-        key = line.partition("#")[0].strip()
-        if key.startswith(ADMIN_MARK):
-            admin_keys.append(key.removeprefix(ADMIN_MARK).strip())
-        elif key:
-            keys.append(key)
+    names: dict[str, str] = {}
+    for line, each in enumerate(text.splitlines(), start=1):
+        key = each.partition("#")[0].strip()
+        admin = key.startswith(ADMIN_MARK)
+        if admin:
+            key = key.removeprefix(ADMIN_MARK).strip()
+        elif not key:
+            continue
+        name = f"file-{len(names) + 1}"
+        named = _NAMED_KEY.fullmatch(key)
+        if named is not None:
+            try:
+                name, key = check_name(named["name"]), named["key"]
+            except ConfigError as error:
+                # The message must not contain what may be a key.
+                raise ConfigError(
+                    f"server.api_keys_file: {path}: line {line}: what is before = is not a name"
+                ) from error
+            if key.startswith(ADMIN_MARK):
+                raise ConfigError(
+                    f"server.api_keys_file: {path}: line {line}: {ADMIN_MARK} comes before the name"
+                )
+        names.setdefault(key, name)
+        (admin_keys if admin else keys).append(key)
     if not keys and not admin_keys:
         raise ConfigError(f"server.api_keys_file: {path} holds no key")
-    return keys, admin_keys
+    return keys, admin_keys, names

@@ -30,6 +30,7 @@ LAYERS = (
     ("server.schemas",),
     ("server.response_cache",),
     ("server",),
+    ("server.keys",),
     ("engine.jobs",),
     ("engine.simulation",),
     ("engine.engine",),

@@ -22,14 +22,14 @@ from engine.errors import ConfigError
 from engine.files.source import STARTER, Source
 from engine.simulation.traces import BUILT_IN, generate, read_trace
 from engine.units import format_size
-from server.commands import doctor, models, schema
+from server.commands import doctor, keys, models, schema
 from server.commands.bench import bench
 from server.commands.default_config import configuration
 from server.commands.options import ApiKey, ConfigFile, first_key
 from server.commands.terminal import exit_with, new_table, out, print_note
 from server.exit_codes import BAD_CONFIG, FAILED
 from server.packages import installed_version
-from server.settings import ServerSettings, load_settings
+from server.settings import load_settings
 from server.supervision.heartbeat import Heartbeat
 from server.supervision.listener import listen
 from server.supervision.supervisor import SupervisorConfig, become
@@ -67,6 +67,7 @@ def serve(
     overrides = {key: value for key, value in given.items() if value is not None}
     try:
         engine_config, settings = load_settings(config, os.environ, overrides)
+        has_keys = settings.has_keys
     except ConfigError as error:
         raise exit_with(error.message, BAD_CONFIG) from error
     logging.basicConfig(
@@ -86,7 +87,9 @@ def serve(
             raise exit_with(
                 f"cannot listen on {settings.host}:{settings.port}: {error}", FAILED
             ) from error
-        _introduce(engine_config, settings, f"{config}{chosen}", listener.getsockname()[1])
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        address = f"{host}:{listener.getsockname()[1]}"
+        _introduce(engine_config, f"{config}{chosen}", address, has_keys=has_keys)
         if supervisor:
             # The same program again, however it was started.
             command = (sys.executable, *sys.orig_argv[1:])
@@ -215,6 +218,7 @@ def version() -> None:
 
 app.command()(bench)
 models.register(app)
+keys.register(app)
 doctor.register(app)
 schema.register(app)
 
@@ -257,12 +261,11 @@ def _version(*distributions: str) -> str:
     return installed_version(*distributions) or "not installed"
 
 
-def _introduce(config: EngineConfig, settings: ServerSettings, source: str, port: int) -> None:
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+def _introduce(config: EngineConfig, source: str, address: str, *, has_keys: bool) -> None:
     lines = [
-        f"Roundhouse {_version('roundhouse')} on http://{host}:{port}",
+        f"Roundhouse {_version('roundhouse')} on http://{address}",
         f"  configuration: {source}",
-        f"  keys: {'required' if settings.has_keys else 'none'}",
+        f"  keys: {'required' if has_keys else 'none'}",
     ]
     lines += [f"  model: {' = '.join(model.names)} ({model.source})" for model in config.models]
     if any(Source(model.source).scheme == STARTER for model in config.models):

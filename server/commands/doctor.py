@@ -195,7 +195,10 @@ def _keys(subject: Subject) -> Iterator[Finding]:
     file = settings.api_keys_file
     if file is not None and file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         yield Finding("key file", State.WARN, f"{file} can be read by others", f"chmod 600 {file}")
-    yield _key_finding(settings)
+    try:
+        yield _key_finding(settings)
+    except ConfigError as error:
+        yield Finding("API keys", State.BAD, error.message, "put a backup in its place")
 
 
 def _key_finding(settings: ServerSettings) -> Finding:
@@ -205,15 +208,15 @@ def _key_finding(settings: ServerSettings) -> Finding:
                 "API keys",
                 State.WARN,
                 f"none, and {settings.host} is served to everybody who reaches it",
-                "set ROUNDHOUSE_API_KEYS and leave out --insecure",
+                "make keys with roundhouse keys add, and leave out --insecure",
             )
         return Finding("API keys", State.OK, "none: only this machine is served")
-    if not settings.admin_keys:
+    if not settings.has_admin_keys:
         return Finding(
             "API keys",
             State.WARN,
             "no admin key: nobody can load, unload or pull models over HTTP",
-            "set ROUNDHOUSE_ADMIN_KEYS if somebody should",
+            "roundhouse keys add NAME --admin, if somebody should",
         )
     return Finding("API keys", State.OK, "set")
 

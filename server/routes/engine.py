@@ -16,6 +16,7 @@ from server.connection import ConnectedResponse
 from server.documents import engine_document, events_document, model_document
 from server.event_stream import send_events
 from server.forms import query_fields, read_json
+from server.keys.access import access_of
 from server.response_cache.cache import ResponseCache
 from server.router import Router
 from server.schemas.engine import EventsQuery, PlanBody
@@ -45,6 +46,7 @@ def engine_router(
     @router.post(PLAN_PATH)
     async def plan(request: Request) -> dict[str, Any]:
         body = PlanBody.of(await read_json(request, settings.max_body_bytes))
+        access_of(request).check_model(body.model)
         forecast = await engine.plan(
             body.model,
             working_bytes=body.working_bytes,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fastapi import Request
+
 from server.documents import model_document, route_document
+from server.keys.access import access_of
 from server.router import Router
 
 if TYPE_CHECKING:
@@ -16,7 +19,7 @@ def models_router(engine: Engine) -> Router:
 
     An alias is listed as a model of its own, as clients offer exactly the listed ids, and some
     accept no others. `alias_of` is the id of its model. A route is listed with the models that it
-    chooses from.
+    chooses from. A key is shown the models and routes that it may use.
     """
     router = Router("models")
 
@@ -25,19 +28,22 @@ def models_router(engine: Engine) -> Router:
     @router.head("/v1/models/", described=False)
     @router.get("/v1/models/", described=False)
     @router.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
+    async def list_models(request: Request) -> dict[str, Any]:
+        access = access_of(request)
         return {
             "object": "list",
             "data": [
                 model_document(model, name)
                 for model in engine.status().models
                 for name in (model.id, *model.aliases)
+                if access.may_use(name)
             ]
-            + [route_document(route) for route in engine.config.routes],
+            + [route_document(route) for route in engine.config.routes if access.may_use(route.id)],
         }
 
     @router.get("/v1/models/{name:path}")
-    async def retrieve_model(name: str) -> dict[str, Any]:
+    async def retrieve_model(name: str, request: Request) -> dict[str, Any]:
+        access_of(request).check_model(name)
         if name in engine.router:
             return route_document(engine.router.find(name))
         return model_document(engine.model_status(name), name)

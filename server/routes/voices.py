@@ -11,6 +11,7 @@ from fastapi import Request
 from engine.config import ModelConfig
 from engine.errors import InvalidRequest, LoadFailed
 from server.forms import query_fields, read_fields
+from server.keys.access import Access, access_of
 from server.router import Router
 from server.schemas.audio import (
     VoiceBody,
@@ -32,9 +33,11 @@ def voices_router(engine: Engine, voices: VoiceStore, settings: ServerSettings) 
     """`/v1/audio/voices`: create, list, delete."""
     router = Router("audio")
 
-    def speech_models(name: str | None) -> list[ModelConfig]:
+    def speech_models(name: str | None, access: Access) -> list[ModelConfig]:
         if name is None:
-            return [model for model in engine.config.models if model.task == "speech"]
+            models = (model for model in engine.config.models if model.task == "speech")
+            return [model for model in models if access.may_use(model.id)]
+        access.check_model(name)
         model = engine.config.find(name)
         if model.task != "speech":
             raise InvalidRequest(f"The model {model.id!r} does not speak.", param="model")
@@ -44,7 +47,7 @@ def voices_router(engine: Engine, voices: VoiceStore, settings: ServerSettings) 
     async def list_voices(request: Request) -> dict[str, Any]:
         query = VoicesQuery.of(query_fields(request))
         data = []
-        for model in speech_models(query.model):
+        for model in speech_models(query.model, access_of(request)):
             try:
                 known = await engine.voices(model.id, fetch=query.model is not None)
             except LoadFailed as error:
@@ -61,8 +64,9 @@ def voices_router(engine: Engine, voices: VoiceStore, settings: ServerSettings) 
         return {"object": "list", "data": data, "voices": voice_choices(data)}
 
     @router.get("/v1/audio/models")
-    async def list_models() -> dict[str, Any]:
-        return {"models": [{"id": each} for model in speech_models(None) for each in model.names]}
+    async def list_models(request: Request) -> dict[str, Any]:
+        models = speech_models(None, access_of(request))
+        return {"models": [{"id": each} for model in models for each in model.names]}
 
     @router.post("/v1/audio/voices")
     async def create(request: Request) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from typing import Annotated, Any, TypeAlias
 from fastapi import Request
 from pydantic import ConfigDict, PlainValidator, WithJsonSchema
 
-from engine.caller import NOBODY
 from engine.requests import Priority, SchedulingOptions
 from engine.units import parse_duration
 from server.forms import Fields
 from server.headers import HEADER_PREFIX
+from server.keys.access import access_of
 from server.schemas.fields import Body
 
 
@@ -100,12 +100,18 @@ def take_scheduling_options(
 ) -> SchedulingOptions:
     """The scheduling options of a request, and its caller. Its body goes before its headers.
 
-    Takes them out of `fields`, as the schemas of the endpoints do not know them.
+    Takes them out of `fields`, as the schemas of the endpoints do not know them. Every request that
+    runs a model comes by here, so this is where the caller's key must allow the model.
 
     Raises:
         InvalidRequest: naming the wrong field or header.
+        ModelForbidden: the key may not use the model that `fields` names.
 
     """
+    access = access_of(request)
+    model = fields.values.get("model")
+    if isinstance(model, str):  # otherwise the schema refuses it
+        access.check_model(model)
     named: dict[str, Any] = {}
     headers = request.headers
     in_headers = {name: headers[name] for name in _HEADERS if name in headers}
@@ -121,7 +127,7 @@ def take_scheduling_options(
         if_loaded_only=named.get("if_loaded_only", False),
         no_evict=named.get("no_evict", False),
         max_wait_s=named.get("max_wait"),
-        caller=getattr(request.state, "caller", NOBODY),
+        caller=access.caller,
     )
 
 

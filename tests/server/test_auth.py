@@ -6,7 +6,8 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from server.auth import Keyring, Role
+from engine.engine import Engine
+from server.keys.keyring import Keyring
 from server.settings import ServerSettings
 
 USER = {"authorization": "Bearer user-key"}
@@ -149,6 +150,8 @@ class TestInsecure:
         assert (await client.get("/v1/models", headers=headers)).status_code == 200
 
 
-def test_a_key_that_is_both_has_the_higher_role() -> None:
+def test_a_key_that_is_both_has_the_higher_role(engine: Engine) -> None:
     both = (SecretStr("both"),)
-    assert Keyring(ServerSettings(api_keys=both, admin_keys=both)).role_of("both") is Role.ADMIN
+    settings = ServerSettings(api_keys=both, admin_keys=both)
+    access = Keyring(settings.configured_keys, engine.config).find("both")
+    assert access is not None and access.admin

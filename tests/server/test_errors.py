@@ -25,6 +25,7 @@ TABLE: list[tuple[EngineError, int, str]] = [
     (errors.ConfigError("m"), 500, "server_error"),
     (errors.InvalidRequest("m"), 400, "invalid_request_error"),
     (errors.ModelNotFound("m"), 404, "invalid_request_error"),
+    (errors.ModelForbidden("m"), 403, "invalid_request_error"),
     (errors.NotFound("m"), 404, "invalid_request_error"),
     (errors.Conflict("m"), 409, "invalid_request_error"),
     (errors.NotLoaded("m", tier="disk", load_s=1.0), 409, "invalid_request_error"),

@@ -7,6 +7,8 @@ import pytest
 from pydantic import SecretStr
 
 from engine.errors import ConfigError
+from server.keys.record import Key
+from server.keys.store import KeyStore
 from server.settings import STARTER_CONFIG, ServerSettings, config_path, is_loopback, load_settings
 
 CONFIG = """
@@ -206,3 +208,68 @@ def test_a_place_for_the_response_cache_that_is_none(config: Path, text: str) ->
 def test_the_password_of_redis_is_not_shown() -> None:
     settings = ServerSettings(response_cache="redis://:secret-word@localhost/0")
     assert "secret-word" not in f"{settings!r} {settings}"
+
+
+def named(settings: ServerSettings) -> list[tuple[str, bool]]:
+    return [(key.name, key.admin) for key in settings.configured_keys]
+
+
+def test_keys_have_names(config: Path, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(
+        "one\nalice = two  # hers\nadmin: root = three\nkey=with=signs\nadmin:four\nalice = five\n"
+    )
+    path.chmod(0o600)
+    environ = {"ROUNDHOUSE_API_KEYS_FILE": str(path), "ROUNDHOUSE_ADMIN_KEYS": "a,b"}
+    _, settings = load_settings(config, environ)
+    assert secrets(settings.api_keys) == ["from-file", "one", "two", "key=with=signs", "five"]
+    assert secrets(settings.admin_keys) == ["a", "b", "three", "four"]
+    assert named(settings) == [
+        ("config-1", False),
+        ("file-1", False),
+        ("alice", False),
+        ("file-4", False),
+        ("alice", False),
+        ("config-admin-1", True),
+        ("config-admin-2", True),
+        ("root", True),
+        ("file-5", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("config-1 = hush", "line 1: what is before = is not a name"),
+        ("hu/sh = hush", "line 1: what is before = is not a name"),
+        ("alice = admin:hush", "line 1: admin: comes before the name"),
+        ("alice hush", "printable ASCII without spaces"),
+        ("alice =hush", "printable ASCII without spaces"),
+    ],
+)
+def test_a_wrong_line_of_the_file_is_told_without_the_key(
+    config: Path, tmp_path: Path, line: str, message: str
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text(line)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_settings(config, {"ROUNDHOUSE_API_KEYS_FILE": str(path)})
+    assert "hush" not in str(caught.value)
+
+
+def test_keys_of_the_store_are_keys(config: Path, tmp_path: Path) -> None:
+    path = tmp_path / "without-keys.yaml"
+    path.write_text(config.read_text().replace(", api_keys: [from-file]", ""))
+    environ = {"ROUNDHOUSE_DATA_DIR": str(tmp_path / "data")}
+    with pytest.raises(ConfigError, match=r"roundhouse keys add NAME"):
+        load_settings(path, environ, {"host": "0.0.0.0"})
+    assert not (tmp_path / "data").exists()
+    store = KeyStore(tmp_path / "data")
+    store.add(Key(name="alice", digest=b"1", created_at=1, revoked_at=2))
+    _, settings = load_settings(path, environ, {"host": "0.0.0.0"})
+    assert settings.has_keys and not settings.has_admin_keys
+    store.add(Key(name="root", digest=b"2", created_at=1, admin=True))
+    assert not settings.has_admin_keys  # it is read once
+    _, settings = load_settings(path, environ, {"host": "0.0.0.0"})
+    assert settings.has_admin_keys
+    store.close()

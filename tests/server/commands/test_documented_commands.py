@@ -80,6 +80,11 @@ SUBSTITUTIONS = (
     ),
     Substitution(r"(?<=^roundhouse plan )MODEL", "minilm-l6-v2", "a word for the reader's own"),
     Substitution(r"(?<=^roundhouse )(\w+) MODEL", r"\1 mine", "a word for the reader's own"),
+    Substitution(
+        r"(?<=^roundhouse keys )(.*)--model \S+",
+        r"\1--model mine",
+        "a model of the reader's own",
+    ),
     Substitution(r" …$", "", "more of the same"),
     Substitution(r"\bowner/name$", REPO, "a word for the reader's own"),
     Substitution(r"\bFOLDER$", "./my-model", "a word for the reader's own"),
@@ -132,7 +137,7 @@ NOT_RUN: Mapping[str, str] = {
     ),
 }
 
-NAMED = (r"roundhouse (add|bench|pull|rm|simulate)",)
+NAMED = (r"roundhouse (add|bench|keys|pull|rm|simulate)",)
 """Named in a sentence, without what the command is to be given."""
 
 PARSED = (
@@ -145,7 +150,17 @@ EXIT_STATUSES: Mapping[str, tuple[int, ...]] = {
     "roundhouse doctor": (0, 1),  # 1: something of this machine is bad
 }
 
-BEFORE: Mapping[str, str] = {"roundhouse rm mine": "roundhouse pull mine"}
+_NO_CI = "roundhouse keys remove ci || true"
+_CI = f"{_NO_CI}; roundhouse keys add ci"
+
+BEFORE: Mapping[str, str] = {
+    "roundhouse rm mine": "roundhouse pull mine",
+    "roundhouse keys add ci --model mine --endpoint chat --requests-per-minute 60"
+    " --tokens-per-minute 20000 --concurrent 4": _NO_CI,
+    "roundhouse keys set ci --tier gold --concurrent none": _CI,
+    "roundhouse keys rotate ci": _CI,
+    "roundhouse keys revoke ci": _CI,
+}
 """What the page has the reader do first."""
 
 

@@ -1,0 +1,60 @@
+"""The families of endpoints, by which a key may be limited, and which requests count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+FAMILIES = ("chat", "embeddings", "images", "videos", "speech", "transcriptions", "engine")
+
+_CHAT, _EMBEDDINGS, _IMAGES, _VIDEOS, _SPEECH, _TRANSCRIPTIONS, _ENGINE = (
+    frozenset({family}) for family in FAMILIES
+)
+_TEXT = _CHAT | _EMBEDDINGS
+"""Either is enough for a tokenizer."""
+
+_RUNS: Mapping[str, frozenset[str]] = {
+    "/v1/chat/completions": _CHAT,
+    "/v1/completions": _CHAT,
+    "/v1/responses": _CHAT,
+    "/v1/messages": _CHAT,
+    "/v1/messages/count_tokens": _CHAT,
+    "/v1/embeddings": _EMBEDDINGS,
+    "/v1/tokenize": _TEXT,
+    "/tokenize": _TEXT,
+    "/v1/detokenize": _TEXT,
+    "/detokenize": _TEXT,
+    "/v1/images/generations": _IMAGES,
+    "/v1/images/edits": _IMAGES,
+    "/v1/images/variations": _IMAGES,
+    "/v1/videos": _VIDEOS,
+    "/v1/audio/speech": _SPEECH,
+    "/v1/audio/transcriptions": _TRANSCRIPTIONS,
+    "/v1/audio/translations": _TRANSCRIPTIONS,
+}
+"""A POST to one of these has a model run. Such requests count against the limits of a key."""
+
+_BESIDE = (
+    ("/v1/images/", _IMAGES),
+    ("/v1/videos/", _VIDEOS),
+    ("/v1/audio/", _SPEECH),  # voices, and the models that speak
+    ("/v1/engine", _ENGINE),
+    ("/metrics", _ENGINE),
+    ("/health/", _ENGINE),
+)
+"""How the other paths of a family begin."""
+
+
+def families_of(path: str) -> frozenset[str] | None:
+    """The families of a path, any of which will do. None: it is of no family, so open to any key.
+
+    These are the lists of models and the description of the routes.
+    """
+    families = _RUNS.get(path)
+    if families is not None:
+        return families
+    return next((family for prefix, family in _BESIDE if path.startswith(prefix)), None)
+
+
+def is_counted(method: str, path: str) -> bool:
+    """Whether the request counts against the limits of its key."""
+    return method == "POST" and path in _RUNS
