@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from engine.section import Section
 
@@ -39,6 +40,16 @@ class BudgetConfig(Section):
     """`refuse` answers 429; `free` passes to models that cost nothing, if there are any."""
     webhook: str | None = None
     """A URL that gets a POST at 80, 90 and 100 percent."""
+
+    @field_validator("webhook")
+    @classmethod
+    def _webhook_is_a_url(cls, url: str | None) -> str | None:
+        # The message must not contain the address: whoever knows that of a chat can write there.
+        if url is not None:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("it begins with http:// or https:// and a host")
+        return url
 
     @model_validator(mode="after")
     def _has_a_limit(self) -> Self:

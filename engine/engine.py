@@ -14,6 +14,8 @@ from prometheus_client.registry import CollectorRegistry
 from engine.admission import Admission
 from engine.catalog.fetcher import Fetcher
 from engine.config import EngineConfig, ModelConfig
+from engine.costs.accounts import Accounts
+from engine.costs.budget import BudgetWarning
 from engine.errors import (
     ConfigError,
     Conflict,
@@ -22,6 +24,7 @@ from engine.errors import (
     RuntimeFailed,
     ShuttingDown,
 )
+from engine.events import Document
 from engine.files.hub.fetch import FetchProgress
 from engine.memory.device import CudaDevice, Device, host_memory_bytes, open_device
 from engine.memory.host_memory import HostMemory
@@ -91,6 +94,8 @@ class Engine:
         self._emptied = asyncio.Event()
         self._ledger = Ledger(0, 0)
         self._metrics = EngineMetrics(self.status)
+        self.accounts = Accounts(config, self._metrics.registry, on_warning=self._on_budget_warning)
+        """What requests cost, and what they may."""
         self._fetcher = Fetcher(
             self._models, self._runtimes, config.cache_dir, self._on_files_changed
         )
@@ -140,6 +145,7 @@ class Engine:
         """
         try:
             with uncollected():
+                await self.accounts.start()
                 device, host, budget_bytes = await asyncio.to_thread(self._open)
                 freeze_heap()  # otherwise collections in a warm-up scan all that is imported
                 for name, runtime in self._runtimes.items():
@@ -218,6 +224,7 @@ class Engine:
         await self._residency.stop()
         for runtime in self._runtimes.values():
             await runtime.stop()
+        await self.accounts.stop()
         thaw_heap()
         self.state = EngineState.STOPPED
 
@@ -288,7 +295,18 @@ class Engine:
             timeout_s = self.config.queue_timeout_s
         deadline = Deadline(self._clock, timeout_s)
         await self._wait_started(deadline)
-        return await self._admission.open(model, request, deadline, waiting or Waiting())
+        waiting = waiting or Waiting()
+        reservation = self.accounts.reserve(model, request)
+        try:
+            session = await self._admission.open(model, request, deadline, waiting)
+        except BaseException:
+            usage = waiting.usage
+            reservation.settle(usage, usage.device_s if usage else 0.0, served=False)
+            raise
+        session.reservation = reservation
+        if isinstance(session.first, Document):
+            session.settle()  # the run has ended, and the headers of the answer have its cost
+        return session
 
     async def check_loaded(self, name: str) -> None:
         """Return if a model is there, or is being brought in for others.
@@ -559,6 +577,14 @@ class Engine:
             except Exception as error:
                 FAULTS.report("the watch of the device", error)
                 return
+
+    def _on_budget_warning(self, warning: BudgetWarning) -> None:
+        ledger = self._ledger.status()
+        self.events.append(
+            SchedulerEvent(
+                EventKind.BUDGET, "", warning.text, ledger.granted_bytes, ledger.capacity_bytes
+            )
+        )
 
     def _on_event(self, event: SchedulerEvent) -> None:
         self._metrics.count(event, self._clock())

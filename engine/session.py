@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 from engine.config import ModelConfig
+from engine.costs.accounts import Charge, Reservation
 from engine.errors import OutOfDeviceMemory
 from engine.events import Cut, Event, Progress
 from engine.run import Run
@@ -60,6 +61,11 @@ class Session:
         self.usage = usage
         self.again: Callable[[], Awaitable[Session]] | None = None
         """How to run the request once more after it ran out of device memory."""
+        self.reservation: Reservation | None = None
+        """Settled when the run has ended."""
+        self.charge: Charge | None = None
+        """What the run cost, once it has ended."""
+        self._failed = False
         self._run = Run(rest, lease)
 
     async def events(self) -> AsyncGenerator[Event, None]:
@@ -85,7 +91,7 @@ class Session:
                     if given or self.again is None:
                         raise
                     log.warning("%s; trying once more, alone", error)
-                    await self.close()
+                    await self._run.close()
                     second, self.again = await self.again(), None
                     self._run, self.notes = second._run, second.notes
                     self.usage = second.usage
@@ -93,9 +99,22 @@ class Session:
                 if following is None:
                     return
                 event = following
+        except Exception:
+            self._failed = True
+            raise
         finally:
             await self.close()
 
     async def close(self) -> None:
-        """Stop what still runs and end the lease."""
-        await self._run.close()
+        """Stop what still runs, end the lease, and settle what it cost."""
+        try:
+            await self._run.close()
+        finally:
+            self.settle()
+
+    def settle(self) -> None:
+        """Count what the run took. It has ended; a second call changes nothing."""
+        if self.reservation is not None:
+            self.charge = self.reservation.settle(
+                self.usage, self.usage.device_s, served=not self._failed
+            )

@@ -18,6 +18,7 @@ from server.routes.images import images_router
 from server.routes.models import models_router
 from server.routes.probes import probes_router
 from server.routes.text import text_router
+from server.routes.usage import usage_router
 from server.routes.videos import videos_router
 from server.routes.web import web_router
 from server.settings import ServerSettings
@@ -91,6 +92,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         voices_router(engine, voices, settings),
         models_router(engine),
         engine_router(engine, settings),
+        usage_router(engine),
         files_router(engine),
         web_router(),
         docs_router(engine, settings),

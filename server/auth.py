@@ -82,15 +82,18 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request through, or answer for it."""
         if scope["type"] == "http":
-            failure = self._refusal(scope["method"], scope["path"], Headers(scope=scope))
+            failure = self._refusal(scope)
             if failure is not None:
                 response = failure.response(scope["path"], scope["state"]["request_id"])
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _refusal(self, method: str, path: str, headers: Headers) -> Failure | None:
+    def _refusal(self, scope: Scope) -> Failure | None:
+        """Why a request is refused. What its caller may do becomes `request.state.role`."""
+        method, path, headers = scope["method"], scope["path"], Headers(scope=scope)
         admin = is_admin(method, path)
+        scope["state"]["role"] = Role.NOBODY if self._keyring else Role.ADMIN
         if not self._keyring:
             return self._refusal_without_keys(headers, admin=admin)
         if is_open(method, path):
@@ -101,6 +104,7 @@ class Guard:
                 "No API key given. Send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'."
             )
         role = max(self._keyring.role_of(key) for key in presented)
+        scope["state"]["role"] = role
         if role is Role.NOBODY:
             return _unauthorized("Incorrect API key.")
         if admin and role < Role.ADMIN:

@@ -16,7 +16,9 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
-from engine.config import EngineConfig, ModelConfig, engine_fields
+from engine.config import LISTS, EngineConfig, ModelConfig, engine_fields
+from engine.cost_config import BudgetConfig, CostConfig
+from engine.costs.cost_metrics import CostMetrics
 from engine.engine import Engine
 from engine.errors import EngineError, NotLoaded, Overloaded
 from engine.metrics import EngineMetrics
@@ -24,6 +26,7 @@ from engine.runtimes.diffusers.options import IpAdapter, Profile
 from engine.runtimes.registry import REGISTRY, runtime_class
 from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
 from engine.status import BlockStatus, EngineStatus, Restarts
+from engine.usage import Usage
 from server.app import create_app
 from server.errors import Failure
 from server.metrics import HttpMetrics, render
@@ -40,6 +43,7 @@ from server.schemas.engine import EventsQuery, PlanBody
 from server.schemas.fields import Body
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
 from server.schemas.scheduling_options import SchedulingBody, SchedulingHeaders
+from server.schemas.usage import UsageQuery
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
 from server.settings import ServerSettings
 
@@ -54,6 +58,8 @@ CONFIGURATION: list[tuple[str, str, type[BaseModel], dict[str, Any]]] = [
     ("`engine`", "key", EngineConfig, {"models": [MODEL]}),
     ("`server`", "key", ServerSettings, NOTHING),
     ("`models`", "key", ModelConfig, MODEL),
+    ("`budgets`", "key", BudgetConfig, {"day": 1}),
+    ("`costs`", "key", CostConfig, NOTHING),
     *((f"Options of `{name}`", "key", runtime_class(name).Options, NOTHING) for name in REGISTRY),
     ("Options of `diffusers`", "key of a profile", Profile, {"steps": 1, "guidance": 0}),
     ("Options of `diffusers`", "key of `ip_adapter`", IpAdapter, {"source": "any"}),
@@ -66,7 +72,7 @@ BODIES: dict[str, list[type[Body]]] = {
     "Speech": [SpeechBody],
     "Transcriptions and translations": [TranscriptionBody, TranslationBody],
     "Voices": [VoiceBody, VoicesQuery],
-    "The engine": [PlanBody, EventsQuery],
+    "The engine": [PlanBody, EventsQuery, UsageQuery],
 }
 
 
@@ -120,7 +126,8 @@ def test_every_key_is_described_with_its_default(
         monkeypatch.delenv(variable, raising=False)
     table = [r for r in rows("configuration.md") if (r.section, r.column) == (section, column)]
     described = {code(row.cells[0])[0]: "".join(code(row.cells[1])) for row in table}
-    assert [*described] == [name for name in kind.model_fields if name != "models"]
+    sections = (*LISTS, "costs") if kind is EngineConfig else ()
+    assert [*described] == [name for name in kind.model_fields if name not in sections]
     by_itself = kind.model_validate(needed)
     for name, text in described.items():
         assert bool(text) is not kind.model_fields[name].is_required(), name
@@ -223,6 +230,8 @@ def series(engine: Engine) -> dict[str, dict[str, set[str]]]:
     for kind in sorted(EventKind, key=lambda kind: kind.endswith(("ed", "en"))):
         metrics.count(SchedulerEvent(kind, "any", "", 0, 0), now=0.0)
     metrics.residual("any", 0)
+    usage = Usage(input_tokens=1)
+    CostMetrics(metrics.registry).count("any", "", usage, device_s=0.0, cost=0.0, saved=0.0)
     metrics.request_seconds.labels("any", "run").observe(0)
     http.observe("/", "GET", 200, 0.0)
     text, _ = render((metrics.registry, http.registry), "text/plain")

@@ -33,7 +33,7 @@ LAYERS = (
     ("engine.simulation",),
     ("engine.engine",),
     ("engine.session", "engine.run", "engine.admission"),
-    ("engine.catalog",),
+    ("engine.catalog", "engine.costs"),
     ("engine.residency", "engine.metrics"),
     ("engine.runtimes",),
     ("engine.model_folder",),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from engine.scheduling.ticket import Ticket
+from engine.usage import Usage
 
 
 class Stage(StrEnum):
@@ -29,6 +30,8 @@ class Waiting:
         self.stage = Stage.STARTING
         self.ticket: Ticket | None = None
         """Set while the request is in the scheduler's queue."""
+        self.usage: Usage | None = None
+        """What the run has taken so far; None before the request was checked."""
 
 
 @dataclass(frozen=True, slots=True)

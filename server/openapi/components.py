@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from engine.costs.budget import BudgetStatus
+from engine.costs.usage_store import COUNTS, GROUPS
 from engine.scheduling.scheduler_event import EventKind
 from engine.status import EngineState, EngineStatus, Forecast, ModelStatus
 from server.json_schema import SchemaGenerator
@@ -158,6 +160,17 @@ DELETED_FILES = record(
 
 LORA = record(id=STRING, object={"const": "engine.lora"}, model=STRING, nbytes=INTEGER)
 
+_COUNTS = dict.fromkeys(COUNTS, NUMBER)
+USAGE_ROW = record(optional=dict.fromkeys(GROUPS, STRING), **_COUNTS)
+USAGE = listing(
+    USAGE_ROW,
+    by={"type": "array", "items": {"enum": [*GROUPS]}},
+    since=nullable(STRING),
+    until=nullable(STRING),
+    total=record(**_COUNTS),
+    budgets={"type": "array", "items": reference("BudgetStatus")},
+)
+
 STATUS = record(status={"enum": [*(state.value for state in EngineState), "restarting"]})
 
 
@@ -212,6 +225,8 @@ def components() -> dict[str, Any]:
         "DeletedFiles": DELETED_FILES,
         "AddedLora": LORA,
         "Status": STATUS,
+        "Usage": USAGE,
+        "BudgetStatus": _of_dataclass(BudgetStatus),
         "Error": ERROR,
         "AnthropicError": ANTHROPIC_ERROR,
     }

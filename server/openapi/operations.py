@@ -25,6 +25,7 @@ from server.schemas.audio import (
 )
 from server.schemas.engine import EventsQuery, PlanBody
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
+from server.schemas.usage import UsageQuery
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
 
 OPENAI = "https://platform.openai.com/docs/api-reference"
@@ -273,6 +274,14 @@ OPERATIONS: Mapping[str, Methods] = {
             answers={JSON: reference("EventPage"), EVENTS: STRING},
             query=EventsQuery,
             headers={"last-event-id": "The id of the last event that the client has read."},
+        )
+    },
+    "/v1/engine/usage": {
+        "get": Operation(
+            summary="What was used, what it cost and saved, and how the budgets stand",
+            description="An admin sees all, a key its own. Money is in dollars, days are UTC's.",
+            answers={JSON: reference("Usage")},
+            query=UsageQuery,
         )
     },
     "/v1/engine/models/{name}/load": _action("Load or wake a model"),
