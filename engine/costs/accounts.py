@@ -112,6 +112,7 @@ class Accounts:
         self._metrics = CostMetrics(registry or CollectorRegistry())
         self._webhook = webhook or Webhook()
         self._expected: dict[str, Expectations] = {}
+        self._loading: asyncio.Future[None] | None = None
         self._day = ""
         self._spent: dict[tuple[str, str], list[float]] = {}
         """Dollars of this day and month, by key and provider: for budgets that come later."""
@@ -121,7 +122,9 @@ class Accounts:
 
     async def start(self) -> None:
         """Read the tables of prices, and what was spent before. Call it before `reserve`."""
-        await asyncio.to_thread(self._load)
+        # A start that is given up does not end the thread, so `stop` waits for it.
+        self._loading = asyncio.ensure_future(asyncio.to_thread(self._load))
+        await asyncio.shield(self._loading)
         self._budgets = {}
         self._build_budgets()
         known = {provider_of(model) for model in self._config.models} - {LOCAL}
@@ -143,6 +146,8 @@ class Accounts:
 
     async def stop(self) -> None:
         """Write what is left. Nothing is settled after it."""
+        if self._loading is not None:
+            await asyncio.wait((self._loading,))
         await self._webhook.close()
         await asyncio.to_thread(self._store.close)
 

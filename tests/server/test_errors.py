@@ -31,6 +31,8 @@ TABLE: list[tuple[EngineError, int, str]] = [
     (errors.Overloaded("m", retry_after_s=1), 503, "server_error"),
     (errors.QueueFull("m", retry_after_s=1), 429, "rate_limit_error"),
     (errors.QueueTimeout("m", retry_after_s=1), 503, "server_error"),
+    (errors.BudgetExceeded("m", retry_after_s=1), 429, "rate_limit_error"),
+    (errors.BudgetReserved("m", retry_after_s=1), 429, "rate_limit_error"),
     (errors.ShuttingDown("m", retry_after_s=1), 503, "server_error"),
     (errors.InsufficientCapacity("m"), 507, "server_error"),
     (errors.NoSpaceLeft("m"), 507, "server_error"),
@@ -87,6 +89,7 @@ def test_retry_after_is_whole_seconds(retry_after_s: float, header: str) -> None
 def test_only_what_may_pass_is_retried() -> None:
     useless = {error.code for error, _, _ in TABLE if "x-should-retry" in Failure.of(error).headers}
     assert useless == {
+        "budget_exceeded",
         "conflict",
         "model_not_loaded",
         "insufficient_capacity",
