@@ -114,6 +114,7 @@ class Accounts:
         self._expected: dict[str, Expectations] = {}
         self._loading: asyncio.Future[None] | None = None
         self._day = ""
+        self._day_ends = 0.0
         self._spent: dict[tuple[str, str], list[float]] = {}
         """Dollars of this day and month, by key and provider: for budgets that come later."""
         self._key_budgets: tuple[BudgetConfig, ...] = ()
@@ -137,7 +138,7 @@ class Accounts:
             log.warning("%s", line)
         self._store.open()
         now = self._now()
-        self._day = period("day", now)
+        self._day, self._day_ends = period("day", now), end("day", now)
         spent = self._store.spending(self._day)
         self._spent = {pair: list(dollars) for pair, dollars in spent.items()}
         means = self._store.means(period("day", now - MEANS_S), self._day)
@@ -194,9 +195,10 @@ class Accounts:
 
     def _roll(self, now: float) -> None:
         """Begin the day and the month that are due."""
-        day = period("day", now)
-        if day <= self._day:
+        if now < self._day_ends:  # also of a clock that was set back
             return
+        day = period("day", now)
+        self._day_ends = end("day", now)
         new_month = day[:7] != self._day[:7]
         for dollars in self._spent.values():
             dollars[0] = 0.0

@@ -327,8 +327,8 @@ async def test_each_level_is_told_once_a_period(
 ) -> None:
     told: list[BudgetWarning] = []
     async with started(tmp_path, now, {"day": 1.0}, on_warning=told.append) as accounts:
-        for _ in range(10):
-            spend(accounts, 0.1)
+        for _ in range(20):
+            spend(accounts, 0.05)
         assert [warning.level for warning in told] == [80, 90, 100]
         now.at += 24 * HOUR_S
         spend(accounts, 0.95)  # only the highest
