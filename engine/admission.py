@@ -11,6 +11,9 @@ from prometheus_client import Histogram
 
 from engine.catalog.fetcher import Fetcher
 from engine.config import ModelConfig
+from engine.costs.counted import count_event
+from engine.costs.device_time import DeviceTime
+from engine.costs.provider import LOCAL, provider_of
 from engine.errors import (
     Conflict,
     EngineError,
@@ -31,6 +34,7 @@ from engine.scheduling.ticket import Ticket
 from engine.scheduling.waiting import Stage, Waiting
 from engine.session import Notes, Session, Timings
 from engine.status import COMPLETE
+from engine.usage import Usage
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +69,7 @@ class Admission:
         self._fetcher = fetcher
         self._clock = clock
         self._request_seconds = request_seconds
+        self._device_time = DeviceTime(clock)
 
     async def open(
         self, model: ModelConfig, request: Request, deadline: Deadline, waiting: Waiting
@@ -81,6 +86,7 @@ class Admission:
         opened_at = self._clock()
         runtime = self._runtimes[model.runtime]
         prepared = runtime.prepare(model, request)
+        waiting.usage = prepared.usage
         waiting.stage = Stage.FETCHING
         if request.scheduling.if_loaded_only:
             await self.check_loaded(model)
@@ -88,6 +94,7 @@ class Admission:
             await self.bring_files(model, deadline)
             # Only now do the files say what a run takes, and what it cannot do.
             prepared = runtime.prepare(model, request)
+            waiting.usage = prepared.usage
 
         async def alone(error: EngineError) -> Session:
             if not isinstance(error, OutOfDeviceMemory):
@@ -269,6 +276,8 @@ class Admission:
             waiting=waiting,
         )
         granted_at = self._clock()
+        if provider_of(model) == LOCAL:
+            self._count_device_time(lease, prepared.usage)
         notes = Notes()
         events = self._residency.loaded[model.id].run(prepared)
         if not isinstance(request, TextRequest):  # it has no notes, and many events
@@ -307,6 +316,15 @@ class Admission:
         session.caller = request.scheduling.caller
         return session
 
+    def _count_device_time(self, lease: Lease, usage: Usage) -> None:
+        """Add the device's seconds to the usage when the lease ends."""
+        share = self._device_time.begin()
+
+        def on_release() -> None:
+            usage.device_s += share.end()
+
+        lease.on_release = on_release
+
     async def _noted(
         self,
         model: ModelConfig,
@@ -320,6 +338,7 @@ class Admission:
         async with contextlib.aclosing(events):
             try:
                 async for event in events:
+                    count_event(prepared.usage, prepared.request, event)
                     if isinstance(event, Cut):
                         notes.cuts.append(event)
                     elif isinstance(event, WorkingMemory):

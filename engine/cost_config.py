@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from engine.section import Section
 
@@ -39,3 +40,13 @@ class BudgetConfig(Section):
     """`refuse` answers 429; `free` passes to models that cost nothing, if there are any."""
     webhook: str | None = None
     """A URL that gets a POST at 80, 90 and 100 percent."""
+
+    @field_validator("webhook")
+    @classmethod
+    def _webhook_is_a_url(cls, url: str | None) -> str | None:
+        # The message must not contain the address: whoever knows that of a chat can write there.
+        if url is not None:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("it begins with http:// or https:// and a host")
+        return url

@@ -6,12 +6,15 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
+from typing import TypeAlias
 
 from engine.admission import Admission
 from engine.config import EngineConfig, ModelConfig
+from engine.costs.accounts import Accounts
 from engine.errors import (
+    BudgetExceeded,
     EngineError,
     InsufficientCapacity,
     LoadFailed,
@@ -55,6 +58,10 @@ IMPATIENT = (QueueFull, QueueTimeout)
 """Errors after which the same model may serve it later."""
 
 
+OpenAt: TypeAlias = Callable[[ModelConfig, Request, Deadline, Waiting], Awaitable[Session]]
+"""Opens a request at one model."""
+
+
 class Dispatch:
     """Opens requests at the model they name, at its fallbacks, or at the models of a route."""
 
@@ -63,12 +70,14 @@ class Dispatch:
         config: EngineConfig,
         router: Router,
         admission: Admission,
+        accounts: Accounts,
         report: SchedulerReport,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._router = router
         self._admission = admission
+        self._accounts = accounts
         self._report = report
         self._clock = clock
         self._chains: dict[str, tuple[ModelConfig, ...]] = {}
@@ -124,12 +133,33 @@ class Dispatch:
         """
         models = await self.models(request, deadline)
         if len(models) == 1:
-            model = models[0]
-            waiting.model = model.id
-            return await self._admission.open(model, request_to(model, request), deadline, waiting)
+            return await self.open_at(models[0], request, deadline, waiting)
         return await _Opening(
-            self._admission, self._report, self._clock, request, models, deadline, waiting
+            self.open_at, self._report, self._clock, request, models, deadline, waiting
         ).open()
+
+    async def open_at(
+        self, model: ModelConfig, request: Request, deadline: Deadline, waiting: Waiting
+    ) -> Session:
+        """Open the request at this model, if the budgets admit it.
+
+        Raises:
+            EngineError: see `Accounts.reserve` and `Admission.open`.
+
+        """
+        own = request_to(model, request)
+        reservation = self._accounts.reserve(model, own)
+        waiting.model, waiting.ticket, waiting.usage = model.id, None, None
+        try:
+            session = await self._admission.open(model, own, deadline, waiting)
+        except BaseException:
+            usage = waiting.usage
+            reservation.settle(usage, usage.device_s if usage else 0.0, served=False)
+            raise
+        session.reservation = reservation
+        if isinstance(session.first, Document):
+            session.settle()  # the run has ended, and the headers of the answer have its cost
+        return session
 
     async def _likeness(self, request: Request) -> float | None:
         """How like the hard examples of its route the request is; None: nobody knows."""
@@ -183,7 +213,7 @@ class _Opening:
 
     def __init__(
         self,
-        admission: Admission,
+        open_at: OpenAt,
         report: SchedulerReport,
         clock: Callable[[], float],
         request: Request,
@@ -191,7 +221,7 @@ class _Opening:
         deadline: Deadline,
         waiting: Waiting,
     ) -> None:
-        self._admission = admission
+        self._open_at_model = open_at
         self._report = report
         self._clock = clock
         self._request = request
@@ -218,7 +248,8 @@ class _Opening:
 
     def _pass_on(self, model: ModelConfig, error: EngineError) -> None:
         """Return if another model may serve the request after this error; raise it otherwise."""
-        if isinstance(error, ShuttingDown) or not isinstance(error, PASSED_ON):
+        final = isinstance(error, BudgetExceeded) and not error.free
+        if final or isinstance(error, ShuttingDown) or not isinstance(error, PASSED_ON):
             raise error
         log.info("%s: %s cannot serve it: %s", self._request.request_id, model.id, error)
         self._attempts.append(Attempt(model.id, error.code))
@@ -244,10 +275,7 @@ class _Opening:
         if patience_s < deadline.left_s:
             self._check_queue(model, patience_s)
             deadline = Deadline(self._clock, patience_s)
-        self._waiting.model, self._waiting.ticket = model.id, None
-        session = await self._admission.open(
-            model, request_to(model, self._request), deadline, self._waiting
-        )
+        session = await self._open_at_model(model, self._request, deadline, self._waiting)
         self._adopt(session)
         return session
 

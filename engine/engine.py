@@ -14,6 +14,8 @@ from prometheus_client.registry import CollectorRegistry
 from engine.admission import Admission
 from engine.catalog.fetcher import Fetcher
 from engine.config import EngineConfig, ModelConfig
+from engine.costs.accounts import Accounts
+from engine.costs.budget import BudgetWarning
 from engine.dispatch import Dispatch
 from engine.errors import (
     ConfigError,
@@ -102,6 +104,8 @@ class Engine:
         self._emptied = asyncio.Event()
         self._ledger = Ledger(0, 0)
         self._metrics = EngineMetrics(self.status)
+        self.accounts = Accounts(config, self._metrics.registry, on_warning=self._on_budget_warning)
+        """What requests cost, and what they may."""
         self._fetcher = Fetcher(
             self._models, self._runtimes, config.cache_dir, self._on_files_changed
         )
@@ -126,9 +130,9 @@ class Engine:
             clock,
             self._metrics.request_seconds,
         )
-        self.router = Router(config, self._prepare, self._outlook, lambda _model, _request: 0.0)
+        self.router = Router(config, self._prepare, self._outlook, self.accounts.price)
         self._dispatch = Dispatch(
-            config, self.router, self._admission, self._scheduler.report, clock
+            config, self.router, self._admission, self.accounts, self._scheduler.report, clock
         )
         self._started = asyncio.Event()
         self._start_error: str | None = None
@@ -155,6 +159,7 @@ class Engine:
         """
         try:
             with uncollected():
+                await self.accounts.start()
                 device, host, budget_bytes = await asyncio.to_thread(self._open)
                 freeze_heap()  # otherwise collections in a warm-up scan all that is imported
                 for name, runtime in self._runtimes.items():
@@ -234,6 +239,7 @@ class Engine:
         await self._residency.stop()
         for runtime in self._runtimes.values():
             await runtime.stop()
+        await self.accounts.stop()
         thaw_heap()
         self.state = EngineState.STOPPED
 
@@ -627,6 +633,14 @@ class Engine:
             except Exception as error:
                 FAULTS.report("the watch of the device", error)
                 return
+
+    def _on_budget_warning(self, warning: BudgetWarning) -> None:
+        ledger = self._ledger.status()
+        self.events.append(
+            SchedulerEvent(
+                EventKind.BUDGET, "", warning.text, ledger.granted_bytes, ledger.capacity_bytes
+            )
+        )
 
     def _on_event(self, event: SchedulerEvent) -> None:
         self._metrics.count(event, self._clock())

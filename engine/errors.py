@@ -15,6 +15,7 @@ The tree::
     │   ├── QueueTimeout           waited its whole time without being granted
     │   ├── ProviderBusy           the provider of a remote model takes no more for now
     │   ├── BudgetExceeded         what may be spent is spent
+    │   │   └── BudgetReserved     what is left of it is reserved by requests that run
     │   └── ShuttingDown           the engine accepts no new work
     ├── InsufficientCapacity       would not fit even on an empty device
     ├── NoSpaceLeft                the disk is full
@@ -157,9 +158,23 @@ class ProviderBusy(Overloaded):
 
 
 class BudgetExceeded(Overloaded):
-    """What may be spent in this day or month is spent; `retry_after_s` is until the next."""
+    """What may be spent in this day or month is spent; `retry_after_s` is until the next.
+
+    `free` is whether the budget lets the request pass to models that it still admits. Otherwise
+    the request ends here, also with fallbacks.
+    """
 
     code = "budget_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: float, free: bool = False) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.free = free
+
+
+class BudgetReserved(BudgetExceeded):
+    """Requests that run may spend what is left of the budget. Soon there may be more."""
+
+    code = "budget_reserved"
 
 
 class ShuttingDown(Overloaded):

@@ -86,3 +86,8 @@ class RouteConfig(Section):
     complexity: ComplexityConfig = ComplexityConfig()
     profiles: Mapping[Profile, ModelId] = Field(default_factory=dict)
     """For images and video: the model for a `quality` of low, medium and high."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The id, and the id with each preference."""
+        return (self.id, *(f"{self.id}:{prefer.value}" for prefer in Preference))

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from engine.caller import NOBODY, Caller
 from engine.config import ModelConfig
+from engine.costs.accounts import Charge, Reservation
 from engine.errors import EngineError
 from engine.events import Cut, Event, Progress
 from engine.run import Run
@@ -79,6 +80,11 @@ class Session:
         self._counted = False
         self.again: Retry | None = None
         """How to go on after the run has failed and given no more than progress."""
+        self.reservation: Reservation | None = None
+        """Settled when the run has ended."""
+        self.charge: Charge | None = None
+        """What the run cost, once it has ended."""
+        self._failed = False
         self._run = Run(rest, lease)
 
     async def events(self) -> AsyncGenerator[Event, None]:
@@ -108,20 +114,35 @@ class Session:
                 if following is None:
                     return
                 event = following
+        except Exception:
+            self._failed = True
+            raise
         finally:
             await self.close()
 
     def _take(self, other: Session) -> None:
         """Become the session that goes on with the request."""
+        if other.reservation is not None:  # of another model: what this one took is its own
+            if self.reservation is not None:
+                self.reservation.settle(self.usage, self.usage.device_s, served=False)
+            self.reservation, self.charge = other.reservation, other.charge
         self.model, self.first, self.timings = other.model, other.first, other.timings
         self.notes, self.usage, self.attempts = other.notes, other.usage, other.attempts
         self.again, self._run = other.again, other._run
 
     async def close(self) -> None:
-        """Stop what still runs, end the lease, and count the usage."""
+        """Stop what still runs, end the lease, and count what it took."""
         try:
             await self._run.close()
         finally:
             if not self._counted:
                 self._counted = True
                 self.caller.count(self.usage)
+            self.settle()
+
+    def settle(self) -> None:
+        """Settle what the run cost. It has ended; a second call changes nothing."""
+        if self.reservation is not None:
+            self.charge = self.reservation.settle(
+                self.usage, self.usage.device_s, served=not self._failed
+            )

@@ -16,12 +16,16 @@ class Usage:
     output_tokens: int = 0
     characters: int = 0
     """Of a text that was spoken."""
+    spoken_s: float = 0.0
+    """Seconds of the speech."""
     heard_s: float = 0.0
     """Seconds of a recording that was transcribed."""
     images: int = 0
     pixels: int = 0
     """Of one image or frame."""
     video_s: float = 0.0
+    device_s: float = 0.0
+    """Seconds of this machine's device. Runs at the same time share them."""
     price: float | None = None
     """Dollars, where the provider said so itself."""
 

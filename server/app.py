@@ -22,6 +22,7 @@ from server.routes.models import models_router
 from server.routes.probes import probes_router
 from server.routes.route import route_router
 from server.routes.text import text_router
+from server.routes.usage import usage_router
 from server.routes.videos import videos_router
 from server.routes.web import web_router
 from server.settings import ServerSettings
@@ -106,6 +107,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     keyring = Keyring(settings.configured_keys, engine.config)
     watch = KeyWatch(engine.config.data_dir, keyring)
     watch.load()
+    keyring.hand_budgets(engine.accounts.set_key_budgets)
     app = Application(settings, keyring, metrics, lifespan)
     for router in (
         probes_router(engine, start, (metrics.registry, *cache_series)),
@@ -118,6 +120,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         models_router(engine),
         engine_router(engine, settings, cache),
         route_router(engine, settings),
+        usage_router(engine),
         files_router(engine),
         web_router(),
         docs_router(engine, settings),

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 
 from engine.errors import (
     BudgetExceeded,
+    BudgetReserved,
     ConfigError,
     Conflict,
     EngineError,
@@ -66,6 +67,7 @@ _ANSWERS: Mapping[type[EngineError], _Answer] = {
     QueueTimeout: _Answer(503, "server_error"),
     ProviderBusy: _Answer(503, "server_error"),
     BudgetExceeded: _Answer(429, "rate_limit_error", retry=False),
+    BudgetReserved: _Answer(429, "rate_limit_error"),
     ShuttingDown: _Answer(503, "server_error"),
     InsufficientCapacity: _Answer(507, "server_error", retry=False),
     NoSpaceLeft: _Answer(507, "server_error", retry=False),

@@ -34,6 +34,8 @@ ANSWER_HEADERS = tuple(
         "served-by",
         "attempts",
         "cache",
+        "cost",
+        "device-ms",
     )
 )
 """All that `answer_headers` and the response cache may give."""
@@ -42,7 +44,8 @@ ANSWER_HEADERS = tuple(
 def answer_headers(session: Session, ran_ms: float = 0.0) -> dict[str, str]:
     """The headers of a session. `ran_ms` is how long it ran beyond its first event.
 
-    A stream's headers are sent at its first event. So they have the run up to that, and no peak.
+    A stream's headers are sent at its first event. So they have the run up to that, no peak and no
+    cost.
     """
     timings = session.timings
     headers = {
@@ -66,6 +69,10 @@ def answer_headers(session: Session, ran_ms: float = 0.0) -> dict[str, str]:
         headers[f"{HEADER_PREFIX}cut"] = ", ".join(
             f"{cut.param}={cut.kept}/{cut.given}" for cut in session.notes.cuts
         )
+    if session.charge is not None:
+        cost = f"{session.charge.cost:.9f}".rstrip("0").rstrip(".")
+        headers[f"{HEADER_PREFIX}cost"] = cost
+        headers[f"{HEADER_PREFIX}device-ms"] = f"{session.charge.device_s * 1e3:.1f}"
     headers.update(weights_header(session.model.source))
     return headers
 

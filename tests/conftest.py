@@ -28,6 +28,10 @@ from tests.quick import sitecustomize
 # alignment decides what each gets; and they spin at barriers while other tests have the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# What was used is kept in the data folder, also by engines of tests that name none.
+_DATA = tempfile.TemporaryDirectory(prefix="roundhouse-data-")
+os.environ["XDG_DATA_HOME"] = _DATA.name
+
 # For the processes of pytest-xdist, which have a second thread before any of our code runs
 # (`engine.memory.malloc`). Tests measure what a park gives back to the system.
 os.environ["MALLOC_ARENA_MAX"] = "1"

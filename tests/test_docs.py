@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from engine.config import LISTS, EngineConfig, ModelConfig, engine_config, engine_fields
 from engine.cost_config import BudgetConfig, CostConfig
+from engine.costs.cost_metrics import CostMetrics
 from engine.engine import Engine
 from engine.errors import EngineError, NotLoaded, Overloaded
 from engine.metrics import EngineMetrics
@@ -26,6 +27,7 @@ from engine.runtimes.diffusers.options import IpAdapter, Profile
 from engine.runtimes.registry import REGISTRY, RUNTIMES, runtime_class
 from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
 from engine.status import BlockStatus, EngineStatus, Restarts
+from engine.usage import Usage
 from server.app import create_app
 from server.errors import Failure
 from server.metrics import HttpMetrics, render
@@ -44,6 +46,7 @@ from server.schemas.engine import EventsQuery, PlanBody, RouteBody
 from server.schemas.fields import Body
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
 from server.schemas.scheduling_options import SchedulingBody, SchedulingHeaders
+from server.schemas.usage import UsageQuery
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
 from server.settings import ServerSettings
 
@@ -85,7 +88,7 @@ BODIES: dict[str, list[type[Body]]] = {
     "Speech": [SpeechBody],
     "Transcriptions and translations": [TranscriptionBody, TranslationBody],
     "Voices": [VoiceBody, VoicesQuery],
-    "The engine": [PlanBody, RouteBody, EventsQuery],
+    "The engine": [PlanBody, RouteBody, EventsQuery, UsageQuery],
 }
 
 
@@ -147,7 +150,8 @@ def test_every_key_is_described_with_its_default(
         if text:
             value, default = yaml.safe_load(text), getattr(by_itself, name)
             value = Path(value).expanduser() if isinstance(default, Path) else value
-            assert getattr(kind.model_validate({**needed, name: value}), name) == default, name
+            given = needed | {name: value} if value is not None else needed
+            assert getattr(kind.model_validate(given), name) == default, name
 
 
 def test_the_schema_is_told_of() -> None:
@@ -243,6 +247,8 @@ def series(engine: Engine) -> dict[str, dict[str, set[str]]]:
     for kind in sorted(EventKind, key=lambda kind: kind.endswith(("ed", "en"))):
         metrics.count(SchedulerEvent(kind, "any", "", 0, 0), now=0.0)
     metrics.residual("any", 0)
+    usage = Usage(input_tokens=1)
+    CostMetrics(metrics.registry).count("any", "", usage, device_s=0.0, cost=0.0, saved=0.0)
     metrics.request_seconds.labels("any", "run").observe(0)
     http.observe("/", "GET", 200, 0.0)
     cache = CacheMetrics(lambda: Kept(0, 0))

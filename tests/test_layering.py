@@ -36,7 +36,7 @@ LAYERS = (
     ("engine.engine",),
     ("engine.dispatch",),
     ("engine.session", "engine.run", "engine.admission"),
-    ("engine.catalog",),
+    ("engine.catalog", "engine.costs"),
     ("engine.routing",),
     ("engine.residency", "engine.metrics"),
     ("engine.runtimes",),

@@ -23,6 +23,8 @@ from PIL.Image import Image
 
 from engine.engine import Engine
 from engine.errors import (
+    BudgetExceeded,
+    BudgetReserved,
     Conflict,
     EngineError,
     InvalidRequest,
@@ -473,7 +475,9 @@ class Jobs:
 
     async def _on_error(self, job: Job, error: EngineError) -> None:
         too_late = isinstance(error, QueueTimeout) and left_s(job, self._clock()) == 0
-        if self._closing or (isinstance(error, Overloaded) and not too_late):
+        # The next day or month is too far away to wait for.
+        spent = isinstance(error, BudgetExceeded) and not isinstance(error, BudgetReserved)
+        if self._closing or (isinstance(error, Overloaded) and not too_late and not spent):
             job = _queued(job, attempts=job.attempts - 1)
             delay_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
         elif isinstance(error, RETRIED) and job.attempts < self._max_attempts:

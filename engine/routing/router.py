@@ -53,10 +53,7 @@ class Router:
         self._routes = {
             name: (route, prefer)
             for route in config.routes
-            for name, prefer in (
-                (route.id, route.prefer),
-                *((f"{route.id}:{prefer.value}", prefer) for prefer in Preference),
-            )
+            for name, prefer in zip(route.names, (route.prefer, *Preference), strict=True)
         }
 
     def find(self, name: str) -> RouteConfig:

@@ -23,7 +23,15 @@ class LeaseTimings:
 class Lease:
     """The right to run on a resident model. Give it back with `release`, or as a context."""
 
-    __slots__ = ("_release", "exclusive", "granted_at", "model_id", "name", "timings")
+    __slots__ = (
+        "_release",
+        "exclusive",
+        "granted_at",
+        "model_id",
+        "name",
+        "on_release",
+        "timings",
+    )
 
     def __init__(
         self,
@@ -42,10 +50,15 @@ class Lease:
         self.granted_at = granted_at
         self.timings = timings
         self._release = release
+        self.on_release: Callable[[], None] | None = None
+        """Called once, when it is given back."""
 
     def release(self) -> None:
         """Give the lease back; a second call does nothing."""
         self._release(self)
+        on_release, self.on_release = self.on_release, None
+        if on_release is not None:
+            on_release()
 
     def __enter__(self) -> Self:
         return self

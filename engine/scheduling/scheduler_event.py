@@ -22,6 +22,8 @@ class EventKind(StrEnum):
     UNLOAD = "unload"
     UNLOADED = "unloaded"
     MODEL_FAILED = "model_failed"
+    BUDGET = "budget"
+    """80, 90 or 100 percent of a budget are spent. It concerns no model."""
 
 
 @dataclass(frozen=True, slots=True)

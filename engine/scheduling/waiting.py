@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from engine.scheduling.ticket import Ticket
+from engine.usage import Usage
 
 
 class Stage(StrEnum):
@@ -31,6 +32,8 @@ class Waiting:
         """The id of the model that the request waits for; empty before one is chosen."""
         self.ticket: Ticket | None = None
         """Set while the request is in the scheduler's queue."""
+        self.usage: Usage | None = None
+        """What the run has taken so far; None before the request was checked."""
 
 
 @dataclass(frozen=True, slots=True)

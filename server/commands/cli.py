@@ -10,6 +10,7 @@ import socket
 import sys
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlencode
 
 import httpx
 import typer
@@ -26,7 +27,8 @@ from server.commands import doctor, keys, models, schema
 from server.commands.bench import bench
 from server.commands.default_config import configuration
 from server.commands.options import ApiKey, ConfigFile, first_key
-from server.commands.terminal import exit_with, new_table, out, print_note
+from server.commands.terminal import exit_with, new_table, out, print_line, print_note
+from server.commands.usage import usage_tables
 from server.exit_codes import BAD_CONFIG, FAILED
 from server.packages import installed_version
 from server.settings import load_settings
@@ -149,6 +151,29 @@ def plan(
     """
     body = {"model": model, "priority": priority, "working_bytes": working}
     _show_plan(_ask("POST", url, "/v1/engine/plan", api_key, body, has="evictions"))
+
+
+@app.command()
+def usage(
+    url: Url = "http://127.0.0.1:8000",
+    api_key: ApiKey = None,
+    by: Annotated[
+        str,
+        typer.Option(help="key, model, provider, day, month, or several with commas between them."),
+    ] = "model",
+    since: Annotated[str | None, typer.Option(help="The first day: 2026-03-01 (UTC).")] = None,
+    until: Annotated[str | None, typer.Option(help="The last day.")] = None,
+    key: Annotated[str | None, typer.Option(help="The name of a key.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole document.")] = False,
+) -> None:
+    """Show what was used, what it cost and saved, and how the budgets stand."""
+    given = {"by": by, "since": since, "until": until, "key": key}
+    query = urlencode({name: value for name, value in given.items() if value is not None})
+    document = _ask("GET", url, f"/v1/engine/usage?{query}", api_key, has="budgets")
+    if as_json:
+        print_line(json.dumps(document, indent=1))
+    else:
+        out.print(usage_tables(document), highlight=False)
 
 
 @app.command()

@@ -43,7 +43,10 @@ class Keyring:
             (key.digest, Access(Caller(key.name), admin=key.admin))
             for key in sorted(configured, key=lambda key: key.admin)
         ]
-        self._names = [*(model.names for model in config.models), *((r.id,) for r in config.routes)]
+        self._names = [
+            *(model.names for model in config.models),
+            *(route.names for route in config.routes),
+        ]
         self._clock = clock
         self._stored: dict[bytes, Access] = {}
         self._limiters: dict[tuple[str, int], Limiter] = {}

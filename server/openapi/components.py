@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from engine.costs.budget import BudgetStatus
+from engine.costs.usage_store import COUNTS, GROUPS
 from engine.route_config import Preference
 from engine.scheduling.scheduler_event import EventKind
 from engine.status import EngineState, EngineStatus, Forecast, ModelStatus, ProviderStatus
@@ -213,6 +215,17 @@ CACHE = record(
     },
 )
 
+_COUNTS = dict.fromkeys(COUNTS, NUMBER)
+USAGE_ROW = record(optional=dict.fromkeys(GROUPS, STRING), **_COUNTS)
+USAGE = listing(
+    USAGE_ROW,
+    by={"type": "array", "items": {"enum": [*GROUPS]}},
+    since=nullable(STRING),
+    until=nullable(STRING),
+    total=record(**_COUNTS),
+    budgets={"type": "array", "items": reference("BudgetStatus")},
+)
+
 STATUS = record(status={"enum": [*(state.value for state in EngineState), "restarting"]})
 
 
@@ -273,6 +286,8 @@ def components() -> dict[str, Any]:
         "ClearedCache": record(removed_entries=INTEGER),
         "Status": STATUS,
         "ProviderList": listing(provider),
+        "Usage": USAGE,
+        "BudgetStatus": _of_dataclass(BudgetStatus),
         "Error": ERROR,
         "AnthropicError": ANTHROPIC_ERROR,
     }

@@ -26,6 +26,7 @@ from server.schemas.audio import (
 )
 from server.schemas.engine import EventsQuery, PlanBody, RouteBody
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
+from server.schemas.usage import UsageQuery
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
 
 OPENAI = "https://platform.openai.com/docs/api-reference"
@@ -301,6 +302,14 @@ OPERATIONS: Mapping[str, Methods] = {
         "delete": Operation(
             summary="Empty the response cache", answers={JSON: reference("ClearedCache")}
         ),
+    },
+    "/v1/engine/usage": {
+        "get": Operation(
+            summary="What was used, what it cost and saved, and how the budgets stand",
+            description="An admin sees all, a key its own. Money is in dollars, days are UTC's.",
+            answers={JSON: reference("Usage")},
+            query=UsageQuery,
+        )
     },
     "/v1/engine/models/{name}/load": _action("Load or wake a model"),
     "/v1/engine/models/{name}/unload": _action("Unload a model"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -55,15 +56,20 @@ def route_router(engine: Engine, settings: ServerSettings) -> Router:
                     "capable": option.capable,
                     "reason": option.reason or None,
                     "quality": option.quality,
-                    "price": option.price,
+                    "price": _finite(option.price),
                     "seconds": option.seconds,
-                    "cost": option.cost,
+                    "cost": _finite(option.cost),
                 }
                 for option in choice.options
             ],
         }
 
     return router
+
+
+def _finite(dollars: float | None) -> float | None:
+    """None for a price that nobody knows."""
+    return None if dollars is None or math.isinf(dollars) else dollars
 
 
 async def _request_of(

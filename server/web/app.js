@@ -2,6 +2,7 @@
 
 import { ApiError, access, currentKey, get, useKey } from "./api.js";
 import { startChat } from "./chat.js";
+import { refreshCosts } from "./costs.js";
 import { byId, setText } from "./dom.js";
 import { EventFeed, showRestarts } from "./events.js";
 import { History } from "./history.js";
@@ -18,6 +19,7 @@ import { refreshVideos, startVideos } from "./videos.js";
 
 const STATUS_EVERY_MS = 2000;
 const METRICS_EVERY_MS = 5000;
+const COSTS_EVERY_MS = 10000;
 const RECONNECT_AFTER_MS = 3000;
 
 let models = []; // the ids, in the order of the configuration
@@ -107,4 +109,5 @@ const feed = new EventFeed();
 repeat(refreshStatus, STATUS_EVERY_MS);
 repeat(refreshPlots, METRICS_EVERY_MS);
 repeat(refreshVideos, STATUS_EVERY_MS);
+repeat(refreshCosts, COSTS_EVERY_MS);
 repeat(() => feed.follow(), RECONNECT_AFTER_MS);

@@ -1,4 +1,4 @@
-// Bytes, seconds and colours as people read them.
+// Bytes, seconds, money and colours as people read them.
 
 const BYTE_UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
 
@@ -22,6 +22,13 @@ export function formatSeconds(seconds) {
   const whole = Math.round(seconds);
   if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
   return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
+}
+
+/** Dollars with cents, or with as many digits as a small amount needs. */
+export function formatDollars(amount) {
+  const size = Math.abs(amount);
+  const digits = size === 0 || size >= 0.1 ? 2 : size >= 0.001 ? 4 : 6;
+  return `${amount < 0 ? "-" : ""}$${size.toFixed(digits)}`;
 }
 
 /** A hue in degrees for the index of a model; by the golden angle neighbours differ most. */

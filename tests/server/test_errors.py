@@ -34,6 +34,7 @@ TABLE: list[tuple[EngineError, int, str]] = [
     (errors.QueueTimeout("m", retry_after_s=1), 503, "server_error"),
     (errors.ProviderBusy("m", retry_after_s=1), 503, "server_error"),
     (errors.BudgetExceeded("m", retry_after_s=1), 429, "rate_limit_error"),
+    (errors.BudgetReserved("m", retry_after_s=1), 429, "rate_limit_error"),
     (errors.ShuttingDown("m", retry_after_s=1), 503, "server_error"),
     (errors.InsufficientCapacity("m"), 507, "server_error"),
     (errors.NoSpaceLeft("m"), 507, "server_error"),

@@ -683,6 +683,18 @@ async def test_waiting_for_a_full_engine_is_no_attempt(
     assert naps.taken_s == [7.0] * 5
 
 
+async def test_a_job_does_not_wait_for_the_next_day_of_a_budget(
+    runtime: FakeVideoRuntime, tmp_path: Path
+) -> None:
+    spent = {"costs": {"price_per_hour": 1.0}, "budgets": [{"day": 0.0}]}
+    engine = video_engine(runtime, tmp_path, **spent)
+    naps = Naps()
+    async with serving(engine, sleep=naps) as jobs:
+        job = await jobs.ended((await jobs.submit(ask())).id)
+    assert job.error and job.error.code == "budget_exceeded"
+    assert naps.taken_s == []
+
+
 async def test_a_job_that_waits_for_its_next_attempt_leaves_its_place_to_others(
     engine: Engine, runtime: FakeVideoRuntime
 ) -> None:

@@ -76,7 +76,9 @@ class Substitution:
 SUBSTITUTIONS = (
     Substitution(r"http://127\.0\.0\.1:8000", "{url}", "port 8000 may be taken"),
     Substitution(
-        r"^roundhouse (ps|plan MODEL)$", r"roundhouse \1 --url {url}", "port 8000 may be taken"
+        r"^roundhouse (ps|usage.*|plan MODEL)$",
+        r"roundhouse \1 --url {url}",
+        "port 8000 may be taken",
     ),
     Substitution(r"(?<=^roundhouse plan )MODEL", "minilm-l6-v2", "a word for the reader's own"),
     Substitution(r"(?<=^roundhouse )(\w+) MODEL", r"\1 mine", "a word for the reader's own"),

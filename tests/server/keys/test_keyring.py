@@ -51,7 +51,7 @@ def found(ring: Keyring, secret: str = "alice") -> Access:
         (("*",), None),
         (("small",), {"small", "gpt-4o", "org/small"}),
         (("gpt-4o",), {"small", "gpt-4o", "org/small"}),
-        (("auto",), {"auto"}),
+        (("auto",), {"auto", "auto:cheap", "auto:best", "auto:fast"}),
         (("qwen*",), {"qwen*", "qwen-a", "qwen-b"}),
         (("org/*", "other"), {"org/*", "other", "small", "gpt-4o", "org/small"}),
         (("gone",), {"gone"}),
