@@ -12,6 +12,7 @@ import pytest
 
 from engine.engine import Engine
 from engine.errors import (
+    BudgetExceeded,
     InvalidRequest,
     LoadFailed,
     ModelNotFound,
@@ -243,3 +244,45 @@ async def test_a_name_that_nobody_has_is_refused_at_once(world: World) -> None:
     for name in ("nobody", "auto:luck"):
         with pytest.raises(ModelNotFound):
             await world.engine.open(request(name))
+
+
+@pytest.mark.parametrize("when_spent", ["free", "refuse"])
+async def test_a_spent_budget_passes_on_only_where_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unfrozen_heap: None, when_spent: str
+) -> None:
+    monkeypatch.setitem(REGISTRY, "fake", "tests.server.fake:FakeRuntime")
+    models = [
+        {
+            "id": "paid",
+            "runtime": "remote",
+            "source": "http://127.0.0.1:9/v1",  # nothing listens there, and nobody asks it
+            "fallbacks": ["own"],
+            "options": {"model": "m", "api_key": "none", "price": {"input": 1, "output": 1}},
+        },
+        {"id": "own", "runtime": "fake", "source": "none"},
+    ]
+    budgets = [{"provider": "paid", "day": 0, "when_spent": when_spent}]
+    engine = fake_engine(FakeRuntime(), tmp_path, models=models, budgets=budgets)
+    await engine.start()
+    try:
+        if when_spent == "refuse":
+            with pytest.raises(BudgetExceeded):
+                await engine.open(request("paid"))
+        else:
+            session = await engine.open(request("paid"))
+            assert session.model.id == "own"
+            assert [each.code for each in session.attempts] == ["budget_exceeded"]
+            await session.close()
+        assert [budget.reserved for budget in engine.accounts.budgets()] == [0]
+    finally:
+        await engine.stop()
+
+
+async def test_each_model_that_ran_is_counted_by_itself(world: World) -> None:
+    world.does["first"] = [RuntimeFailed("it broke")]
+    assert await world.ask("first") == ["of second"]
+    counted = dict(await world.engine.accounts.report(("model",), None, None, None))
+    assert {name: counts[:2] for (name,), counts in counted.items()} == {
+        "first": (1, 1),
+        "second": (1, 0),
+    }
