@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
@@ -22,6 +23,8 @@ from engine.errors import (
     NotLoaded,
     OutOfDeviceMemory,
     Overloaded,
+    ProviderBusy,
+    ProviderFailed,
     QueueFull,
     QueueTimeout,
     RuntimeFailed,
@@ -54,8 +57,8 @@ PASSED_ON = (
 EMBED_TIMEOUT_S = 10.0
 """How long a choice waits for the model that compares it with examples."""
 
-IMPATIENT = (QueueFull, QueueTimeout)
-"""Errors after which the same model may serve it later."""
+LONGEST_PAUSE_S = 30.0
+"""How long a request waits for a provider that is busy, where nobody else can serve it."""
 
 
 OpenAt: TypeAlias = Callable[[ModelConfig, Request, Deadline, Waiting], Awaitable[Session]]
@@ -226,11 +229,14 @@ class _Opening:
         self._clock = clock
         self._request = request
         self._left = deque(models)
+        self._second_round = False
         self._deadline = deadline
         self._waiting = waiting
         self._attempts: list[Attempt] = []
-        self._busy: list[ModelConfig] = []
-        """Models that would have served the request later."""
+        self._later: list[tuple[float, ModelConfig]] = []
+        """Models that may serve the request after so many seconds; infinity: with more patience."""
+        self._pause_s = 0.0
+        """Before the next model is tried."""
 
     async def open(self) -> Session:
         """Open the request at the first of the models left.
@@ -240,6 +246,9 @@ class _Opening:
 
         """
         while True:
+            if self._pause_s:
+                await asyncio.sleep(min(self._pause_s, self._deadline.left_s))
+                self._pause_s = 0.0
             model = self._left.popleft()
             try:
                 return await self._open_at(model)
@@ -253,14 +262,26 @@ class _Opening:
             raise error
         log.info("%s: %s cannot serve it: %s", self._request.request_id, model.id, error)
         self._attempts.append(Attempt(model.id, error.code))
-        if isinstance(error, IMPATIENT):
-            self._busy.append(model)
-        if not self._left and self._busy and self._deadline.left_s > 0:
-            # Nobody else can. So it waits for the first that only was busy, to its own deadline.
-            self._left.append(self._busy[0])
-            self._busy.clear()
+        later_s = _later_s(error)
+        if later_s is not None and not self._second_round:
+            self._later.append((later_s, model))
+        if not self._left and self._later and self._deadline.left_s > 0:
+            self._begin_second_round()
         if not self._left:
             raise self._refusal(error)
+
+    def _begin_second_round(self) -> None:
+        """Try those again that may serve it later, each once: nobody else can.
+
+        The last of them is a model that only was busy. The request waits for it to its deadline.
+        """
+        self._second_round = True
+        self._later.sort(key=lambda each: each[0])
+        providers = [model for seconds, model in self._later if seconds < math.inf]
+        busy = [model for seconds, model in self._later if seconds == math.inf]
+        self._pause_s = self._later[0][0] if providers else 0.0
+        self._left.extend((*providers, *busy[:1]))
+        self._later.clear()
 
     def _refusal(self, error: EngineError) -> EngineError:
         before = self._attempts[:-1]
@@ -312,3 +333,12 @@ class _Opening:
         self._deadline.go_on()
         self._pass_on(model, error)
         return await self.open()
+
+
+def _later_s(error: EngineError) -> float | None:
+    """After how many seconds the same model may serve the request; None: not soon."""
+    if isinstance(error, QueueFull | QueueTimeout):
+        return math.inf
+    if isinstance(error, ProviderBusy):
+        return error.retry_after_s if error.retry_after_s <= LONGEST_PAUSE_S else None
+    return 0.0 if isinstance(error, ProviderFailed) else None

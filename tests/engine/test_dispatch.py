@@ -18,6 +18,7 @@ from engine.errors import (
     ModelNotFound,
     OutOfDeviceMemory,
     ProviderBusy,
+    ProviderFailed,
     QueueTimeout,
     RuntimeFailed,
 )
@@ -199,6 +200,19 @@ async def test_a_busy_model_is_waited_for_after_all_where_no_other_can(world: Wo
     await first.close()
     assert await waits == ["of first"]
     assert world.asked == ["first", "second", "third", "first"]
+
+
+async def test_a_provider_that_failed_is_asked_once_more_where_no_other_can(world: World) -> None:
+    world.does["first"] = [ProviderFailed("reset")]
+    world.does["second"] = [ProviderBusy("full", retry_after_s=0.01)]
+    world.does["third"] = [ProviderBusy("down", retry_after_s=3600)]
+    assert await world.ask("first") == ["of first"]
+    assert world.asked == ["first", "second", "third", "first"]
+    for name in ("first", "second", "third"):
+        world.does[name] = [ProviderFailed(f"reset {number}") for number in range(3)]
+    with pytest.raises(ProviderFailed, match="reset 1"):
+        await world.ask("first")
+    assert world.asked[4:] == ["first", "second", "third"] * 2
 
 
 async def test_the_deadline_of_the_request_holds_over_all_models(world: World) -> None:
