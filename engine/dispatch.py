@@ -7,9 +7,9 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from engine.admission import Admission
 from engine.config import EngineConfig, ModelConfig
@@ -96,23 +96,6 @@ class Dispatch:
         if name not in self._router:
             self._config.find(name)
 
-    async def models(self, request: Request, deadline: Deadline) -> tuple[ModelConfig, ...]:
-        """Those that may serve the request, in the order in which they are tried.
-
-        Raises:
-            ModelNotFound: no model and no route has that name.
-            InvalidRequest: no model of the route can do it; the reason is that of the last.
-
-        """
-        if request.model not in self._router:
-            return self._chain(self._config.find(request.model))
-        chosen = await self.choose(request, deadline)
-        if not chosen.models:
-            raise chosen.refusal()
-        models = [self._config.find(name) for name in chosen.models]
-        behind = [model for each in models for model in self._chain(each)]
-        return tuple({model.id: model for model in (*models, *behind)}.values())
-
     async def choose(self, request: Request, deadline: Deadline) -> Choice:
         """What the route would choose; for a model, itself and its fallbacks in their order.
 
@@ -127,17 +110,44 @@ class Dispatch:
         await self._know_sizes(self._router.models(request.model), deadline)
         return self._router.choose(request, await self._likeness(request))
 
-    async def open(self, request: Request, deadline: Deadline, waiting: Waiting) -> Session:
+    def open(
+        self, request: Request, deadline: Deadline, waiting: Waiting
+    ) -> Coroutine[Any, Any, Session]:
         """Open the request at the first model that can serve it.
 
         Raises:
-            EngineError: none can; the error is that of the last, and names those tried before.
+            ModelNotFound: no model and no route has that name.
+            InvalidRequest: no model of the route can do it.
+            EngineError: none can serve it; the error is that of the last, and names those tried
+                before.
 
         """
-        models = await self.models(request, deadline)
+        # Not a coroutine itself: most requests have one model, and each layer costs at each wait.
+        if request.model in self._router:
+            return self._open_route(request, deadline, waiting)
+        return self._open_first(
+            self._chain(self._config.find(request.model)), request, deadline, waiting
+        )
+
+    async def _open_route(self, request: Request, deadline: Deadline, waiting: Waiting) -> Session:
+        chosen = await self.choose(request, deadline)
+        if not chosen.models:
+            raise chosen.refusal()
+        models = [self._config.find(name) for name in chosen.models]
+        behind = [model for each in models for model in self._chain(each)]
+        every = tuple({model.id: model for model in (*models, *behind)}.values())
+        return await self._open_first(every, request, deadline, waiting)
+
+    def _open_first(
+        self,
+        models: Sequence[ModelConfig],
+        request: Request,
+        deadline: Deadline,
+        waiting: Waiting,
+    ) -> Coroutine[Any, Any, Session]:
         if len(models) == 1:
-            return await self.open_at(models[0], request, deadline, waiting)
-        return await _Opening(
+            return self.open_at(models[0], request, deadline, waiting)
+        return _Opening(
             self.open_at, self._report, self._clock, request, models, deadline, waiting
         ).open()
 

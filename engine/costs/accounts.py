@@ -296,7 +296,10 @@ class Accounts:
         return await asyncio.to_thread(self._store.report, by, since, until, key)
 
     def _expectations(self, model_id: str) -> Expectations:
-        return self._expected.setdefault(model_id, Expectations())
+        found = self._expected.get(model_id)
+        if found is None:
+            found = self._expected[model_id] = Expectations()
+        return found
 
     def _worst(self, model: ModelConfig, request: Request) -> float:
         if provider_of(model) == LOCAL:
