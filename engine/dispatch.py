@@ -35,7 +35,7 @@ from engine.requests import Request, TextOperation, TextRequest
 from engine.routing.choice import Choice
 from engine.routing.examples import Examples, Vector
 from engine.routing.prompt_text import prompt_text
-from engine.routing.router import Router, request_to
+from engine.routing.router import Router, request_to, with_adapter
 from engine.scheduling.deadline import Deadline
 from engine.scheduling.report import SchedulerReport
 from engine.scheduling.waiting import Waiting
@@ -121,6 +121,7 @@ class Dispatch:
 
         """
         if request.model not in self._router:
+            request = with_adapter(self._config, request)
             chain = self._chain(self._config.find(request.model))
             await self._know_sizes(chain, deadline)
             return self._router.look(request, chain)
@@ -134,6 +135,8 @@ class Dispatch:
             EngineError: none can; the error is that of the last, and names those tried before.
 
         """
+        if request.model not in self._router:
+            request = with_adapter(self._config, request)
         models = await self.models(request, deadline)
         if len(models) == 1:
             return await self.open_at(models[0], request, deadline, waiting)
