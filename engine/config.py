@@ -257,7 +257,7 @@ class EngineConfig(Section):
     """What may be spent in a day or a month."""
     costs: CostConfig = CostConfig()
     """What this machine costs, and what its answers are compared with."""
-    _adapters: Callable[[ModelConfig], Collection[str]] = PrivateAttr(lambda _model: ())
+    _adapters: Callable[[ModelConfig], Collection[str]] | None = PrivateAttr(None)
     # Models, and each of them by all its names.
     _found: tuple[tuple[ModelConfig, ...], Mapping[str, ModelConfig]] = PrivateAttr(((), {}))
 
@@ -320,14 +320,17 @@ class EngineConfig(Section):
         model = known.get(name)
         if model is not None:
             return model, None
-        others: Iterable[str] = known
+        close: list[str] = []
         base, _, adapter = name.rpartition(":")
-        if (model := known.get(base)) is not None and (own := self._adapters(model)):
+        model = known.get(base)
+        if model is not None and self._adapters is not None:
+            own = self._adapters(model)
             if adapter in own:
                 return model, adapter
-            others = (*known, *(f"{base}:{each}" for each in own))
-        close = difflib.get_close_matches(name[:MOST_ECHOED], others, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+            found = difflib.get_close_matches(adapter[:MOST_ECHOED], own, n=3)
+            close = [f"{base}:{each}" for each in found]
+        close = close or difflib.get_close_matches(name[:MOST_ECHOED], known, n=1)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise ModelNotFound(f"The model {echoed(name)} does not exist.{hint}", param="model")
 
     def know_adapters(self, of: Callable[[ModelConfig], Collection[str]]) -> None:

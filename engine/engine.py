@@ -532,21 +532,22 @@ class Engine:
 
     def adapters(self, model: ModelConfig) -> tuple[str, ...]:
         """The adapters of a model that may follow its id in a request: `ID:ADAPTER`."""
-        runtime: Runtime | type[Runtime] | None = self._runtimes.get(model.runtime)
-        if runtime is None:
-            if model.runtime in self._given_runtimes:
-                return ()
-            runtime = runtime_class(model.runtime)
-        found = runtime.adapters(model)
+        found = self._kind(model).adapters(model)
         if not self._leaving_loras:
             return found
         return tuple(each for each in found if (model.id, each) not in self._leaving_loras)
 
     def lora_names(self, model: ModelConfig) -> tuple[str, ...]:
         """All LoRAs of a model."""
-        if model.runtime in self._given_runtimes:
-            return ()
-        return runtime_class(model.runtime).lora_names(model)
+        return self._kind(model).lora_names(model)
+
+    def _kind(self, model: ModelConfig) -> Runtime | type[Runtime]:
+        """The model's runtime, or its class before the start."""
+        runtime = self._runtimes.get(model.runtime)
+        if runtime is not None:
+            return runtime
+        given = model.runtime in self._given_runtimes
+        return Runtime if given else runtime_class(model.runtime)
 
     async def remove_lora(self, name: str, lora: str, delete: Callable[[], int]) -> int:
         """Delete the files of a LoRA by `delete`, on a thread; returns the freed bytes.
