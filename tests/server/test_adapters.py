@@ -14,6 +14,7 @@ import openai
 import pytest
 from safetensors.numpy import save, save_file
 
+from engine.caller import NOBODY
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.errors import ConfigError, ModelNotFound, RuntimeFailed
@@ -23,6 +24,7 @@ from engine.runtimes.base import LoadedModel
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.runtime import VllmRuntime
 from engine.section import Section
+from server.keys.access import Access
 from tests.server.fake import FakeLoaded, FakeRuntime, echo, fake_engine
 
 CHAT = "/v1/chat/completions"
@@ -383,3 +385,14 @@ def test_repositories_of_adapters_are_fetched_without_pickles() -> None:
     _, source = VllmRuntime.hub_sources(model)
     assert source.repo == "c/d"
     assert source.patterns == ("adapter_config.json", "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [("llama", True), ("llama:style", True), ("llama:8b", False), ("other:style", False)],
+)
+def test_a_key_for_a_model_is_one_for_its_loras(name: str, allowed: bool) -> None:
+    # `llama:8b` is another model, not a LoRA.
+    plain = frozenset({"llama", "llama:8b", "other"})
+    access = Access(NOBODY, admin=False, models=frozenset({"llama"}), plain=plain)
+    assert access.may_use(name) is allowed
