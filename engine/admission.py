@@ -23,7 +23,7 @@ from engine.errors import (
     RuntimeFailed,
 )
 from engine.events import Cut, Document, Event, WorkingMemory
-from engine.requests import Request, SchedulingOptions, TextRequest
+from engine.requests import Request, SchedulingOptions, TextRequest, adapters_of
 from engine.residency import Residency
 from engine.runtimes.base import Prepared, Runtime
 from engine.scheduling.deadline import Deadline
@@ -183,6 +183,7 @@ class Admission:
         request_id: str,
         operation: str,
         working_bytes: int = 0,
+        adapters: tuple[str, ...] = (),
         scheduling: SchedulingOptions,
         deadline: Deadline,
         waiting: Waiting,
@@ -215,6 +216,7 @@ class Admission:
             model_id=model.id,
             operation=operation,
             working_bytes=working_bytes,
+            adapters=adapters,
             priority=scheduling.priority,
             timeout_s=deadline.left_s,
             waited_s=deadline.waited_s,
@@ -270,6 +272,7 @@ class Admission:
             request_id=request.request_id,
             operation=request.operation.value,
             working_bytes=self.working_bytes(model, prepared),
+            adapters=adapters_of(request),
             scheduling=request.scheduling,
             deadline=deadline,
             exclusive=exclusive,

@@ -23,7 +23,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -257,6 +257,7 @@ class EngineConfig(Section):
     """What may be spent in a day or a month."""
     costs: CostConfig = CostConfig()
     """What this machine costs, and what its answers are compared with."""
+    _adapters: Callable[[ModelConfig], Collection[str]] | None = PrivateAttr(None)
     # Models, and each of them by all its names.
     _found: tuple[tuple[ModelConfig, ...], Mapping[str, ModelConfig]] = PrivateAttr(((), {}))
 
@@ -306,12 +307,38 @@ class EngineConfig(Section):
             ModelNotFound: there is none.
 
         """
+        return self.find_adapter(name)[0]
+
+    def find_adapter(self, name: str) -> tuple[ModelConfig, str | None]:
+        """The model with this id or alias, and its adapter if the name is `MODEL:ADAPTER`.
+
+        Raises:
+            ModelNotFound: there is none.
+
+        """
         known = self._by_name()
-        if name in known:
-            return known[name]
-        close = difflib.get_close_matches(name[:MOST_ECHOED], known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        model = known.get(name)
+        if model is not None:
+            return model, None
+        close: list[str] = []
+        base, _, adapter = name.rpartition(":")
+        model = known.get(base)
+        if model is not None and self._adapters is not None:
+            own = self._adapters(model)
+            if adapter in own:
+                return model, adapter
+            found = difflib.get_close_matches(adapter[:MOST_ECHOED], own, n=3)
+            close = [f"{base}:{each}" for each in found]
+        close = close or difflib.get_close_matches(name[:MOST_ECHOED], known, n=1)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise ModelNotFound(f"The model {echoed(name)} does not exist.{hint}", param="model")
+
+    def know_adapters(self, of: Callable[[ModelConfig], Collection[str]]) -> None:
+        """Have names be found that end with an adapter. `of` gives those of a model, at any time.
+
+        Adapters are files, which come and go; a runtime knows its own.
+        """
+        self._adapters = of
 
     def memory_budget(self, device: str) -> MemoryBudget:
         """`memory`, or the default of that kind of device."""

@@ -35,7 +35,7 @@ from engine.requests import Request, TextOperation, TextRequest
 from engine.routing.choice import Choice
 from engine.routing.examples import Examples, Vector
 from engine.routing.prompt_text import prompt_text
-from engine.routing.router import Router, request_to
+from engine.routing.router import Router, request_to, with_adapter
 from engine.scheduling.deadline import Deadline
 from engine.scheduling.report import SchedulerReport
 from engine.scheduling.waiting import Waiting
@@ -104,6 +104,7 @@ class Dispatch:
 
         """
         if request.model not in self._router:
+            request = with_adapter(self._config, request)
             chain = self._chain(self._config.find(request.model))
             await self._know_sizes(chain, deadline)
             return self._router.look(request, chain)
@@ -125,9 +126,9 @@ class Dispatch:
         # Not a coroutine itself: most requests have one model, and each layer costs at each wait.
         if request.model in self._router:
             return self._open_route(request, deadline, waiting)
-        return self._open_first(
-            self._chain(self._config.find(request.model)), request, deadline, waiting
-        )
+        request = with_adapter(self._config, request)
+        chain = self._chain(self._config.find(request.model))
+        return self._open_first(chain, request, deadline, waiting)
 
     async def _open_route(self, request: Request, deadline: Deadline, waiting: Waiting) -> Session:
         chosen = await self.choose(request, deadline)

@@ -37,7 +37,7 @@ from engine.process.torch_state import share_torch_state
 from engine.requests import Priority, Request, SchedulingOptions
 from engine.residency import Residency
 from engine.routing.choice import Choice
-from engine.routing.router import RequestT, Router, request_to
+from engine.routing.router import RequestT, Router, request_to, with_adapter
 from engine.runtimes.base import Prepared, Runtime, RuntimeContext, Voice
 from engine.runtimes.registry import options_of, runtime_class
 from engine.scheduling.deadline import Deadline
@@ -99,6 +99,9 @@ class Engine:
         self._given_runtimes = dict(runtimes or {})
         self._runtimes: dict[str, Runtime] = {}
         self._models = {model.id: model for model in config.models}
+        self._leaving_loras: set[tuple[str, str]] = set()
+        """Models and those of their LoRAs whose files are just being deleted."""
+        config.know_adapters(self.adapters)
         self.events = EventLog()
         """What the scheduler did; closed when the engine has drained."""
         self._emptied = asyncio.Event()
@@ -276,6 +279,7 @@ class Engine:
             Overloaded: the engine is still starting or shuts down.
 
         """
+        request = with_adapter(self.config, request)
         model = self.config.find(request.model)
         if self.state is EngineState.STARTING or model.runtime not in self._runtimes:
             raise QueueTimeout("The engine is still starting.", retry_after_s=5.0)
@@ -371,6 +375,7 @@ class Engine:
 
         """
         if request.model not in self.router:
+            request = with_adapter(self.config, request)
             return request_to(self.config.find(request.model), request)
         choice = await self.route(request)
         if not choice.models:
@@ -524,6 +529,48 @@ class Engine:
         finally:
             done.cancel()
             self._scheduler.on_order_cancelled(order)
+
+    def adapters(self, model: ModelConfig) -> tuple[str, ...]:
+        """The adapters of a model that may follow its id in a request: `ID:ADAPTER`."""
+        found = self._kind(model).adapters(model)
+        if not self._leaving_loras:
+            return found
+        return tuple(each for each in found if (model.id, each) not in self._leaving_loras)
+
+    def lora_names(self, model: ModelConfig) -> tuple[str, ...]:
+        """All LoRAs of a model."""
+        return self._kind(model).lora_names(model)
+
+    def _kind(self, model: ModelConfig) -> Runtime | type[Runtime]:
+        """The model's runtime, or its class before the start."""
+        runtime = self._runtimes.get(model.runtime)
+        if runtime is not None:
+            return runtime
+        given = model.runtime in self._given_runtimes
+        return Runtime if given else runtime_class(model.runtime)
+
+    async def remove_lora(self, name: str, lora: str, delete: Callable[[], int]) -> int:
+        """Delete the files of a LoRA by `delete`, on a thread; returns the freed bytes.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            Conflict: requests use the LoRA.
+            Exception: what `delete` raised.
+
+        """
+        model = self.config.find(name)
+        if users := self._scheduler.users_of(model.id, lora):
+            raise Conflict(
+                f"The LoRA {lora!r} of {model.id!r} is in use by {users} requests.", param="name"
+            )
+        self._leaving_loras.add((model.id, lora))
+        try:
+            loaded = self._residency.loaded.get(model.id)
+            if loaded is not None:
+                await self._runtimes[model.runtime].forget_lora(loaded, lora)
+            return await asyncio.to_thread(delete)
+        finally:
+            self._leaving_loras.discard((model.id, lora))
 
     async def pull(self, name: str, every_s: float) -> AsyncGenerator[FetchProgress, None]:
         """Fetch the newest files of a model; yields the progress, the last time at the end.

@@ -68,6 +68,8 @@ class TextRequest:
     body: Mapping[str, Any]
     request_id: str
     scheduling: SchedulingOptions = SchedulingOptions()
+    adapter: str | None = None
+    """The LoRA of the model that answers. The engine takes it from a name `MODEL:ADAPTER`."""
 
 
 class ImageOperation(StrEnum):
@@ -227,6 +229,15 @@ class TranscriptionRequest:
 Request: TypeAlias = (
     TextRequest | ImageRequest | VideoRequest | SpeechRequest | TranscriptionRequest
 )
+
+
+def adapters_of(request: Request) -> tuple[str, ...]:
+    """The LoRAs that a request uses."""
+    if isinstance(request, TextRequest):
+        return () if request.adapter is None else (request.adapter,)
+    if isinstance(request, ImageRequest | VideoRequest):
+        return tuple(choice.name for choice in request.loras)
+    return ()
 
 
 Operation: TypeAlias = (

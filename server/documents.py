@@ -23,8 +23,11 @@ def engine_document(status: EngineStatus) -> dict[str, Any]:
     return document
 
 
-def model_document(status: ModelStatus, name: str) -> dict[str, Any]:
-    """OpenAI's model object with the id `name`, and the state of the model behind it."""
+def model_document(status: ModelStatus, name: str, *, adapter: str | None = None) -> dict[str, Any]:
+    """OpenAI's model object with the id `name`, and the state of the model behind it.
+
+    With an adapter, `parent` is the id of that model.
+    """
     own = asdict(status)
     created = own.pop("created")
     if status.last_error is not None:
@@ -35,7 +38,8 @@ def model_document(status: ModelStatus, name: str) -> dict[str, Any]:
         "object": "model",
         "created": created,
         "owned_by": OWNER,
-        "alias_of": None if name == status.id else status.id,
+        "alias_of": None if adapter is not None or name == status.id else status.id,
+        "parent": None if adapter is None else status.id,
     }
 
 

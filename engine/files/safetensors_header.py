@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8,
@@ -18,6 +19,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TensorSizes = dict[str, tuple[str, int]]
 """Safetensors dtype and number of elements of each tensor, by the tensor's name."""
 
+TensorShapes = dict[str, tuple[int, ...]]
+"""The shape of each tensor, by the tensor's name."""
+
 
 def tensor_sizes(paths: Iterable[Path]) -> TensorSizes:
     """The tensors in the files. It reads no weight.
@@ -30,13 +34,18 @@ def tensor_sizes(paths: Iterable[Path]) -> TensorSizes:
         ValueError: a file is truncated, or is not a safetensors file.
 
     """
-    found: TensorSizes = {}
-    for path in paths:
-        try:
-            found.update(_header(path))
-        except (KeyError, TypeError, struct.error) as error:
-            raise ValueError(f"{path.name} is damaged") from error
-    return found
+    return {name: (kind, prod(shape)) for name, (kind, shape) in _tensors(paths).items()}
+
+
+def tensor_shapes(paths: Iterable[Path]) -> TensorShapes:
+    """The shapes of the tensors in the files. It reads no weight.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is truncated, or is not a safetensors file.
+
+    """
+    return {name: tuple(shape) for name, (_, shape) in _tensors(paths).items()}
 
 
 def weight_bytes(
@@ -50,22 +59,29 @@ def weight_bytes(
     return total
 
 
-def _header(path: Path) -> TensorSizes:
+def _tensors(paths: Iterable[Path]) -> dict[str, tuple[str, list[int]]]:
+    found: dict[str, tuple[str, list[int]]] = {}
+    for path in paths:
+        try:
+            found.update(_header(path))
+        except (KeyError, TypeError, struct.error) as error:
+            raise ValueError(f"{path.name} is damaged") from error
+    return found
+
+
+def _header(path: Path) -> dict[str, tuple[str, list[int]]]:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > path.stat().st_size - 8:
             raise ValueError(f"{path.name} is truncated")
         header = json.loads(file.read(length))
-    found: TensorSizes = {}
+    found: dict[str, tuple[str, list[int]]] = {}
     end = 0
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        count = 1
-        for size in entry["shape"]:
-            count *= size
         end = max(end, entry["data_offsets"][1])
-        found[name] = (entry["dtype"], count)
+        found[name] = (entry["dtype"], entry["shape"])
     if 8 + length + end != path.stat().st_size:
         raise ValueError(f"{path.name} is truncated")
     return found

@@ -120,6 +120,27 @@ class HostMemory:
             if self._pinned:
                 self._idle.append(slab)
 
+    def reserve(self, nbytes: int) -> None:
+        """Count bytes that a library allocates itself. `unreserve` takes them back.
+
+        Raises:
+            HostMemoryFull: the budget does not hold them.
+
+        """
+        with self._lock:
+            if nbytes > self.free_bytes:
+                free = format_size(max(0, self.free_bytes))
+                raise HostMemoryFull(f"{format_size(nbytes)} wanted, {free} of host memory free")
+            self._used_bytes += nbytes
+            idle_bytes = sum(slab.numel() for slab in self._idle)
+            if self._used_bytes + idle_bytes > self.budget_bytes:
+                self._drop_idle()
+
+    def unreserve(self, nbytes: int) -> None:
+        """Count no longer what `reserve` counted."""
+        with self._lock:
+            self._used_bytes -= nbytes
+
     def close(self) -> None:
         """Give the idle slabs back to the system."""
         with self._lock:

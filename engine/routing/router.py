@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import EngineError, InvalidRequest
-from engine.requests import ImageRequest, Quality, Request, VideoRequest
+from engine.requests import ImageRequest, Quality, Request, TextRequest, VideoRequest
 from engine.route_config import Preference, Profile, RouteConfig
 from engine.routing.choice import Choice, Option
 from engine.routing.complexity import complexity
@@ -157,6 +157,25 @@ class Router:
         )
 
 
+def with_adapter(config: EngineConfig, request: RequestT) -> RequestT:
+    """The request with the adapter of a name `MODEL:ADAPTER` in a field of its own.
+
+    Raises:
+        ModelNotFound: no model has that name.
+
+    """
+    model, adapter = config.find_adapter(request.model)
+    if adapter is None:
+        return request
+    if isinstance(request, TextRequest):
+        return replace(request, model=model.id, adapter=adapter)
+    return replace(request, model=model.id)
+
+
 def request_to(model: ModelConfig, request: RequestT) -> RequestT:
-    """The request, addressed to a model."""
-    return request if request.model in model.names else replace(request, model=model.id)
+    """The request, addressed to a model. Only the model that it names has its adapter."""
+    if request.model in model.names:
+        return request
+    if isinstance(request, TextRequest):
+        return replace(request, model=model.id, adapter=None)
+    return replace(request, model=model.id)

@@ -8,7 +8,7 @@ leases allow.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from engine.config import ModelConfig
 from engine.events import Event
 from engine.files.hub.repository import Repository
 from engine.files.hub.selection import HubSource
+from engine.files.lora_folder import lora_files
 from engine.memory.block import Block, Estimate
 from engine.memory.device import Device
 from engine.memory.host_memory import HostMemory
@@ -117,7 +118,8 @@ class Runtime(ABC):
       when it is read. Later `model.options_as(Options)` is the parsed form;
     - `hub_sources`, what is fetched of a hub;
     - `recognise`, whether a repository holds one of its models (optional);
-    - `lora_folder`, where the LoRAs of a model are (optional).
+    - `lora_folder`, where the LoRAs of a model are, and `adapters`, those that a request may name
+      behind the model (optional).
 
     The engine makes one instance with a `RuntimeContext`, then calls `start` and `warm_up`. For
     each request it calls `prepare`, and for each model `estimate`, before anything is loaded.
@@ -143,6 +145,9 @@ class Runtime(ABC):
     takes_no_device: ClassVar[bool] = False
     """Whether its models have no bytes. Then they are brought in before the first request, and
     stay."""
+
+    peft_loras: ClassVar[bool] = False
+    """Whether a LoRA is a folder with the two files of PEFT, rather than one file."""
 
     metrics: CollectorRegistry | None = None
     """The library's own metric series, if it has any."""
@@ -184,6 +189,36 @@ class Runtime(ABC):
     def lora_folder(cls, model: ModelConfig) -> Path | None:  # noqa: ARG003 - few have one
         """Where LoRAs for the model may be put, by name; None if it takes none."""
         return None
+
+    @classmethod
+    def lora_files(cls, model: ModelConfig) -> Mapping[str, Path]:
+        """The LoRAs in that folder by name, each a file or a folder."""
+        return lora_files(cls.lora_folder(model))
+
+    @classmethod
+    def lora_names(cls, model: ModelConfig) -> tuple[str, ...]:
+        """All LoRAs of the model, also those that the configuration names one by one."""
+        return tuple(cls.lora_files(model))
+
+    @classmethod
+    def adapters(cls, model: ModelConfig) -> tuple[str, ...]:  # noqa: ARG003 - few have any
+        """The LoRAs that may follow the model's id in a request: `ID:ADAPTER`. Quick."""
+        return ()
+
+    @classmethod
+    def check_lora(cls, model: ModelConfig, folder: Path, cache_dir: Path) -> None:
+        """Return if a new LoRA, in a folder of its own, can be served on the model.
+
+        Only runtimes with `peft_loras` are asked.
+
+        Raises:
+            InvalidRequest: with the reason.
+
+        """
+        raise NotImplementedError(f"{cls.name} takes no LoRAs of PEFT")
+
+    async def forget_lora(self, loaded: LoadedModel, name: str) -> None:  # noqa: B027 - few keep any
+        """Drop what the loaded model keeps of a LoRA that nobody uses: its files will go."""
 
     def _folder(self, model: ModelConfig) -> Path:
         """The folder of the model's own files, built if need be.

@@ -25,6 +25,7 @@ class Lease:
 
     __slots__ = (
         "_release",
+        "adapters",
         "exclusive",
         "granted_at",
         "model_id",
@@ -42,10 +43,12 @@ class Lease:
         granted_at: float,
         timings: LeaseTimings,
         release: Callable[[Lease], None],
+        adapters: tuple[str, ...] = (),
     ) -> None:
         self.model_id = model_id
         self.name = name
         """Its name in the ledger: the request id and a serial number."""
+        self.adapters = adapters
         self.exclusive = exclusive
         self.granted_at = granted_at
         self.timings = timings

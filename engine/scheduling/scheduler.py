@@ -224,6 +224,11 @@ class Scheduler:
         self._models[model_id].pinned = False
         self._replan()
 
+    def users_of(self, model_id: str, adapter: str) -> int:
+        """The requests that wait or run with a LoRA of a model."""
+        holders: list[Lease | Ticket] = [*self._leases, *self._queue.tickets()]
+        return sum(each.model_id == model_id and adapter in each.adapters for each in holders)
+
     def on_drain(self) -> None:
         """Refuse waiting and new tickets; each model leaves when its last lease ends."""
         self._shutting_down = True
@@ -660,6 +665,7 @@ class Scheduler:
             granted_at=now,
             timings=LeaseTimings(queued_s=now - view.enqueued_at, load_s=load_s, tier=tier),
             release=self.on_release,
+            adapters=ticket.adapters,
         )
         self._leases[lease] = ticket.working_bytes
         self._exclusive_running = self._exclusive_running or ticket.exclusive

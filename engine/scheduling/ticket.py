@@ -33,6 +33,8 @@ class Ticket:
     """No other model may leave the device for it."""
     if_loaded_only: bool = False
     """Refuse it rather than bring its model in."""
+    adapters: tuple[str, ...] = ()
+    """The LoRAs that its run uses."""
     keep_alive_s: float | None = None
     """From the grant on, how long the model may stay idle; None changes nothing."""
     on_granted: Callable[[Lease], None]

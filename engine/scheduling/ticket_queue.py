@@ -60,6 +60,10 @@ class TicketQueue:
         """The ticket of a serial number."""
         return self._tickets[serial]
 
+    def tickets(self) -> tuple[Ticket, ...]:
+        """Every ticket."""
+        return tuple(self._tickets.values())
+
     def view(self, serial: int) -> TicketView:
         """The ticket of a serial number, as the planner sees it."""
         return self._views[serial]

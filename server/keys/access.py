@@ -23,6 +23,8 @@ class Access:
     admin: bool
     models: frozenset[str] | None = None
     """Every name that it may use; None: all."""
+    plain: frozenset[str] = frozenset()
+    """Every name of a model or a route: what else has a colon may be `MODEL:LORA`."""
     endpoints: frozenset[str] | None = None
     """Every family that it may call; None: all."""
     limiter: Limiter | None = None
@@ -47,8 +49,10 @@ class Access:
         return families is None or not families.isdisjoint(self.endpoints)
 
     def may_use(self, model: str) -> bool:
-        """Whether it may use the model of that name."""
-        return self.models is None or model in self.models
+        """Whether it may use the model of that name. Who may use one may use its LoRAs."""
+        if self.models is None or model in self.models:
+            return True
+        return model not in self.plain and model.rpartition(":")[0] in self.models
 
     def check_model(self, model: str) -> None:
         """Return if it may use the model of that name.

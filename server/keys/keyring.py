@@ -47,6 +47,7 @@ class Keyring:
             *(model.names for model in config.models),
             *(route.names for route in config.routes),
         ]
+        self._plain = frozenset(name for names in self._names for name in names)
         self._clock = clock
         self._stored: dict[bytes, Access] = {}
         self._limiters: dict[tuple[str, int], Limiter] = {}
@@ -88,6 +89,7 @@ class Keyring:
                 LimitedCaller(key.name, key.tier, limiter),
                 admin=key.admin,
                 models=self._allowed(key.models),
+                plain=self._plain,
                 endpoints=None if ANY in key.endpoints else frozenset(key.endpoints),
                 limiter=limiter,
                 revoked=key.revoked_at is not None,

@@ -196,6 +196,21 @@ ROUTE = record(
     },
 )
 
+LISTED_LORA = record(
+    id=STRING,
+    object={"const": "engine.lora"},
+    model=STRING,
+    nbytes={**nullable(INTEGER), "description": "Null if it is not in the model's folder."},
+)
+
+DELETED_LORA = record(
+    id=STRING,
+    object={"const": "engine.lora"},
+    model=STRING,
+    deleted={"const": True},
+    freed_bytes=INTEGER,
+)
+
 LORA = record(id=STRING, object={"const": "engine.lora"}, model=STRING, nbytes=INTEGER)
 
 CACHE = record(
@@ -244,6 +259,7 @@ def components() -> dict[str, Any]:
         "object": {"const": "model"},
         "owned_by": STRING,
         "alias_of": {**nullable(STRING), "description": "The model's id; null if this is the id."},
+        "parent": {**nullable(STRING), "description": "The id of the model that a LoRA adapts."},
     }
     found["LedgerStatus"]["properties"]["foreign_bytes"] = {
         **INTEGER,
@@ -284,6 +300,8 @@ def components() -> dict[str, Any]:
         "AddedLora": LORA,
         "ResponseCache": CACHE,
         "ClearedCache": record(removed_entries=INTEGER),
+        "LoraList": listing(LISTED_LORA),
+        "DeletedLora": DELETED_LORA,
         "Status": STATUS,
         "ProviderList": listing(provider),
         "Usage": USAGE,

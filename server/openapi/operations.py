@@ -249,7 +249,8 @@ OPERATIONS: Mapping[str, Methods] = {
     "/v1/models": {
         "get": Operation(
             summary="The models",
-            description="An alias is listed as a model of its own, with `alias_of`.",
+            description="An alias is listed as a model of its own, with `alias_of`; so is a LoRA of"
+            " a language model, with `parent`.",
             answers={JSON: reference("ModelList")},
             link=f"{OPENAI}/models",
         )
@@ -336,7 +337,18 @@ OPERATIONS: Mapping[str, Methods] = {
             answers={JSON: reference("FilesList")},
         )
     },
+    "/v1/engine/models/{name}/loras/{lora}": {
+        "delete": Operation(
+            summary="Delete a LoRA from the folder of a model",
+            description="No request may use it.",
+            answers={JSON: reference("DeletedLora")},
+        )
+    },
     "/v1/engine/loras": {
+        "get": Operation(
+            summary="The LoRAs of the models",
+            answers={JSON: reference("LoraList")},
+        ),
         "post": Operation(
             summary="Add a LoRA to the folder of a model",
             answers={JSON: reference("AddedLora")},
@@ -344,11 +356,17 @@ OPERATIONS: Mapping[str, Methods] = {
                 **record(
                     model=STRING,
                     file=BINARY,
-                    optional={"name": {**STRING, "description": "By default the file's name."}},
+                    optional={
+                        "name": {**STRING, "description": "By default the file's name."},
+                        "config": {
+                            **BINARY,
+                            "description": "adapter_config.json, for a language model.",
+                        },
+                    },
                 ),
                 "additionalProperties": False,
             },
-        )
+        ),
     },
     "/health": _both(
         Operation(

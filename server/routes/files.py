@@ -1,4 +1,4 @@
-"""The files of models: their sizes, pulls, deletion, and new LoRAs."""
+"""The files of models: their sizes, pulls, deletion, and their LoRAs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from fastapi import Request, Response
 from starlette.datastructures import UploadFile
 from starlette.types import Send
 
+from engine.catalog import loras
 from engine.catalog.downloads import NO_PROGRESS, sources_of
-from engine.catalog.loras import MAX_LORA_BYTES, add, check_name, folder_of
+from engine.catalog.loras import MAX_LORA_BYTES
 from engine.catalog.model_files import Files, files_of, removable, remove
 from engine.errors import Conflict, EngineError, InvalidRequest
 from engine.files.hub.fetch import FetchProgress
@@ -41,7 +42,7 @@ SPOOL_BYTES = 2**20
 
 
 def files_router(engine: Engine) -> Router:
-    """`/v1/engine/files`, `/v1/engine/models/{id}/pull` and `…/files`, `/v1/engine/loras`."""
+    """`/v1/engine/files`, `/v1/engine/models/{id}/pull`, `…/files`, `…/loras`, and all LoRAs."""
     router = Router("engine")
 
     @router.get("/v1/engine/files")
@@ -65,6 +66,23 @@ def files_router(engine: Engine) -> Router:
             "id": model.id,
             "object": "engine.files",
             "deleted": [each.source for each in found],
+            "freed_bytes": freed,
+        }
+
+    @router.get("/v1/engine/loras")
+    async def list_loras() -> dict[str, Any]:
+        return await asyncio.to_thread(_loras_document, engine)
+
+    @router.delete("/v1/engine/models/{name:path}/loras/{lora}")
+    async def delete_lora(name: str, lora: str) -> dict[str, Any]:
+        model = engine.config.find(name)
+        path = await asyncio.to_thread(loras.find, model, lora)
+        freed = await engine.remove_lora(model.id, lora, partial(loras.remove, path))
+        return {
+            "id": lora,
+            "object": "engine.lora",
+            "model": model.id,
+            "deleted": True,
             "freed_bytes": freed,
         }
 
@@ -101,31 +119,57 @@ async def _send_pull(engine: Engine, model: ModelConfig, request_id: str, send: 
 
 
 async def _add_lora(request: Request, engine: Engine) -> dict[str, Any]:
-    """Add the LoRA of a form with `model`, `file` and maybe `name`, by default the file's name."""
+    """Add the LoRA of a form with `model`, `file` and maybe `name`, by default the file's name.
+
+    One for a language model has `config` as well, its adapter_config.json.
+    """
     if not is_form(request):
         raise InvalidRequest("Send the file as multipart/form-data.", status=415)
     try:
-        form = await parse_form(request, MAX_LORA_BYTES, 1, 2, spool_bytes=SPOOL_BYTES)
+        form = await parse_form(request, MAX_LORA_BYTES, 2, 2, spool_bytes=SPOOL_BYTES)
     except OSError as error:  # of the temporary file
         raise Conflict(f"The upload cannot be kept: {error}") from error
     try:
-        unknown = next((key for key in form if key not in ("model", "name", "file")), None)
+        unknown = next(
+            (key for key in form if key not in ("model", "name", "file", "config")), None
+        )
         if unknown is not None:
             raise InvalidRequest(f"Unknown parameter: '{unknown}'.", param=unknown)
         file = form.get("file")
         if not isinstance(file, UploadFile):
             raise InvalidRequest("Missing required parameter: 'file'.", param="file")
+        config = form.get("config")
+        if config is not None and not isinstance(config, UploadFile):
+            raise InvalidRequest("config: it is a file, adapter_config.json.", param="config")
         model = engine.config.find(model_name(form.get("model")))
-        folder_of(model)
-        name = check_name(str(form.get("name") or file.filename or ""))
-        path = await asyncio.to_thread(add, model, name, file.file)
+        loras.folder_of(model)
+        name = loras.check_name(str(form.get("name") or file.filename or ""))
+        peft_config = None if config is None else config.file
+        work = partial(loras.add, cache_dir=engine.config.cache_dir)
+        nbytes = await asyncio.to_thread(work, model, name, file.file, peft_config)
     finally:
         await form.close()
     return {
         "id": name,
         "object": "engine.lora",
         "model": model.id,
-        "nbytes": path.stat().st_size,
+        "nbytes": nbytes,
+    }
+
+
+def _loras_document(engine: Engine) -> dict[str, Any]:
+    return {
+        "object": "list",
+        "data": [
+            {
+                "id": name,
+                "object": "engine.lora",
+                "model": model.id,
+                "nbytes": loras.size_of(model, name),
+            }
+            for model in engine.config.models
+            for name in engine.lora_names(model)
+        ],
     }
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 
 from server.documents import model_document, route_document
-from server.keys.access import access_of
+from server.keys.access import Access, access_of
 from server.router import Router
 
 if TYPE_CHECKING:
@@ -18,8 +19,9 @@ def models_router(engine: Engine) -> Router:
     """`GET /v1/models` and `GET /v1/models/{id}`.
 
     An alias is listed as a model of its own, as clients offer exactly the listed ids, and some
-    accept no others. `alias_of` is the id of its model. A route is listed with the models that it
-    chooses from. A key is shown the models and routes that it may use.
+    accept no others. `alias_of` is the id of its model. So is a LoRA of a language model, whose
+    `parent` is its model. A route is listed with the models that it chooses from. A key is shown
+    what it may use.
     """
     router = Router("models")
 
@@ -38,6 +40,7 @@ def models_router(engine: Engine) -> Router:
                 for name in (model.id, *model.aliases)
                 if access.may_use(name)
             ]
+            + await asyncio.to_thread(_adapters, engine, access)
             + [route_document(route) for route in engine.config.routes if access.may_use(route.id)],
         }
 
@@ -46,6 +49,19 @@ def models_router(engine: Engine) -> Router:
         access_of(request).check_model(name)
         if name in engine.router:
             return route_document(engine.router.find(name))
-        return model_document(engine.model_status(name), name)
+        model, adapter = engine.config.find_adapter(name)
+        if adapter is not None:
+            name = f"{model.id}:{adapter}"
+        return model_document(engine.model_status(model.id), name, adapter=adapter)
 
     return router
+
+
+def _adapters(engine: Engine, access: Access) -> list[dict[str, Any]]:
+    """Each adapter of a language model as a model of its own."""
+    return [
+        model_document(engine.model_status(model.id), f"{model.id}:{name}", adapter=name)
+        for model in engine.config.models
+        for name in engine.adapters(model)
+        if access.may_use(f"{model.id}:{name}")
+    ]

@@ -37,6 +37,7 @@ class Loras:
         self._folders = folders
         self._attached: OrderedDict[str, str] = OrderedDict()
         """Name of the LoRA → name of its adapter in the library; the latest use comes last."""
+        self._stamps: dict[str, tuple[int, int]] = {}
         self._count = 0
         """LoRAs attached so far, for names that do not repeat."""
 
@@ -50,6 +51,8 @@ class Loras:
         if not choices and not self._attached:
             return
         with GATE.exclusive():
+            for choice in choices:
+                self._detach_if_changed(choice.name)
             for index, choice in enumerate(choices):
                 if choice.name in self._attached:
                     self._attached.move_to_end(choice.name)
@@ -66,10 +69,17 @@ class Loras:
             names = [self._attached[choice.name] for choice in choices]
             self._base.set_adapters(names, [choice.weight for choice in choices])
 
+    def _path(self, name: str) -> Path:
+        return lora_files(self._folder).get(name) or self._folders[name] / LORA_FILE
+
+    def _detach_if_changed(self, name: str) -> None:
+        """Detach a LoRA whose file is another than the one attached: it was deleted and added."""
+        if name in self._attached and self._stamps[name] != _stamp(self._path(name)):
+            self._base.delete_adapters(self._attached.pop(name))
+
     def _attach(self, name: str, param: str) -> None:
-        path = lora_files(self._folder).get(name)
-        if path is None:
-            path = self._folders[name] / LORA_FILE
+        path = self._path(name)
+        self._stamps[name] = _stamp(path)
         self._count += 1
         adapter = f"lora{self._count}"  # peft takes no dots in a name
         try:
@@ -92,3 +102,12 @@ class Loras:
                 f"The LoRA {name!r} does not fit the model: {reason(error)}", param=param
             ) from error
         self._attached[name] = adapter
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What another file of the same name has otherwise."""
+    try:
+        status = path.stat()
+    except OSError:  # attaching it gives the error
+        return 0, 0
+    return status.st_ino, status.st_mtime_ns

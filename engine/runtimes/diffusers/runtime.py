@@ -96,6 +96,12 @@ class DiffusersRuntime(TorchRuntime):
         folder = model.options_as(DiffusersOptions).loras
         return None if folder is None else folder.expanduser()
 
+    @classmethod
+    def lora_names(cls, model: ModelConfig) -> tuple[str, ...]:
+        """Those of the folder, and those that the options name one by one."""
+        further = model.options_as(DiffusersOptions).lora_sources
+        return tuple({**further, **cls.lora_files(model)})
+
     def start(self) -> None:
         """Import torch, transformers and diffusers (some seconds)."""
         from engine.runtimes.diffusers import run  # noqa: F401 - for its imports, of a second

@@ -19,6 +19,10 @@ from engine.runtimes.vllm.tool_choice import narrow_to_allowed
 
 MAY_CALL = frozenset({TextOperation.CHAT, TextOperation.RESPONSES, TextOperation.MESSAGES})
 CHATS = frozenset({TextOperation.CHAT, TextOperation.TOKENIZE})
+WITHOUT_RUN = frozenset(
+    {TextOperation.COUNT_TOKENS, TextOperation.TOKENIZE, TextOperation.DETOKENIZE}
+)
+"""Operations of the tokenizer alone, which is the same with any LoRA."""
 LAZY = ("content", "tool_calls")
 """Parts of a message that pydantic checks when they are read."""
 NO_CALLS = ("none", {"type": "none"})
@@ -78,6 +82,8 @@ def prepared_body(
     options = model.options_as(VllmOptions)
     body = check_fields(request.operation, dict(request.body), known)
     body["model"] = model.id
+    if request.adapter is not None and request.operation not in WITHOUT_RUN:
+        body["model"] = f"{model.id}:{request.adapter}"
     narrow_to_allowed(body)
     if not isinstance(body.get("messages", []), list):
         raise InvalidRequest("messages: it is a list.", param="messages")

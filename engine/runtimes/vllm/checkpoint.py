@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import LoadFailed
-from engine.files.safetensors_header import DTYPE_BYTES, tensor_sizes, weight_bytes
+from engine.files.safetensors_header import DTYPE_BYTES, tensor_shapes, tensor_sizes, weight_bytes
 from engine.runtimes.vllm.options import VllmOptions
 
 
@@ -16,9 +16,11 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        files = sorted(folder.glob("*.safetensors"))
         try:
             self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-            self.tensors = tensor_sizes(sorted(folder.glob("*.safetensors")))
+            self.tensors = tensor_sizes(files)
+            self.shapes = tensor_shapes(files)
         except (OSError, ValueError) as error:
             raise LoadFailed(f"{folder.name}: cannot read the checkpoint: {error}") from error
         if not self.tensors:
@@ -79,6 +81,20 @@ class Checkpoint:
     def max_model_len(self, options: VllmOptions) -> int:
         """The configured context length, otherwise the checkpoint's."""
         return options.max_model_len or int(self.text_config.get("max_position_embeddings", 2048))
+
+    def lora_bytes(self, options: VllmOptions, dtype: str) -> int:
+        """LoRAs of a batch × rank × (inputs + outputs) × bytes per element, of all matrices.
+
+        vLLM makes that room for each linear layer and embedding as it loads the model, whatever
+        layers a LoRA changes.
+        """
+        if not options.takes_loras:
+            return 0
+        sides = sum(sum(shape) for shape in self.shapes.values() if len(shape) == 2)
+        if "lm_head.weight" not in self.shapes:  # tied to the embedding, but with room of its own
+            config = self.text_config
+            sides += int(config.get("vocab_size", 0)) + int(config.get("hidden_size", 0))
+        return options.max_loras * options.max_lora_rank * sides * self.item_bytes(dtype)
 
     def workspace_bytes(self, options: VllmOptions, dtype: str) -> int:
         """Activations of the largest step: a full batch's hidden and MLP states, float32 logits."""

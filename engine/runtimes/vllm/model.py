@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,14 @@ from engine.memory.block import Block
 from engine.requests import TextOperation, TextRequest
 from engine.runtimes.base import LoadedModel, Prepared
 from engine.runtimes.common.torch_errors import torch_error
+from engine.runtimes.vllm.body import WITHOUT_RUN
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.refusals import plain, refusal
 from engine.runtimes.vllm.stream_pace import PACE, READ_BY_PARSER
 from engine.usage import COUNTED
 
 if TYPE_CHECKING:
+    from engine.runtimes.vllm.adapters import Adapters
     from engine.runtimes.vllm.core_client import CoreClient
     from engine.runtimes.vllm.park import ModelMemory
 
@@ -45,6 +48,8 @@ class VllmModel(LoadedModel):
         self.client: CoreClient = llm.engine_core
         self.memory = memory
         self.serving: Any = None
+        self.adapters: Adapters | None = None
+        """None: it was loaded without room for LoRAs."""
         self.runs = 0
         """Answers under way."""
         self._options = options
@@ -60,8 +65,8 @@ class VllmModel(LoadedModel):
 
     @property
     def host_bytes(self) -> int:
-        """Host memory of the weights' master copies."""
-        return self.memory.host_bytes
+        """Host memory of the weights' master copies, and of LoRAs."""
+        return self.memory.host_bytes + (self.adapters.host_bytes if self.adapters else 0)
 
     async def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
         """Answer through vLLM's serving class for the operation."""
@@ -73,25 +78,33 @@ class VllmModel(LoadedModel):
         READ_BY_PARSER.set(self._is_parsed(prepared))
         COUNTED.set(prepared.usage)
         try:
-            answer = await self._answer(request.operation, prepared.payload)
-            if not hasattr(answer, "__aiter__"):
-                yield Document(self._document(answer, request.body))
-                return
-            PACE.streams += 1
-            try:
-                async for text in self._texts(answer, request):
-                    if ERROR in text:
-                        self._check(text, request.body)
-                    yield Frame(text)
-            finally:
-                PACE.streams -= 1
-                await answer.aclose()
+            async with self._adapter_of(request):
+                answer = await self._answer(request.operation, prepared.payload)
+                if not hasattr(answer, "__aiter__"):
+                    yield Document(self._document(answer, request.body))
+                    return
+                PACE.streams += 1
+                try:
+                    async for text in self._texts(answer, request):
+                        if ERROR in text:
+                            self._check(text, request.body)
+                        yield Frame(text)
+                finally:
+                    PACE.streams -= 1
+                    await answer.aclose()
         except EngineError:
             raise
         except Exception as error:
             raise self._translate(error, request.body) from error
         finally:
             self.runs -= 1
+
+    def _adapter_of(self, request: TextRequest) -> AbstractAsyncContextManager[None]:
+        """Keeps the LoRA that a run takes, if it takes one."""
+        if request.adapter is None or request.operation in WITHOUT_RUN:
+            return nullcontext()
+        assert self.adapters is not None  # `prepare` knows the LoRAs of the options
+        return self.adapters.held(request.adapter)
 
     def _texts(self, answer: Any, request: TextRequest) -> AsyncIterator[str]:
         """The events of a streamed answer as texts, corrected."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, StringConstraints, model_validator
 
 from engine.section import Section
 from engine.units import Size
+
+LoraName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
+"""A colon would end the name of the model in `MODEL:LORA`."""
 
 
 class VllmOptions(Section):
@@ -32,3 +35,29 @@ class VllmOptions(Section):
     """What the chat template is given, as `{enable_thinking: false}`; a request's own go before."""
     seed: int = 0
     revision: str | None = None
+    loras: Path | None = None
+    """A folder of LoRAs: `NAME/` with `adapter_config.json` and `adapter_model.safetensors`."""
+    lora_sources: Mapping[LoraName, str] = Field(default_factory=dict)
+    """Further LoRAs by name, each a folder or a hub repository."""
+    max_loras: int = Field(default=4, ge=1, le=256)
+    """LoRAs in one batch. Each has room for all layers of the model at `max_lora_rank`."""
+    max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 16
+    """The highest rank of a LoRA; those of a higher rank are refused."""
+    max_cpu_loras: int | None = Field(default=None, ge=1)
+    """LoRAs kept in host memory. None takes 16, or `max_loras` if that is more."""
+
+    @model_validator(mode="after")
+    def _batch_fits_host(self) -> Self:
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise ValueError(f"max_cpu_loras must be at least max_loras ({self.max_loras})")
+        return self
+
+    @property
+    def takes_loras(self) -> bool:
+        """Whether the model is loaded with room for LoRAs."""
+        return self.loras is not None or bool(self.lora_sources)
+
+    @property
+    def host_loras(self) -> int:
+        """How many LoRAs may be in host memory."""
+        return self.max_cpu_loras or max(16, self.max_loras)

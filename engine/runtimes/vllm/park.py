@@ -33,6 +33,7 @@ from engine.memory.block import Block
 from engine.memory.host_memory import HostMemory, HostMemoryFull
 from engine.memory.slabs import SharedMemory
 from engine.memory.weights import Weights
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -42,6 +43,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 log = logging.getLogger(__name__)
 
 WEIGHTS, KV_CACHE, WORKSPACE = "weights", "kv_cache", "workspace"
+
+LORAS = "loras"
+"""The slots of a batch's LoRAs. They are empty after a park: vLLM copies LoRAs in as it steps."""
+
+STACKED_DIMENSIONS = 2
+"""At least: vLLM's other attributes of a layer with LoRAs are lists of numbers."""
 
 UNSEEN_SHARE = 0.02
 """Share of the weights that may stay on the device when they are parked: small tensors that a layer
@@ -184,6 +191,7 @@ class CpuMemory:
         self._host = host
         self._weights: Weights | None = None
         self._kv = _storages(worker.model_runner.kv_caches)
+        self._loras = _storages(_slots(self._models))
         self._packed = _used(packed.layers, self._models)
         if packed.keep_plain and self._all_movable(expected[WEIGHTS]):
             self._make_masters()
@@ -193,6 +201,9 @@ class CpuMemory:
         if self._kv:
             kv_bytes = sum(storage.nbytes() for storage in self._kv)
             blocks.append(Block(KV_CACHE, kv_bytes, parkable=True, scratch=True))
+        if self._loras:
+            lora_bytes = sum(storage.nbytes() for storage in self._loras)
+            blocks.append(Block(LORAS, lora_bytes, parkable=True, scratch=True))
         # Between two steps it has no memory, so it can leave and come back at no cost.
         blocks.append(Block(WORKSPACE, expected[WORKSPACE], parkable=True, scratch=True))
         self._blocks = tuple(blocks)
@@ -217,6 +228,9 @@ class CpuMemory:
         if KV_CACHE in names:
             for storage in self._kv:
                 _release_pages(storage)
+        if LORAS in names:
+            for storage in self._loras:
+                _release_pages(storage)
 
     def wake(self, names: Collection[str]) -> None:
         """Copy the weights back and pack them. Pages of the KV cache come when they are written.
@@ -239,7 +253,7 @@ class CpuMemory:
     def close(self) -> None:
         """Give the master copies back. The model must not be used any more."""
         self._forget_masters()
-        self._packed, self._models, self._kv = [], [], []
+        self._packed, self._models, self._kv, self._loras = [], [], [], []
 
     def _weights_block(self, expected_bytes: int) -> Block:
         packed_bytes = sum(each.nbytes for each in self._packed)
@@ -260,7 +274,7 @@ class CpuMemory:
         """
         only_packed = sum(each.nbytes for each in self._packed if each.only_form)
         unseen_bytes = max(0, expected_bytes - self._plain_bytes() - only_packed)
-        unseen_bytes += _attribute_bytes(self._models, self._kv)
+        unseen_bytes += _attribute_bytes(self._models, (*self._kv, *self._loras))
         if unseen_bytes <= UNSEEN_SHARE * expected_bytes:
             return True
         log.info("%d bytes of weights cannot be moved: the model will not be parked", unseen_bytes)
@@ -329,6 +343,17 @@ def _storages(tensors: Iterable[torch.Tensor]) -> list[torch.UntypedStorage]:
         found[storage.data_ptr()] = storage
     found.pop(0, None)  # of empty tensors
     return list(found.values())
+
+
+def _slots(models: Iterable[torch.nn.Module]) -> Iterator[torch.Tensor]:
+    """The tensors in which vLLM stacks the LoRAs of a batch."""
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, BaseLayerWithLoRA):
+                for value in vars(module).values():
+                    for each in value if isinstance(value, tuple) else (value,):
+                        if isinstance(each, torch.Tensor) and each.dim() >= STACKED_DIMENSIONS:
+                            yield each
 
 
 def _attribute_bytes(

@@ -15,7 +15,7 @@ from typing import Any
 import vllm.config.vllm as vllm_config_module
 import vllm.v1.engine.core as vllm_core_module
 from engine.process.gate import GATE
-from engine.runtimes.vllm import loader  # noqa: F401 - registers the load format
+from engine.runtimes.vllm import adapter_ops, loader  # noqa: F401 - registers the load format
 from engine.runtimes.vllm.answers import answer_messages, write_chunks_unchecked
 from engine.runtimes.vllm.executor import GatedWorker
 from engine.runtimes.vllm.forced_calls import bind_forced_calls
@@ -77,6 +77,7 @@ def patch_vllm() -> None:
         lambda: vllm_config_module._current_vllm_config,
         lambda config: setattr(vllm_config_module, "_current_vllm_config", config),
     )
+    adapter_ops.multiply_by_group()
     # Every engine wrapped the CPU kernels once more (0.2 s and one more call layer each time).
     platform = type(current_platform)
     register = getattr(platform, "register_triton_kernel_overrides", None)

@@ -13,9 +13,10 @@ import logging
 import os
 import pkgutil
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,21 +29,25 @@ from engine.errors import (
     EngineError,
     InvalidRequest,
     LoadFailed,
+    ModelNotFound,
     OutOfDeviceMemory,
     reason,
 )
 from engine.files.hub.repository import Repository
 from engine.files.hub.selection import HubSource
+from engine.files.lora_folder import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
+from engine.files.safetensors_header import DTYPE_BYTES, tensor_shapes
 from engine.files.source import starter_source
 from engine.memory.block import Block, Estimate
 from engine.memory.device import CudaDevice
-from engine.model_folder import WANTED_FILES
+from engine.model_folder import WANTED_FILES, present_folder
 from engine.process.gate import GATE
 from engine.requests import Request, TextOperation, TextRequest
 from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.common.compute_thread import ComputeThread
 from engine.runtimes.common.torch_errors import is_out_of_memory
 from engine.runtimes.recognised import Recognised
+from engine.runtimes.vllm.adapter_files import AdapterFiles
 from engine.runtimes.vllm.body import (
     check_numbers,
     lazily_read,
@@ -98,6 +103,9 @@ LAZY_MODULES = (
 )
 """Modules that vLLM imports only at the first load: 50 MB, and seconds that belong to the start."""
 
+SLOTS = frozenset({"weights", "loras"})
+"""Blocks with the slots of LoRAs: a block of their own on a CPU, part of the weights on CUDA."""
+
 GENERATE_OPERATIONS = frozenset(TextOperation) - {TextOperation.EMBEDDINGS}
 ANTHROPIC_OPERATIONS = frozenset({TextOperation.MESSAGES, TextOperation.COUNT_TOKENS})
 EMBED_OPERATIONS = frozenset(
@@ -111,6 +119,7 @@ class VllmRuntime(Runtime):
     name: ClassVar[str] = "vllm"
     tasks: ClassVar[tuple[str, ...]] = ("generate", "embed")
     Options: ClassVar[type[Section]] = VllmOptions
+    peft_loras: ClassVar[bool] = True
 
     def __init__(self, context: RuntimeContext) -> None:
         super().__init__(context)
@@ -120,14 +129,97 @@ class VllmRuntime(Runtime):
         self._fields: dict[TextOperation, frozenset[str]] = {}
         self._numbers: dict[TextOperation, frozenset[str]] = {}
         self._stat_logger: Any = None
+        self._checked: dict[tuple[str, str], Any] = {}
+        """Model and name of each LoRA that fits, with what was looked at."""
         self._warm = False
         self._series = CollectorRegistry()
         self.metrics = self._series
 
     @classmethod
     def hub_sources(cls, model: ModelConfig) -> tuple[HubSource, ...]:
-        """The model's own repository."""
-        return (HubSource(model.source, WANTED_FILES, model.options_as(VllmOptions).revision),)
+        """The model's own repository, and those of LoRAs."""
+        options = model.options_as(VllmOptions)
+        own = HubSource(model.source, WANTED_FILES, options.revision)
+        return (own, *map(_lora_source, options.lora_sources.values()))
+
+    @classmethod
+    def lora_folder(cls, model: ModelConfig) -> Path | None:
+        """The folder that the options name."""
+        folder = model.options_as(VllmOptions).loras
+        return None if folder is None else folder.expanduser()
+
+    @classmethod
+    def lora_files(cls, model: ModelConfig) -> Mapping[str, Path]:
+        """The folders of LoRAs in that folder."""
+        return peft_folders(cls.lora_folder(model))
+
+    @classmethod
+    def lora_names(cls, model: ModelConfig) -> tuple[str, ...]:
+        """Those of the folder, and those that the options name one by one."""
+        return cls.adapters(model)
+
+    @classmethod
+    def adapters(cls, model: ModelConfig) -> tuple[str, ...]:
+        """Any LoRA of the model."""
+        options = model.options_as(VllmOptions)
+        if not options.takes_loras:
+            return ()
+        return tuple({**options.lora_sources, **cls.lora_files(model)})
+
+    @classmethod
+    def check_lora(cls, model: ModelConfig, folder: Path, cache_dir: Path) -> None:
+        """Check its files, against those of the model if they are here."""
+        options = model.options_as(VllmOptions)
+        base = present_folder(model.source, cache_dir, revision=options.revision)
+        shapes = None if base is None else tensor_shapes(sorted(base.glob("*.safetensors")))
+        AdapterFiles(folder).check(options, shapes or None)
+
+    def _adapter_folder(self, model: ModelConfig, name: str) -> Path:
+        """The folder of a LoRA.
+
+        Raises:
+            ModelNotFound: there is none of that name.
+
+        """
+        own = self.lora_files(model).get(name)
+        if own is not None:
+            return own
+        source = model.options_as(VllmOptions).lora_sources.get(name)
+        if source is None:
+            raise ModelNotFound(f"The model '{model.id}:{name}' does not exist.", param="model")
+        return self._folder_of(_lora_source(source))
+
+    def _check_adapter(self, model: ModelConfig, name: str) -> None:
+        """Return if a LoRA fits the model, as far as the files are here.
+
+        Raises:
+            ModelNotFound: there is none of that name.
+            InvalidRequest: with the reason.
+
+        """
+        try:
+            folder = self._adapter_folder(model, name)
+        except LoadFailed:
+            return  # its files are still to be fetched
+        stamps = [folder / each for each in (PEFT_WEIGHTS, PEFT_CONFIG)]
+        try:
+            stamp = (model, *((each.stat().st_ino, each.stat().st_mtime_ns) for each in stamps))
+        except OSError:
+            stamp = None
+        key = (model.id, name)
+        if stamp is None or self._checked.get(key) != stamp:
+            try:
+                self.check_lora(model, folder, self.context.cache_dir)
+            except InvalidRequest as error:
+                raise InvalidRequest(f"{name}: {error.message}", param="model") from error
+            if stamp is not None:
+                self._checked[key] = stamp
+
+    async def forget_lora(self, loaded: LoadedModel, name: str) -> None:
+        """Take it out of host memory, and out of vLLM."""
+        assert isinstance(loaded, VllmModel)
+        if loaded.adapters is not None:
+            await loaded.adapters.forget(name)
 
     @classmethod
     def recognise(cls, repository: Repository) -> Recognised | None:
@@ -256,6 +348,8 @@ class VllmRuntime(Runtime):
                 f"The model {model.id!r} does not support {request.operation.value}.",
                 param="model",
             )
+        if request.adapter is not None:
+            self._check_adapter(model, request.adapter)
         body = prepared_body(request, model, self._fields[request.operation])
         check_numbers(body, self._numbers[request.operation])
         try:
@@ -319,12 +413,14 @@ class VllmRuntime(Runtime):
         return {
             "weights": checkpoint.weight_bytes(dtype),
             "kv_cache": kv_bytes,
+            "loras": checkpoint.lora_bytes(options, dtype),
             "workspace": checkpoint.workspace_bytes(options, dtype),
         }
 
     async def load(self, model: ModelConfig, on_failure: Callable[[str], None]) -> LoadedModel:
         """Build the engine on the loading thread and its serving objects on the loop."""
         loop = asyncio.get_running_loop()
+        await asyncio.to_thread(self._check_configured, model)
         try:
             loaded, arguments = await loop.run_in_executor(self._loader, self._build, model)
         except Exception as error:
@@ -343,6 +439,22 @@ class VllmRuntime(Runtime):
 
         loaded.client.on_failure = failed
         return loaded
+
+    def _check_configured(self, model: ModelConfig) -> None:
+        """Refuse a model whose options name a LoRA that it cannot serve.
+
+        One in the folder is refused when a request asks for it: the others are served.
+
+        Raises:
+            LoadFailed: naming the LoRA.
+
+        """
+        for name, source in model.options_as(VllmOptions).lora_sources.items():
+            folder = self._folder_of(_lora_source(source))
+            try:
+                self.check_lora(model, folder, self.context.cache_dir)
+            except InvalidRequest as error:
+                raise LoadFailed(f"options.lora_sources.{name}: {error.message}") from error
 
     def _build(self, model: ModelConfig) -> tuple[VllmModel, Any]:
         from engine.runtimes.vllm.executor import GatedExecutor
@@ -383,7 +495,21 @@ class VllmRuntime(Runtime):
         except BaseException:
             llm.shutdown()
             raise
-        return VllmModel(llm, memory, model.options_as(VllmOptions)), arguments
+        options = model.options_as(VllmOptions)
+        loaded = VllmModel(llm, memory, options)
+        if options.takes_loras:
+            from engine.runtimes.vllm.adapters import Adapters
+
+            loaded.adapters = Adapters(
+                model.id,
+                loaded.client,
+                worker.model_runner.lora_manager,
+                options.host_loras,
+                DTYPE_BYTES.get(self._dtype(model), 2),
+                partial(self._adapter_folder, model),
+                self.context.host,
+            )
+        return loaded, arguments
 
     def _take_over(self, worker: Any, packed: Packing, expected: dict[str, int]) -> ModelMemory:
         if self.context.device.kind == "cpu":
@@ -439,6 +565,10 @@ class VllmRuntime(Runtime):
         if options.chat_template_kwargs:
             kwargs = json.dumps(dict(options.chat_template_kwargs))
             line += ["--default-chat-template-kwargs", kwargs]
+        if options.takes_loras:
+            line += ["--enable-lora", "--max-loras", str(options.max_loras)]
+            line += ["--max-lora-rank", str(options.max_lora_rank)]
+            line += ["--max-cpu-loras", str(options.host_loras)]
         return line
 
     async def _serve(self, loaded: VllmModel, arguments: Any) -> None:
@@ -451,6 +581,9 @@ class VllmRuntime(Runtime):
         loaded.serving = await loop.run_in_executor(
             self._loader, serving_objects, loaded.llm, arguments, tasks
         )
+        if loaded.adapters is not None:
+            # The serving classes share it.
+            loaded.adapters.requests = loaded.serving.openai_serving_models.lora_requests
 
     async def unload(self, loaded: LoadedModel) -> None:
         """Shut the engine down. The parts that other engines share stay."""
@@ -463,6 +596,8 @@ class VllmRuntime(Runtime):
             handler.cancel()
             await asyncio.wait([handler])
         del llm, handler
+        if loaded.adapters is not None:
+            loaded.adapters.close()
         loaded.memory.close()
         await loop.run_in_executor(self._loader, self._collect)
 
@@ -481,6 +616,8 @@ class VllmRuntime(Runtime):
         await asyncio.wrap_future(loaded.client.set_aside(blocks))
 
         def leave() -> None:
+            if loaded.adapters is not None and not SLOTS.isdisjoint(blocks):
+                loaded.adapters.empty_slots()
             loaded.memory.park(blocks)
             self.context.device.release_cached()
 
@@ -536,6 +673,11 @@ class VllmRuntime(Runtime):
         if self._cores is not None:
             await asyncio.to_thread(self._cores.stop)
         self._loader.shutdown()
+
+
+def _lora_source(source: str) -> HubSource:
+    """The files of a LoRA."""
+    return HubSource(source, (PEFT_CONFIG, PEFT_WEIGHTS))
 
 
 def _load_failed(error: Exception) -> EngineError:

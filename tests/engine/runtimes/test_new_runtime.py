@@ -125,7 +125,8 @@ class TestCommands:
 def test_loras_go_where_it_says(tmp_path: Path) -> None:
     (model,) = read(tmp_path, loras=str(tmp_path / "loras")).models
     data = save({"unet.lora_A.weight": np.zeros((1, 1), np.float32)})
-    assert loras.add(model, "style", BytesIO(data)) == tmp_path / "loras" / "style.safetensors"
+    assert loras.add(model, "style", BytesIO(data), cache_dir=tmp_path) == len(data)
+    assert (tmp_path / "loras" / "style.safetensors").read_bytes() == data
     with pytest.raises(InvalidRequest, match="no folder of LoRAs"):
         loras.folder_of(read(tmp_path).models[0])
 
