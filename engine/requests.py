@@ -50,8 +50,24 @@ class TextOperation(StrEnum):
     MESSAGES = "messages"
     COUNT_TOKENS = "count_tokens"
     EMBEDDINGS = "embeddings"
+    RERANK = "rerank"
+    SCORE = "score"
+    CLASSIFY = "classify"
+    MODERATION = "moderation"
     TOKENIZE = "tokenize"
     DETOKENIZE = "detokenize"
+
+
+READING = frozenset(
+    {
+        TextOperation.EMBEDDINGS,
+        TextOperation.RERANK,
+        TextOperation.SCORE,
+        TextOperation.CLASSIFY,
+        TextOperation.MODERATION,
+    }
+)
+"""Operations that read texts and write none. Equal requests have equal answers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,6 +152,8 @@ def test_a_configuration_offers_every_task(path: Path) -> None:
     }
     if path.stem == "cpu":
         del runtimes["video"]
+    if path.stem == "starter":
+        runtimes |= {"rerank": {"vllm"}, "classify": {"vllm"}}
     assert {model.task for model in read(path).models} == runtimes.keys()
     for model in read(path).models:
         assert model.runtime in runtimes[model.task], model.id
@@ -204,6 +206,8 @@ def test_the_starter_configuration_serves_every_language_model(starter_dir: Star
 WELL_KNOWN = {
     "generate": ["gpt-4o", "gpt-4o-mini", "gpt-4.1-mini", "gpt-5", "gpt-5-mini", "gpt-3.5-turbo"],
     "embed": ["text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002"],
+    "rerank": ["rerank-v3.5"],
+    "classify": ["omni-moderation-latest"],
     "image": ["dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1-mini"],
     "speech": ["tts-1", "tts-1-hd", "gpt-4o-mini-tts"],
     "transcribe": ["whisper-1", "gpt-4o-transcribe", "gpt-4o-mini-transcribe"],
@@ -225,7 +229,7 @@ GATED = re.compile(
 def test_every_configuration_answers_to_well_known_names(path: Path) -> None:
     config = read(path)
     tasks = {model.task for model in config.models}
-    assert tasks >= WELL_KNOWN.keys() - {"video"}
+    assert tasks >= WELL_KNOWN.keys() - {"video", "rerank", "classify"}
     for task in tasks:
         for name in WELL_KNOWN[task]:
             model = config.find(name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.requests import (
+    READING,
     ImageRequest,
     Request,
     SpeechRequest,
@@ -34,6 +35,11 @@ _NODE_TOKENS = 4
 """Of a part of the body beside its texts: the templates of models mark each message and field."""
 
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_COMPARED = ("documents", "items", "text_2", "data_2")
+"""Texts that are ranked or scored."""
+_READ_AGAIN = ("query", "queries", "text_1", "data_1")
+"""What they are compared with."""
+
 _WITHOUT_ANSWER = frozenset({
     TextOperation.COUNT_TOKENS, TextOperation.TOKENIZE, TextOperation.DETOKENIZE
 })  # fmt: skip
@@ -169,8 +175,12 @@ def _text_size(request: TextRequest) -> _TextSize:
     if request.operation in _WITHOUT_ANSWER:
         return _TextSize(0, 0, 0, 0)
     prompt_bytes = _prompt_bytes(body)
-    if request.operation is TextOperation.EMBEDDINGS:
-        return _TextSize(prompt_bytes, _prompts(body.get("input")), 0, 0)
+    if request.operation in READING:
+        compared = next((body[name] for name in _COMPARED if name in body), None)
+        prompts = _prompts(body.get("input") if compared is None else compared)
+        # A reranker reads the one text anew with each of the others.
+        again = _prompt_bytes({name: body[name] for name in _READ_AGAIN if name in body})
+        return _TextSize(prompt_bytes + again * (prompts - 1), prompts, 0, 0)
     limits = [limit for name in _LIMITS if (limit := _count(body.get(name))) is not None]
     answers = max(1, _count(body.get("n")) or 1, _count(body.get("best_of")) or 1)
     prompts = _prompts(body.get("prompt"))
@@ -178,7 +188,7 @@ def _text_size(request: TextRequest) -> _TextSize:
 
 
 def _prompts(value: Any) -> int:
-    several = isinstance(value, list) and value and isinstance(value[0], str | list)
+    several = isinstance(value, list) and value and isinstance(value[0], str | list | Mapping)
     return len(value) if several else 1
 
 

@@ -1,4 +1,4 @@
-"""The starter models that read and write text: a Llama, a Qwen 2 and a BERT for embeddings."""
+"""The starter models that read and write text: a Llama, a Qwen 2, and three of BERT's kind."""
 
 from __future__ import annotations
 
@@ -50,6 +50,17 @@ class _DecoderShape:
     heads: int
     kv_heads: int
     head_dim: int = 32
+    positions: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class _EncoderShape:
+    """The sizes of a BERT."""
+
+    hidden: int = 128
+    intermediate: int = 256
+    layers: int = 2
+    heads: int = 4
     positions: int = 8192
 
 
@@ -121,8 +132,41 @@ def _write_tiny_qwen(folder: Path) -> None:
 
 
 def _write_tiny_embed(folder: Path) -> None:
+    # Any leading part of a random vector is as good an embedding as the whole. So a request
+    # may choose its `dimensions`.
+    shape = _EncoderShape()
+    own = {"architectures": ["BertModel"], "is_matryoshka": True}
+    _write_bert(folder, shape, own, RandomTensors(seed=3))
+    _write_sentence_transformer(folder, shape.hidden, shape.positions)
+
+
+def _write_tiny_rerank(folder: Path) -> None:
+    own = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    _write_bert(folder, _EncoderShape(positions=2048), own, RandomTensors(seed=7), labels=1)
+
+
+def _write_tiny_classify(folder: Path) -> None:
+    labels = ("OK", "harassment", "hate", "sexual", "violence")
+    own = {
+        "architectures": ["BertForSequenceClassification"],
+        "id2label": {str(index): label for index, label in enumerate(labels)},
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "problem_type": "single_label_classification",
+    }
+    shape = _EncoderShape(positions=2048)
+    _write_bert(folder, shape, own, RandomTensors(seed=8), labels=len(labels))
+
+
+def _write_bert(
+    folder: Path,
+    shape: _EncoderShape,
+    own: Mapping[str, Any],
+    weights: RandomTensors,
+    labels: int = 0,
+) -> None:
+    """Write a BERT, with a head for `labels` if there are any."""
     pad, cls, sep = "[PAD]", "[CLS]", "[SEP]"
-    hidden, intermediate, layers, heads, positions = 128, 256, 2, 4, 8192
+    hidden, intermediate, positions = shape.hidden, shape.intermediate, shape.positions
     tokenizer = _tokenizer([pad, cls, sep])
     tokenizer.post_processor = TemplateProcessing(
         single=f"{cls} $A {sep}",
@@ -130,14 +174,14 @@ def _write_tiny_embed(folder: Path) -> None:
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in (cls, sep)],
     )
     config = {
-        "architectures": ["BertModel"],
         "model_type": "bert",
+        **own,
         "dtype": "float32",
         "vocab_size": tokenizer.get_vocab_size(),
         "hidden_size": hidden,
         "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
         "max_position_embeddings": positions,
         "type_vocab_size": 2,
         "hidden_act": "gelu",
@@ -145,11 +189,7 @@ def _write_tiny_embed(folder: Path) -> None:
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": 1e-12,
         "pad_token_id": tokenizer.token_to_id(pad),
-        # Any leading part of a random vector is as good an embedding as the whole. So a request
-        # may choose its `dimensions`.
-        "is_matryoshka": True,
     }
-    weights = RandomTensors(seed=3)
     tensors: Tensors = {
         "embeddings.word_embeddings.weight": weights.normal(
             tokenizer.get_vocab_size(), hidden, std=1.0
@@ -159,7 +199,7 @@ def _write_tiny_embed(folder: Path) -> None:
         "embeddings.token_type_embeddings.weight": weights.normal(2, hidden, std=0.1),
         **_layer_norm("embeddings.LayerNorm", hidden),
     }
-    for index in range(layers):
+    for index in range(shape.layers):
         layer = f"encoder.layer.{index}"
         for part, outputs, inputs in (
             ("attention.self.query", hidden, hidden),
@@ -175,6 +215,11 @@ def _write_tiny_embed(folder: Path) -> None:
         tensors |= _layer_norm(f"{layer}.output.LayerNorm", hidden)
     tensors["pooler.dense.weight"] = weights.linear(hidden, hidden)
     tensors["pooler.dense.bias"] = np.zeros(hidden, np.float32)
+    if labels:
+        tensors = {f"bert.{name}": tensor for name, tensor in tensors.items()}
+        # Sharp, so that texts differ in their labels.
+        tensors["classifier.weight"] = weights.linear(labels, hidden, gain=4.0)
+        tensors["classifier.bias"] = np.zeros(labels, np.float32)
 
     _write_tokenizer(
         folder,
@@ -183,7 +228,6 @@ def _write_tiny_embed(folder: Path) -> None:
         max_length=positions,
     )
     _write_model(folder, config, tensors)
-    _write_sentence_transformer(folder, hidden, positions)
 
 
 def _tokenizer(specials: Sequence[str], tags: Sequence[str] = ()) -> Tokenizer:
@@ -344,6 +388,8 @@ WRITERS: Mapping[str, Callable[[Path], None]] = MappingProxyType(
         "tiny-llama": _write_tiny_llama,
         "tiny-qwen": _write_tiny_qwen,
         "tiny-embed": _write_tiny_embed,
+        "tiny-rerank": _write_tiny_rerank,
+        "tiny-classify": _write_tiny_classify,
     }
 )
 """The function that writes each model into an empty folder, by the model's name."""

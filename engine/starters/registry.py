@@ -19,7 +19,7 @@ from engine.errors import ConfigError, LoadFailed
 from engine.files.built_folder import ensure_built
 from engine.files.source import starter_source
 
-FORMAT = "v3"
+FORMAT = "v4"
 """Part of each folder's path: the version of all bytes that the modules of this package write.
 
 Raise it with any change to those bytes, so that no old folder is used. Most of the text in these
@@ -120,6 +120,16 @@ LANGUAGE_STARTERS: Mapping[str, Starter] = MappingProxyType(
                 "tiny-embed",
                 "sentence-similarity",
                 "A BERT of 1.4 million parameters that turns a text into 128 numbers.",
+            ),
+            (
+                "tiny-rerank",
+                "text-ranking",
+                "A BERT of 0.6 million parameters that scores a query and a document.",
+            ),
+            (
+                "tiny-classify",
+                "text-classification",
+                "A BERT of 0.6 million parameters that gives a text one of five labels.",
             ),
         )
     }

@@ -31,7 +31,8 @@ from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
 
 OPENAI = "https://platform.openai.com/docs/api-reference"
 ANTHROPIC = "https://docs.anthropic.com/en/api"
-TOKENIZER = "https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html#tokenizer-api"
+VLLM = "https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html"
+TOKENIZER = f"{VLLM}#tokenizer-api"
 
 MODEL = "MODEL"
 """Stands in an example for the id of a configured model."""
@@ -116,6 +117,22 @@ def _page(summary: str, *media_types: str) -> Methods:
     return _both(Operation(summary=summary, answers=dict.fromkeys(media_types, STRING)))
 
 
+_RERANK = _text(
+    "Documents by their relevance to a query",
+    "https://docs.cohere.com/v2/reference/rerank",
+    task="rerank",
+    query="Where is the train?",
+    documents=["It stands on the turntable.", "Bread is baked."],
+)
+_SCORE = _text(
+    "Scores of pairs of texts",
+    f"{VLLM}#score-api",
+    task="rerank",
+    text_1="Where is the train?",
+    text_2=["It stands on the turntable.", "Bread is baked."],
+)
+_CLASSIFY = _text("Labels of texts", f"{VLLM}#classification-api", task="classify", input="Hello")
+
 OPERATIONS: Mapping[str, Methods] = {
     "/v1/chat/completions": _text(
         "Chat completion", f"{OPENAI}/chat/create", streams=True, messages=_MESSAGES
@@ -140,6 +157,16 @@ OPERATIONS: Mapping[str, Methods] = {
     ),
     "/v1/embeddings": _text(
         "Embeddings", f"{OPENAI}/embeddings/create", task="embed", input="Hello"
+    ),
+    "/rerank": _RERANK,
+    "/v1/rerank": _RERANK,
+    "/v2/rerank": _RERANK,
+    "/score": _SCORE,
+    "/v1/score": _SCORE,
+    "/classify": _CLASSIFY,
+    "/v1/classify": _CLASSIFY,
+    "/v1/moderations": _text(
+        "Whether texts are harmful", f"{OPENAI}/moderations", task="classify", input="Hello"
     ),
     "/tokenize": _text("Tokens of a text", TOKENIZER, prompt="Hello"),
     "/v1/tokenize": _text("Tokens of a text", TOKENIZER, prompt="Hello"),

@@ -8,6 +8,7 @@ from typing import Any
 from engine.config import ModelConfig
 from engine.errors import InvalidRequest
 from engine.requests import (
+    READING,
     ImageRequest,
     Request,
     SpeechRequest,
@@ -48,7 +49,7 @@ _CLIENT_TOOLS = frozenset({"custom", "function", "namespace"})
 def is_deterministic(request: Request, models: Sequence[ModelConfig]) -> bool:
     """Whether each of the models, any of which may answer, gives equal requests equal answers."""
     match request:
-        case TextRequest(operation=TextOperation.EMBEDDINGS):
+        case TextRequest() if request.operation in READING:
             return _is_complete(request.body)
         case TextRequest():
             return request.operation in _SAMPLED and _is_fixed(request.body)

@@ -1,4 +1,4 @@
-"""The endpoints of language and embedding models: OpenAI's, Anthropic's and the tokenizer's."""
+"""The endpoints of text: OpenAI's, Anthropic's, Cohere's rerank, and vLLM's own."""
 
 from __future__ import annotations
 
@@ -31,6 +31,14 @@ TEXT_PATHS = {
     "/v1/messages": TextOperation.MESSAGES,
     "/v1/messages/count_tokens": TextOperation.COUNT_TOKENS,
     "/v1/embeddings": TextOperation.EMBEDDINGS,
+    "/rerank": TextOperation.RERANK,
+    "/v1/rerank": TextOperation.RERANK,
+    "/v2/rerank": TextOperation.RERANK,
+    "/score": TextOperation.SCORE,
+    "/v1/score": TextOperation.SCORE,
+    "/classify": TextOperation.CLASSIFY,
+    "/v1/classify": TextOperation.CLASSIFY,
+    "/v1/moderations": TextOperation.MODERATION,
     "/tokenize": TextOperation.TOKENIZE,
     "/v1/tokenize": TextOperation.TOKENIZE,
     "/detokenize": TextOperation.DETOKENIZE,
@@ -52,10 +60,14 @@ def text_router(
 ) -> Router:
     """All routes that take a JSON object with a `model` and answer a document or a stream."""
     router = Router("text")
+    moderating = (model.id for model in engine.config.models if model.task == "classify")
+    defaults = {TextOperation.MODERATION: next(moderating, None)}
 
     def add(path: str, operation: TextOperation) -> None:
         async def endpoint(request: Request) -> Response:
-            fields, text_request = await read_text_request(request, operation, settings)
+            fields, text_request = await read_text_request(
+                request, operation, settings, defaults.get(operation)
+            )
             streams = operation in _STREAMING and text_request.body.get("stream") is True
             answer = partial(stream_answer, engine, text_request, _events, shows_wait=streams)
             return ConnectedResponse(cached(cache, request, fields, text_request, answer))
@@ -68,16 +80,22 @@ def text_router(
 
 
 async def read_text_request(
-    request: Request, operation: TextOperation, settings: ServerSettings
+    request: Request,
+    operation: TextOperation,
+    settings: ServerSettings,
+    default_model: str | None = None,
 ) -> tuple[Fields, TextRequest]:
     """The fields of the body, and the engine's request from them and the headers.
+
+    `default_model` serves requests that name none.
 
     Raises:
         InvalidRequest: naming the wrong field or header.
 
     """
     fields = await read_json(request, settings.max_body_bytes)
-    model = model_name(fields.values.get("model"))
+    model = fields.values.get("model")
+    model = model_name(default_model if model is None else model)
     check_media_urls(fields.values, settings.allowed_media_hosts)
     scheduling = take_scheduling_options(request, fields)
     return fields, TextRequest(

@@ -91,8 +91,8 @@ class TestModelsAreCheckedAsTheyAreRead:
             ),
             (
                 {"task": "dance"},
-                "models[1].task: it must be 'generate', 'embed', 'image', 'video', 'speech'"
-                " or 'transcribe'",
+                "models[1].task: it must be 'generate', 'embed', 'rerank', 'classify', 'image',"
+                " 'video', 'speech' or 'transcribe'",
             ),
             (
                 {"runtime": "remote", "options": {"model": "a", "api_key": "sk-1"}},
@@ -101,7 +101,7 @@ class TestModelsAreCheckedAsTheyAreRead:
             (
                 {"task": "image"},
                 "models[1].task: the runtime 'vllm' has no task 'image'; there is 'generate',"
-                " 'embed'",
+                " 'embed', 'rerank', 'classify'",
             ),
         ],
     )

@@ -244,15 +244,47 @@ def test_what_is_wrong_with_a_request_is_told(sdk: openai.OpenAI, server: Server
     status(server)
 
 
+def test_ranking_and_moderation(server: Server, sdk: openai.OpenAI) -> None:
+    documents = ["The train waits.", "Bread is baked.", "A robot paints."]
+    body = {"query": "Where is the train?", "documents": documents, "top_n": 2}
+    for model, path in (("rerank-v3.5", "/v2/rerank"), ("tiny-embed", "/v1/rerank")):
+        answer = httpx.post(f"{server.url}{path}", json={"model": model, **body}, timeout=180)
+        first, second = answer.raise_for_status().json()["results"]
+        assert first["relevance_score"] >= second["relevance_score"]
+        assert first["document"]["text"] == documents[first["index"]]
+    moderated = sdk.moderations.create(input=["hello", "bye"])
+    assert moderated.model == "tiny-classify"
+    for each in moderated.results:
+        assert each.flagged == any(each.categories.model_dump().values())
+        assert each.category_applied_input_types.violence == ["text"]
+        assert 0 <= each.category_scores.violence <= 1
+        assert each.category_scores.illicit == 0
+    labels = {"model": "tiny-classify", "input": "hello"}
+    (found,) = httpx.post(f"{server.url}/classify", json=labels).json()["data"]
+    assert len(found["probs"]) == 5
+
+
+TASKS_OF = {
+    TextOperation.EMBEDDINGS: "tiny-embed",
+    TextOperation.RERANK: "tiny-rerank",
+    TextOperation.SCORE: "tiny-rerank",
+    TextOperation.CLASSIFY: "tiny-classify",
+    TextOperation.MODERATION: "tiny-classify",
+}
+
+
 @pytest.mark.parametrize("path", sorted(TEXT_PATHS))
 def test_no_broken_body_gets_a_server_error(server: Server, path: str) -> None:
-    model = "tiny-embed" if TEXT_PATHS[path] is TextOperation.EMBEDDINGS else "tiny-llama"
+    model = TASKS_OF.get(TEXT_PATHS[path], "tiny-llama")
     bodies: tuple[dict[str, Any], ...] = (
         {},
         {"prompt": {}},
         {"messages": 3},
         {"input": None},
         {"tokens": "x"},
+        {"query": 3, "documents": ["x"]},
+        {"query": "x", "documents": [3]},
+        {"text_1": ["x", "y"], "text_2": ["x", "y", "z"]},
     )
     for body in bodies:
         answer = httpx.post(f"{server.url}{path}", json={"model": model, **body}, timeout=180)

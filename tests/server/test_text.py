@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -12,8 +13,9 @@ from engine.engine import Engine
 from engine.errors import OutOfDeviceMemory, RuntimeFailed
 from engine.events import Event, Frame
 from engine.requests import Priority, SchedulingOptions, TextOperation, TextRequest
+from server.app import create_app
 from server.settings import ServerSettings
-from tests.server.fake import FakeRuntime
+from tests.server.fake import FakeRuntime, fake_engine
 
 CHAT = "/v1/chat/completions"
 
@@ -24,6 +26,14 @@ ROUTES = {
     "/v1/messages": TextOperation.MESSAGES,
     "/v1/messages/count_tokens": TextOperation.COUNT_TOKENS,
     "/v1/embeddings": TextOperation.EMBEDDINGS,
+    "/rerank": TextOperation.RERANK,
+    "/v1/rerank": TextOperation.RERANK,
+    "/v2/rerank": TextOperation.RERANK,
+    "/score": TextOperation.SCORE,
+    "/v1/score": TextOperation.SCORE,
+    "/classify": TextOperation.CLASSIFY,
+    "/v1/classify": TextOperation.CLASSIFY,
+    "/v1/moderations": TextOperation.MODERATION,
     "/tokenize": TextOperation.TOKENIZE,
     "/v1/tokenize": TextOperation.TOKENIZE,
     "/detokenize": TextOperation.DETOKENIZE,
@@ -229,3 +239,30 @@ async def test_error_before_the_first_frame_is_a_plain_response(
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "out_of_device_memory"
     assert engine.model_status("small").leases == 0
+
+
+async def test_a_moderation_may_leave_out_the_model(
+    tmp_path: Path, runtime: FakeRuntime, settings: ServerSettings
+) -> None:
+    """As OpenAI's clients do. The first classifier answers."""
+    models: list[dict[str, object]] = [
+        {"id": "text", "source": "none", "runtime": "fake"},
+        {"id": "judge", "source": "none", "runtime": "fake", "task": "classify"},
+        {"id": "other", "source": "none", "runtime": "fake", "task": "classify"},
+    ]
+    for served, status in ((models, 200), (models[:1], 400)):
+        engine = fake_engine(runtime, tmp_path, models=served)
+        app = create_app(engine, settings)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(
+                transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8000"
+            ) as client,
+        ):
+            answer = await client.post("/v1/moderations", json={"input": "x"})
+            assert answer.status_code == status
+            if status == 400:
+                assert answer.json()["error"]["param"] == "model"
+            named = await client.post("/v1/moderations", json={"model": "text", "input": "x"})
+            assert named.status_code == 200
+    assert [request.model for request in runtime.requests] == ["judge", "text", "text"]

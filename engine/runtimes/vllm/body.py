@@ -13,6 +13,7 @@ from engine.errors import InvalidRequest
 from engine.requests import TextOperation, TextRequest
 from engine.runtimes.vllm.chat_messages import check_messages
 from engine.runtimes.vllm.options import VllmOptions
+from engine.runtimes.vllm.pooling_body import pooling_body
 from engine.runtimes.vllm.refusals import invalid
 from engine.runtimes.vllm.request_fields import check_fields
 from engine.runtimes.vllm.tool_choice import narrow_to_allowed
@@ -80,7 +81,8 @@ def prepared_body(
 
     """
     options = model.options_as(VllmOptions)
-    body = check_fields(request.operation, dict(request.body), known)
+    body = pooling_body(request.operation, request.body)
+    body = check_fields(request.operation, body, known)
     body["model"] = model.id
     if request.adapter is not None and request.operation not in WITHOUT_RUN:
         body["model"] = f"{model.id}:{request.adapter}"

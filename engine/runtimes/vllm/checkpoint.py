@@ -18,7 +18,7 @@ class Checkpoint:
         self.folder = folder
         files = sorted(folder.glob("*.safetensors"))
         try:
-            self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+            self.config = read_config(folder)
             self.tensors = tensor_sizes(files)
             self.shapes = tensor_shapes(files)
         except (OSError, ValueError) as error:
@@ -32,6 +32,14 @@ class Checkpoint:
         nested: dict[str, Any] = self.config.get("text_config") or self.config
         return nested
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of a classifier. Without their names there are two, as transformers has it."""
+        named = self.config.get("id2label")
+        if isinstance(named, dict):
+            return tuple(str(named[key]) for key in sorted(named, key=int))
+        return tuple(f"LABEL_{index}" for index in range(int(self.config.get("num_labels", 2))))
+
     def item_bytes(self, dtype: str) -> int:
         """Bytes per floating-point element at run time.
 
@@ -39,10 +47,18 @@ class Checkpoint:
         """
         return DTYPE_BYTES.get(dtype, 2)
 
-    def weight_bytes(self, dtype: str) -> int:
-        """Bytes of all weights at their run-time dtype; quantised ones stay as they are."""
+    def weight_bytes(self, dtype: str, task: str) -> int:
+        """Bytes of all weights at their run-time dtype; quantised ones stay as they are.
+
+        Only a model that generates keeps the matrix that gives the logits.
+        """
+        kept = {
+            name: size
+            for name, size in self.tensors.items()
+            if task == "generate" or not name.startswith("lm_head.")
+        }
         return weight_bytes(
-            self.tensors, self.item_bytes(dtype), as_stored="quantization_config" in self.config
+            kept, self.item_bytes(dtype), as_stored="quantization_config" in self.config
         )
 
     def embedding_bytes(self, dtype: str) -> int:
@@ -96,12 +112,29 @@ class Checkpoint:
             sides += int(config.get("vocab_size", 0)) + int(config.get("hidden_size", 0))
         return options.max_loras * options.max_lora_rank * sides * self.item_bytes(dtype)
 
-    def workspace_bytes(self, options: VllmOptions, dtype: str) -> int:
-        """Activations of the largest step: a full batch's hidden and MLP states, float32 logits."""
+    def workspace_bytes(self, options: VllmOptions, dtype: str, task: str) -> int:
+        """Activations of the largest step: a full batch's hidden and MLP states, float32 logits.
+
+        Only a model that generates gives logits.
+        """
         config = self.text_config
         tokens = options.max_num_batched_tokens or max(2048, self.max_model_len(options))
         hidden = int(config.get("hidden_size", 0))
         intermediate = int(config.get("intermediate_size") or 4 * hidden)
-        vocabulary = int(config.get("vocab_size", 0))
+        vocabulary = int(config.get("vocab_size", 0)) if task == "generate" else 0
         activations = tokens * (4 * hidden + 2 * intermediate) * self.item_bytes(dtype)
         return activations + options.max_num_seqs * vocabulary * 4
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a model folder.
+
+    Raises:
+        LoadFailed: it cannot be read.
+
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadFailed(f"{folder.name}: cannot read the checkpoint: {error}") from error
+    return config

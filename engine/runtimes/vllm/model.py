@@ -1,4 +1,4 @@
-"""A language or embedding model that vLLM has loaded, and how it answers.
+"""A model of text that vLLM has loaded, and how it answers.
 
 vLLM's serving classes render the answers. So tools, reasoning, structured output, logprobs,
 Responses and Anthropic Messages come from the library. Nothing here imports vLLM before there is a
@@ -21,7 +21,11 @@ from engine.runtimes.base import LoadedModel, Prepared
 from engine.runtimes.common.torch_errors import torch_error
 from engine.runtimes.vllm.body import WITHOUT_RUN
 from engine.runtimes.vllm.options import VllmOptions
+from engine.runtimes.vllm.pooling_answers import moderation_document, rerank_document
+from engine.runtimes.vllm.pooling_body import LIMITS, check_format
+from engine.runtimes.vllm.prompts import DOCUMENT, QUERY, Prompts, prefixed
 from engine.runtimes.vllm.refusals import plain, refusal
+from engine.runtimes.vllm.rerank_format import RerankFormat
 from engine.runtimes.vllm.stream_pace import PACE, READ_BY_PARSER
 from engine.usage import COUNTED
 
@@ -40,10 +44,21 @@ ERROR = '"error"'
 whole strings only, and few events need to be parsed."""
 
 
+ASKED, ASKED_OF = ("query", "queries"), ("documents", "items")
+"""Fields by which a query is compared with documents. `text_1` and `text_2` have no such roles."""
+
+
 class VllmModel(LoadedModel):
     """One `AsyncLLM` and the serving objects built on it."""
 
-    def __init__(self, llm: Any, memory: ModelMemory, options: VllmOptions) -> None:
+    def __init__(
+        self,
+        llm: Any,
+        memory: ModelMemory,
+        options: VllmOptions,
+        prompts: Prompts = Prompts(),  # noqa: B008 - frozen
+        rerank_format: RerankFormat | None = None,
+    ) -> None:
         self.llm = llm
         self.client: CoreClient = llm.engine_core
         self.memory = memory
@@ -53,6 +68,9 @@ class VllmModel(LoadedModel):
         self.runs = 0
         """Answers under way."""
         self._options = options
+        self._prompts = prompts
+        self._format = rerank_format
+        """Of a reranker."""
 
     @property
     def max_concurrency(self) -> int:
@@ -79,9 +97,10 @@ class VllmModel(LoadedModel):
         COUNTED.set(prepared.usage)
         try:
             async with self._adapter_of(request):
-                answer = await self._answer(request.operation, prepared.payload)
+                payload = self._with_prompts(request, prepared.payload)
+                answer = await self._answer(request.operation, payload)
                 if not hasattr(answer, "__aiter__"):
-                    yield Document(self._document(answer, request.body))
+                    yield Document(self._document(answer, request))
                     return
                 PACE.streams += 1
                 try:
@@ -145,11 +164,57 @@ class VllmModel(LoadedModel):
                 return await serving.anthropic_serving_messages.count_tokens(payload)
             case TextOperation.EMBEDDINGS:
                 return await serving.serving_embedding(payload)
+            case TextOperation.RERANK | TextOperation.SCORE:
+                return await serving.serving_scores(payload)
+            case TextOperation.CLASSIFY | TextOperation.MODERATION:
+                return await serving.serving_classification(payload)
             case TextOperation.TOKENIZE:
                 return await serving.serving_tokenization.create_tokenize(payload, None)
             case TextOperation.DETOKENIZE:
                 self._check_tokens(payload.tokens)
                 return await serving.serving_tokenization.create_detokenize(payload, None)
+
+    def _with_prompts(self, request: TextRequest, payload: Any) -> Any:
+        """The payload with what this model wants before texts.
+
+        Raises:
+            InvalidRequest: the request asks for what the model has not.
+
+        """
+        match request.operation:
+            case TextOperation.EMBEDDINGS:
+                prompt = self._prompts.chosen(request.body)
+                inputs = getattr(payload, "input", None)
+                if prompt:
+                    inputs = prefixed(inputs, prompt, request.body)
+                    return payload.model_copy(update={"input": inputs})
+            case TextOperation.RERANK | TextOperation.SCORE:
+                return self._with_pair_prompts(request, payload)
+        return payload
+
+    def _with_pair_prompts(self, request: TextRequest, payload: Any) -> Any:
+        pair = self._format or RerankFormat()
+        check_format(
+            request.body,
+            templated=pair.template is not None,
+            takes_instruction=pair.takes_instruction,
+        )
+        # Longer than the context, a limit cuts nothing, and vLLM would refuse it.
+        longest = self.llm.model_config.max_model_len
+        update: dict[str, Any] = {name: 0 for name in LIMITS if getattr(payload, name) >= longest}
+        if pair.takes_instruction and self._options.chat_template_kwargs:
+            given = payload.chat_template_kwargs or {}
+            update["chat_template_kwargs"] = {**self._options.chat_template_kwargs, **given}
+        for names, role in ((ASKED, QUERY), (ASKED_OF, DOCUMENT)):
+            prompt = "" if self._format else self._prompts.of(role)
+            for name in names if prompt else ():
+                if name in request.body:
+                    update[name] = prefixed(getattr(payload, name), prompt, {})
+        return payload.model_copy(update=update)
+
+    def _labels(self) -> tuple[str, ...]:
+        config = self.llm.model_config.hf_config
+        return tuple(str(config.id2label[index]) for index in range(config.num_labels))
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         """Refuse tokens beyond the vocabulary, which the tokenizer leaves out in silence."""
@@ -177,7 +242,7 @@ class VllmModel(LoadedModel):
         info = SimpleNamespace(message=message, code=code, param=error.get("param"))
         raise self._refusal(SimpleNamespace(error=info), body)
 
-    def _document(self, answer: Any, body: Mapping[str, Any]) -> bytes:
+    def _document(self, answer: Any, request: TextRequest) -> bytes:
         from engine.runtimes.vllm.answers import complete_answer
         from vllm.entrypoints.anthropic.protocol import (
             AnthropicCountTokensResponse,
@@ -185,10 +250,11 @@ class VllmModel(LoadedModel):
         )
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+        body = request.body
         if isinstance(answer, ErrorResponse):
             raise self._refusal(answer, body)
         if hasattr(answer, "body"):  # the pooling classes return a finished response
-            return bytes(answer.body)
+            return self._pooled(bytes(answer.body), request)
         complete_answer(answer, body)
         if isinstance(answer, AnthropicMessagesResponse):
             fields = answer.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -198,6 +264,21 @@ class VllmModel(LoadedModel):
         counted = isinstance(answer, AnthropicCountTokensResponse)
         text: str = answer.model_dump_json(by_alias=True, exclude_none=counted)
         return text.encode()
+
+    def _pooled(self, answer: bytes, request: TextRequest) -> bytes:
+        match request.operation:
+            case TextOperation.RERANK:
+                return rerank_document(answer, request.body)
+            case TextOperation.MODERATION:
+                assert self._options.moderation is not None  # otherwise it was refused
+                kind = getattr(self.llm.model_config.hf_config, "problem_type", None)
+                return moderation_document(
+                    answer,
+                    self._labels(),
+                    self._options.moderation,
+                    exclusive=kind != "multi_label_classification",
+                )
+        return answer
 
     def _translate(self, error: Exception, body: Mapping[str, Any]) -> EngineError:
         from vllm.entrypoints.serve.exception_handling.error_response import create_error_response

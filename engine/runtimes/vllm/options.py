@@ -15,6 +15,15 @@ LoraName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]
 """A colon would end the name of the model in `MODEL:LORA`."""
 
 
+class ModerationOptions(Section):
+    """How a classifier answers `/v1/moderations`."""
+
+    categories: Mapping[str, str | None] = Field(min_length=1)
+    """The category for each label of the model, OpenAI's or one of your own; null is harmless."""
+    threshold: float = Field(default=0.5, gt=0, le=1)
+    """The score from which a category is flagged."""
+
+
 class VllmOptions(Section):
     """Options of a vLLM model; the names are vLLM's where it has one."""
 
@@ -33,6 +42,23 @@ class VllmOptions(Section):
     chat_template: Path | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
     """What the chat template is given, as `{enable_thinking: false}`; a request's own go before."""
+    prompts: Mapping[str, str] | None = None
+    """Texts before an input that is embedded, as `{query: "query: ", document: "passage: "}`.
+
+    They go over those of `config_sentence_transformers.json`.
+    """
+    is_matryoshka: bool | None = None
+    """Whether a request may choose the `dimensions` of an embedding; None asks the checkpoint."""
+    matryoshka_dimensions: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """The `dimensions` that a request may choose; None asks the checkpoint."""
+    reranker: Literal["auto", "qwen3", "plain"] = "auto"
+    """The form in which a reranker reads a pair; `auto` asks the checkpoint.
+
+    `qwen3` is the prompt of Qwen3-Reranker. `plain` is query and document, with the tokenizer's
+    separator.
+    """
+    moderation: ModerationOptions | None = None
+    """How a classifier answers `/v1/moderations`; None: it does not."""
     seed: int = 0
     revision: str | None = None
     loras: Path | None = None

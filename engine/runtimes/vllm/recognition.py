@@ -1,8 +1,8 @@
-"""Whether a repository of the hub holds a language or embedding model, and the entry for it."""
+"""Whether a repository of the hub holds a model of text, and the entry for it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.files.hub.repository import Repository
@@ -27,6 +27,9 @@ REASONING_PARSERS = {"qwen3": "qwen3", "qwen3_moe": "qwen3", "smollm3": "qwen3"}
 THINKING = "<think>"
 """What a chat template writes before thoughts, or to keep the model from them."""
 
+CLASSIFIES = "ForSequenceClassification"
+"""How the architectures end that give a text one score for each label."""
+
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 """Files with a chat template. The first one goes before the other."""
@@ -44,7 +47,9 @@ def recognise_language_model(repository: Repository) -> Recognised | None:
     positions = text.get("max_position_embeddings")
     if isinstance(positions, int):
         options["max_model_len"] = min(positions, MAX_MODEL_LEN)
-    architectures = config["architectures"]
+    architectures = [str(name) for name in config["architectures"]]
+    if task := _scoring_task(repository, architectures):
+        return Recognised("vllm", task, options)
     generates = any("For" in str(name) for name in architectures) and not _is_encoder(repository)
     if not generates:
         return Recognised("vllm", "embed", options)
@@ -68,6 +73,20 @@ def _thinks(repository: Repository) -> bool:
         return False
     settings = repository.json(TOKENIZER_CONFIG)
     return isinstance(settings, Mapping) and THINKING in str(settings.get("chat_template"))
+
+
+def _scoring_task(repository: Repository, architectures: Sequence[str]) -> str | None:
+    """The task of a model that scores texts; None: it does not.
+
+    Qwen3-Reranker is published as a language model, so only its name tells.
+    """
+    if any(name.endswith(CLASSIFIES) for name in architectures):
+        labels = repository.config.get("id2label") or repository.config.get("label2id")
+        count = len(labels) if labels else repository.config.get("num_labels", 2)
+        return "rerank" if count == 1 else "classify"
+    if "Qwen3ForCausalLM" in architectures and "reranker" in repository.name.lower():
+        return "rerank"
+    return "rerank" if "JinaForRanking" in architectures else None
 
 
 def _is_encoder(repository: Repository) -> bool:

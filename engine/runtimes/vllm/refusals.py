@@ -28,7 +28,7 @@ _FIRST_WORD = re.compile(r"`?(\w+(?:\.\w+)*)`?")
 TAGS = ("role", "type")
 """Fields by whose value a client says which branch of a union it means."""
 
-PROMPTS = ("messages", "input", "prompt")
+PROMPTS = ("messages", "input", "prompt", "documents", "items", "text_2", "data_2")
 """Fields for what vLLM calls `input_tokens`."""
 
 LENGTHS = ("max_completion_tokens", "max_output_tokens")

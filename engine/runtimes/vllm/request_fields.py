@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.errors import InvalidRequest
 from engine.requests import TextOperation
+from engine.runtimes.vllm.prompts import FIELDS as PROMPT_FIELDS
 from engine.words import echoed
 
 CHAT, COMPLETION = TextOperation.CHAT, TextOperation.COMPLETION
@@ -31,9 +32,10 @@ HARMLESS: Mapping[TextOperation, frozenset[str]] = {
     TextOperation.COUNT_TOKENS: frozenset(
         {"cache_control", "metadata", "user_profile_id", "workspace_id"}
     ),
-    TextOperation.EMBEDDINGS: frozenset({"user"}),
+    TextOperation.EMBEDDINGS: frozenset({"user", *PROMPT_FIELDS}),
 }
-"""Fields without effect on the answer. They say who asks, or hint at how to serve it faster.
+"""Fields without effect on vLLM's answer. They say who asks, or hint at how to serve it faster.
+The model puts the prompt that a request names before its inputs.
 
 Nothing is stored, so `store` has no effect. `max_tool_calls` counts hosted tools; there are none.
 """
@@ -48,6 +50,8 @@ VLLM_ONLY: Mapping[str, str] = {
     "prompt_embeds": NOT_HERE,
     "watermarking": NOT_HERE,
 }
+
+OF_POOLING: Mapping[str, str] = {"mm_processor_kwargs": NOT_HERE}
 
 REFUSED: Mapping[TextOperation, Mapping[str, str]] = {
     CHAT: {
@@ -82,6 +86,9 @@ REFUSED: Mapping[TextOperation, Mapping[str, str]] = {
         "thread": "messages are not stored; send all of them in 'messages'",
     },
     TextOperation.COUNT_TOKENS: {"speed": ONLY_STANDARD.format("'standard'")},
+    TextOperation.RERANK: OF_POOLING,
+    TextOperation.SCORE: OF_POOLING,
+    TextOperation.CLASSIFY: {**OF_POOLING, "chat_template": VLLM_ONLY["chat_template"]},
 }
 """Fields that ask for what this server does not have, and what to say of them."""
 

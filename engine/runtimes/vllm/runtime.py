@@ -1,4 +1,4 @@
-"""vLLM: language and embedding models.
+"""vLLM: models that write, embed, rank and classify text.
 
 The engine cores live on a thread of this process (`core_thread`). Nothing here imports vLLM
 before `start`.
@@ -14,7 +14,7 @@ import os
 import pkgutil
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -56,12 +56,16 @@ from engine.runtimes.vllm.body import (
     schema_fields,
     settle_messages,
 )
-from engine.runtimes.vllm.checkpoint import Checkpoint
+from engine.runtimes.vllm.checkpoint import Checkpoint, read_config
 from engine.runtimes.vllm.dtype import run_dtype
 from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.options import VllmOptions
-from engine.runtimes.vllm.recognition import recognise_language_model
+from engine.runtimes.vllm.pooling_body import check_format
+from engine.runtimes.vllm.prompts import FIELDS as PROMPT_FIELDS
+from engine.runtimes.vllm.prompts import check_choice, read_prompts
+from engine.runtimes.vllm.recognition import CLASSIFIES, recognise_language_model
 from engine.runtimes.vllm.refusals import invalid, refusal
+from engine.runtimes.vllm.rerank_format import RerankFormat, rerank_format
 from engine.runtimes.vllm.tool_choice import check_chosen_tool
 from engine.runtimes.vllm.warm_up import warm_up_requests
 from engine.section import Section
@@ -106,18 +110,33 @@ LAZY_MODULES = (
 SLOTS = frozenset({"weights", "loras"})
 """Blocks with the slots of LoRAs: a block of their own on a CPU, part of the weights on CUDA."""
 
-GENERATE_OPERATIONS = frozenset(TextOperation) - {TextOperation.EMBEDDINGS}
+TOKENIZER_OPERATIONS = frozenset({TextOperation.TOKENIZE, TextOperation.DETOKENIZE})
+SCORE_OPERATIONS = frozenset({TextOperation.RERANK, TextOperation.SCORE})
+CLASSIFY_OPERATIONS = frozenset({TextOperation.CLASSIFY, TextOperation.MODERATION})
 ANTHROPIC_OPERATIONS = frozenset({TextOperation.MESSAGES, TextOperation.COUNT_TOKENS})
-EMBED_OPERATIONS = frozenset(
-    {TextOperation.EMBEDDINGS, TextOperation.TOKENIZE, TextOperation.DETOKENIZE}
-)
+OPERATIONS: Mapping[str, frozenset[TextOperation]] = {
+    "generate": frozenset(TextOperation)
+    - {TextOperation.EMBEDDINGS, *SCORE_OPERATIONS, *CLASSIFY_OPERATIONS},
+    # Two embeddings have a cosine, so such a model ranks, too.
+    "embed": TOKENIZER_OPERATIONS | SCORE_OPERATIONS | {TextOperation.EMBEDDINGS},
+    "rerank": TOKENIZER_OPERATIONS | SCORE_OPERATIONS,
+    "classify": TOKENIZER_OPERATIONS | CLASSIFY_OPERATIONS,
+}
+"""What the models of each task can do."""
+
+SERVING = {
+    "embed": "serving_embedding",
+    "rerank": "serving_scores",
+    "classify": "serving_classification",
+}
+"""vLLM's serving object of each task. It is there only if vLLM can do that with the model."""
 
 
 class VllmRuntime(Runtime):
-    """Loads language and embedding models into vLLM engines of this process."""
+    """Loads models of text into vLLM engines of this process."""
 
     name: ClassVar[str] = "vllm"
-    tasks: ClassVar[tuple[str, ...]] = ("generate", "embed")
+    tasks: ClassVar[tuple[str, ...]] = ("generate", "embed", "rerank", "classify")
     Options: ClassVar[type[Section]] = VllmOptions
     peft_loras: ClassVar[bool] = True
 
@@ -247,7 +266,9 @@ class VllmRuntime(Runtime):
             from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
             from vllm.entrypoints.openai.completion.protocol import CompletionRequest
             from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+            from vllm.entrypoints.pooling.classify.protocol import ClassificationRequest
             from vllm.entrypoints.pooling.embed.protocol import EmbeddingRequest
+            from vllm.entrypoints.pooling.scoring.protocol import RerankRequest, ScoreRequest
             from vllm.entrypoints.serve.tokenize.protocol import (
                 DetokenizeRequest,
                 TokenizeRequest,
@@ -275,6 +296,10 @@ class VllmRuntime(Runtime):
             TextOperation.MESSAGES: AnthropicMessagesRequest,
             TextOperation.COUNT_TOKENS: AnthropicCountTokensRequest,
             TextOperation.EMBEDDINGS: EmbeddingRequest,
+            TextOperation.RERANK: RerankRequest,
+            TextOperation.SCORE: ScoreRequest,
+            TextOperation.CLASSIFY: ClassificationRequest,
+            TextOperation.MODERATION: ClassificationRequest,
             TextOperation.TOKENIZE: TokenizeRequest,
             TextOperation.DETOKENIZE: DetokenizeRequest,
         }
@@ -342,7 +367,7 @@ class VllmRuntime(Runtime):
 
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Parse the body with vLLM's own schema for the operation."""
-        allowed = EMBED_OPERATIONS if model.task == "embed" else GENERATE_OPERATIONS
+        allowed = OPERATIONS[model.task]
         if not isinstance(request, TextRequest) or request.operation not in allowed:
             raise InvalidRequest(
                 f"The model {model.id!r} does not support {request.operation.value}.",
@@ -350,6 +375,7 @@ class VllmRuntime(Runtime):
             )
         if request.adapter is not None:
             self._check_adapter(model, request.adapter)
+        self._check_by_files(model, request)
         body = prepared_body(request, model, self._fields[request.operation])
         check_numbers(body, self._numbers[request.operation])
         try:
@@ -377,6 +403,63 @@ class VllmRuntime(Runtime):
             payload.chat_template_kwargs = {"enable_thinking": True, **given}
         return Prepared(request=request, payload=payload)
 
+    def _check_by_files(self, model: ModelConfig, request: TextRequest) -> None:
+        """Refuse what the model's options or files rule out. Files that are not here rule nothing.
+
+        Raises:
+            InvalidRequest: naming the field.
+
+        """
+        body, options = request.body, model.options_as(VllmOptions)
+        if request.operation is TextOperation.MODERATION and options.moderation is None:
+            raise InvalidRequest(
+                f"The model {model.id!r} has no 'moderation' in its options.", param="model"
+            )
+        if request.operation is TextOperation.EMBEDDINGS:
+            check_choice(body)
+            if any(body.get(name) is not None for name in PROMPT_FIELDS):
+                with suppress(LoadFailed):
+                    read_prompts(self._folder(model), options).chosen(body)
+        if request.operation in SCORE_OPERATIONS:
+            with suppress(LoadFailed):
+                pair = self._rerank_format(model)
+                check_format(
+                    body,
+                    templated=pair.template is not None,
+                    takes_instruction=pair.takes_instruction,
+                )
+
+    def _rerank_format(self, model: ModelConfig) -> RerankFormat:
+        """How a reranker reads a pair. Other models read each text alone."""
+        if model.task != "rerank":
+            return RerankFormat()
+        return rerank_format(read_config(self._folder(model)), model.options_as(VllmOptions))
+
+    def _check_labels(self, model: ModelConfig, checkpoint: Checkpoint) -> None:
+        """Refuse a model whose labels do not fit its task, or its moderation.
+
+        A label that nobody mapped would be flagged, or never, by chance.
+
+        Raises:
+            LoadFailed: with the labels in words.
+
+        """
+        config, options = checkpoint.config, model.options_as(VllmOptions)
+        classifies = any(str(each).endswith(CLASSIFIES) for each in config["architectures"])
+        count = len(checkpoint.labels)
+        if model.task == "rerank" and classifies and count != 1:
+            raise LoadFailed(f"{model.id}: a reranker has one label, this one has {count}")
+        if options.moderation is None:
+            return
+        labels, mapped = set(checkpoint.labels), options.moderation.categories.keys()
+        for names, said in (
+            (labels - mapped, "it has no category for"),
+            (mapped - labels, "the model has no label"),
+        ):
+            if names:
+                listed = ", ".join(sorted(map(repr, names)))
+                raise LoadFailed(f"{model.id}: moderation.categories: {said} {listed}")
+
     def weight_files(self, model: ModelConfig) -> Sequence[Path]:
         """All safetensors of the folder."""
         return sorted(self._folder(model).glob("*.safetensors"))
@@ -384,11 +467,15 @@ class VllmRuntime(Runtime):
     def estimate(self, model: ModelConfig) -> Estimate:
         """Sum the safetensors headers; fetch the files first if they are on a hub."""
         checkpoint = Checkpoint(self._folder(model))
+        self._check_labels(model, checkpoint)
         expected = self._expected(model, checkpoint)
         dtype = self._dtype(model)
         expected["weights"] += checkpoint.rotary_bytes(dtype)
         if self.context.device.kind == "cpu" and model.task == "generate":
             # A CPU kernel may keep its own form of the matrix that gives the logits beside it.
+            expected["weights"] += checkpoint.embedding_bytes(dtype)
+        if self._rerank_format(model).overrides:
+            # vLLM makes one label of two rows of the output embedding. It is whole until then.
             expected["weights"] += checkpoint.embedding_bytes(dtype)
         nbytes = sum(expected.values())
         parkable = self.context.host is not None
@@ -411,10 +498,10 @@ class VllmRuntime(Runtime):
             tokens = 4 * checkpoint.max_model_len(options)
             kv_bytes = tokens * checkpoint.kv_bytes_per_token(dtype)
         return {
-            "weights": checkpoint.weight_bytes(dtype),
+            "weights": checkpoint.weight_bytes(dtype, model.task),
             "kv_cache": kv_bytes,
             "loras": checkpoint.lora_bytes(options, dtype),
-            "workspace": checkpoint.workspace_bytes(options, dtype),
+            "workspace": checkpoint.workspace_bytes(options, dtype, model.task),
         }
 
     async def load(self, model: ModelConfig, on_failure: Callable[[str], None]) -> LoadedModel:
@@ -430,6 +517,9 @@ class VllmRuntime(Runtime):
             raise _load_failed(error) from error
         try:
             await self._serve(loaded, arguments)
+            needed = SERVING.get(model.task)
+            if needed is not None and getattr(loaded.serving, needed) is None:
+                raise LoadFailed(f"{model.id}: vLLM cannot {model.task} with this model")
         except Exception as error:
             await self.unload(loaded)
             raise _load_failed(error) from error
@@ -496,7 +586,9 @@ class VllmRuntime(Runtime):
             llm.shutdown()
             raise
         options = model.options_as(VllmOptions)
-        loaded = VllmModel(llm, memory, options)
+        prompts = read_prompts(self._folder(model), options)
+        pair = self._rerank_format(model) if model.task == "rerank" else None
+        loaded = VllmModel(llm, memory, options, prompts, pair)
         if options.takes_loras:
             from engine.runtimes.vllm.adapters import Adapters
 
@@ -536,7 +628,7 @@ class VllmRuntime(Runtime):
             "--seed", str(options.seed),
             "--max-num-seqs", str(options.max_num_seqs),
             "--load-format", "roundhouse",
-            "--runner", "pooling" if model.task == "embed" else "generate",
+            "--runner", "generate" if model.task == "generate" else "pooling",
             # vLLM only checks that this share of the GPU is free. The ledger has done that.
             "--gpu-memory-utilization", "0.001",
             "--no-enable-log-requests",
@@ -553,12 +645,16 @@ class VllmRuntime(Runtime):
             line += ["--worker-cls", "engine.runtimes.vllm.cuda_memory.ParkingWorker"]
         if options.tool_call_parser:
             line += ["--enable-auto-tool-choice", "--tool-call-parser", options.tool_call_parser]
+        pair = self._rerank_format(model)
+        overrides = {**_matryoshka(options), **pair.overrides}
+        if overrides:
+            line += ["--hf-overrides", json.dumps(overrides)]
         for flag, value in (
             ("--max-model-len", options.max_model_len),
             ("--max-num-batched-tokens", options.max_num_batched_tokens),
             ("--quantization", options.quantization),
             ("--reasoning-parser", options.reasoning_parser),
-            ("--chat-template", options.chat_template),
+            ("--chat-template", pair.template or options.chat_template),
         ):
             if value is not None:
                 line += [flag, str(value)]
@@ -678,6 +774,16 @@ class VllmRuntime(Runtime):
 def _lora_source(source: str) -> HubSource:
     """The files of a LoRA."""
     return HubSource(source, (PEFT_CONFIG, PEFT_WEIGHTS))
+
+
+def _matryoshka(options: VllmOptions) -> dict[str, Any]:
+    """What the options say of the `dimensions` of embeddings, over what the checkpoint says."""
+    said: dict[str, Any] = {}
+    if options.is_matryoshka is not None:
+        said["is_matryoshka"] = options.is_matryoshka
+    if options.matryoshka_dimensions is not None:
+        said["matryoshka_dimensions"] = list(options.matryoshka_dimensions)
+    return said
 
 
 def _load_failed(error: Exception) -> EngineError:

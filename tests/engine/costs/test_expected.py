@@ -57,6 +57,15 @@ def test_the_limit_of_an_answer(
     assert most(text(operation, **body), None).output_tokens == tokens
 
 
+def test_a_query_is_read_with_each_document() -> None:
+    query, documents = "q" * 1000, ["a", "b", {"text": "c"}]
+    for one, others in (("query", "documents"), ("text_1", "text_2")):
+        body = {one: query, others: documents}
+        usage = most(text(TextOperation.RERANK, **body), None)
+        assert 3000 < usage.input_tokens < 3200
+        assert usage.output_tokens == 0
+
+
 def test_the_context_bounds_both() -> None:
     usage = most(text(**message("x" * 5000)), 1000)
     assert (usage.input_tokens, usage.output_tokens) == (1000, 1000)

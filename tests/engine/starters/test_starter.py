@@ -26,6 +26,7 @@ from engine.starters.registry import FORMAT, LANGUAGE_STARTERS, Starter, ensure_
 from tests.conftest import StarterDir
 
 DECODERS = ("tiny-llama", "tiny-qwen")
+CLASSIFIERS = ("tiny-rerank", "tiny-classify")
 
 TOOLS = [
     {
@@ -146,16 +147,18 @@ def test_each_tokenizer_frames_a_text_as_its_kind_does(tokenizer_of: Any) -> Non
     assert framed == {
         "tiny-llama": "<|begin_of_text|>hello",
         "tiny-qwen": "hello",
-        "tiny-embed": "[CLS]hello[SEP]",
+        **dict.fromkeys(("tiny-embed", "tiny-rerank", "tiny-classify"), "[CLS]hello[SEP]"),
     }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LANGUAGE_STARTERS)
 def test_transformers_finds_every_weight_it_wants(name: str, starter_dir: StarterDir) -> None:
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind = AutoModelForCausalLM if name in DECODERS else AutoModel
+    if name in CLASSIFIERS:
+        kind = AutoModelForSequenceClassification
     _, info = kind.from_pretrained(starter_dir(name), output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 

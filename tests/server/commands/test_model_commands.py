@@ -473,6 +473,51 @@ class TestRecognition:
                 3,
             ),
             (
+                "a/cross-encoder",
+                {
+                    **json_files(
+                        config={
+                            "architectures": ["XLMRobertaForSequenceClassification"],
+                            "id2label": {"0": "LABEL_0"},
+                        }
+                    ),
+                    "model.safetensors": b"123",
+                },
+                "vllm",
+                "rerank",
+                {},
+                3,
+            ),
+            (
+                "a/toxic",
+                {
+                    **json_files(
+                        config={
+                            "architectures": ["BertForSequenceClassification"],
+                            "id2label": {"0": "toxic", "1": "obscene", "2": "threat"},
+                        }
+                    ),
+                    "model.safetensors": b"123",
+                },
+                "vllm",
+                "classify",
+                {},
+                3,
+            ),
+            (
+                "Qwen/Qwen3-Reranker",
+                {
+                    **json_files(
+                        config={"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+                    ),
+                    "model.safetensors": b"123",
+                },
+                "vllm",
+                "rerank",
+                {},
+                3,
+            ),
+            (
                 "Qwen/Qwen3-Embedding",
                 {
                     **json_files(

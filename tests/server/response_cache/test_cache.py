@@ -67,6 +67,7 @@ KEPT = {
     "message": of_json("/v1/messages", messages=HELLO, max_tokens=4, temperature=0),
     "embedding": of_json("/v1/embeddings", input="hello"),
     "tokens": of_json("/v1/embeddings", input=[[1, 2], [3]]),
+    "rerank": of_json("/v1/rerank", query="hello", documents=["a", "b"]),
     "image": of_json("/v1/images/generations", prompt="a train", seed=3),
     "streamed image": of_json("/v1/images/generations", prompt="a train", seed=3, stream=True),
     "speech": of_json("/v1/audio/speech", input="All aboard!", seed=3),

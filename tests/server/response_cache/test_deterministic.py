@@ -59,6 +59,8 @@ FUNCTION = {"type": "function", "function": {"name": "f"}}
         (text(TextOperation.COMPLETION, temperature=0, prompt="once"), True),
         (text(TextOperation.RESPONSES, temperature=0, prompt={"id": "pmpt_1"}), False),
         (text(TextOperation.EMBEDDINGS, input="a"), True),
+        (text(TextOperation.RERANK, query="a", documents=["b"]), True),
+        (text(TextOperation.MODERATION, input="a"), True),
         (text(TextOperation.TOKENIZE, prompt="a", temperature=0), False),
         (text(TextOperation.COUNT_TOKENS, temperature=0), False),
         (speech(), False),
