@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
 
@@ -68,6 +69,10 @@ class TestEndpoints:
     ) -> None:
         key = add_key("alice", endpoints=("chat", "videos"))
         await until(client, key, 200)
+        # Jobs are listed once they have started.
+        async with asyncio.timeout(30):
+            while (await client.get("/ready")).status_code != 200:  # noqa: ASYNC110 - a request
+                await asyncio.sleep(0.01)
         for method, path in (
             ("POST", "/v1/embeddings"),
             ("POST", "/v1/images/generations"),
