@@ -30,6 +30,8 @@ class Abilities:
     """Whether it takes conversations."""
     continues: bool = False
     """Whether it can go on with its own last message."""
+    context: int | None = None
+    """Tokens of prompt and answer."""
 
     @classmethod
     def of(cls, model: ModelConfig, facts: FolderFacts | None) -> Self:
@@ -46,6 +48,7 @@ class Abilities:
             vision=None if facts is None else facts.sees,
             template=template or (None if facts is None else bool(facts.template)),
             continues=True,
+            context=getattr(options, "max_model_len", None) or (facts.context if facts else None),
         )
 
 

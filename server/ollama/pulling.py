@@ -16,8 +16,6 @@ from server.ollama.answer import LineStream
 from server.router import json_response
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
     from engine.config import ModelConfig
     from engine.engine import Engine
     from engine.files.hub.fetch import FetchProgress
@@ -41,7 +39,7 @@ async def send_pull(
 
     """
     if not streams:
-        async with aclosing(_progress(engine, model)) as progress:
+        async with aclosing(engine.pull(model.id, INTERVAL_S)) as progress:
             async for _ in progress:
                 pass
         return json_response(SUCCESS)
@@ -49,7 +47,7 @@ async def send_pull(
     await stream.begin({})
     await stream.send({"status": "pulling manifest"})
     try:
-        async with aclosing(_progress(engine, model)) as progress:
+        async with aclosing(engine.pull(model.id, INTERVAL_S)) as progress:
             async for each in progress:
                 if each.total_bytes:
                     await stream.send(_document(each))
@@ -59,13 +57,6 @@ async def send_pull(
         await stream.send(Failure.of(error).ollama_document())
     await stream.end()
     return None
-
-
-async def _progress(engine: Engine, model: ModelConfig) -> AsyncGenerator[FetchProgress, None]:
-    await engine.build_files(model.id)  # of a sample or a starter, which no hub has
-    async with aclosing(engine.pull(model.id, INTERVAL_S)) as progress:
-        async for each in progress:
-            yield each
 
 
 def _document(progress: FetchProgress) -> dict[str, Any]:

@@ -36,8 +36,10 @@ All others say how to run the model, which the configuration does. They have no 
 """
 
 
-def sampling_fields(options: Options, limit: str) -> dict[str, Any]:
+def sampling_fields(options: Options, limit: str, context: int | None) -> dict[str, Any]:
     """The fields of a text request. `limit` is its name for the most tokens of the answer.
+
+    Where the context has fewer tokens, it is the limit, as with Ollama.
 
     Raises:
         InvalidRequest: naming an option that cannot be served.
@@ -61,7 +63,7 @@ def sampling_fields(options: Options, limit: str) -> dict[str, Any]:
     most = given.get("num_predict", -1)
     if most == 0:
         raise _refusal("num_predict", "it must be at least 1, or -1 for no limit")
-    if most > 0:
+    if most > 0 and (context is None or most < context):
         fields[limit] = most
     return fields
 

@@ -92,7 +92,7 @@ def generate_request(body: OllamaGenerateBody, abilities: Abilities, sender: Sen
     if body.raw or abilities.template is False:
         if body.think and not body.raw:
             raise refuse(body.model, "thinking", "think")
-        return _completion(body, sender)
+        return _completion(body, abilities, sender)
     content: Any = body.prompt
     if body.images:
         content = with_images(content, body.images, "images")
@@ -127,7 +127,7 @@ def _conversation(
     names: dict[str, str],
 ) -> Translated:
     _check_not_cut(body)
-    fields |= sampling_fields(body.options, CHAT_LIMIT)
+    fields |= sampling_fields(body.options, CHAT_LIMIT, abilities.context)
     if body.think and abilities.thinking is False:
         raise refuse(body.model, "thinking", "think")
     if body.think is True:
@@ -147,12 +147,12 @@ def _conversation(
     return _translated(body.model, TextOperation.CHAT, fields, sender, names)
 
 
-def _completion(body: OllamaGenerateBody, sender: Sender) -> Translated:
+def _completion(body: OllamaGenerateBody, abilities: Abilities, sender: Sender) -> Translated:
     _check_not_cut(body)
     prompt = f"{body.system}\n\n{body.prompt}" if body.system else body.prompt
     # Null: as much as the context holds. OpenAI's default is 16.
     fields: dict[str, Any] = {"prompt": prompt, COMPLETION_LIMIT: None}
-    fields |= sampling_fields(body.options, COMPLETION_LIMIT)
+    fields |= sampling_fields(body.options, COMPLETION_LIMIT, abilities.context)
     fields |= _format(body)
     if body.logprobs or body.top_logprobs:
         fields["logprobs"] = body.top_logprobs
