@@ -35,8 +35,8 @@ DESCRIPTION = """\
 One server for language, image, video, speech and transcription models on one device.
 
 Bodies and answers are those of OpenAI, Anthropic and Ollama, with additions. An answer says in its
-headers how long it waited and ran: `x-roundhouse-queue-ms`, `x-roundhouse-load-ms`, `x-roundhouse-run-ms`,
-`x-roundhouse-tier` and `x-roundhouse-peak-bytes`. `x-roundhouse-cut`
+headers how long it waited and ran: `x-roundhouse-queue-ms`, `x-roundhouse-load-ms`,
+`x-roundhouse-run-ms`, `x-roundhouse-tier` and `x-roundhouse-peak-bytes`. `x-roundhouse-cut`
 names texts that were too long. `x-roundhouse-weights: random` says that the answer means nothing.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from collections.abc import AsyncGenerator
@@ -22,6 +23,7 @@ from server.app import create_app
 from server.routes import ollama as routes
 from server.settings import ServerSettings
 from tests.server.fake import FakeRuntime, fake_engine
+from tests.server.test_connection import TIMEOUT_S
 
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -198,6 +200,28 @@ class TestAnswers:
         assert second["dimensions"] == 2 and "truncate_prompt_tokens" not in second
         empty = (await client.post("/api/embed", json={"model": "small", "input": ""})).json()
         assert empty == {"model": "small", "embeddings": []}
+
+
+class TestDisconnect:
+    async def test_the_work_ends_with_the_client(self, url: str, runtime: FakeRuntime) -> None:
+        ended = asyncio.Event()
+
+        async def go_on(_: TextRequest) -> AsyncGenerator[Event, None]:
+            try:
+                yield chunk(content="Hel")
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+        runtime.answer = go_on
+        async with (
+            httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S) as client,
+            client.stream("POST", "/api/chat", json=CHAT) as answer,
+        ):
+            assert json.loads(await anext(answer.aiter_lines()))["message"]["content"] == "Hel"
+            assert not ended.is_set()
+        async with asyncio.timeout(TIMEOUT_S):
+            await ended.wait()
 
 
 class TestErrors:
@@ -377,7 +401,13 @@ class TestFields:
         self, client: httpx.AsyncClient, runtime: FakeRuntime
     ) -> None:
         options = {"num_predict": -1, "seed": -1, "repeat_last_n": 0, "repeat_penalty": 1.1}
-        nothing = {"options": options, "format": "", "tools": [], "think": None, "logprobs": False}
+        nothing: dict[str, Any] = {
+            "options": options,
+            "format": "",
+            "tools": [],
+            "think": None,
+            "logprobs": False,
+        }
         await lines(client, "/api/chat", **CHAT, **nothing)
         assert set(runtime.requests[0].body) == {"model", "messages", "stream", "stream_options"}
 
@@ -539,8 +569,13 @@ class TestFiles:
         self, client: httpx.AsyncClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         deleted: list[object] = []
+
+        def delete(found: object) -> int:
+            deleted.append(found)
+            return 1
+
         monkeypatch.setattr(routes, "removable", lambda *_: ("files",))
-        monkeypatch.setattr(routes, "_remove", lambda found: deleted.append(found) or 1)
+        monkeypatch.setattr(routes, "_remove", delete)
         await client.post("/api/generate", json={"model": "small"})
         answer = await client.request("DELETE", "/api/delete", json={"model": "small"})
         assert (answer.status_code, answer.content) == (200, b"")
