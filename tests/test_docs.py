@@ -53,9 +53,9 @@ from server.schemas.ollama import (
     OllamaEmbedBody,
     OllamaEmbeddingsBody,
     OllamaGenerateBody,
+    OllamaOptions,
     OllamaPullBody,
     OllamaShowBody,
-    Options,
 )
 from server.schemas.scheduling_options import SchedulingBody, SchedulingHeaders
 from server.schemas.usage import UsageQuery
@@ -110,7 +110,7 @@ BODIES: dict[str, list[type[BaseModel]]] = {
         OllamaPullBody,
         OllamaDeleteBody,
     ],
-    "Options in Ollama's requests": [Options],
+    "Options in Ollama's requests": [OllamaOptions],
 }
 
 

@@ -19,6 +19,10 @@ _RUNS: Mapping[str, frozenset[str]] = {
     "/v1/messages": _CHAT,
     "/v1/messages/count_tokens": _CHAT,
     "/v1/embeddings": _EMBEDDINGS,
+    "/api/chat": _CHAT,
+    "/api/generate": _CHAT,
+    "/api/embed": _EMBEDDINGS,
+    "/api/embeddings": _EMBEDDINGS,
     "/v1/tokenize": _TEXT,
     "/tokenize": _TEXT,
     "/v1/detokenize": _TEXT,
@@ -38,6 +42,9 @@ _BESIDE = (
     ("/v1/videos/", _VIDEOS),
     ("/v1/audio/", _SPEECH),  # voices, and the models that speak
     ("/v1/engine", _ENGINE),
+    ("/api/ps", _ENGINE),
+    ("/api/pull", _ENGINE),
+    ("/api/delete", _ENGINE),
     ("/metrics", _ENGINE),
     ("/health/", _ENGINE),
 )

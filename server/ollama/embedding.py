@@ -7,6 +7,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json
+from starlette.responses import Response
+from starlette.types import Send
 
 from engine.errors import RuntimeFailed
 from engine.events import Document
@@ -16,14 +18,14 @@ from server.ollama.translation import Translated
 from server.router import json_response
 
 if TYPE_CHECKING:
-    from fastapi import Response
-
     from engine.engine import Engine
     from engine.session import Session
 
 
-async def embed(engine: Engine, translated: Translated, model: str) -> Response:
-    """The answer of `POST /api/embed`. `model` is the name that the client used.
+async def send_embeddings(
+    engine: Engine, translated: Translated, named: str, _send: Send
+) -> Response:
+    """The answer of `POST /api/embed`. `named` is the name that the client used.
 
     Raises:
         EngineError: of the request.
@@ -34,7 +36,7 @@ async def embed(engine: Engine, translated: Translated, model: str) -> Response:
     found = await _read(session)
     timings, usage = session.timings, found.get("usage") or {}
     document = {
-        "model": model,
+        "model": named,
         "embeddings": _vectors(found),
         "total_duration": round((time.perf_counter() - began_s) * 1e9),
         "load_duration": round((timings.fetch_ms + timings.load_ms) * 1e6),
@@ -43,7 +45,7 @@ async def embed(engine: Engine, translated: Translated, model: str) -> Response:
     return json_response(document, answer_headers(session))
 
 
-async def embed_one(engine: Engine, translated: Translated) -> Response:
+async def send_embedding(engine: Engine, translated: Translated, _send: Send) -> Response:
     """The answer of `POST /api/embeddings`.
 
     Raises:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.errors import InvalidRequest
-from server.schemas.ollama import Message, ToolCall
+from server.schemas.ollama import OllamaMessage, OllamaToolCall
 
 _SIGNATURES = (
     (b"\x89PNG", "image/png"),
@@ -21,7 +21,7 @@ _SIGNATURES = (
 """How files of pictures begin."""
 
 
-def openai_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def openai_messages(messages: Sequence[OllamaMessage]) -> list[dict[str, Any]]:
     """The messages of a chat in OpenAI's form.
 
     Ollama's calls may have no ids, and a tool's message names its function or nothing. Such a
@@ -80,7 +80,7 @@ def _data_url(image: str, param: str) -> str:
     return f"data:{kind};base64,{image}"
 
 
-def _call(call: ToolCall, default_id: str) -> dict[str, Any]:
+def _call(call: OllamaToolCall, default_id: str) -> dict[str, Any]:
     arguments = json.dumps(call.function.arguments or {}, ensure_ascii=False)
     return {
         "id": call.id or default_id,
@@ -89,7 +89,7 @@ def _call(call: ToolCall, default_id: str) -> dict[str, Any]:
     }
 
 
-def _answered(message: Message, open_calls: list[tuple[str, str]]) -> str | None:
+def _answered(message: OllamaMessage, open_calls: list[tuple[str, str]]) -> str | None:
     """The id of the call that a tool's message answers. The call is open no more."""
     name = message.tool_name or message.name
     if message.tool_call_id is not None:

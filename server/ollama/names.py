@@ -8,8 +8,6 @@ from engine.errors import InvalidRequest, ModelNotFound
 from engine.words import echoed
 
 if TYPE_CHECKING:
-    from fastapi import Request
-
     from engine.config import ModelConfig
     from engine.engine import Engine
 
@@ -64,9 +62,3 @@ def find_model(engine: Engine, name: str) -> ModelConfig:
 def not_found(name: str) -> ModelNotFound:
     """The error for a name that nothing has."""
     return ModelNotFound(f"model {echoed(name)} not found", param="model")
-
-
-def may_use(request: Request, name: str) -> bool:
-    """Whether the key of the request may use the model of that name, where keys are limited."""
-    access = getattr(request.state, "access", None)
-    return access is None or bool(access.may_use(name))

@@ -85,7 +85,7 @@ class Reply:
         if isinstance(event, Frame):
             texts = [
                 line.removeprefix(DATA).strip()
-                for line in event.data.splitlines()
+                for line in event.data.split("\n")  # not splitlines: JSON may hold U+2028
                 if line.startswith(DATA)
             ]
             documents = [from_json(text) for text in texts if text != DONE]

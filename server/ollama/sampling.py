@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import InvalidRequest
-from server.schemas.ollama import Options
+from server.schemas.ollama import OllamaOptions
 
 SERVED: Mapping[str, str] = {
     "temperature": "temperature",
@@ -36,7 +36,7 @@ All others say how to run the model, which the configuration does. They have no 
 """
 
 
-def sampling_fields(options: Options, limit: str, context: int | None) -> dict[str, Any]:
+def sampling_fields(options: OllamaOptions, limit: str, context: int | None) -> dict[str, Any]:
     """The fields of a text request. `limit` is its name for the most tokens of the answer.
 
     Where the context has fewer tokens, it is the limit, as with Ollama.

@@ -27,7 +27,6 @@ from server.schemas.audio import (
 )
 from server.schemas.engine import EventsQuery, PlanBody, RouteBody
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
-from server.schemas.usage import UsageQuery
 from server.schemas.ollama import (
     OllamaBody,
     OllamaChatBody,
@@ -38,6 +37,7 @@ from server.schemas.ollama import (
     OllamaPullBody,
     OllamaShowBody,
 )
+from server.schemas.usage import UsageQuery
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
 
 OPENAI = "https://platform.openai.com/docs/api-reference"

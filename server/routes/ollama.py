@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastapi import Request, Response
+from starlette.types import Send
 
 from engine.catalog.model_files import removable, remove
 from engine.errors import Conflict, InvalidRequest, NotFound
 from engine.status import ModelState
 from server.connection import ConnectedResponse
 from server.forms import Fields, read_json
+from server.keys.access import access_of
 from server.media import check_media_urls
 from server.ollama.abilities import AbilityReader
 from server.ollama.answer import send_answer
-from server.ollama.embedding import embed, embed_one
+from server.ollama.embedding import send_embedding, send_embeddings
 from server.ollama.listing import Listing
-from server.ollama.names import check_known, find_model, may_use, not_found, own_name
+from server.ollama.names import check_known, find_model, not_found, own_name
 from server.ollama.pulling import send_pull
 from server.ollama.reply import Reply, Shape, loaded_document
 from server.ollama.residence import bring
@@ -31,7 +34,7 @@ from server.ollama.translation import (
     generate_request,
 )
 from server.packages import installed_version
-from server.router import Router
+from server.router import Router, json_response
 from server.schemas.ollama import (
     OllamaChatBody,
     OllamaDeleteBody,
@@ -82,59 +85,70 @@ def ollama_router(engine: Engine, settings: ServerSettings) -> Router:
         reply = Reply(named, shape)
         return ConnectedResponse(partial(send_answer, engine, translated, reply, streams=streams))
 
+    def respond_without(sender: Sender, name: str, empty: Callable[[str], Any]) -> Response:
+        """Load or unload the model. `empty` is the answer to a request without a prompt."""
+
+        async def answer(_send: Send) -> Response:
+            return json_response(empty(await bring(engine, name, sender)))
+
+        return ConnectedResponse(answer)
+
     @router.post("/api/chat")
-    async def ollama_chat(request: Request) -> Response | dict[str, Any]:
+    async def ollama_chat(request: Request) -> Response:
         fields, named, sender = await read(request)
         body = OllamaChatBody.of(fields)
         check_known(engine, body.model)
         if not body.messages:
-            reason = await bring(engine, body.model, sender)
-            return loaded_document(named, Shape.CHAT, reason)
+            empty = partial(loaded_document, named, Shape.CHAT)
+            return respond_without(sender, body.model, empty)
         abilities = await asyncio.to_thread(reader.abilities, body.model)
         translated = chat_request(body, abilities, sender)
         return respond(translated, named, Shape.CHAT, streams=body.stream)
 
     @router.post("/api/generate")
-    async def ollama_generate(request: Request) -> Response | dict[str, Any]:
+    async def ollama_generate(request: Request) -> Response:
         fields, named, sender = await read(request)
         body = OllamaGenerateBody.of(fields)
         check_known(engine, body.model)
-        abilities = await asyncio.to_thread(reader.abilities, body.model)
         if not body.prompt and not body.images and not body.suffix:
-            reason = await bring(engine, body.model, sender)
-            return loaded_document(named, Shape.GENERATE, reason)
+            empty = partial(loaded_document, named, Shape.GENERATE)
+            return respond_without(sender, body.model, empty)
+        abilities = await asyncio.to_thread(reader.abilities, body.model)
         translated = generate_request(body, abilities, sender)
         return respond(translated, named, Shape.GENERATE, streams=body.stream)
 
     @router.post("/api/embed")
-    async def ollama_embed(request: Request) -> Response | dict[str, Any]:
+    async def ollama_embed(request: Request) -> Response:
         fields, named, sender = await read(request)
         body = OllamaEmbedBody.of(fields)
         check_known(engine, body.model)
         if not any(body.input):
-            await bring(engine, body.model, sender)
-            return {"model": named, "embeddings": []}
-        return await embed(engine, embed_request(body, sender), named)
+            nothing = {"model": named, "embeddings": []}
+            return respond_without(sender, body.model, lambda _: nothing)
+        translated = embed_request(body, sender)
+        return ConnectedResponse(partial(send_embeddings, engine, translated, named))
 
     @router.post("/api/embeddings")
-    async def ollama_embeddings(request: Request) -> Response | dict[str, Any]:
+    async def ollama_embeddings(request: Request) -> Response:
         fields, _, sender = await read(request)
         body = OllamaEmbeddingsBody.of(fields)
         check_known(engine, body.model)
         if not body.prompt:
-            await bring(engine, body.model, sender)
-            return {"embedding": []}
-        return await embed_one(engine, embeddings_request(body, sender))
+            return respond_without(sender, body.model, lambda _: {"embedding": []})
+        translated = embeddings_request(body, sender)
+        return ConnectedResponse(partial(send_embedding, engine, translated))
 
     @router.route("/api/tags", "GET", "HEAD")
     async def ollama_tags(request: Request) -> dict[str, Any]:
+        access = access_of(request)
         models = await asyncio.to_thread(listing.tags, engine.status())
-        return {"models": [each for each in models if may_use(request, each["model"])]}
+        return {"models": [each for each in models if access.may_use(each["model"])]}
 
     @router.get("/api/ps")
     async def ollama_ps(request: Request) -> dict[str, Any]:
+        access = access_of(request)
         models = await asyncio.to_thread(listing.running, engine.status())
-        return {"models": [each for each in models if may_use(request, each["model"])]}
+        return {"models": [each for each in models if access.may_use(each["model"])]}
 
     @router.post("/api/show")
     async def ollama_show(request: Request) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Options(Part):
+class OllamaOptions(Part):
     """How to sample, and how to run the model. What only says how to run it has no effect."""
 
     num_predict: Whole | None = Field(default=None, ge=-2)
@@ -112,7 +112,7 @@ class AnswerBody(OllamaBody):
 
     stream: bool = True
     """Answer with one JSON object a line, as it comes."""
-    options: Options = Options()
+    options: OllamaOptions = OllamaOptions()
     format: Format = ""
     """`json`, or a JSON schema that the answer has."""
     think: Think | None = None
@@ -125,7 +125,7 @@ class AnswerBody(OllamaBody):
     """Only false: no conversation is cut."""
 
 
-class FunctionCall(Part):
+class OllamaFunctionCall(Part):
     """The function of a call, and its arguments."""
 
     name: str = Field(min_length=1)
@@ -133,15 +133,15 @@ class FunctionCall(Part):
     index: Whole | None = None
 
 
-class ToolCall(Part):
+class OllamaToolCall(Part):
     """A call that the model made."""
 
     id: str | None = None
     type: Literal["function"] = "function"
-    function: FunctionCall
+    function: OllamaFunctionCall
 
 
-class Message(Part):
+class OllamaMessage(Part):
     """A message of a chat."""
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -149,7 +149,7 @@ class Message(Part):
     thinking: str | None = None
     images: list[str] | None = None
     """Base64."""
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[OllamaToolCall] | None = None
     tool_name: str | None = None
     """Of a tool's message: the function that was called."""
     name: str | None = None
@@ -160,7 +160,7 @@ class Message(Part):
 class OllamaChatBody(AnswerBody):
     """`POST /api/chat`."""
 
-    messages: list[Message] = Field(default_factory=list)
+    messages: list[OllamaMessage] = Field(default_factory=list)
     """None: the model is loaded, or with `keep_alive: 0` unloaded."""
     tools: list[dict[str, Any]] = Field(default_factory=list)
 
@@ -190,7 +190,7 @@ class OllamaEmbedBody(OllamaBody):
     truncate: bool = True
     """Cut a text that is too long for the model. Otherwise it is an error."""
     dimensions: Annotated[Whole, Field(ge=1)] | None = None
-    options: Options = Options()
+    options: OllamaOptions = OllamaOptions()
     """No effect on embeddings."""
 
 
@@ -198,7 +198,7 @@ class OllamaEmbeddingsBody(OllamaBody):
     """`POST /api/embeddings`, the former `/api/embed`."""
 
     prompt: str = ""
-    options: Options = Options()
+    options: OllamaOptions = OllamaOptions()
     """No effect on embeddings."""
 
 
@@ -207,7 +207,7 @@ class OllamaShowBody(OllamaBody):
 
     verbose: bool = False
     """No effect: the answer never has the vocabulary."""
-    options: Options = Options()
+    options: OllamaOptions = OllamaOptions()
     """No effect."""
     system: str = ""
     template: str = ""

@@ -171,6 +171,20 @@ class TestAnswers:
         assert part["message"] == {"role": "assistant", "content": '{"x": '}
         assert end["done_reason"] == "length"
 
+    async def test_a_frame_may_hold_several_events_and_any_separator(
+        self, client: httpx.AsyncClient, runtime: FakeRuntime
+    ) -> None:
+        text = "a\u2028b\x85c"
+
+        async def answer(_: TextRequest) -> AsyncGenerator[Event, None]:
+            document = {"choices": [{"delta": {"content": text}}]}
+            data = f"data: {json.dumps(document, ensure_ascii=False)}\n\n"
+            yield Frame(f": a comment\n\n{data}{data}data: [DONE]\n\n")
+
+        runtime.answer = answer
+        found = (await client.post("/api/chat", json={**CHAT, "stream": False})).json()
+        assert found["message"]["content"] == 2 * text
+
     async def test_logprobs(self, client: httpx.AsyncClient, runtime: FakeRuntime) -> None:
         async def answer(_: TextRequest) -> AsyncGenerator[Event, None]:
             token = {"token": "a", "logprob": -1.0, "bytes": [97]}
@@ -221,6 +235,29 @@ class TestDisconnect:
             assert json.loads(await anext(answer.aiter_lines()))["message"]["content"] == "Hel"
             assert not ended.is_set()
         async with asyncio.timeout(TIMEOUT_S):
+            await ended.wait()
+
+    async def test_embeddings_end_too(self, url: str, runtime: FakeRuntime) -> None:
+        began, ended = asyncio.Event(), asyncio.Event()
+
+        async def go_on(_: TextRequest) -> AsyncGenerator[Event, None]:
+            try:
+                began.set()
+                await asyncio.Event().wait()
+                yield chunk()
+            finally:
+                ended.set()
+
+        runtime.answer = go_on
+        async with (
+            asyncio.timeout(TIMEOUT_S),
+            httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S) as client,
+        ):
+            body = {"model": "small", "input": "a"}
+            call = asyncio.create_task(client.post("/api/embed", json=body))
+            await began.wait()
+            assert not ended.is_set()
+            call.cancel()
             await ended.wait()
 
 
