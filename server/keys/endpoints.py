@@ -45,6 +45,9 @@ _BESIDE = (
     ("/api/ps", _ENGINE),
     ("/api/pull", _ENGINE),
     ("/api/delete", _ENGINE),
+    ("/api/copy", _ENGINE),
+    ("/api/create", _ENGINE),
+    ("/api/push", _ENGINE),
     ("/metrics", _ENGINE),
     ("/health/", _ENGINE),
 )
