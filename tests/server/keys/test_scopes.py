@@ -71,7 +71,7 @@ class TestEndpoints:
         key = add_key("alice", endpoints=("chat",), models=("small",))
         await until(client, key, 200)
         tags = (await client.get("/api/tags", headers=key)).json()["models"]
-        assert {each["name"] for each in tags} == {"small"}
+        assert {each["name"] for each in tags} == {"small", "gpt-4o", "org/small"}
         for path, model, status in (
             ("/api/show", "small:latest", 200),
             ("/api/show", "other:latest", 403),
