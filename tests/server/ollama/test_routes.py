@@ -276,6 +276,17 @@ class TestErrors:
         assert answer.status_code == 400
         assert answer.json() == {"error": "options.num_predict must be small"}
 
+    async def test_an_error_of_embeddings_names_the_clients_field(
+        self, client: httpx.AsyncClient, runtime: FakeRuntime
+    ) -> None:
+        async def fail(_: TextRequest) -> AsyncGenerator[Event, None]:
+            raise InvalidRequest("input is too long", param="input")
+            yield
+
+        runtime.answer = fail
+        answer = await client.post("/api/embeddings", json={"model": "small", "prompt": "a"})
+        assert (answer.status_code, answer.json()) == (400, {"error": "prompt is too long"})
+
     async def test_later_it_is_the_last_line(
         self, client: httpx.AsyncClient, runtime: FakeRuntime
     ) -> None:
