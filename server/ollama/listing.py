@@ -43,7 +43,9 @@ class Listing:
                     "digest": self.digest(model),
                     "details": self.details(model),
                 }
-                found += [{"name": name, "model": name, **about} for name in model.names]
+                adapters = [f"{model.id}:{each}" for each in self._engine.adapters(model)]
+                names = (*model.names, *adapters)
+                found += [{"name": name, "model": name, **about} for name in names]
         return found + [
             {"name": route.id, "model": route.id, "modified_at": written(0.0), **_of_route(route)}
             for route in config.routes

@@ -49,14 +49,19 @@ def find_model(engine: Engine, name: str) -> ModelConfig:
 
     Raises:
         ModelNotFound: there is none.
-        InvalidRequest: it is a route.
+        InvalidRequest: it is a route, or a LoRA of a model, whose files are not to be touched.
 
     """
     check_known(engine, name)
     if name in engine.router:
         models = ", ".join(repr(model.id) for model in engine.router.models(name))
         raise InvalidRequest(f"{name!r} is a route, without files. It has {models}.", param="model")
-    return engine.config.find(name)
+    model, adapter = engine.config.find_adapter(name)
+    if adapter is not None:
+        raise InvalidRequest(
+            f"{name!r} is a LoRA of {model.id!r}; /v1/engine/loras is for those.", param="model"
+        )
+    return model
 
 
 def not_found(name: str) -> ModelNotFound:

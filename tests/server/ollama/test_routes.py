@@ -633,6 +633,19 @@ class TestFiles:
         answer = await client.request("DELETE", "/api/delete", json={"model": "small"})
         assert answer.status_code == 404
 
+    async def test_a_lora_is_listed_and_its_model_is_not_deleted(
+        self, client: httpx.AsyncClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine.config.know_adapters(lambda model: ("formal",) if model.id == "small" else ())
+        monkeypatch.setattr(
+            engine, "adapters", lambda model: ("formal",) if model.id == "small" else ()
+        )
+        names = [each["name"] for each in (await client.get("/api/tags")).json()["models"]]
+        assert "small:formal" in names
+        for method, path in (("DELETE", "/api/delete"), ("POST", "/api/pull")):
+            answer = await client.request(method, path, json={"model": "small:formal"})
+            assert (answer.status_code, "LoRA" in answer.text) == (400, True)
+
     async def test_what_has_no_files(self, client: httpx.AsyncClient) -> None:
         answer = await client.request("DELETE", "/api/delete", json={"model": "small"})
         assert (answer.status_code, "on this disk" in answer.text) == (404, True)
