@@ -76,6 +76,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     from engine.media.outputs import Outputs
     from engine.media.voices import VoiceStore
     from server.routes.files import files_router
+    from server.routes.ollama import ollama_router
     from server.routes.speech import speech_router
     from server.routes.transcriptions import transcriptions_router
     from server.routes.voices import voices_router
@@ -122,6 +123,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         route_router(engine, settings),
         usage_router(engine),
         files_router(engine),
+        ollama_router(engine, settings),
         web_router(),
         docs_router(engine, settings),
     ):

@@ -38,6 +38,10 @@ ADMIN_PREFIX = "/v1/engine/"
 PLAN_PATH = "/v1/engine/plan"
 ROUTE_PATH = "/v1/engine/route"
 """They change nothing, though they are a POST, so any key may use them."""
+OLLAMA_ADMIN_PATHS = frozenset(
+    f"/api/{action}" for action in ("pull", "delete", "copy", "create", "push")
+)
+"""Ollama's routes that change what models there are."""
 IMAGE_FILES_PREFIX = "/v1/images/files/"
 """Read without a key, so that a browser can show an image. Nobody can guess the names (256 bits),
 so the URL itself is the permission."""
@@ -160,7 +164,7 @@ class Guard:
 def is_admin(method: str, path: str) -> bool:
     """Whether a request needs an admin key."""
     changes = method not in ("GET", "HEAD") and path not in (PLAN_PATH, ROUTE_PATH)
-    return changes and path.startswith(ADMIN_PREFIX)
+    return changes and (path.startswith(ADMIN_PREFIX) or path in OLLAMA_ADMIN_PATHS)
 
 
 def is_open(method: str, path: str) -> bool:

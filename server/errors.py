@@ -1,4 +1,4 @@
-"""The errors that clients see: one table of statuses, and two envelopes."""
+"""The errors that clients see: one table of statuses, and three envelopes."""
 
 from __future__ import annotations
 
@@ -38,11 +38,17 @@ from engine.requests import Operation, TextOperation
 from engine.words import MOST_ECHOED, shortened, without_folders
 
 ANTHROPIC_PATH = "/v1/messages"
+OLLAMA_PREFIX = "/api/"
 
 
 def is_anthropic(path: str) -> bool:
     """Whether clients of `path` read Anthropic's envelope."""
     return path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+
+
+def is_ollama(path: str) -> bool:
+    """Whether clients of `path` read Ollama's envelope."""
+    return path.startswith(OLLAMA_PREFIX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +167,11 @@ class Failure:
             "request_id": request_id,
         }
 
+    def ollama_document(self) -> dict[str, Any]:
+        """Ollama's envelope. It has the message alone, so that names the field as well."""
+        named = self.param is None or self.param in self.message
+        return {"error": self.message if named else f"{self.param}: {self.message}"}
+
     def _more(self) -> dict[str, Any]:
         more = {"residency": self.residency, "details": self.details}
         return {name: value for name, value in more.items() if value is not None}
@@ -169,6 +180,8 @@ class Failure:
         """The whole response, in the envelope for clients of `path`."""
         if is_anthropic(path):
             document = self.anthropic_document(request_id)
+        elif is_ollama(path):
+            document = self.ollama_document()
         else:
             document = self.openai_document()
         return JSONResponse(document, self.status, dict(self.headers))

@@ -45,6 +45,18 @@ from server.schemas.audio import (
 from server.schemas.engine import EventsQuery, PlanBody, RouteBody
 from server.schemas.fields import Body
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
+from server.schemas.ollama import (
+    AnswerBody,
+    OllamaBody,
+    OllamaChatBody,
+    OllamaDeleteBody,
+    OllamaEmbedBody,
+    OllamaEmbeddingsBody,
+    OllamaGenerateBody,
+    OllamaOptions,
+    OllamaPullBody,
+    OllamaShowBody,
+)
 from server.schemas.scheduling_options import SchedulingBody, SchedulingHeaders
 from server.schemas.usage import UsageQuery
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
@@ -81,7 +93,7 @@ CONFIGURATION: list[tuple[str, str, type[BaseModel], dict[str, Any]]] = [
     ("Options of `diffusers`", "key of `ip_adapter`", IpAdapter, {"source": "any"}),
 ]
 
-BODIES: dict[str, list[type[Body]]] = {
+BODIES: dict[str, list[type[BaseModel]]] = {
     "Every request": [SchedulingBody],
     "Images": [GenerationBody, EditBody, VariationBody],
     "Videos": [VideoBody, VideoListQuery, VideoContentQuery],
@@ -89,6 +101,16 @@ BODIES: dict[str, list[type[Body]]] = {
     "Transcriptions and translations": [TranscriptionBody, TranslationBody],
     "Voices": [VoiceBody, VoicesQuery],
     "The engine": [PlanBody, RouteBody, EventsQuery, UsageQuery],
+    "Ollama": [
+        OllamaChatBody,
+        OllamaGenerateBody,
+        OllamaEmbedBody,
+        OllamaEmbeddingsBody,
+        OllamaShowBody,
+        OllamaPullBody,
+        OllamaDeleteBody,
+    ],
+    "Options in Ollama's requests": [OllamaOptions],
 }
 
 
@@ -207,7 +229,8 @@ def kinds(base: type[Any]) -> Iterator[type[Any]]:
 
 def test_no_request_is_left_out() -> None:
     described = {body for bodies in BODIES.values() for body in bodies}
-    assert set(kinds(Body)) - described == {ImageBody, RecordingBody, SchedulingHeaders}
+    bases = {AnswerBody, ImageBody, OllamaBody, RecordingBody}
+    assert set(kinds(Body)) - described == {*bases, SchedulingHeaders}
 
 
 def test_every_error_is_described_with_its_status() -> None:

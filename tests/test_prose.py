@@ -65,8 +65,8 @@ NOT_OURS = {
     "headers of HTTP": {"Authorization", "Host", "Origin"},
     "words for the reader's own": {"WIDTHxHEIGHT", "roundhouse_key"},
     "variables of libraries and platforms": {
-        "CUDA_VISIBLE_DEVICES", "OLLAMA_MAX_LOADED_MODELS", "PIP_EXTRA_INDEX_URL",
-        "PIP_FIND_LINKS",
+        "CUDA_VISIBLE_DEVICES", "OLLAMA_API_KEY", "OLLAMA_HOST", "OLLAMA_MAX_LOADED_MODELS",
+        "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS",
     },
     "of libraries that are not written in Python": {
         "DataType", "MAX_HEADER_SIZE", "omp_pause_soft", "simple_tokenizer.py",

@@ -27,6 +27,10 @@ _RUNS: Mapping[str, frozenset[str]] = {
     "/v1/classify": _EMBEDDINGS,
     "/classify": _EMBEDDINGS,
     "/v1/moderations": _EMBEDDINGS,
+    "/api/chat": _CHAT,
+    "/api/generate": _CHAT,
+    "/api/embed": _EMBEDDINGS,
+    "/api/embeddings": _EMBEDDINGS,
     "/v1/tokenize": _TEXT,
     "/tokenize": _TEXT,
     "/v1/detokenize": _TEXT,
@@ -46,6 +50,12 @@ _BESIDE = (
     ("/v1/videos/", _VIDEOS),
     ("/v1/audio/", _SPEECH),  # voices, and the models that speak
     ("/v1/engine", _ENGINE),
+    ("/api/ps", _ENGINE),
+    ("/api/pull", _ENGINE),
+    ("/api/delete", _ENGINE),
+    ("/api/copy", _ENGINE),
+    ("/api/create", _ENGINE),
+    ("/api/push", _ENGINE),
     ("/metrics", _ENGINE),
     ("/health/", _ENGINE),
 )

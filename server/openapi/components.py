@@ -43,6 +43,92 @@ ANTHROPIC_ERROR = record(
     request_id=STRING,
 )
 
+OLLAMA_ERROR = record(error=STRING)
+
+_TEXTS: Schema = {"type": "array", "items": STRING}
+
+OLLAMA_DETAILS = record(
+    parent_model=STRING,
+    format=STRING,
+    family=STRING,
+    families=_TEXTS,
+    parameter_size=STRING,
+    quantization_level=STRING,
+)
+
+_OLLAMA_TAG: dict[str, Schema] = {
+    "name": STRING,
+    "model": STRING,
+    "size": {**INTEGER, "description": "Bytes."},
+    "digest": STRING,
+    "details": reference("OllamaDetails"),
+}
+OLLAMA_TAGS = record(
+    models={"type": "array", "items": record(**_OLLAMA_TAG, modified_at=STRING)},
+)
+OLLAMA_RUNNING = record(
+    models={
+        "type": "array",
+        "items": record(
+            **_OLLAMA_TAG, expires_at=STRING, size_vram=INTEGER, context_length=INTEGER
+        ),
+    },
+)
+OLLAMA_SHOWN = record(
+    modelfile=STRING,
+    parameters=STRING,
+    template=STRING,
+    details=reference("OllamaDetails"),
+    model_info={"type": "object"},
+    capabilities=_TEXTS,
+    modified_at=STRING,
+)
+
+_NANOSECONDS: Schema = {**INTEGER, "description": "Nanoseconds."}
+_OLLAMA_END: dict[str, Schema] = {
+    "logprobs": {"type": "array", "items": {"type": "object"}},
+    "done_reason": {"enum": ["stop", "length", "load", "unload"]},
+    "total_duration": _NANOSECONDS,
+    "load_duration": _NANOSECONDS,
+    "prompt_eval_count": INTEGER,
+    "prompt_eval_duration": _NANOSECONDS,
+    "eval_count": INTEGER,
+    "eval_duration": _NANOSECONDS,
+}
+_OLLAMA_ANSWER: dict[str, Schema] = {"model": STRING, "created_at": STRING, "done": BOOLEAN}
+OLLAMA_CHAT = record(
+    **_OLLAMA_ANSWER,
+    message=record(
+        role={"const": "assistant"},
+        content=STRING,
+        optional={
+            "thinking": STRING,
+            "tool_calls": {
+                "type": "array",
+                "items": record(
+                    function=record(index=INTEGER, name=STRING, arguments={"type": "object"}),
+                    optional={"id": STRING},
+                ),
+            },
+        },
+    ),
+    optional=_OLLAMA_END,
+)
+OLLAMA_GENERATED = record(
+    **_OLLAMA_ANSWER, response=STRING, optional={"thinking": STRING, **_OLLAMA_END}
+)
+_VECTOR: Schema = {"type": "array", "items": NUMBER}
+OLLAMA_EMBEDDINGS = record(
+    model=STRING,
+    embeddings={"type": "array", "items": _VECTOR},
+    optional={
+        "total_duration": _NANOSECONDS,
+        "load_duration": _NANOSECONDS,
+        "prompt_eval_count": INTEGER,
+    },
+)
+OLLAMA_EMBEDDING = record(embedding=_VECTOR)
+
 IMAGES = record(
     created=INTEGER,
     data={
@@ -308,6 +394,15 @@ def components() -> dict[str, Any]:
         "BudgetStatus": _of_dataclass(BudgetStatus),
         "Error": ERROR,
         "AnthropicError": ANTHROPIC_ERROR,
+        "OllamaError": OLLAMA_ERROR,
+        "OllamaDetails": OLLAMA_DETAILS,
+        "OllamaTags": OLLAMA_TAGS,
+        "OllamaRunning": OLLAMA_RUNNING,
+        "OllamaShown": OLLAMA_SHOWN,
+        "OllamaChat": OLLAMA_CHAT,
+        "OllamaGenerated": OLLAMA_GENERATED,
+        "OllamaEmbeddings": OLLAMA_EMBEDDINGS,
+        "OllamaEmbedding": OLLAMA_EMBEDDING,
     }
 
 

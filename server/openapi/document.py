@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute
 
 from engine.config import EngineConfig
 from server.auth import is_admin, is_open
-from server.errors import is_anthropic
+from server.errors import is_anthropic, is_ollama
 from server.json_schema import SchemaGenerator
 from server.openapi.components import TEMPLATE, components
 from server.openapi.operation import BINARY, JSON, Operation, Schema, nullable, reference
@@ -34,9 +34,9 @@ FORM_NOTE = (
 DESCRIPTION = """\
 One server for language, image, video, speech and transcription models on one device.
 
-Bodies and answers are those of OpenAI and Anthropic, with additions. An answer says in its headers
-how long it waited and ran: `x-roundhouse-queue-ms`, `x-roundhouse-load-ms`, `x-roundhouse-run-ms`,
-`x-roundhouse-tier` and `x-roundhouse-peak-bytes`. `x-roundhouse-cut`
+Bodies and answers are those of OpenAI, Anthropic and Ollama, with additions. An answer says in its
+headers how long it waited and ran: `x-roundhouse-queue-ms`, `x-roundhouse-load-ms`,
+`x-roundhouse-run-ms`, `x-roundhouse-tier` and `x-roundhouse-peak-bytes`. `x-roundhouse-cut`
 names texts that were too long. `x-roundhouse-weights: random` says that the answer means nothing.
 """
 
@@ -86,7 +86,7 @@ def openapi_document(
                     "description": "An error. Its status says what kind of error.",
                     "content": {JSON: {"schema": reference(name)}},
                 }
-                for name in ("Error", "AnthropicError")
+                for name in ("Error", "AnthropicError", "OllamaError")
             },
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
@@ -186,7 +186,11 @@ class _Builder:
         return {key: model if value == MODEL else value for key, value in example.items()}
 
     def _responses(self) -> dict[str, Any]:
-        error = "AnthropicError" if is_anthropic(self._path) else "Error"
+        error = "Error"
+        if is_anthropic(self._path):
+            error = "AnthropicError"
+        elif is_ollama(self._path):
+            error = "OllamaError"
         answers = {} if self._method == "HEAD" else self._operation.answers
         content = {media_type: {"schema": schema} for media_type, schema in answers.items()}
         success = {"description": self._operation.summary, "content": content}

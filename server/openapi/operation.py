@@ -13,6 +13,7 @@ Schema = Mapping[str, Any]
 JSON = "application/json"
 EVENTS = "text/event-stream"
 TEXT = "text/plain"
+LINES = "application/x-ndjson"
 
 BINARY: Schema = {"type": "string", "contentMediaType": "application/octet-stream"}
 """The bytes of a file."""

@@ -11,6 +11,7 @@ from server.openapi.operation import (
     BINARY,
     EVENTS,
     JSON,
+    LINES,
     TEXT,
     Operation,
     Schema,
@@ -26,6 +27,16 @@ from server.schemas.audio import (
 )
 from server.schemas.engine import EventsQuery, PlanBody, RouteBody
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
+from server.schemas.ollama import (
+    OllamaBody,
+    OllamaChatBody,
+    OllamaDeleteBody,
+    OllamaEmbedBody,
+    OllamaEmbeddingsBody,
+    OllamaGenerateBody,
+    OllamaPullBody,
+    OllamaShowBody,
+)
 from server.schemas.usage import UsageQuery
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
 
@@ -33,6 +44,8 @@ OPENAI = "https://platform.openai.com/docs/api-reference"
 ANTHROPIC = "https://docs.anthropic.com/en/api"
 VLLM = "https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html"
 TOKENIZER = f"{VLLM}#tokenizer-api"
+
+OLLAMA = "https://docs.ollama.com/api"
 
 MODEL = "MODEL"
 """Stands in an example for the id of a configured model."""
@@ -106,6 +119,35 @@ def _recording(summary: str, kind: type[TranscriptionBody | TranslationBody]) ->
 
 def _action(summary: str) -> Methods:
     return {"post": Operation(summary=summary, answers={JSON: reference("Model")})}
+
+
+def _ollama(
+    summary: str,
+    kind: type[OllamaBody],
+    answer: Schema,
+    *,
+    page: str,
+    streams: bool = False,
+    task: str | None = None,
+    example: Mapping[str, object] | None = None,
+) -> Operation:
+    """An operation of Ollama's API."""
+    answers = {JSON: answer, **({LINES: STRING} if streams else {})}
+    return Operation(
+        summary=summary,
+        description="One JSON object a line, unless `stream` is false." if streams else "",
+        answers=answers,
+        json=kind,
+        scheduled=True,
+        link=f"{OLLAMA}/{page}",
+        example=None if example is None else {"model": MODEL, **example},
+        task=task,
+    )
+
+
+def _refused(summary: str) -> Methods:
+    """An operation of Ollama's API that is not served."""
+    return {"post": Operation(summary=f"{summary}: refused", answers={JSON: {"type": "object"}})}
 
 
 def _both(operation: Operation) -> Methods:
@@ -395,6 +437,98 @@ OPERATIONS: Mapping[str, Methods] = {
             },
         ),
     },
+    "/api/chat": {
+        "post": _ollama(
+            "Ollama's chat",
+            OllamaChatBody,
+            reference("OllamaChat"),
+            page="chat",
+            streams=True,
+            task="generate",
+            example={"messages": _MESSAGES},
+        )
+    },
+    "/api/generate": {
+        "post": _ollama(
+            "Ollama's completion",
+            OllamaGenerateBody,
+            reference("OllamaGenerated"),
+            page="generate",
+            streams=True,
+            task="generate",
+            example={"prompt": "Hello"},
+        )
+    },
+    "/api/embed": {
+        "post": _ollama(
+            "Ollama's embeddings",
+            OllamaEmbedBody,
+            reference("OllamaEmbeddings"),
+            page="embed",
+            task="embed",
+            example={"input": "Hello"},
+        )
+    },
+    "/api/embeddings": {
+        "post": _ollama(
+            "Ollama's former embeddings",
+            OllamaEmbeddingsBody,
+            reference("OllamaEmbedding"),
+            page="embed",
+            task="embed",
+            example={"prompt": "Hello"},
+        )
+    },
+    "/api/tags": _both(
+        Operation(
+            summary="The models for text, as Ollama lists them",
+            answers={JSON: reference("OllamaTags")},
+            link=f"{OLLAMA}/tags",
+        )
+    ),
+    "/api/ps": {
+        "get": Operation(
+            summary="The models on the device, as Ollama lists them",
+            answers={JSON: reference("OllamaRunning")},
+            link=f"{OLLAMA}/ps",
+        )
+    },
+    "/api/show": {
+        "post": _ollama(
+            "What a model is and can do, as Ollama tells",
+            OllamaShowBody,
+            reference("OllamaShown"),
+            page="show",
+            example={},
+        )
+    },
+    "/api/version": _both(
+        Operation(
+            summary="The version of Ollama whose API this is",
+            answers={JSON: record(version=STRING, roundhouse=STRING)},
+        )
+    ),
+    "/api/pull": {
+        "post": _ollama(
+            "Fetch the files of a configured model",
+            OllamaPullBody,
+            record(status=STRING),
+            page="pull",
+            streams=True,
+        )
+    },
+    "/api/delete": {
+        "delete": Operation(
+            summary="Delete the files of a model",
+            description="An idle model is unloaded first. The answer is empty.",
+            answers={},
+            json=OllamaDeleteBody,
+            link=f"{OLLAMA}/delete",
+        )
+    },
+    "/api/copy": _refused("Copy a model"),
+    "/api/create": _refused("Make a model"),
+    "/api/push": _refused("Upload a model"),
     "/health": _both(
         Operation(
             summary="Whether the process is alive",
@@ -428,7 +562,7 @@ OPERATIONS: Mapping[str, Methods] = {
             answers={TEXT: STRING, "application/openmetrics-text": STRING},
         )
     },
-    "/": _page("The dashboard", "text/html"),
+    "/": _page("The dashboard; plain text for programs that look for Ollama", "text/html", TEXT),
     "/web/{name}": _page("A file of the dashboard", "text/javascript", "text/css", "image/svg+xml"),
     "/openapi.json": {
         "get": Operation(summary="This document", answers={JSON: {"type": "object"}})

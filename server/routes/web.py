@@ -13,10 +13,12 @@ from server.static_files import MEDIA_TYPES, StaticFile
 
 _FOLDER = Path(__file__).parents[1] / "web"
 _INDEX = "index.html"
+OLLAMA_RUNS = "Ollama is running"
+"""What Ollama answers at `/`. The page has it too, as a comment, for programs that search it."""
 
 
 def web_router() -> Router:
-    """`GET /`, and its files under `/web/`.
+    """`GET /`, and its files under `/web/`. A program that accepts plain text gets Ollama's words.
 
     They are read once, here. A name in a request is looked up among them, and never on the disk.
     """
@@ -25,10 +27,17 @@ def web_router() -> Router:
         path.name: StaticFile.read(path) for path in _FOLDER.iterdir() if path.suffix in MEDIA_TYPES
     }
     index = files.pop(_INDEX)
+    vary = {"vary": "accept"}
 
     @router.route(WEB_PATH, "GET", "HEAD")
     async def page(request: Request) -> Response:
-        return index.response(request)
+        accepted = request.headers.get("accept", "")
+        if "text/plain" in accepted and "text/html" not in accepted:
+            # Programs look here for an Ollama. A browser accepts HTML.
+            return Response(OLLAMA_RUNS, headers=vary, media_type="text/plain")
+        response = index.response(request)
+        response.headers.update(vary)
+        return response
 
     @router.route(WEB_FILES_PREFIX + "{name}", "GET", "HEAD")
     async def file(name: str, request: Request) -> Response:

@@ -345,6 +345,29 @@ class TestAnswers:
         stream = {"model": "text", "stream": True}
         assert check(await client.post("/v1/messages", json=stream), "/v1/messages")
 
+    async def test_ollama(
+        self, client: httpx.AsyncClient, check: Callable[[httpx.Response, str], Any]
+    ) -> None:
+        for path in ("/api/tags", "/api/version", "/api/ps"):
+            check(await client.get(path), path)
+        bodies: dict[str, dict[str, Any]] = {
+            "/api/chat": {"messages": [{"role": "user", "content": "a"}]},
+            "/api/generate": {"prompt": "a"},
+            "/api/show": {},
+            "/api/pull": {},
+        }
+        for path, body in bodies.items():
+            check(await client.post(path, json={"model": "text", **body}), path)
+            check(await client.post(path, json={"model": "text", **body, "stream": False}), path)
+            check(await client.post(path, json={}), path)
+        for path in ("/api/embed", "/api/embeddings"):
+            check(await client.post(path, json={"model": "text", "input": ""}), path)
+            check(await client.post(path, json={"model": "text"}), path)
+        check(await client.get("/api/ps"), "/api/ps")
+        check(await client.post("/api/push", json={}), "/api/push")
+        delete = await client.request("DELETE", "/api/delete", json={"model": "text"})
+        check(delete, "/api/delete")
+
     async def test_images(
         self, client: httpx.AsyncClient, check: Callable[[httpx.Response, str], Any]
     ) -> None:
@@ -403,6 +426,12 @@ class TestAnswers:
 BODIES: list[tuple[str, dict[str, Any], bool]] = [
     ("/v1/chat/completions", {"model": "text", "anything": [1], "priority": "batch"}, True),
     ("/v1/chat/completions", {"model": ""}, False),
+    ("/api/chat", {"model": "text", "messages": [], "options": {"num_ctx": 1}}, True),
+    ("/api/chat", {"model": "text", "keep_alive": "5m", "format": {"type": "object"}}, True),
+    ("/api/chat", {"model": "text", "messages": [{"role": "nobody"}]}, False),
+    ("/api/generate", {"model": "text", "options": {"speed": 1}}, False),
+    ("/api/embed", {"model": "text", "input": [""]}, True),
+    ("/api/embed", {"model": "text", "input": 1}, False),
     ("/v1/chat/completions", {"model": "text", "priority": "soon"}, False),
     ("/v1/images/generations", {"model": "any-image", "prompt": "a", "size": "64x64"}, True),
     ("/v1/images/generations", {"model": "any-image", "prompt": "a", "size": None}, True),

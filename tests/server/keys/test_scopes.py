@@ -44,6 +44,7 @@ class TestEndpoints:
         }
         assert without == {
             "/v1/models", "/v1/models/", "/v1/models/{name:path}", "/openapi.json",
+            "/api/tags", "/api/show", "/api/version",
         }  # fmt: skip
         families = [families_of(route.path) or () for route in routes]
         assert {each for found in families for each in found} == set(FAMILIES)
@@ -57,12 +58,32 @@ class TestEndpoints:
             if is_counted(method, route.path)
         }
         families = ("/v1/engine", "/v1/models", "/v1/audio/voices", "/v1/videos/")
+        ollama = ("/api/show", "/api/pull", "/api/copy", "/api/create", "/api/push")
         posts = {
             route.path
             for route in app.routes
             if isinstance(route, ServedRoute) and "POST" in route.methods
         }
-        assert counted == {path for path in posts if not path.startswith(families)}
+        assert counted == {path for path in posts if not path.startswith((*families, *ollama))}
+
+    async def test_ollamas_names_are_those_of_the_key(
+        self, client: httpx.AsyncClient, add_key: AddKey, runtime: FakeRuntime
+    ) -> None:
+        key = add_key("alice", endpoints=("chat",), models=("small",))
+        await until(client, key, 200)
+        tags = (await client.get("/api/tags", headers=key)).json()["models"]
+        assert {each["name"] for each in tags} == {"small", "gpt-4o", "org/small"}
+        for path, model, status in (
+            ("/api/show", "small:latest", 200),
+            ("/api/show", "other:latest", 403),
+            ("/api/show", "nobody", 403),
+            ("/api/chat", "other:latest", 403),
+            ("/api/embed", "small", 403),
+            ("/api/pull", "small", 403),
+        ):
+            answer = await client.post(path, json={"model": model}, headers=key)
+            assert answer.status_code == status, (path, model, answer.text)
+        assert not runtime.requests
 
     async def test_others_are_forbidden(
         self, client: httpx.AsyncClient, add_key: AddKey, runtime: FakeRuntime
