@@ -14,6 +14,7 @@ from engine.config import ModelConfig
 from engine.errors import InvalidRequest
 from engine.events import Document, Event, Frame
 from engine.requests import TextOperation, TextRequest
+from engine.runtimes.remote.counts import dollars, token_count
 from engine.runtimes.remote.failures import garbage, of_event
 from engine.runtimes.remote.options import Api, RemoteOptions
 from engine.runtimes.remote.provider import Answer, Call, Provider
@@ -39,6 +40,9 @@ ANTHROPIC = frozenset({TextOperation.MESSAGES, TextOperation.COUNT_TOKENS})
 CHUNKED = frozenset({TextOperation.CHAT, TextOperation.COMPLETION})
 """Their streams end with `[DONE]`, and count tokens only if they are asked to."""
 STREAMING = CHUNKED | {TextOperation.RESPONSES, TextOperation.MESSAGES}
+
+ANSWERS = ("choices", "output", "content")
+"""Where a whole answer has what was written."""
 
 LAST_TYPES = frozenset(
     {
@@ -195,6 +199,7 @@ class _Reading:
             document = await reply.document()
             self._check(document)
             self._count(document.get("usage"))
+            self._estimate(document)
             self._rename(document)
             self.document = _dumped(document)
             return
@@ -314,45 +319,44 @@ class _Reading:
         if isinstance(error, Mapping) and error and document.get("object") != "response":
             raise of_event(self._provider, error)
 
+    def _estimate(self, document: Mapping[str, Any]) -> None:
+        """Count about what a whole answer took, where the provider did not."""
+        if self._operation in STREAMING | EMBEDS:
+            self._usage.input_tokens = self._usage.input_tokens or self._call.input_tokens
+        if self._operation in STREAMING and not (self._counted or self._usage.output_tokens):
+            answer = {name: document[name] for name in ANSWERS if document.get(name)}
+            self._usage.output_tokens = len(_dumped(answer)) // CHARS_PER_TOKEN if answer else 0
+
     def _count(self, usage: Any) -> None:
         """Take the counts of a provider. They are those of the whole request so far."""
         if not isinstance(usage, Mapping):
             return
-        count = _Counts(usage)
-        cached = count.of("cache_read_input_tokens")
-        written = count.of("cache_creation_input_tokens")
-        given = count.of("prompt_tokens", "input_tokens")
+        cached = token_count(usage.get("cache_read_input_tokens"))
+        written = token_count(usage.get("cache_creation_input_tokens"))
+        given = _first_count(usage, "prompt_tokens", "input_tokens")
         if given is not None:
             # Anthropic counts what came from its cache, or went there, beside the rest.
             self._usage.input_tokens = given + (cached or 0) + (written or 0)
         details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
         if isinstance(details, Mapping):
-            cached = _Counts(details).of("cached_tokens")
+            cached = token_count(details.get("cached_tokens"))
         if cached is not None:
-            self._usage.cached_tokens = cached
-        output = count.of("completion_tokens", "output_tokens")
+            most = cached if given is None else self._usage.input_tokens
+            self._usage.cached_tokens = min(cached, most)
+        output = _first_count(usage, "completion_tokens", "output_tokens")
         if output is not None:
             self._usage.output_tokens = output
             # The first event of a message counts its output as well, though there is none yet.
             self._counted = self._operation is not TextOperation.MESSAGES or output > 1
         for name in ("cost", "estimated_cost"):  # OpenRouter's and DeepInfra's, in dollars
-            price = usage.get(name)
-            if isinstance(price, int | float) and not isinstance(price, bool) and price >= 0:
-                self._usage.price = float(price)
+            price = dollars(usage.get(name))
+            if price is not None:
+                self._usage.price = price
 
 
-class _Counts:
-    """The whole numbers of a mapping."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
-
-    def of(self, *names: str) -> int | None:
-        for name in names:
-            value = self._values.get(name)
-            if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-                return value
-        return None
+def _first_count(values: Mapping[str, Any], *names: str) -> int | None:
+    found = (token_count(values.get(name)) for name in names)
+    return next((count for count in found if count is not None), None)
 
 
 def _dumped(document: Mapping[str, Any], *, ascii_only: bool = False) -> bytes:

@@ -25,6 +25,7 @@ from engine.runtimes.remote.breaker import (
     Breaker,
     BreakerState,
 )
+from engine.runtimes.remote.counts import dollars, token_count
 from engine.runtimes.remote.latency import LEAST_SAMPLES, Latency
 from engine.runtimes.remote.rate_limits import MOST_BELIEVED_S, RateLimits, retry_after_s
 from engine.runtimes.remote.secret import Secret
@@ -315,6 +316,16 @@ class TestEvents:
     def test_other_data_leave_the_other_lines(self) -> None:
         (event,) = EventReader().feed(b"event: a\ndata: 1\ndata: 2\nid: 3\n\n")
         assert event.text("new") == "event: a\ndata: new\nid: 3\n\n"
+
+
+@pytest.mark.parametrize("value", [-1, True, 1.5, "3", None, 10**23, float("nan")])
+def test_what_is_no_count_of_tokens(value: object) -> None:
+    assert token_count(value) is None
+
+
+@pytest.mark.parametrize("value", [-0.1, True, "3", None, 1e300, float("nan"), float("inf")])
+def test_what_is_no_price(value: object) -> None:
+    assert dollars(value) is None
 
 
 class TestWav:

@@ -88,6 +88,36 @@ async def test_a_whole_answer(
     assert (counted.input_tokens, counted.cached_tokens, counted.output_tokens) == (10, 6, 4)
 
 
+@pytest.mark.parametrize(
+    "counts",
+    [
+        None,
+        "many",
+        {},
+        {"prompt_tokens": -9, "completion_tokens": -9, "cost": -1},
+        {"prompt_tokens": 10**23, "completion_tokens": 10**23, "cost": 1e300},
+        {"prompt_tokens": "9", "completion_tokens": 1e5, "cost": float("nan")},
+    ],
+)
+async def test_a_whole_answer_without_usable_counts_is_estimated(world: World, counts: Any) -> None:
+    written = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "a" * 400}}]}
+    world.upstream.usual = answers({**written, "usage": counts})
+    await world.run(chat())
+    usage = world.usage
+    assert 5 < usage.input_tokens < 100 and 100 <= usage.output_tokens < 150
+    assert usage.price is None
+
+
+async def test_a_whole_answer_may_have_no_output(world: World) -> None:
+    given = {"prompt_tokens": 10, "completion_tokens": 0}
+    details = {"prompt_tokens_details": {"cached_tokens": 99}}
+    choice = {"index": 0, "message": {"role": "assistant", "content": "a" * 400}}
+    world.upstream.usual = answers({"choices": [choice], "usage": given | details})
+    await world.run(chat())
+    usage = world.usage
+    assert (usage.input_tokens, usage.cached_tokens, usage.output_tokens) == (10, 10, 0)
+
+
 async def test_embeddings(world: World) -> None:
     world.upstream.usual = answers({"data": [], "model": "x", "usage": {"prompt_tokens": 7}})
     await world.run(text(TextOperation.EMBEDDINGS, input="a"), task="embed")
