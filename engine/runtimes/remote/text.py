@@ -145,7 +145,7 @@ async def run_text(
         EngineError: see `Provider.answer`. A stream that breaks off raises `ProviderFailed`.
 
     """
-    reading = _Reading(provider.name, request, call, usage)
+    reading = _Reading(provider.name, target, request, call, usage)
     sent = Call(
         target=target,
         path=call.path,
@@ -169,9 +169,12 @@ async def run_text(
 class _Reading:
     """Reads the answer to one request."""
 
-    def __init__(self, provider: str, request: TextRequest, call: TextCall, usage: Usage) -> None:
+    def __init__(
+        self, provider: str, target: Target, request: TextRequest, call: TextCall, usage: Usage
+    ) -> None:
         self.document: bytes | None = None
         self._provider = provider
+        self._target = target
         self._operation = request.operation
         self._model = request.model
         self._call = call
@@ -201,7 +204,7 @@ class _Reading:
             self._count(document.get("usage"))
             self._estimate(document)
             self._rename(document)
-            self.document = _dumped(document)
+            self.document = self._target.hide_in_answer(_dumped(document).decode()).encode()
             return
         while not self._first and not self._done:
             chunk = await reply.next()
@@ -251,7 +254,7 @@ class _Reading:
         if self._done:
             return
         if data is None:
-            self._first.append(event.text())
+            self._first.append(self._target.hide_in_answer(event.text()))
             return
         if data.strip() == DONE:
             self._done = True
@@ -270,7 +273,7 @@ class _Reading:
         changed = self._follow(document)
         # What came in escapes stays so: some readers take U+2028 for the end of a line.
         written = _dumped(document, ascii_only=data.isascii()).decode() if changed else None
-        self._first.append(event.text(written))
+        self._first.append(self._target.hide_in_answer(event.text(written)))
 
     def _is_extra(self, document: Mapping[str, Any]) -> bool:
         """Whether it is the chunk of token counts that only we asked for."""

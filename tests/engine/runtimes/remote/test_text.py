@@ -156,6 +156,25 @@ async def test_a_streamed_chat(world: World, asks: bool) -> None:
     assert usage.price == 0.25
 
 
+async def test_an_answer_does_not_show_the_key(world: World) -> None:
+    said = {"choices": [{"delta": {"content": f"you sent {KEY}."}, "finish_reason": "stop"}]}
+    world.upstream.usual = answers(said)
+    (document,) = await world.run(chat())
+    assert isinstance(document, Document)
+    world.upstream.usual = streams(f": {KEY}\n\n", *sse(said), f": {KEY}\n\n")
+    frames = [each for each in await world.run(chat(stream=True)) if isinstance(each, Frame)]
+    texts = [document.body.decode(), *(each.data for each in frames)]
+    assert len(texts) > 2 and "you sent [key]." in texts[0] and "you sent [key]." in texts[1]
+    assert not any(KEY in each for each in texts)
+
+
+async def test_a_word_that_stands_for_a_key_stays_in_answers(world: World) -> None:
+    world.upstream.usual = answers({"choices": [{"message": {"content": "ask ollama"}}]})
+    site = "https://site.example.com/"
+    (document,) = await world.run(chat(), api_key="ollama", headers={"http-referer": site})
+    assert isinstance(document, Document) and b"ask ollama" in document.body
+
+
 async def test_usage_is_not_asked_for_where_the_provider_refuses_it(world: World) -> None:
     world.upstream.usual = streams(*sse({"choices": [{"finish_reason": "stop"}]}))
     await world.run(chat(stream=True), stream_usage=False)
