@@ -155,6 +155,7 @@ async def run_text(
         json=call.body,
         anthropic=request.operation in ANTHROPIC,
         tokens=call.tokens,
+        on_left=reading.count_prompt,
     )
     async with await provider.answer(sent, reading.begin) as answer:
         if reading.document is None:
@@ -216,7 +217,7 @@ class _Reading:
                 break
         if not self._first:
             raise garbage(self._provider, "a stream without an event")
-        self._usage.input_tokens = self._usage.input_tokens or self._call.input_tokens
+        self.count_prompt()
 
     async def frames(self, answer: Answer[None]) -> AsyncGenerator[str, None]:
         """The texts of all events, from the first on."""
@@ -322,10 +323,14 @@ class _Reading:
         if isinstance(error, Mapping) and error and document.get("object") != "response":
             raise of_event(self._provider, error)
 
-    def _estimate(self, document: Mapping[str, Any]) -> None:
-        """Count about what a whole answer took, where the provider did not."""
+    def count_prompt(self) -> None:
+        """Count about what the prompt takes, unless the provider did."""
         if self._operation in STREAMING | EMBEDS:
             self._usage.input_tokens = self._usage.input_tokens or self._call.input_tokens
+
+    def _estimate(self, document: Mapping[str, Any]) -> None:
+        """Count about what a whole answer took, where the provider did not."""
+        self.count_prompt()
         if self._operation in STREAMING and not (self._counted or self._usage.output_tokens):
             answer = {name: document[name] for name in ANSWERS if document.get(name)}
             self._usage.output_tokens = len(_dumped(answer)) // CHARS_PER_TOKEN if answer else 0
