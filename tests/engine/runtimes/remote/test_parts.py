@@ -265,8 +265,9 @@ class TestAddress:
         ],
     )
     def test_what_is_none_is_refused(self, source: str) -> None:
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError) as raised:
             Address.of(source)
+        assert "; " not in str(raised.value), "the configuration's errors are cut there"
 
     @pytest.mark.parametrize(
         "address",
