@@ -272,9 +272,10 @@ class EngineConfig(Section):
                     )
                 owner[name] = model.id
         for route in self.routes:
-            if route.id in owner:
-                raise ValueError(f"routes: the name {route.id!r} is taken by {owner[route.id]!r}")
-            owner[route.id] = route.id
+            for name in route.names:
+                if name in owner:
+                    raise ValueError(f"routes: the name {name!r} is taken by {owner[name]!r}")
+                owner[name] = route.id
         models = {name for model in self.models for name in model.names}
         for model in self.models:
             _check_known(f"models: fallbacks of {model.id!r}", model.fallbacks, models)

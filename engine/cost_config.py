@@ -14,12 +14,12 @@ from engine.section import Section
 class CostConfig(Section):
     """What this machine costs, and what its answers are compared with. Money is in dollars."""
 
-    price_per_hour: float = Field(default=0.0, ge=0)
+    price_per_hour: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """The rent of this machine."""
-    watts: float = Field(default=0.0, ge=0)
+    watts: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """The power that it takes beyond idling while a model runs."""
-    price_per_kwh: float = Field(default=0.0, ge=0)
-    value_of_time: float = Field(default=1.0, ge=0)
+    price_per_kwh: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    value_of_time: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Dollars an hour of waiting is worth, for routes."""
     compare: Mapping[str, str] = Field(default_factory=dict)
     """The cloud's model that a task would have been paid for otherwise, as `generate: gpt-4o`."""
@@ -32,9 +32,9 @@ class BudgetConfig(Section):
     """The name of a key. Neither a key nor a provider: all of them together."""
     provider: str | None = None
     """A provider of remote models."""
-    day: float | None = Field(default=None, ge=0)
+    day: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Dollars a day."""
-    month: float | None = Field(default=None, ge=0)
+    month: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Dollars a calendar month."""
     when_spent: Literal["refuse", "free"] = "refuse"
     """`refuse` answers 429; `free` passes to models that cost nothing, if there are any."""

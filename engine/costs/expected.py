@@ -28,6 +28,8 @@ MOST_ATTACHED_TOKENS = 16_384
 _ATTACHED = ("data:image/", "data:audio/", "data:video/")
 _ADDRESSES = frozenset({"image_url", "input_audio", "audio_url", "video_url", "source"})
 """The fields of a part whose content is elsewhere, or in base64 below `data`."""
+_CONTENTS = _ADDRESSES | {"url", "file_data", "data"}
+"""The fields that may be a `data:` URL. A text that begins as one is read as a text."""
 _FORMATS = frozenset({"format", "media_type"})
 """Beside `data` one of them says that it is base64."""
 
@@ -206,20 +208,26 @@ def _prompt_bytes(body: Mapping[str, Any]) -> int:
         part = todo.pop()
         match part:
             case str():
-                nbytes = len(part) if part.isascii() else len(part.encode(errors="replace"))
-                found += min(nbytes, MOST_ATTACHED_TOKENS) if part.startswith(_ATTACHED) else nbytes
+                found += len(part) if part.isascii() else len(part.encode(errors="replace"))
             case Mapping():
                 found += _NODE_TOKENS + sum(map(len, filter(_is_text, part)))
                 for name, value in part.items():
                     if name in _ADDRESSES:
                         found += MOST_ATTACHED_TOKENS  # an address is short, its image is not
-                    if not (name == "data" and not part.keys().isdisjoint(_FORMATS)):
+                    coded = name == "data" and not part.keys().isdisjoint(_FORMATS)
+                    if isinstance(value, str) and (coded or _is_attached(name, value)):
+                        found += min(len(value), MOST_ATTACHED_TOKENS)
+                    else:
                         todo.append(value)
             case list() | tuple():
                 todo += part
             case _:
                 found += 1  # a token by its number, or a setting
     return found
+
+
+def _is_attached(name: str, value: str) -> bool:
+    return name in _CONTENTS and value.startswith(_ATTACHED)
 
 
 def _is_text(value: object) -> bool:

@@ -26,7 +26,7 @@ from engine.usage import Usage
 log = logging.getLogger(__name__)
 
 MILLION = 1e6
-UNITS = ("input", "output", "cached_input", "image", "second", "character")
+UNITS = ("input", "output", "cached_input", "image", "second", "character", "request")
 """The keys of the option `price`."""
 
 MEDIA_PRICES = Path(__file__).with_name("media_prices.json")
@@ -66,6 +66,8 @@ class Rates:
     """A second of a recording, of speech, or of a video."""
     character: float = 0.0
     """A million characters of a text that is spoken."""
+    request: float = 0.0
+    """A request, whatever it is."""
     context: int | None = None
 
     @classmethod
@@ -100,8 +102,10 @@ class Rates:
         cached = min(usage.cached_tokens, usage.input_tokens)
         cached_rate = self.input if self.cached_input is None else self.cached_input
         seconds = usage.heard_s + usage.spoken_s + usage.video_s
+        texts = usage.input_tokens + usage.output_tokens + usage.characters
         return (
-            (usage.input_tokens - cached) * self.input / MILLION
+            (self.request if texts or usage.images or seconds else 0.0)  # else it never ran
+            + (usage.input_tokens - cached) * self.input / MILLION
             + cached * cached_rate / MILLION
             + usage.output_tokens * self.output / MILLION
             + usage.characters * self.character / MILLION

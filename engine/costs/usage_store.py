@@ -8,6 +8,7 @@ the counts stay in memory, and no request fails.
 from __future__ import annotations
 
 import logging
+import math
 import sqlite3
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,9 @@ SCHEMA_VERSION = 1
 
 KEPT_DAYS = 400
 """Older days are folded into their months."""
+
+MOST = 10**12
+"""Of a count of one request. SQLite refuses sums beyond 2**63."""
 
 WRITE_EVERY_S = 0.4
 RETRY_S = 5.0
@@ -139,6 +143,7 @@ class UsageStore:
 
     def add(self, row: Row, counts: Counts) -> None:
         """Count. It is on disk within a second."""
+        counts = tuple(map(_bounded, counts))
         with self._counting:
             known = self._pending.get(row)
             self._pending[row] = counts if known is None else _sum(known, counts)
@@ -300,6 +305,11 @@ def _values(batch: Mapping[Row, Counts]) -> Iterable[tuple[object, ...]]:
     for row, counts in batch.items():
         whole = tuple(round(count) for count in counts[: len(_WHOLE)])
         yield (row.day, row.key, row.model, row.provider, *whole, *counts[len(_WHOLE) :])
+
+
+def _bounded(count: float) -> float:
+    """A number that the file can add up. One that it refuses would stop all later ones as well."""
+    return 0.0 if math.isnan(count) else min(max(count, -MOST), MOST)
 
 
 def _sum(one: Counts, other: Counts) -> Counts:

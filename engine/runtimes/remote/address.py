@@ -36,12 +36,12 @@ class Address:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("it is the provider's base URL, as https://api.example.com/v1")
         if parts.username is not None or parts.password is not None:
-            raise ValueError("it has no user and no password; the key is options.api_key")
+            raise ValueError("it has no user and no password, the key is options.api_key")
         if parts.fragment:
             raise ValueError("it has no fragment")
         names = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
         if names - QUERY:
-            raise ValueError("its query may hold api-version only; the key is options.api_key")
+            raise ValueError("its query may hold api-version only, the key is options.api_key")
         _ = parts.port  # a wrong one is a ValueError
         return cls(parts.scheme, parts.hostname, parts.netloc, parts.path.rstrip("/"), parts.query)
 

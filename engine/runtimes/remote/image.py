@@ -18,6 +18,7 @@ from engine.config import ModelConfig
 from engine.errors import InvalidRequest
 from engine.events import Event, ImageResult
 from engine.requests import ImageOperation, ImageRequest, Quality
+from engine.runtimes.remote.counts import token_count
 from engine.runtimes.remote.failures import garbage
 from engine.runtimes.remote.fields import extra_fields
 from engine.runtimes.remote.options import RemoteOptions
@@ -143,8 +144,7 @@ async def run_image(
 def _count_tokens(counts: Any, usage: Usage) -> None:
     if isinstance(counts, Mapping):
         for name in ("input_tokens", "output_tokens"):
-            if isinstance(counts.get(name), int):
-                setattr(usage, name, counts[name])
+            setattr(usage, name, token_count(counts.get(name)) or 0)
 
 
 def _files(call: ImageCall, operation: ImageOperation) -> list[tuple[str, tuple[str, bytes, str]]]:

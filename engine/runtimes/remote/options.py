@@ -18,19 +18,19 @@ Api: TypeAlias = Literal[
 class Price(Section):
     """What a provider takes, in dollars."""
 
-    input: float = Field(default=0.0, ge=0)
+    input: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """A million input tokens."""
-    output: float = Field(default=0.0, ge=0)
+    output: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """A million output tokens."""
-    cached_input: float | None = Field(default=None, ge=0)
+    cached_input: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """A million input tokens that the provider had in its cache; None: as any other."""
-    image: float = Field(default=0.0, ge=0)
+    image: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """An image."""
-    second: float = Field(default=0.0, ge=0)
+    second: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """A second of audio that was heard, or of video that was made."""
-    character: float = Field(default=0.0, ge=0)
+    character: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """A million characters that were spoken."""
-    request: float = Field(default=0.0, ge=0)
+    request: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """A request, whatever it is."""
 
 

@@ -64,6 +64,8 @@ class Call:
     anthropic: bool = False
     tokens: int = 0
     """What it will probably take of the limits."""
+    on_left: Callable[[], None] | None = None
+    """Told if the caller leaves while the provider works on its answer, and will bill it."""
 
     @property
     def is_foreign(self) -> bool:
@@ -216,8 +218,10 @@ class Provider:
                     passage.failed()
                 if not await self._may_try_again(call, failure, turn):
                     raise self._told(call, failure) from failure.__cause__
-            except BaseException:
+            except BaseException as error:
                 passage.abandoned()
+                if call.on_left is not None and isinstance(error, asyncio.CancelledError):
+                    call.on_left()
                 raise
 
     async def _attempt(

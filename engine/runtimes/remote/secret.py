@@ -15,6 +15,9 @@ ENV, FILE = "env:", "file:"
 LEAST_CHARS = 6
 """A shorter value is no secret, and words of messages would be hidden with it."""
 
+LEAST_CHARS_IN_ANSWERS = 16
+"""The same of answers, which nothing else may change. Words such as `ollama` stand for no key."""
+
 HIDDEN = "[key]"
 
 _FITS_A_HEADER = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
@@ -83,9 +86,9 @@ class Secret:
                 raise LoadFailed(f"{self.where} cannot be read: {error.strerror}") from error
         return self._value
 
-    def hide(self, text: str) -> str:
-        """The text without any value that was read so far."""
+    def hide(self, text: str, least_chars: int = LEAST_CHARS) -> str:
+        """The text without any value that was read so far and has so many characters."""
         for value in self._shown:
-            if len(value) >= LEAST_CHARS:
+            if len(value) >= least_chars:
                 text = text.replace(value, HIDDEN)
         return text

@@ -34,18 +34,22 @@ class ServerEvent:
 
 
 class EventReader:
-    """Makes events of bytes."""
+    """Makes events of bytes. Each is looked at once, however many pieces a long event comes in."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
-        self._text = ""
-        self._looked = 0
-        """Up to here there is no empty line."""
+        self._lines: list[str] = []
+        """Of the event that is not complete."""
+        self._pieces: list[str] = []
+        """Of the line that is not complete."""
+        self._held = 0
+        self._ended_with_cr = False
+        """The LF of a CR LF may be in the next chunk."""
 
     @property
     def held_chars(self) -> int:
         """Characters of an event that is not complete."""
-        return len(self._text)
+        return self._held
 
     def feed(self, chunk: bytes) -> list[ServerEvent]:
         """The events that these bytes complete."""
@@ -53,26 +57,30 @@ class EventReader:
 
     def end(self) -> list[ServerEvent]:
         """What is left when the stream ends: some providers forget the last empty line."""
-        rest = self._take(self._decoder.decode(b"", final=True) + "\n\n")
-        self._text = ""
-        return rest
+        return self._take(self._decoder.decode(b"", final=True) + "\n\n")
 
     def _take(self, text: str) -> list[ServerEvent]:
-        text = self._text + text
-        # The LF of a CR LF may be in the next chunk.
-        held = "\r" if text.endswith("\r") else ""
-        text = text[: len(text) - len(held)]
+        if not text:
+            return []
+        if self._ended_with_cr:
+            text = text.removeprefix("\n")
+        self._ended_with_cr = text.endswith("\r")
         if "\r" in text:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
-            self._looked = 0
+        self._held += len(text)
         events = []
         begin = 0
-        while (end := text.find("\n\n", max(begin, self._looked))) >= 0:
-            lines = tuple(line for line in text[begin:end].split("\n") if line)
-            if lines:
-                events.append(ServerEvent(lines))
-            begin = end + 2
-            self._looked = 0
-        self._text = text[begin:] + held
-        self._looked = max(0, len(self._text) - 2)
+        while (end := text.find("\n", begin)) >= 0:
+            line = "".join((*self._pieces, text[begin:end]))
+            self._pieces.clear()
+            begin = end + 1
+            if line:
+                self._lines.append(line)
+                continue
+            if self._lines:
+                events.append(ServerEvent(tuple(self._lines)))
+                self._lines.clear()
+            self._held = len(text) - begin
+        if begin < len(text):
+            self._pieces.append(text[begin:])
         return events

@@ -11,7 +11,7 @@ from engine.runtimes.remote.address import Address
 from engine.runtimes.remote.latency import Latency
 from engine.runtimes.remote.options import RemoteOptions
 from engine.runtimes.remote.rate_limits import RateLimits
-from engine.runtimes.remote.secret import Secret
+from engine.runtimes.remote.secret import LEAST_CHARS_IN_ANSWERS, Secret
 
 ANTHROPIC_VERSION = "2023-06-01"
 
@@ -59,6 +59,10 @@ class Target:
         for secret in (*self._headers.values(), *([self._key] if self._key else [])):
             text = secret.hide(text)
         return text
+
+    def hide_in_answer(self, text: str) -> str:
+        """The text of an answer without our key. Other headers are no secrets by themselves."""
+        return text if self._key is None else self._key.hide(text, LEAST_CHARS_IN_ANSWERS)
 
     def is_own(self, host: str | None) -> bool:
         """Whether a host is the provider's own."""

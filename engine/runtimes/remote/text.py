@@ -14,6 +14,7 @@ from engine.config import ModelConfig
 from engine.errors import InvalidRequest
 from engine.events import Document, Event, Frame
 from engine.requests import TextOperation, TextRequest
+from engine.runtimes.remote.counts import dollars, token_count
 from engine.runtimes.remote.failures import garbage, of_event
 from engine.runtimes.remote.options import Api, RemoteOptions
 from engine.runtimes.remote.provider import Answer, Call, Provider
@@ -39,6 +40,9 @@ ANTHROPIC = frozenset({TextOperation.MESSAGES, TextOperation.COUNT_TOKENS})
 CHUNKED = frozenset({TextOperation.CHAT, TextOperation.COMPLETION})
 """Their streams end with `[DONE]`, and count tokens only if they are asked to."""
 STREAMING = CHUNKED | {TextOperation.RESPONSES, TextOperation.MESSAGES}
+
+ANSWERS = ("choices", "output", "content")
+"""Where a whole answer has what was written."""
 
 LAST_TYPES = frozenset(
     {
@@ -141,7 +145,7 @@ async def run_text(
         EngineError: see `Provider.answer`. A stream that breaks off raises `ProviderFailed`.
 
     """
-    reading = _Reading(provider.name, request, call, usage)
+    reading = _Reading(provider.name, target, request, call, usage)
     sent = Call(
         target=target,
         path=call.path,
@@ -151,6 +155,7 @@ async def run_text(
         json=call.body,
         anthropic=request.operation in ANTHROPIC,
         tokens=call.tokens,
+        on_left=reading.count_prompt,
     )
     async with await provider.answer(sent, reading.begin) as answer:
         if reading.document is None:
@@ -165,9 +170,12 @@ async def run_text(
 class _Reading:
     """Reads the answer to one request."""
 
-    def __init__(self, provider: str, request: TextRequest, call: TextCall, usage: Usage) -> None:
+    def __init__(
+        self, provider: str, target: Target, request: TextRequest, call: TextCall, usage: Usage
+    ) -> None:
         self.document: bytes | None = None
         self._provider = provider
+        self._target = target
         self._operation = request.operation
         self._model = request.model
         self._call = call
@@ -195,8 +203,9 @@ class _Reading:
             document = await reply.document()
             self._check(document)
             self._count(document.get("usage"))
+            self._estimate(document)
             self._rename(document)
-            self.document = _dumped(document)
+            self.document = self._target.hide_in_answer(_dumped(document).decode()).encode()
             return
         while not self._first and not self._done:
             chunk = await reply.next()
@@ -208,7 +217,7 @@ class _Reading:
                 break
         if not self._first:
             raise garbage(self._provider, "a stream without an event")
-        self._usage.input_tokens = self._usage.input_tokens or self._call.input_tokens
+        self.count_prompt()
 
     async def frames(self, answer: Answer[None]) -> AsyncGenerator[str, None]:
         """The texts of all events, from the first on."""
@@ -246,7 +255,7 @@ class _Reading:
         if self._done:
             return
         if data is None:
-            self._first.append(event.text())
+            self._first.append(self._target.hide_in_answer(event.text()))
             return
         if data.strip() == DONE:
             self._done = True
@@ -265,7 +274,7 @@ class _Reading:
         changed = self._follow(document)
         # What came in escapes stays so: some readers take U+2028 for the end of a line.
         written = _dumped(document, ascii_only=data.isascii()).decode() if changed else None
-        self._first.append(event.text(written))
+        self._first.append(self._target.hide_in_answer(event.text(written)))
 
     def _is_extra(self, document: Mapping[str, Any]) -> bool:
         """Whether it is the chunk of token counts that only we asked for."""
@@ -314,45 +323,48 @@ class _Reading:
         if isinstance(error, Mapping) and error and document.get("object") != "response":
             raise of_event(self._provider, error)
 
+    def count_prompt(self) -> None:
+        """Count about what the prompt takes, unless the provider did."""
+        if self._operation in STREAMING | EMBEDS:
+            self._usage.input_tokens = self._usage.input_tokens or self._call.input_tokens
+
+    def _estimate(self, document: Mapping[str, Any]) -> None:
+        """Count about what a whole answer took, where the provider did not."""
+        self.count_prompt()
+        if self._operation in STREAMING and not (self._counted or self._usage.output_tokens):
+            answer = {name: document[name] for name in ANSWERS if document.get(name)}
+            self._usage.output_tokens = len(_dumped(answer)) // CHARS_PER_TOKEN if answer else 0
+
     def _count(self, usage: Any) -> None:
         """Take the counts of a provider. They are those of the whole request so far."""
         if not isinstance(usage, Mapping):
             return
-        count = _Counts(usage)
-        cached = count.of("cache_read_input_tokens")
-        written = count.of("cache_creation_input_tokens")
-        given = count.of("prompt_tokens", "input_tokens")
+        cached = token_count(usage.get("cache_read_input_tokens"))
+        written = token_count(usage.get("cache_creation_input_tokens"))
+        given = _first_count(usage, "prompt_tokens", "input_tokens")
         if given is not None:
             # Anthropic counts what came from its cache, or went there, beside the rest.
             self._usage.input_tokens = given + (cached or 0) + (written or 0)
         details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
         if isinstance(details, Mapping):
-            cached = _Counts(details).of("cached_tokens")
+            cached = token_count(details.get("cached_tokens"))
         if cached is not None:
-            self._usage.cached_tokens = cached
-        output = count.of("completion_tokens", "output_tokens")
+            most = cached if given is None else self._usage.input_tokens
+            self._usage.cached_tokens = min(cached, most)
+        output = _first_count(usage, "completion_tokens", "output_tokens")
         if output is not None:
             self._usage.output_tokens = output
             # The first event of a message counts its output as well, though there is none yet.
             self._counted = self._operation is not TextOperation.MESSAGES or output > 1
         for name in ("cost", "estimated_cost"):  # OpenRouter's and DeepInfra's, in dollars
-            price = usage.get(name)
-            if isinstance(price, int | float) and not isinstance(price, bool) and price >= 0:
-                self._usage.price = float(price)
+            price = dollars(usage.get(name))
+            if price is not None:
+                self._usage.price = price
 
 
-class _Counts:
-    """The whole numbers of a mapping."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
-
-    def of(self, *names: str) -> int | None:
-        for name in names:
-            value = self._values.get(name)
-            if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-                return value
-        return None
+def _first_count(values: Mapping[str, Any], *names: str) -> int | None:
+    found = (token_count(values.get(name)) for name in names)
+    return next((count for count in found if count is not None), None)
 
 
 def _dumped(document: Mapping[str, Any], *, ascii_only: bool = False) -> bytes:

@@ -13,6 +13,7 @@ from engine.config import ModelConfig
 from engine.errors import InvalidRequest
 from engine.events import Event, Heard, Segment, Word
 from engine.requests import TranscriptionOperation, TranscriptionRequest
+from engine.runtimes.remote.counts import MOST_SECONDS, token_count
 from engine.runtimes.remote.failures import garbage
 from engine.runtimes.remote.fields import extra_fields
 from engine.runtimes.remote.options import RemoteOptions
@@ -116,8 +117,8 @@ async def run_transcription(
     usage.heard_s = duration_s
     counts = document.get("usage")
     if isinstance(counts, Mapping):
-        usage.input_tokens = _whole(counts.get("input_tokens"))
-        usage.output_tokens = _whole(counts.get("output_tokens"))
+        usage.input_tokens = token_count(counts.get("input_tokens")) or 0
+        usage.output_tokens = token_count(counts.get("output_tokens")) or 0
     language = document.get("language")
     if not isinstance(language, str) or not language:
         language = request.language or "unknown"
@@ -152,7 +153,7 @@ def _duration_s(document: Mapping[str, Any]) -> float | None:
     seconds = counts.get("seconds") if isinstance(counts, Mapping) else None
     for value in (document.get("duration"), seconds):
         number = _number(value, -1.0)
-        if number >= 0:
+        if 0 <= number <= MOST_SECONDS:
             return number
     return None
 

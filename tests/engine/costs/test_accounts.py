@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from engine.caller import Caller
 from engine.config import EngineConfig, ModelConfig
@@ -413,3 +414,9 @@ async def test_a_webhook_that_nobody_answers_holds_nothing_up(tmp_path: Path, no
         for _ in range(200):
             spend(accounts, 0.9)
             now.at += 24 * HOUR_S
+
+
+@pytest.mark.parametrize("name", ["day", "month"])
+def test_no_budget_is_infinite(name: str) -> None:
+    with pytest.raises(ValidationError, match="finite"):
+        BudgetConfig.model_validate({name: float("inf")})

@@ -89,6 +89,19 @@ def test_what_is_attached_counts_as_tokens_not_as_base64(part: dict[str, Any]) -
     assert MOST_ATTACHED_TOKENS <= tokens <= 3 * MOST_ATTACHED_TOKENS
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        message(f"data:image/png;base64,{BASE64}"),
+        message([{"type": "text", "text": f"data:audio/wav {BASE64}"}]),
+        {"prompt": f"data:image/ {BASE64}"},
+        {"tools": [{"parameters": {"data": {"description": BASE64}, "format": {}}}]},
+    ],
+)
+def test_a_text_that_looks_attached_counts_as_a_text(body: dict[str, Any]) -> None:
+    assert most(text(**body), None).input_tokens >= len(BASE64)
+
+
 def test_a_deep_body_is_no_trouble() -> None:
     deep: Any = "x"
     for _ in range(5000):

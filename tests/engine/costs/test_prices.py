@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from engine.config import EngineConfig, ModelConfig
-from engine.costs.prices import MEDIA_PRICES, Prices, Rates, machine_rate, token_price
+from engine.costs.prices import MEDIA_PRICES, UNITS, Prices, Rates, machine_rate, token_price
 from engine.errors import ConfigError
+from engine.runtimes.remote.options import Price
 from engine.usage import Usage
 
 OPENAI = "https://api.openai.com/v1"
@@ -54,10 +55,17 @@ def test_cached_input_costs_as_other_input_if_nothing_is_said() -> None:
         ({"second": 0.1}, Usage(video_s=5.0), 0.5),
         ({"second": 0.01}, Usage(spoken_s=2.0), 0.02),
         ({"character": 15.0}, Usage(characters=100_000), 1.5),
+        ({"request": 0.01, "input": 1.0}, Usage(input_tokens=1_000_000), 1.01),
+        ({"request": 0.01}, Usage(images=2), 0.01),
+        ({"request": 0.01}, Usage(), 0.0),  # it never ran
     ],
 )
 def test_every_unit_has_its_price(price: dict[str, float], usage: Usage, dollars: float) -> None:
     assert cost(usage, remote(price=price)) == pytest.approx(dollars)
+
+
+def test_every_key_of_the_option_is_known() -> None:
+    assert set(UNITS) == set(Price.model_fields)
 
 
 def test_an_empty_option_is_free_and_an_unknown_model_is_not() -> None:

@@ -66,6 +66,18 @@ def on_disk(folder: Path) -> float:
     return float(cost)
 
 
+@pytest.mark.parametrize("wild", [10.0**30, float("inf"), float("nan"), -float("inf")])
+def test_a_wild_number_stops_no_other(tmp_path: Path, wild: float) -> None:
+    with opened(tmp_path) as store:
+        for _ in range(2):
+            store.add(row(model="wild"), tuple(wild for _ in COUNTS))
+            assert store.report(("model",), None, None, None)
+        store.add(row(), counts(cost=3.0))
+        wait_for(lambda: on_disk(tmp_path) != 0)
+        assert costs(store, "model")["m",] == 3.0
+        assert store.spending("2026-03-05")
+
+
 def test_counts_are_grouped_and_filtered(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         store.add(row(), counts(cost=1.0))

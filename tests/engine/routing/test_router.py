@@ -39,7 +39,7 @@ class World:
     def router(self, **route: Any) -> Router:
         models = [
             {"id": "small", "source": "none", "quality": 0.3},
-            {"id": "large", "source": "none", "quality": 0.6, "aliases": ["big"]},
+            {"id": "large", "source": "none", "quality": 0.6, "aliases": ["big", "taken:best"]},
             {"id": "cloud", "source": "none", "quality": 0.9},
         ]
         raw = {
@@ -160,6 +160,7 @@ def test_a_model_is_looked_at_once_under_all_its_names() -> None:
     ("route", "told"),
     [
         ({"id": "small"}, "routes: the name 'small' is taken by 'small'"),
+        ({"id": "taken"}, "routes: the name 'taken:best' is taken by 'large'"),
         ({"choose": ["nobody"]}, "routes: choose of 'auto': no model has the name 'nobody'"),
         ({"choose": []}, "routes[0].choose"),
         ({"prefer": "luck"}, "routes[0].prefer"),

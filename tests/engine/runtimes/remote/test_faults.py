@@ -362,6 +362,7 @@ async def test_cancelling_before_the_answer_closes_the_connection(world: World) 
     with pytest.raises(asyncio.CancelledError):
         await task
     assert world.provider.breaker.error_rate is None
+    assert world.usage.input_tokens > 5, "the provider bills the prompt"
 
 
 async def test_a_connection_is_kept(world: World) -> None:

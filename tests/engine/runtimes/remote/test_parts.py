@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import struct
+import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -25,6 +26,7 @@ from engine.runtimes.remote.breaker import (
     Breaker,
     BreakerState,
 )
+from engine.runtimes.remote.counts import dollars, token_count
 from engine.runtimes.remote.latency import LEAST_SAMPLES, Latency
 from engine.runtimes.remote.rate_limits import MOST_BELIEVED_S, RateLimits, retry_after_s
 from engine.runtimes.remote.secret import Secret
@@ -263,8 +265,9 @@ class TestAddress:
         ],
     )
     def test_what_is_none_is_refused(self, source: str) -> None:
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError) as raised:
             Address.of(source)
+        assert "; " not in str(raised.value), "the configuration's errors are cut there"
 
     @pytest.mark.parametrize(
         "address",
@@ -312,9 +315,31 @@ class TestEvents:
         chunks = [raw[begin:end] for begin, end in itertools.pairwise(places)]
         assert tuple(self.read(*chunks)) == self.WHOLE
 
+    @pytest.mark.parametrize("piece", [b"x" * 2**14, b"data: x\n" * 2**11])
+    def test_a_long_event_takes_no_longer_for_its_pieces(self, piece: bytes) -> None:
+        reader = EventReader()
+        began = time.process_time()
+        reader.feed(b"data: ")
+        for _ in range(2**12):
+            assert not reader.feed(piece)
+        assert reader.held_chars == 6 + len(piece) * 2**12
+        (event,) = reader.feed(b"\n\ndata: y\n")
+        assert len(event.data or "") > 2**20 and reader.held_chars == 8
+        assert time.process_time() - began < 15  # it was minutes when each piece cost all before
+
     def test_other_data_leave_the_other_lines(self) -> None:
         (event,) = EventReader().feed(b"event: a\ndata: 1\ndata: 2\nid: 3\n\n")
         assert event.text("new") == "event: a\ndata: new\nid: 3\n\n"
+
+
+@pytest.mark.parametrize("value", [-1, True, 1.5, "3", None, 10**23, float("nan")])
+def test_what_is_no_count_of_tokens(value: object) -> None:
+    assert token_count(value) is None
+
+
+@pytest.mark.parametrize("value", [-0.1, True, "3", None, 1e300, float("nan"), float("inf")])
+def test_what_is_no_price(value: object) -> None:
+    assert dollars(value) is None
 
 
 class TestWav:

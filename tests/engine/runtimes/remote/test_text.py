@@ -88,6 +88,36 @@ async def test_a_whole_answer(
     assert (counted.input_tokens, counted.cached_tokens, counted.output_tokens) == (10, 6, 4)
 
 
+@pytest.mark.parametrize(
+    "counts",
+    [
+        None,
+        "many",
+        {},
+        {"prompt_tokens": -9, "completion_tokens": -9, "cost": -1},
+        {"prompt_tokens": 10**23, "completion_tokens": 10**23, "cost": 1e300},
+        {"prompt_tokens": "9", "completion_tokens": 1e5, "cost": float("nan")},
+    ],
+)
+async def test_a_whole_answer_without_usable_counts_is_estimated(world: World, counts: Any) -> None:
+    written = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "a" * 400}}]}
+    world.upstream.usual = answers({**written, "usage": counts})
+    await world.run(chat())
+    usage = world.usage
+    assert 5 < usage.input_tokens < 100 and 100 <= usage.output_tokens < 150
+    assert usage.price is None
+
+
+async def test_a_whole_answer_may_have_no_output(world: World) -> None:
+    given = {"prompt_tokens": 10, "completion_tokens": 0}
+    details = {"prompt_tokens_details": {"cached_tokens": 99}}
+    choice = {"index": 0, "message": {"role": "assistant", "content": "a" * 400}}
+    world.upstream.usual = answers({"choices": [choice], "usage": given | details})
+    await world.run(chat())
+    usage = world.usage
+    assert (usage.input_tokens, usage.cached_tokens, usage.output_tokens) == (10, 10, 0)
+
+
 async def test_embeddings(world: World) -> None:
     world.upstream.usual = answers({"data": [], "model": "x", "usage": {"prompt_tokens": 7}})
     await world.run(text(TextOperation.EMBEDDINGS, input="a"), task="embed")
@@ -124,6 +154,25 @@ async def test_a_streamed_chat(world: World, asks: bool) -> None:
     usage = world.usage
     assert (usage.input_tokens, usage.cached_tokens, usage.output_tokens) == (10, 6, 4)
     assert usage.price == 0.25
+
+
+async def test_an_answer_does_not_show_the_key(world: World) -> None:
+    said = {"choices": [{"delta": {"content": f"you sent {KEY}."}, "finish_reason": "stop"}]}
+    world.upstream.usual = answers(said)
+    (document,) = await world.run(chat())
+    assert isinstance(document, Document)
+    world.upstream.usual = streams(f": {KEY}\n\n", *sse(said), f": {KEY}\n\n")
+    frames = [each for each in await world.run(chat(stream=True)) if isinstance(each, Frame)]
+    texts = [document.body.decode(), *(each.data for each in frames)]
+    assert len(texts) > 2 and "you sent [key]." in texts[0] and "you sent [key]." in texts[1]
+    assert not any(KEY in each for each in texts)
+
+
+async def test_a_word_that_stands_for_a_key_stays_in_answers(world: World) -> None:
+    world.upstream.usual = answers({"choices": [{"message": {"content": "ask ollama"}}]})
+    site = "https://site.example.com/"
+    (document,) = await world.run(chat(), api_key="ollama", headers={"http-referer": site})
+    assert isinstance(document, Document) and b"ask ollama" in document.body
 
 
 async def test_usage_is_not_asked_for_where_the_provider_refuses_it(world: World) -> None:
