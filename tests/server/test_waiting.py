@@ -140,7 +140,8 @@ async def test_a_load_is_told_until_it_ends(
     told = r": (queued position=1( eta=\d+\.\ds)?|loading small eta=\d+\.\ds|running small)"
     assert [comment for comment in comments if not re.fullmatch(told, comment)] == []
     assert re.fullmatch(
-        r": granted queue-ms=\d+\.\d load-ms=\d+\.\d run-ms=\d+\.\d tier=disk", granted
+        r": granted queue-ms=\d+\.\d load-ms=\d+\.\d run-ms=\d+\.\d tier=disk served-by=small",
+        granted,
     )
     assert json.loads(first.removeprefix("data: ")) == CHUNK
     assert (last, end) == ("data: [DONE]", "")

@@ -357,7 +357,7 @@ async def test_what_a_model_writes_in_place_of_a_call_is_no_error_of_the_server(
 
 @pytest.mark.parametrize(
     ("path", "token_calls", "request_calls"),
-    [("/v1/chat/completions", 102, 1250), ("/v1/completions", 99, 1115)],
+    [("/v1/chat/completions", 102, 1340), ("/v1/completions", 99, 1210)],
 )
 async def test_what_a_token_and_a_request_cost(
     make_engine: MakeEngine,
