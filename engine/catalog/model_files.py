@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +135,23 @@ def remove(repo: str) -> int:
     if path.exists():  # a download without a snapshot, or files that the client left
         shutil.rmtree(path)
     return nbytes
+
+
+def remove_all(found: Iterable[Files]) -> int:
+    """Delete some repositories from the hub's cache; returns bytes.
+
+    Raises:
+        NotFound: one is not there.
+        Conflict: one could not be deleted.
+
+    """
+    freed = 0
+    for each in found:
+        try:
+            freed += remove(each.source)
+        except OSError as error:
+            raise Conflict(f"The files of {each.source} cannot be deleted: {error}") from error
+    return freed
 
 
 def _readers(repo: str, config: EngineConfig) -> tuple[str, ...]:

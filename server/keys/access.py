@@ -72,7 +72,7 @@ class Access:
 
 
 EVERYTHING = Access(NOBODY, admin=True)
-"""Of a request to a server without keys. The guard refuses orders to the engine by itself then."""
+"""For requests to a server without keys. There the guard decides who gives orders to the engine."""
 
 
 def access_of(request: Request) -> Access:

@@ -16,7 +16,7 @@ from starlette.types import Send
 from engine.catalog import loras
 from engine.catalog.downloads import NO_PROGRESS, sources_of
 from engine.catalog.loras import MAX_LORA_BYTES
-from engine.catalog.model_files import Files, files_of, removable, remove
+from engine.catalog.model_files import Files, files_of, removable, remove_all
 from engine.errors import Conflict, EngineError, InvalidRequest
 from engine.files.hub.fetch import FetchProgress
 from server.body import stream_body
@@ -61,7 +61,7 @@ def files_router(engine: Engine) -> Router:
     async def delete_files(name: str) -> dict[str, Any]:
         model = engine.config.find(name)
         found = await asyncio.to_thread(removable, model, engine.config)
-        freed = await engine.remove_files(model.id, partial(_remove, found))
+        freed = await engine.remove_files(model.id, partial(remove_all, found))
         return {
             "id": model.id,
             "object": "engine.files",
@@ -194,13 +194,3 @@ def _document(files: Files) -> dict[str, Any]:
     document = asdict(files)
     del document["path"]  # clients need not know the folders of this machine
     return document
-
-
-def _remove(found: tuple[Files, ...]) -> int:
-    freed = 0
-    for each in found:
-        try:
-            freed += remove(each.source)
-        except OSError as error:
-            raise Conflict(f"The files of {each.source} cannot be deleted: {error}") from error
-    return freed

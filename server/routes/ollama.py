@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from fastapi import Request, Response
 from starlette.types import Send
 
-from engine.catalog.model_files import removable, remove
-from engine.errors import Conflict, InvalidRequest, NotFound
+from engine.catalog.model_files import removable, remove_all
+from engine.errors import InvalidRequest, NotFound
 from engine.status import ModelState
 from server.connection import ConnectedResponse
 from server.forms import Fields, read_json
@@ -49,7 +49,6 @@ from server.schemas.scheduling_options import take_scheduling_options
 from server.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from engine.catalog.model_files import Files
     from engine.engine import Engine
 
 SPOKEN_VERSION = "0.13.0"
@@ -183,7 +182,7 @@ def ollama_router(engine: Engine, settings: ServerSettings) -> Router:
             raise NotFound(f"{not_found(body.model).message}: none of its files are on this disk")
         if engine.model_status(model.id).state is not ModelState.ABSENT:
             await engine.unload(model.id)  # as Ollama does
-        await engine.remove_files(model.id, partial(_remove, found))
+        await engine.remove_files(model.id, partial(remove_all, found))
         return Response(status_code=200)
 
     def refuse(action: str, reason: str) -> None:
@@ -196,13 +195,3 @@ def ollama_router(engine: Engine, settings: ServerSettings) -> Router:
     for action, reason in REFUSED.items():
         refuse(action, reason)
     return router
-
-
-def _remove(found: tuple[Files, ...]) -> int:
-    freed = 0
-    for each in found:
-        try:
-            freed += remove(each.source)
-        except OSError as error:
-            raise Conflict(f"The files of {each.source} cannot be deleted: {error}") from error
-    return freed

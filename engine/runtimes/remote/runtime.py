@@ -68,7 +68,7 @@ class RemoteRuntime(Runtime):
     def start(self) -> None:
         """Import httpx, and keep its line for each request out of the log.
 
-        A file of an answer may be at an address that is a permission by itself.
+        Whoever has the address of an answer's file may be able to read it.
         """
         logging.getLogger("httpx").setLevel(logging.WARNING)
         from engine.runtimes.remote.metrics import provider_registry

@@ -623,7 +623,7 @@ class TestFiles:
             return 1
 
         monkeypatch.setattr(routes, "removable", lambda *_: ("files",))
-        monkeypatch.setattr(routes, "_remove", delete)
+        monkeypatch.setattr(routes, "remove_all", delete)
         await client.post("/api/generate", json={"model": "small"})
         answer = await client.request("DELETE", "/api/delete", json={"model": "small"})
         assert (answer.status_code, answer.content) == (200, b"")
