@@ -82,6 +82,11 @@ class VllmModel(LoadedModel):
         return self.memory.blocks
 
     @property
+    def takes_loras(self) -> bool:
+        """Whether it was loaded with room for LoRAs."""
+        return self._options.takes_loras
+
+    @property
     def host_bytes(self) -> int:
         """Host memory of the weights' master copies, and of LoRAs."""
         return self.memory.host_bytes + (self.adapters.host_bytes if self.adapters else 0)
