@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -164,6 +165,9 @@ class HostStatus:
 
     budget_bytes: int
     used_bytes: int
+    """With the prefixes."""
+    prefix_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Of the prefix caches that wait here for their KV cache, by model. They go first."""
 
 
 @dataclass(frozen=True, slots=True)

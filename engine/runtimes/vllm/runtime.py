@@ -721,6 +721,7 @@ class VllmRuntime(Runtime):
             # vLLM only checks that this share of the GPU is free. The ledger has done that.
             "--gpu-memory-utilization", "0.001",
             "--no-enable-log-requests",
+            "--enable-prompt-tokens-details",
             "--no-use-tqdm-on-load",
         ]  # fmt: skip
         if not on_cpu:

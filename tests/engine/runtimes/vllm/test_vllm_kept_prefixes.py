@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from engine.config import ModelConfig
+from engine.errors import EngineError, LoadFailed
 from engine.events import Frame
 from engine.memory.host_memory import HostMemory
 from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.runtime import VllmRuntime
+from tests.conftest import StarterDir
 from tests.engine.conftest import MakeModel
 from tests.engine.runtimes.vllm.greedy import completion
 
@@ -314,3 +319,115 @@ async def test_a_smaller_kv_cache_takes_what_fits(
     assert host.used_bytes == loaded.host_bytes
     text, cached = await asked(vllm_runtime, model, loaded, prompt)
     assert text == cold and cached > 0
+
+
+def write_gemma(tokenizer: Path, folder: Path) -> None:
+    """Random layers with a sliding window, and some without."""
+    import torch
+    import transformers
+
+    folder.mkdir()
+    for path in tokenizer.glob("*token*"):
+        shutil.copy(path, folder)
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=len(words),
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        sliding_window=192,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(3)
+        model = transformers.Gemma3ForCausalLM(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # as initialised, every token would be as likely as any other
+                torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+
+
+async def test_layers_with_a_sliding_window_have_groups_of_their_own(
+    vllm_runtime: VllmRuntime, host: HostMemory, starter_dir: StarterDir, tmp_path: Path
+) -> None:
+    folder = tmp_path / "gemma"
+    write_gemma(starter_dir("tiny-qwen"), folder)
+    options = {"dtype": "float32", "kv_host": "64MiB", "max_num_seqs": 4, **SIZES}
+    model = ModelConfig(id="gemma", source=str(folder), options=options)
+    loaded = await load(vllm_runtime, model)
+    prefixes = loaded.client.prefixes
+    assert prefixes is not None
+    cold = [await asked(vllm_runtime, model, loaded, each) for each in (PREFIX, ANOTHER)]
+    warm = [await asked(vllm_runtime, model, loaded, each) for each in (PREFIX, ANOTHER)]
+    await vllm_runtime.park(loaded, EVERYTHING)
+    assert prefixes.kept is not None
+    assert len({each.hashes[0][-4:] for each in prefixes.kept.blocks}) > 1
+    await vllm_runtime.wake(loaded, EVERYTHING)
+    again = [await asked(vllm_runtime, model, loaded, each) for each in (PREFIX, ANOTHER)]
+    assert again == warm and warm[0][1] > 500
+    assert [text for text, _ in again] == [text for text, _ in cold]
+    await vllm_runtime.unload(loaded)
+
+
+@pytest.mark.parametrize(
+    ("kind", "caches", "why"),
+    [
+        ("MambaSpec", True, "layers of the kind MambaSpec"),
+        ("RSWASpec", True, "layers of the kind RSWASpec"),
+        ("FullAttentionSpec", False, "no prefix cache"),
+    ],
+)
+async def test_a_model_of_which_none_can_be_kept_is_refused_by_name(
+    vllm_runtime: VllmRuntime,
+    model: ModelConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    host: HostMemory,
+    kind: str,
+    caches: bool,
+    why: str,
+) -> None:
+    from vllm.v1 import kv_cache_interface
+
+    from engine.runtimes.vllm import kept_prefixes
+
+    spec = object.__new__(getattr(kv_cache_interface, kind))
+    monkeypatch.setattr(kept_prefixes, "iter_layer_specs", lambda _: [spec])
+    if not caches:
+        init = kept_prefixes.KeptPrefixes.__init__
+
+        def without(self: Any, *args: Any, **more: Any) -> None:
+            init(self, *args, **{**more, "caches_prefixes": False})
+
+        monkeypatch.setattr(kept_prefixes.KeptPrefixes, "__init__", without)
+    with pytest.raises(LoadFailed, match=rf"options\.kv_host: .*{why}"):
+        await load(vllm_runtime, model)
+    assert host.used_bytes == 0
+
+
+async def test_a_model_that_does_not_write_is_refused_when_the_file_is_read() -> None:
+    model = ModelConfig(
+        id="e", task="embed", source="starter:tiny-embed", options={"kv_host": "1GiB"}
+    )
+    with pytest.raises(ValueError, match=r"options\.kv_host: .*'embed'"):
+        VllmRuntime.check(model)
+
+
+async def test_another_request_in_the_core_does_not_stop_an_unload(
+    vllm_runtime: VllmRuntime, model: ModelConfig, loaded: VllmModel, host: HostMemory
+) -> None:
+    await asked(vllm_runtime, model, loaded, PREFIX)
+    events = loaded.run(vllm_runtime.prepare(model, completion(model.id, ANOTHER, max_tokens=400)))
+    await anext(events)
+    await vllm_runtime.unload(loaded)
+    assert host.spare_bytes() == {}
+    with contextlib.suppress(EngineError):
+        async for _ in events:
+            pass
