@@ -69,7 +69,7 @@ async def answered(
     found = []
     async for event in loaded.run(prepared):
         if isinstance(event, Document):
-            found.append(json.loads(event.data))
+            found.append(json.loads(event.body))
         else:
             assert isinstance(event, Frame)
             data = event.data[event.data.index("data: ") + 6 :].strip()

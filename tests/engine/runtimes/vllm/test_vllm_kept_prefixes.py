@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from engine.config import ModelConfig
-from engine.errors import EngineError, LoadFailed
+from engine.errors import LoadFailed
 from engine.events import Frame
 from engine.memory.host_memory import HostMemory
 from engine.runtimes.vllm.model import VllmModel
@@ -428,6 +428,5 @@ async def test_another_request_in_the_core_does_not_stop_an_unload(
     await anext(events)
     await vllm_runtime.unload(loaded)
     assert host.spare_bytes() == {}
-    with contextlib.suppress(EngineError):
-        async for _ in events:
-            pass
+    with contextlib.suppress(Exception):  # its engine has gone
+        await events.aclose()
