@@ -177,9 +177,11 @@ async def test_others_that_want_the_room_get_it_and_the_cache_is_cold(
     assert host.spare_bytes() == {}
     await vllm_runtime.wake(loaded, EVERYTHING)
     assert await asked(vllm_runtime, model, loaded, PREFIX) == (cold, 0)
-    # There is no room for it now, so nothing is kept.
+    # There is no room for it now, and it takes none from what others have kept.
+    other = host.make_spare("other", [slab])
     await swap(vllm_runtime, loaded)
     assert await asked(vllm_runtime, model, loaded, PREFIX) == (cold, 0)
+    assert host.take_spare(other) == [slab]
     host.free(slab)
 
 
