@@ -44,6 +44,7 @@ from engine.runtimes.registry import options_of, runtime_class
 from engine.scheduling.deadline import Deadline
 from engine.scheduling.estimates import EstimateStore
 from engine.scheduling.event_log import EventLog
+from engine.scheduling.lease import Lease
 from engine.scheduling.ledger import Ledger
 from engine.scheduling.order import OrderKind, carried_out
 from engine.scheduling.scheduler import Scheduler
@@ -337,12 +338,54 @@ class Engine:
         """
         await self._admission.check_loaded(self.config.find(name))
 
+    async def hold(
+        self,
+        names: Sequence[str],
+        *,
+        request_id: str,
+        scheduling: SchedulingOptions | None = None,
+        waiting: Waiting | None = None,
+    ) -> Lease:
+        """Keep several models on the device for a session, all or none. Release the lease to end.
+
+        Each run of the session is a request of its own. `names` are distinct, and one at least.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            InsufficientCapacity: together they never fit.
+            Overloaded: sessions, or requests that run, leave no room for them.
+            EngineError: one of them cannot be loaded.
+
+        """
+        models = self._distinct(names)
+        deadline = self._usual_deadline()
+        await self._wait_started(deadline)
+        for model in models:
+            await self._admission.bring_files(model, deadline)
+            await self._admission.know_size(model, deadline)
+        return await self._admission.lease(
+            models[0],
+            request_id=request_id,
+            operation="session",
+            scheduling=scheduling or SchedulingOptions(),
+            deadline=deadline,
+            waiting=waiting or Waiting(),
+            hold=True,
+            further_models=tuple(model.id for model in models[1:]),
+        )
+
     async def plan(
-        self, name: str, *, working_bytes: int = 0, priority: Priority = Priority.NORMAL
+        self,
+        name: str,
+        *,
+        further_models: Sequence[str] = (),
+        working_bytes: int = 0,
+        priority: Priority = Priority.NORMAL,
     ) -> Forecast:
         """What would be done for a request that came now. Changes nothing.
 
-        `working_bytes` is the device memory that the run would need beside the model.
+        `working_bytes` is the device memory that the run would need beside the model. With
+        `further_models` it is for a session that keeps all of these models: see `hold`.
 
         Raises:
             ModelNotFound: there is no such model.
@@ -350,13 +393,21 @@ class Engine:
             QueueTimeout: the engine is still starting, or the files still being fetched.
 
         """
-        model = self.config.find(name)
+        models = self._distinct((name, *further_models))
         deadline = self._usual_deadline()
         await self._wait_started(deadline)
-        await self._admission.know_size(model, deadline)
+        for model in models:
+            await self._admission.know_size(model, deadline)
         return self._scheduler.report.forecast(
-            model.id, working_bytes=working_bytes, priority=priority
+            models[0].id,
+            further_models=tuple(model.id for model in models[1:]),
+            working_bytes=working_bytes,
+            priority=priority,
         )
+
+    def _distinct(self, names: Sequence[str]) -> list[ModelConfig]:
+        found = (self.config.find(name) for name in names)
+        return list({model.id: model for model in found}.values())
 
     async def route(self, request: Request) -> Choice:
         """Which models would serve a request that came now, and why. Runs nothing.
