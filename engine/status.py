@@ -70,6 +70,8 @@ class ModelStatus:
     estimated_wake_s: float | None
     """Of the blocks that are parked now; None while none is."""
     leases: int
+    holds: int
+    """Sessions that keep it on the device."""
     waiting: int
     pinned: bool
     keep_alive_s: float
@@ -112,13 +114,13 @@ class Eviction:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What would be done for one more request, if it came now."""
+    """What would be done for one more request, or session, if it came now."""
 
     model: str
     fits: bool
     """Whether the request can ever be served."""
     tier: str
-    """Where the model is: `device`, `host` or `disk`."""
+    """Where the model is: `device`, `host` or `disk`; of several, the furthest."""
     wanted_bytes: int | None
     """To bring onto the device, with the working memory; None while the files are not read."""
     free_bytes: int
@@ -131,6 +133,8 @@ class Forecast:
     """Seconds of a usual run of the model; None while it has served nothing."""
     reason: str
     """In words."""
+    further_models: tuple[str, ...] = ()
+    """Of a session, beside `model`."""
 
 
 @dataclass(frozen=True, slots=True)
