@@ -122,11 +122,13 @@ class KeptPrefixes:
     def note(self, pool: Any) -> None:
         """Note the cached blocks of a pool that nobody uses, before they are forgotten."""
         noted: list[CachedBlock] = []
+        known = set()  # two requests at once may have computed the same
         queue = pool.free_block_queue
         block = queue.fake_free_list_tail.prev_free_block
         most = self._limit_bytes // self.block_bytes
         while block is not queue.fake_free_list_head and len(noted) < most:
-            if block.block_hash is not None:
+            if block.block_hash is not None and block.block_hash not in known:
+                known.add(block.block_hash)
                 more = pool.cached_block_hashes_by_block.get(block.block_id, ())
                 hashes = (block.block_hash, *more)
                 noted.append(CachedBlock(block.block_id, hashes, block.block_hash_num_tokens))
