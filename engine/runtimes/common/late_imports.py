@@ -31,16 +31,15 @@ def sparing_transformers() -> Iterator[None]:
 def late_module(name: str) -> Iterator[None]:
     """Inside this context an import of `name` gives a stand-in, unless it is imported already.
 
-    The stand-in imports the module when an attribute of it is first read, after the context.
+    The stand-in imports the module when an attribute of it is first read.
     """
-    if name in sys.modules:
-        yield
-        return
-    sys.modules[name] = _Late(name)
+    late = _Late(name)
+    given = sys.modules.setdefault(name, late)
     try:
         yield
     finally:
-        del sys.modules[name]
+        if given is late:
+            late.make_room()
 
 
 @contextmanager
@@ -57,9 +56,15 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
 
 
 class _Late(ModuleType):
+    def make_room(self) -> None:
+        """Let the next import find the module itself."""
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # the import system looks at these
+        if name.startswith("__") and name != "__path__":  # the import system looks at these
             raise AttributeError(name)
+        self.make_room()
         return getattr(import_module(self.__name__), name)
 
 
