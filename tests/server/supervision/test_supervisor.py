@@ -375,7 +375,8 @@ if sys.argv[1] == "threads":
     threading.Thread(target=threading.Event().wait, daemon=True).start()
 started = "import sys; print('by the command', sys.argv[1:-1]); sys.exit(2)"
 command = (sys.executable, "-c", started)
-heartbeat = Heartbeat.adopt(become(SupervisorConfig(command, listener.fileno(), 60, 60, 60), listener))
+config = SupervisorConfig(command, listener.fileno(), 60, 60, 60)
+heartbeat = Heartbeat.adopt(become(config, listener))
 print("goes on", heartbeat.restarts.count, heartbeat.residents, repr(sys.stdin.read()))
 sys.exit(2)
 """
