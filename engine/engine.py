@@ -40,6 +40,7 @@ from engine.residency import Residency
 from engine.routing.choice import Choice
 from engine.routing.router import RequestT, Router, request_to, with_adapter
 from engine.runtimes.base import Prepared, Runtime, RuntimeContext, Voice
+from engine.runtimes.common.import_indexes import kept_indexes
 from engine.runtimes.registry import options_of, runtime_class
 from engine.scheduling.deadline import Deadline
 from engine.scheduling.estimates import EstimateStore
@@ -216,13 +217,15 @@ class Engine:
                 make = self._given_runtimes.get(model.runtime) or runtime_class(model.runtime)
                 self._runtimes[model.runtime] = make(context)
             options_of(model)  # a configuration made in code may not have been checked
-        for name, runtime in self._runtimes.items():
-            began_s = time.perf_counter()
-            try:
-                runtime.start()
-            except ImportError as error:
-                raise ConfigError(f"models: the runtime {name!r} cannot start: {error}") from error
-            log.info("%s is imported after %.1f s", name, time.perf_counter() - began_s)
+        with kept_indexes(self.config.cache_dir):
+            for name, runtime in self._runtimes.items():
+                began_s = time.perf_counter()
+                try:
+                    runtime.start()
+                except ImportError as error:
+                    message = f"models: the runtime {name!r} cannot start: {error}"
+                    raise ConfigError(message) from error
+                log.info("%s is imported after %.1f s", name, time.perf_counter() - began_s)
         if "torch" in sys.modules:
             share_torch_state()
         return device, host, budget_bytes
