@@ -158,6 +158,8 @@ class VllmModel(LoadedModel):
                 return await serving.openai_serving_completion.create_completion(payload)
             case TextOperation.RESPONSES:
                 return await serving.openai_serving_responses.create_responses(payload)
+            case TextOperation.INPUT_TOKENS:
+                return await self._count_input(payload)
             case TextOperation.MESSAGES:
                 return await serving.anthropic_serving_messages.create_messages(payload)
             case TextOperation.COUNT_TOKENS:
@@ -173,6 +175,22 @@ class VllmModel(LoadedModel):
             case TextOperation.DETOKENIZE:
                 self._check_tokens(payload.tokens)
                 return await serving.serving_tokenization.create_detokenize(payload, None)
+
+    async def _count_input(self, payload: Any) -> Any:
+        """How many tokens the prompt of a response has: rendered, and not run."""
+        responses = self.serving.openai_serving_responses
+        rendered = await responses.online_renderer.render_responses(
+            payload,
+            previous_messages=None,
+            previous_response_outputs=None,
+            tool_server=None,
+            skip_mm_cache=True,
+        )
+        if not hasattr(rendered, "engine_input"):
+            return rendered  # an error of vLLM's
+        count = responses._extract_prompt_len(rendered.engine_input)
+        document = {"object": "response.input_tokens", "input_tokens": count}
+        return SimpleNamespace(body=json.dumps(document).encode())
 
     def _with_prompts(self, request: TextRequest, payload: Any) -> Any:
         """The payload with what this model wants before texts.
