@@ -5,6 +5,10 @@ from __future__ import annotations
 from engine.errors import InvalidRequest, NotFound
 from engine.words import echoed
 
+_LOCKED = (
+    "Another process is currently operating on this conversation. Please retry in a few seconds."
+)
+
 
 class PreviousResponseNotFound(InvalidRequest):
     """The caller has no response of that id."""
@@ -23,12 +27,8 @@ class ConversationLocked(InvalidRequest):
 
     code = "conversation_locked"
 
-    def __init__(self) -> None:
-        super().__init__(
-            "Another process is currently operating on this conversation. Please retry in a few"
-            " seconds.",
-            param="conversation",
-        )
+    def __init__(self, message: str = _LOCKED) -> None:
+        super().__init__(message, param="conversation")
 
 
 def no_response(response_id: str) -> NotFound:

@@ -30,6 +30,12 @@ from server.responses.keeper import Keeper
 from server.responses.records import COMPLETED, FAILED, INCOMPLETE, Kept
 from server.responses.store import ResponseStore, is_unfinished
 
+VALUE_OR_NOTHING = ("prompt", "text", "usage", "user")
+"""Fields that the contract does not have as null."""
+
+TOOL_NULLS = ("parameters", "strict")
+"""Fields of a tool that the contract demands, and has as null."""
+
 SPOKEN = (COMPLETED, INCOMPLETE)
 """A response of such a status is a turn of its conversation."""
 
@@ -64,8 +70,12 @@ class Turn:
         settled = {"error": None, "incomplete_details": None, "instructions": None, **document}
         settled |= self.echo
         settled["store"] = self.keeps if stored is None else stored
-        if settled.get("usage") is None:
-            settled.pop("usage", None)  # the contract has an object or nothing
+        for name in VALUE_OR_NOTHING:
+            if settled.get(name) is None:
+                settled.pop(name, None)
+        settled.setdefault("text", {"format": {"type": "text"}})
+        settled["tools"] = [_without_nulls(each, TOOL_NULLS) for each in settled.get("tools") or ()]
+        settled["output"] = [answered_item(each) for each in settled.get("output") or ()]
         if settled.get("status") == COMPLETED:
             settled.setdefault("completed_at", int(time.time()))
         return settled
@@ -88,7 +98,7 @@ class Turn:
                 "tools": body.get("tools") or [],
                 "max_output_tokens": body.get("max_output_tokens"),
                 "reasoning": body.get("reasoning"),
-                "text": body.get("text") or {"format": {"type": "text"}},
+                "text": body.get("text"),
                 "truncation": body.get("truncation") or "disabled",
             }
         )
@@ -276,6 +286,23 @@ class Turns:
     def _free(self, conversation: str | None) -> None:
         if conversation is not None:
             self._busy.discard(conversation)
+
+
+def answered_item(item: Any) -> Any:
+    """An item of an answer as the contract has it: a null is a field that is not there."""
+    item = _without_nulls(item)
+    if isinstance(item, dict) and isinstance(item.get("content"), list):
+        item["content"] = [_without_nulls(part) for part in item["content"]]
+        for part in item["content"]:
+            if isinstance(part, dict) and part.get("type") == "output_text":
+                part.setdefault("logprobs", [])
+    return item
+
+
+def _without_nulls(value: Any, but: Sequence[str] = ()) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {name: each for name, each in value.items() if each is not None or name in but}
 
 
 def outputs_of(document: Mapping[str, Any]) -> list[Item]:

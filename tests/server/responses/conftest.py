@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import openai
 import pytest
@@ -159,11 +159,15 @@ def serving(model: Model, runtime: FakeRuntime, tmp_path: Path) -> Serving:
     return serve
 
 
-def client_of(url: str, key: str = "none") -> openai.AsyncOpenAI:
+Sdk: TypeAlias = Any
+"""The official client. An item has one of thirty types for it, and few of those have a content."""
+
+
+def client_of(url: str, key: str = "none") -> Sdk:
     return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
 
 
 @pytest.fixture
-async def sdk(serving: Serving) -> AsyncIterator[openai.AsyncOpenAI]:
+async def sdk(serving: Serving) -> AsyncIterator[Sdk]:
     async with serving() as url, client_of(url) as client:
         yield client

@@ -17,17 +17,17 @@ from server.responses import background
 from server.responses.store import ResponseStore
 from tests.contract.openai import conforms
 from tests.server.fake import FakeRuntime
-from tests.server.responses.conftest import Model, Serving, client_of
+from tests.server.responses.conftest import Model, Sdk, Serving, client_of
 from tests.server.responses.test_turns import ask
 
 FINAL = ("completed", "failed", "cancelled", "incomplete")
 
 
-async def ended(sdk: openai.AsyncOpenAI, response_id: str) -> Any:
+async def ended(sdk: Sdk, response_id: str) -> Any:
     return await reached(sdk, response_id, *FINAL)
 
 
-async def reached(sdk: openai.AsyncOpenAI, response_id: str, *statuses: str) -> Any:
+async def reached(sdk: Sdk, response_id: str, *statuses: str) -> Any:
     while True:
         found = await sdk.responses.retrieve(response_id)
         if found.status in statuses:
@@ -35,7 +35,7 @@ async def reached(sdk: openai.AsyncOpenAI, response_id: str, *statuses: str) -> 
         await asyncio.sleep(0.01)
 
 
-async def begin(sdk: openai.AsyncOpenAI, text: str, **more: Any) -> Any:
+async def begin(sdk: Sdk, text: str, **more: Any) -> Any:
     """Retried while the engine starts."""
     while True:
         try:
@@ -45,7 +45,7 @@ async def begin(sdk: openai.AsyncOpenAI, text: str, **more: Any) -> Any:
             await asyncio.sleep(0.01)
 
 
-async def test_it_is_polled(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_it_is_polled(sdk: Sdk, model: Model) -> None:
     first = await ask(sdk, "one")
     model.go_on.clear()
     made = await begin(sdk, "two", previous_response_id=first.id, metadata={"a": "b"})
@@ -67,7 +67,7 @@ async def test_it_is_polled(sdk: openai.AsyncOpenAI, model: Model) -> None:
 
 
 async def test_a_wrong_request_is_refused_at_once(
-    sdk: openai.AsyncOpenAI, model: Model, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+    sdk: Sdk, model: Model, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise InvalidRequest("temperature: it is too hot.", param="temperature")
@@ -81,7 +81,7 @@ async def test_a_wrong_request_is_refused_at_once(
     assert caught.value.param == "temperature"
 
 
-async def test_it_is_cancelled(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_it_is_cancelled(sdk: Sdk, model: Model) -> None:
     conversation = await sdk.conversations.create()
     model.go_on.clear()
     made = await begin(sdk, "one", conversation=conversation.id)
@@ -104,7 +104,7 @@ async def test_it_is_cancelled(sdk: openai.AsyncOpenAI, model: Model) -> None:
         await sdk.responses.cancel(other.id)
 
 
-async def test_it_is_deleted_while_it_runs(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_it_is_deleted_while_it_runs(sdk: Sdk, model: Model) -> None:
     model.go_on.clear()
     made = await begin(sdk, "one")
     await reached(sdk, made.id, "in_progress")
@@ -115,7 +115,7 @@ async def test_it_is_deleted_while_it_runs(sdk: openai.AsyncOpenAI, model: Model
     await ask(sdk, "two")
 
 
-async def test_errors_are_told(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_errors_are_told(sdk: Sdk, model: Model) -> None:
     for error, code in (
         (RuntimeFailed("the device is on fire"), "server_error"),
         (InvalidRequest("input: too long", param="input"), "invalid_prompt"),
@@ -129,9 +129,7 @@ async def test_errors_are_told(sdk: openai.AsyncOpenAI, model: Model) -> None:
         assert conforms(found.to_dict(), "Response")
 
 
-async def test_a_busy_engine_is_asked_again(
-    sdk: openai.AsyncOpenAI, model: Model, runtime: FakeRuntime
-) -> None:
+async def test_a_busy_engine_is_asked_again(sdk: Sdk, model: Model, runtime: FakeRuntime) -> None:
     asked = 0
 
     async def busy_once(request: TextRequest) -> AsyncGenerator[Event, None]:
@@ -149,7 +147,7 @@ async def test_a_busy_engine_is_asked_again(
     assert asked == 2
 
 
-async def test_its_events_can_be_read_again(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_its_events_can_be_read_again(sdk: Sdk, model: Model) -> None:
     await ended(sdk, (await begin(sdk, "first")).id)
     model.go_on.clear()
     stream = await sdk.responses.create(model="small", input="one", background=True, stream=True)
@@ -177,7 +175,7 @@ async def test_its_events_can_be_read_again(sdk: openai.AsyncOpenAI, model: Mode
     assert found.to_dict() == rest[-1].response.to_dict(), "kept before its last event is sent"
 
 
-async def test_other_responses_have_no_events(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_other_responses_have_no_events(sdk: Sdk, model: Model) -> None:
     plain = await ask(sdk, "one")
     unstreamed = await begin(sdk, "two")
     for response_id in (plain.id, unstreamed.id):
@@ -188,7 +186,7 @@ async def test_other_responses_have_no_events(sdk: openai.AsyncOpenAI, model: Mo
         await sdk.responses.retrieve("resp_none", stream=True)
 
 
-async def test_a_failure_ends_the_events(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_a_failure_ends_the_events(sdk: Sdk, model: Model) -> None:
     await ended(sdk, (await begin(sdk, "first")).id)
     model.error = RuntimeFailed("the device is on fire")
     stream = await sdk.responses.create(model="small", input="one", background=True, stream=True)
@@ -230,7 +228,7 @@ async def test_a_job_that_ends_the_process_again_and_again(
 
 
 async def test_too_many_are_refused(
-    sdk: openai.AsyncOpenAI, model: Model, monkeypatch: pytest.MonkeyPatch
+    sdk: Sdk, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background, "MAX_UNFINISHED", 1)
     model.go_on.clear()

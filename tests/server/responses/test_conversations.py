@@ -10,13 +10,13 @@ import openai
 import pytest
 
 from tests.contract.openai import conforms
-from tests.server.responses.conftest import Model, Serving, client_of
+from tests.server.responses.conftest import Model, Sdk, Serving, client_of
 from tests.server.responses.test_turns import TOOL, ask, streamed
 
 HELLO: dict[str, Any] = {"type": "message", "role": "user", "content": "hello"}
 
 
-async def test_a_conversation_grows_by_its_turns(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_a_conversation_grows_by_its_turns(sdk: Sdk, model: Model) -> None:
     made = await sdk.conversations.create(items=[HELLO], metadata={"a": "b"})
     assert made.object == "conversation"
     assert made.metadata == {"a": "b"}
@@ -35,7 +35,7 @@ async def test_a_conversation_grows_by_its_turns(sdk: openai.AsyncOpenAI, model:
     assert model.inputs[-1] == ["hello", "one", "answer 1", "other"], "as it was at that turn"
 
 
-async def test_a_conversation_is_changed_and_deleted(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_a_conversation_is_changed_and_deleted(sdk: Sdk, model: Model) -> None:
     made = await sdk.conversations.create(metadata={"a": "b"})
     changed = await sdk.conversations.update(made.id, metadata={"c": "d"})
     assert (changed.id, changed.metadata) == (made.id, {"c": "d"})
@@ -55,7 +55,7 @@ async def test_a_conversation_is_changed_and_deleted(sdk: openai.AsyncOpenAI, mo
     assert model.inputs[-1] == ["one", "answer 1", "two"], "the response still has its context"
 
 
-async def test_items(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_items(sdk: Sdk, model: Model) -> None:
     made = await sdk.conversations.create()
     call = {"type": "function_call", "call_id": "call_1", "name": "look", "arguments": "{}"}
     output = {"type": "function_call_output", "call_id": "call_1", "output": "a train"}
@@ -86,7 +86,7 @@ async def test_items(sdk: openai.AsyncOpenAI, model: Model) -> None:
     ]  # fmt: skip
 
 
-async def test_wrong_items_are_named(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_wrong_items_are_named(sdk: Sdk, model: Model) -> None:
     made = await sdk.conversations.create()
     wrong: list[tuple[Any, str]] = [
         ([HELLO] * 21, "items"),
@@ -102,11 +102,11 @@ async def test_wrong_items_are_named(sdk: openai.AsyncOpenAI, model: Model) -> N
         ([{**HELLO, "id": "a"}, {**HELLO, "id": "a"}], "items"),
     ]
     for items, param in wrong:
-        for path, more in (("/conversations", {}), (f"/conversations/{made.id}/items", {})):
+        for path in ("/conversations", f"/conversations/{made.id}/items"):
             if not items and path == "/conversations":
                 continue
             with pytest.raises(openai.BadRequestError) as caught:
-                await sdk.post(path, cast_to=httpx.Response, body={"items": items, **more})
+                await sdk.post(path, cast_to=httpx.Response, body={"items": items})
             assert caught.value.param == param, items
     with pytest.raises(openai.BadRequestError) as refused:
         await sdk.conversations.create(metadata={"a": "b" * 513})
@@ -114,7 +114,7 @@ async def test_wrong_items_are_named(sdk: openai.AsyncOpenAI, model: Model) -> N
     assert not (await sdk.conversations.items.list(made.id)).data
 
 
-async def test_two_turns_at_once(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_two_turns_at_once(sdk: Sdk, model: Model) -> None:
     made = await sdk.conversations.create()
     other = await sdk.conversations.create()
     model.go_on.clear()
@@ -131,9 +131,7 @@ async def test_two_turns_at_once(sdk: openai.AsyncOpenAI, model: Model) -> None:
     await ask(sdk, "elsewhere", conversation=other.id)
 
 
-async def test_a_client_that_leaves_unlocks_its_conversation(
-    sdk: openai.AsyncOpenAI, model: Model
-) -> None:
+async def test_a_client_that_leaves_unlocks_its_conversation(sdk: Sdk, model: Model) -> None:
     made = await sdk.conversations.create()
     model.go_on.clear()
     running = asyncio.create_task(ask(sdk, "one", conversation=made.id))
@@ -151,7 +149,7 @@ async def test_a_client_that_leaves_unlocks_its_conversation(
     assert model.inputs[-1] == ["two"], "a turn without an answer is none"
 
 
-async def test_a_call_without_its_output(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_a_call_without_its_output(sdk: Sdk, model: Model) -> None:
     made = await sdk.conversations.create()
     turn = await ask(sdk, "look", conversation=made.id, tools=[TOOL])
     with pytest.raises(openai.BadRequestError, match="No tool output found"):

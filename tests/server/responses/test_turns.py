@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ import openai
 import pytest
 from pydantic import SecretStr
 
-from engine.errors import RuntimeFailed
+from engine.errors import InvalidRequest, RuntimeFailed
 from server.responses.store import FILE_NAME
 from server.settings import ServerSettings
 from tests.contract.openai import conforms
-from tests.server.responses.conftest import Model, Serving, client_of
+from tests.server.response_cache.conftest import until
+from tests.server.responses.conftest import Model, Sdk, Serving, client_of
 
 TOOL: dict[str, Any] = {
     "type": "function",
@@ -25,16 +25,16 @@ TOOL: dict[str, Any] = {
 }
 
 
-async def ask(sdk: openai.AsyncOpenAI, text: Any, **more: Any) -> Any:
+async def ask(sdk: Sdk, text: Any, **more: Any) -> Any:
     return await sdk.responses.create(model="small", input=text, **more)
 
 
-async def streamed(sdk: openai.AsyncOpenAI, text: str, **more: Any) -> list[Any]:
+async def streamed(sdk: Sdk, text: str, **more: Any) -> list[Any]:
     stream = await sdk.responses.create(model="small", input=text, stream=True, **more)
     return [event async for event in stream]
 
 
-async def test_a_chain_has_all_that_came_before(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_a_chain_has_all_that_came_before(sdk: Sdk, model: Model) -> None:
     first = await ask(sdk, "one", instructions="Be brief")
     second = await ask(sdk, "two", previous_response_id=first.id)
     events = await streamed(sdk, "three", previous_response_id=second.id)
@@ -50,9 +50,7 @@ async def test_a_chain_has_all_that_came_before(sdk: openai.AsyncOpenAI, model: 
     assert not {"previous_response_id", "background"} & model.bodies[-1].keys()
 
 
-async def test_a_response_is_retrieved_as_it_was_given(
-    sdk: openai.AsyncOpenAI, model: Model
-) -> None:
+async def test_a_response_is_retrieved_as_it_was_given(sdk: Sdk, model: Model) -> None:
     made = await ask(
         sdk,
         "one",
@@ -72,7 +70,7 @@ async def test_a_response_is_retrieved_as_it_was_given(
     assert conforms(found.to_dict(), "Response")
 
 
-async def test_not_stored(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_not_stored(sdk: Sdk, model: Model) -> None:
     first = await ask(sdk, "one")
     second = await ask(sdk, "two", previous_response_id=first.id, store=False)
     assert model.inputs[-1] == ["one", "answer 1", "two"]
@@ -85,7 +83,7 @@ async def test_not_stored(sdk: openai.AsyncOpenAI, model: Model) -> None:
     assert (error.param, error.code) == ("previous_response_id", "previous_response_not_found")
 
 
-async def test_input_items_are_paged(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_input_items_are_paged(sdk: Sdk, model: Model) -> None:
     first = await ask(sdk, "one")
     second = await ask(
         sdk, [{"role": "user", "content": "two"}, {"role": "developer", "content": "hint"}],
@@ -110,7 +108,7 @@ async def test_input_items_are_paged(sdk: openai.AsyncOpenAI, model: Model) -> N
     assert limited.value.param == "limit"
 
 
-async def test_deleting_in_the_middle_of_a_chain(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_deleting_in_the_middle_of_a_chain(sdk: Sdk, model: Model) -> None:
     first = await ask(sdk, "one")
     second = await ask(sdk, "two", previous_response_id=first.id)
     third = await ask(sdk, "three", previous_response_id=second.id)
@@ -141,7 +139,7 @@ async def test_what_is_deleted_leaves_the_file(
     assert (tmp_path / "data" / FILE_NAME).stat().st_mode & 0o777 == 0o600
 
 
-async def test_calls_and_their_outputs_round_trip(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_calls_and_their_outputs_round_trip(sdk: Sdk, model: Model) -> None:
     first = await ask(sdk, "look", tools=[TOOL])
     call = first.output[0]
     with pytest.raises(openai.BadRequestError, match="No tool output found") as caught:
@@ -160,7 +158,7 @@ async def test_calls_and_their_outputs_round_trip(sdk: openai.AsyncOpenAI, model
     assert conforms(page.to_dict(), "ResponseItemList")
 
 
-async def test_references_to_items(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_references_to_items(sdk: Sdk, model: Model) -> None:
     """The AI SDK sends them in place of what was answered before."""
     first = await ask(sdk, "one")
     named = {"type": "item_reference", "id": first.output[0].id}
@@ -171,7 +169,7 @@ async def test_references_to_items(sdk: openai.AsyncOpenAI, model: Model) -> Non
     assert caught.value.param == "input[1].id"
 
 
-async def test_reasoning_round_trips(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_reasoning_round_trips(sdk: Sdk, model: Model) -> None:
     thought = {
         "type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": None,
         "content": [{"type": "reasoning_text", "text": "hm"}],
@@ -182,7 +180,7 @@ async def test_reasoning_round_trips(sdk: openai.AsyncOpenAI, model: Model) -> N
     assert sent == {name: each for name, each in thought.items() if each is not None}
 
 
-async def test_wrong_fields_are_named(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_wrong_fields_are_named(sdk: Sdk, model: Model) -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"previous_response_id": 5}, "previous_response_id"),
         ({"previous_response_id": "resp_none"}, "previous_response_id"),
@@ -232,7 +230,7 @@ async def test_a_key_sees_its_own_only(serving: Serving, model: Model) -> None:
         assert (await client_of(url, "admin").responses.retrieve(made.id)).id == made.id
 
 
-async def test_an_error_keeps_nothing(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_an_error_keeps_nothing(sdk: Sdk, model: Model) -> None:
     conversation = await sdk.conversations.create()
     model.error = RuntimeFailed("the device is on fire")
     with pytest.raises(openai.InternalServerError):
@@ -242,7 +240,7 @@ async def test_an_error_keeps_nothing(sdk: openai.AsyncOpenAI, model: Model) -> 
     assert model.inputs[-1] == ["two"]
 
 
-async def test_a_stream_that_breaks_has_failed(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_a_stream_that_breaks_has_failed(sdk: Sdk, model: Model) -> None:
     model.error = RuntimeFailed("the device is on fire")
     stream = await sdk.responses.create(model="small", input="one", stream=True)
     seen: list[Any] = []
@@ -256,9 +254,7 @@ async def test_a_stream_that_breaks_has_failed(sdk: openai.AsyncOpenAI, model: M
     assert conforms(found.to_dict(), "Response")
 
 
-async def test_a_client_that_leaves_finds_what_was_written(
-    sdk: openai.AsyncOpenAI, model: Model
-) -> None:
+async def test_a_client_that_leaves_finds_what_was_written(sdk: Sdk, model: Model) -> None:
     model.go_on.clear()
     stream = await sdk.responses.create(model="small", input="one", stream=True)
     async for event in stream:
@@ -270,12 +266,11 @@ async def test_a_client_that_leaves_finds_what_was_written(
 
     async def is_kept() -> bool:
         try:
-            return (await sdk.responses.retrieve(response_id)).status == "cancelled"
+            return bool((await sdk.responses.retrieve(response_id)).status == "cancelled")
         except openai.NotFoundError:
             return False
 
-    while not await is_kept():
-        await asyncio.sleep(0.01)
+    await until(is_kept)
     found = await sdk.responses.retrieve(response_id)
     assert found.output_text == "answer 1"
     assert found.output[0].status == "incomplete"
@@ -343,9 +338,7 @@ async def test_a_cached_answer_is_a_response_of_its_own(
         assert (await sdk.responses.retrieve(second.id)).id == second.id
 
 
-async def test_tokens_are_counted_with_what_came_before(
-    sdk: openai.AsyncOpenAI, model: Model
-) -> None:
+async def test_tokens_are_counted_with_what_came_before(sdk: Sdk, model: Model) -> None:
     first = await ask(sdk, "one")
     counted = await sdk.responses.input_tokens.count(
         model="small", input="two", previous_response_id=first.id
@@ -360,9 +353,7 @@ async def test_tokens_are_counted_with_what_came_before(
     assert caught.value.param == "previous_response_id"
 
 
-async def test_a_compaction_stands_for_what_came_before(
-    sdk: openai.AsyncOpenAI, model: Model
-) -> None:
+async def test_a_compaction_stands_for_what_came_before(sdk: Sdk, model: Model) -> None:
     first = await ask(sdk, "one")
     compacted = await sdk.responses.compact(
         model="small", input="two", previous_response_id=first.id
@@ -379,9 +370,7 @@ async def test_a_compaction_stands_for_what_came_before(
     assert model.inputs[-1][2] == summary
 
 
-async def test_an_error_names_the_item_of_the_client(sdk: openai.AsyncOpenAI, model: Model) -> None:
-    from engine.errors import InvalidRequest
-
+async def test_an_error_names_the_item_of_the_client(sdk: Sdk, model: Model) -> None:
     first = await ask(sdk, "one")
     model.error = InvalidRequest("input[2].content: it is wrong.", param="input[2].content")
     with pytest.raises(openai.BadRequestError, match=r"input\[0\].content: it is wrong") as caught:
@@ -389,7 +378,7 @@ async def test_an_error_names_the_item_of_the_client(sdk: openai.AsyncOpenAI, mo
     assert caught.value.param == "input[0].content"
 
 
-async def test_a_cut_response_can_be_gone_on_from(sdk: openai.AsyncOpenAI, model: Model) -> None:
+async def test_a_cut_response_can_be_gone_on_from(sdk: Sdk, model: Model) -> None:
     model.status = "incomplete"
     first = await ask(sdk, "one")
     model.status = "completed"
