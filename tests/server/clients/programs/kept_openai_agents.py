@@ -25,6 +25,7 @@ from agents import (
 from openai import AsyncOpenAI
 from starter import MODEL, URL
 
+FILE = Path(sys.argv[2])
 set_tracing_disabled(True)
 called = []
 
@@ -36,7 +37,13 @@ def get_weather(day: Literal["today", "tomorrow"]) -> str:
     return "Rain"
 
 
-async def main(kind: str, file: Path, turns: int) -> None:
+def note(known: dict[str, Any], tokens: int) -> None:
+    """Keep what the next turn needs, and report the turn."""
+    FILE.write_text(json.dumps(known))
+    sys.stdout.write(f"{tokens}\n")
+
+
+async def main(known: dict[str, Any], kind: str, turns: int) -> None:
     client = AsyncOpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0)
     agent = Agent(
         name="Agent",
@@ -48,7 +55,6 @@ async def main(kind: str, file: Path, turns: int) -> None:
         ),
         tools=[get_weather],
     )
-    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for _ in range(turns):
         called.clear()
         more: dict[str, Any] = {}
@@ -65,8 +71,8 @@ async def main(kind: str, file: Path, turns: int) -> None:
             known["id"] = answer.last_response_id
         else:
             known["id"] = await session._get_session_id()
-        file.write_text(json.dumps(known))
-        print(answer.raw_responses[0].usage.input_tokens, flush=True)
+        note(known, answer.raw_responses[0].usage.input_tokens)
 
 
-asyncio.run(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])))
+before = json.loads(FILE.read_text()) if FILE.exists() else {}
+asyncio.run(main(before, sys.argv[1], int(sys.argv[3])))
