@@ -9,6 +9,7 @@ from fastapi import Request
 
 from server.forms import read_json
 from server.keys.access import access_of
+from server.media import check_media_urls
 from server.responses.fields import metadata_of
 from server.responses.ids import CONVERSATION, new_id
 from server.responses.items import kept_item
@@ -45,6 +46,7 @@ def conversations_router(settings: ServerSettings, keeper: Keeper) -> Router:
     @router.post("/v1/conversations")
     async def create(request: Request) -> dict[str, Any]:
         fields = await read_json(request, settings.max_body_bytes)
+        check_media_urls(fields.values, settings.allowed_media_hosts)
         body = ConversationBody.of(fields)
         conversation = Conversation(
             new_id(CONVERSATION),
@@ -94,7 +96,9 @@ def conversations_router(settings: ServerSettings, keeper: Keeper) -> Router:
     @router.post("/v1/conversations/{conversation_id}/items")
     async def add_items(conversation_id: str, request: Request) -> dict[str, Any]:
         IncludeQuery.of(query_with_include(request))
-        body = ItemsBody.of(await read_json(request, settings.max_body_bytes))
+        fields = await read_json(request, settings.max_body_bytes)
+        check_media_urls(fields.values, settings.allowed_media_hosts)
+        body = ItemsBody.of(fields)
         items = [kept_item(item) for item in body.checked_items()]
         await keeper.write(ResponseStore.add_items, conversation_id, reader_of(request), items)
         return items_document(Page(items, has_more=False))

@@ -96,6 +96,12 @@ def responses_router(
         model = model_name(fields.values.get("model"))
         check_media_urls(fields.values, settings.allowed_media_hosts)
         turn = await turns.begin(fields.values, scheduling.caller.name, reader_of(request))
+        try:
+            # Also what was kept: the hosts that are allowed now count.
+            check_media_urls(turn.body, settings.allowed_media_hosts)
+        except BaseException:
+            turns.release(turn)
+            raise
         return turn, TextRequest(
             model=model,
             operation=operation,

@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from server.settings import ServerSettings
 from tests.contract.openai import conforms
 from tests.server.responses.conftest import Model, Sdk, Serving, client_of
 from tests.server.responses.test_turns import TOOL, ask, streamed
@@ -166,3 +167,23 @@ async def test_it_outlives_a_restart(serving: Serving, model: Model) -> None:
     async with serving() as url, client_of(url) as sdk:
         await ask(sdk, "two", conversation=made.id)
     assert model.inputs[-1] == ["hello", "one", "answer 1", "two"]
+
+
+async def test_media_behind_urls(serving: Serving, model: Model) -> None:
+    """Nobody has the server fetch a URL by an item that it keeps."""
+    part = {"type": "input_image", "image_url": "http://media.test/a.png", "detail": "auto"}
+    item = {"role": "user", "content": [part]}
+    allowed = ServerSettings(allowed_media_hosts=("media.test",))
+    async with serving(allowed) as url, client_of(url) as sdk:
+        made = await sdk.conversations.create(items=[item])
+        await ask(sdk, "one", conversation=made.id)
+    async with serving() as url, client_of(url) as sdk:
+        for refused in (
+            sdk.conversations.create(items=[item]),
+            sdk.conversations.items.create(made.id, items=[item]),
+            ask(sdk, "two", conversation=made.id),
+            ask(sdk, "again, as the conversation is not locked", conversation=made.id),
+        ):
+            with pytest.raises(openai.BadRequestError, match="data: URL"):
+                await refused
+    assert len(model.requests) == 1
