@@ -216,9 +216,9 @@ def test_a_response_is_kept(sdk: openai.OpenAI) -> None:
         found = sdk.responses.retrieve(made.id).to_dict()
         assert found == made.to_dict()
         assert conforms(found, "Response")
-    items = sdk.responses.input_items.list(last.response.id, order="asc")
-    assert conforms(items.to_dict(), "ResponseItemList")
-    assert items.data[0].to_dict()["content"][0]["text"] == "hello"
+    page: Any = sdk.responses.input_items.list(last.response.id, order="asc")
+    assert conforms(page.to_dict(), "ResponseItemList")
+    assert page.data[0].content[0].text == "hello"
 
 
 def test_the_oldest_items_are_dropped(sdk: openai.OpenAI) -> None:

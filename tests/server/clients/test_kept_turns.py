@@ -20,8 +20,8 @@ KINDS = ("previous", "conversation")
 def kill(server: Server) -> None:
     """Kill the supervisor, and then the process that serves."""
     children = psutil.Process(server.process.pid).children()
-    for process in (server.process, *children):
-        os.kill(process.pid, signal.SIGKILL)
+    for pid in (server.process.pid, *(child.pid for child in children)):
+        os.kill(pid, signal.SIGKILL)
     server.process.wait()
     psutil.wait_procs(children)
 
