@@ -1,7 +1,7 @@
 """A model's prefix cache in host memory, while its KV cache is off the device.
 
 vLLM's block pool knows each full block of the KV cache by a hash of its tokens and of all before
-them, with the LoRA, the `cache_salt` and the images among them. Those blocks are copied to host
+them, with the LoRA, the salt and the images among them. Those blocks are copied to host
 memory before the KV cache leaves, and into blocks of the empty KV cache when that is back. Their
 hashes are then entered in the pool again, as of free blocks that are cached.
 
