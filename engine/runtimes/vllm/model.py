@@ -202,26 +202,24 @@ class VllmModel(LoadedModel):
         is dropped as well.
         """
         items = payload.input
-        if payload.truncation != "auto" or not isinstance(items, list):
+        if payload.truncation != "auto" or await self._fits(payload, items):
             return payload
-        last = len(items) - 1
-        first, fitting = 0, last
+        last = len(items) - 1 if isinstance(items, list) else 0
+        first, fitting = min(1, last), last
         while first < fitting:
             middle = (first + fitting) // 2
             if await self._fits(payload, items[middle:]):
                 fitting = middle
             else:
                 first = middle + 1
-        if fitting == 0:
-            return payload
         while fitting < last and _is_output(items[fitting]):
             fitting += 1
-        if not await self._fits(payload, items[fitting:]):
-            # Not even the last item fits: an error says so.
-            return payload.model_copy(update={"truncation": "disabled"})
-        return payload.model_copy(update={"input": items[fitting:]})
+        if fitting and await self._fits(payload, items[fitting:]):
+            return payload.model_copy(update={"input": items[fitting:]})
+        # Not even the last item fits: an error says so.
+        return payload.model_copy(update={"truncation": "disabled"})
 
-    async def _fits(self, payload: Any, items: list[Any]) -> bool:
+    async def _fits(self, payload: Any, items: Any) -> bool:
         from vllm.exceptions import VLLMClientError
 
         update = {"input": items, "truncation": "disabled"}
