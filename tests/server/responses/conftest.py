@@ -42,6 +42,8 @@ class Model:
         """Cleared, it stops in the middle of an answer."""
         self.go_on.set()
         self.begun = asyncio.Event()
+        self.left = asyncio.Event()
+        """Set once it was stopped there."""
         self.error: EngineError | None = None
         self.status = "completed"
 
@@ -83,7 +85,11 @@ class Model:
                 text = item["content"][0]["text"]
                 yield frame("response.output_text.delta", item_id=item["id"], delta=text)
         self.begun.set()
-        await self.go_on.wait()
+        try:
+            await self.go_on.wait()
+        except BaseException:
+            self.left.set()
+            raise
         if self.error is not None:
             raise self.error
         response |= {"status": self.status, "output": [item], "usage": USAGE}

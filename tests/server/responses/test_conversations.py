@@ -139,6 +139,7 @@ async def test_a_client_that_leaves_unlocks_its_conversation(sdk: Sdk, model: Mo
     await model.begun.wait()
     running.cancel()
     await asyncio.wait((running,))
+    await model.left.wait()
     model.go_on.set()
     while True:
         try:
