@@ -165,12 +165,15 @@ def serving(model: Model, runtime: FakeRuntime, tmp_path: Path) -> Serving:
     return serve
 
 
+LIMIT_S = 60.0
+"""More than any answer or change takes here, also on a busy machine."""
+
 Sdk: TypeAlias = Any
 """The official client. An item has one of thirty types for it, and few of those have a content."""
 
 
 def client_of(url: str, key: str = "none") -> Sdk:
-    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=LIMIT_S)
 
 
 @pytest.fixture

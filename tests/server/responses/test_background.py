@@ -17,7 +17,7 @@ from server.responses import background
 from server.responses.store import ResponseStore
 from tests.contract.openai import conforms
 from tests.server.fake import FakeRuntime
-from tests.server.responses.conftest import Model, Sdk, Serving, client_of
+from tests.server.responses.conftest import LIMIT_S, Model, Sdk, Serving, client_of
 from tests.server.responses.test_turns import ask
 
 FINAL = ("completed", "failed", "cancelled", "incomplete")
@@ -28,21 +28,23 @@ async def ended(sdk: Sdk, response_id: str) -> Any:
 
 
 async def reached(sdk: Sdk, response_id: str, *statuses: str) -> Any:
-    while True:
-        found = await sdk.responses.retrieve(response_id)
-        if found.status in statuses:
-            return found
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            found = await sdk.responses.retrieve(response_id)
+            if found.status in statuses:
+                return found
+            await asyncio.sleep(0.01)
 
 
 async def begin(sdk: Sdk, text: str, **more: Any) -> Any:
     """Retried while the engine starts."""
-    while True:
-        try:
-            return await ask(sdk, text, background=True, **more)
-        except openai.InternalServerError as error:
-            assert error.code == "queue_timeout"
-            await asyncio.sleep(0.01)
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            try:
+                return await ask(sdk, text, background=True, **more)
+            except openai.InternalServerError as error:
+                assert error.code == "queue_timeout"
+                await asyncio.sleep(0.01)
 
 
 async def test_it_is_polled(sdk: Sdk, model: Model) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from server.settings import ServerSettings
 from tests.contract.openai import conforms
-from tests.server.responses.conftest import Model, Sdk, Serving, client_of
+from tests.server.responses.conftest import LIMIT_S, Model, Sdk, Serving, client_of
 from tests.server.responses.test_turns import TOOL, ask, streamed
 
 HELLO: dict[str, Any] = {"type": "message", "role": "user", "content": "hello"}
@@ -139,15 +139,16 @@ async def test_a_client_that_leaves_unlocks_its_conversation(sdk: Sdk, model: Mo
     await model.begun.wait()
     running.cancel()
     await asyncio.wait((running,))
-    await model.left.wait()
+    await asyncio.wait_for(model.left.wait(), LIMIT_S)
     model.go_on.set()
-    while True:
-        try:
-            await ask(sdk, "two", conversation=made.id)
-            break
-        except openai.BadRequestError as error:
-            assert error.code == "conversation_locked"
-            await asyncio.sleep(0.01)
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            try:
+                await ask(sdk, "two", conversation=made.id)
+                break
+            except openai.BadRequestError as error:
+                assert error.code == "conversation_locked"
+                await asyncio.sleep(0.01)
     assert model.inputs[-1] == ["two"], "a turn without an answer is none"
 
 
