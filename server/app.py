@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -12,11 +13,14 @@ from starlette.types import ASGIApp, Lifespan
 
 from engine.errors import ConfigError
 from server.auth import Guard
+from server.batches.batches import Batches
+from server.batches.line_call import LineCalls, access_of_owner
 from server.keys.keyring import Keyring
 from server.keys.watch import KeyWatch
 from server.metrics import HttpMetrics
 from server.request_context import RequestContext
 from server.response_cache.cache import open_cache
+from server.routes.batches import batches_router
 from server.routes.docs import docs_router
 from server.routes.engine import engine_router
 from server.routes.images import images_router
@@ -103,7 +107,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         except ConfigError as error:
             start.fail(error)
         else:
-            start.begin(jobs)
+            start.begin(jobs, batches)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -129,8 +133,15 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     watch.load()
     keyring.hand_budgets(engine.accounts.set_key_budgets)
     app = Application(settings, keyring, metrics, lifespan)
+    batches = Batches(
+        engine,
+        files,
+        LineCalls(app, app.router, keyring, metrics),
+        settings,
+        partial(access_of_owner, keyring),
+    )
     for router in (
-        probes_router(engine, start, (metrics.registry, *cache_series)),
+        probes_router(engine, start, (metrics.registry, batches.metrics.registry, *cache_series)),
         text_router(engine, settings, cache),
         images_router(engine, outputs, settings, cache),
         videos_router(engine, jobs, settings),
@@ -144,6 +155,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         files_router(engine),
         stored_files_router(files),
         uploads_router(Uploads(files), settings),
+        batches_router(batches, settings),
         ollama_router(engine, settings),
         web_router(),
         docs_router(engine, settings),

@@ -147,6 +147,12 @@ class ServerSettings(Section):
     """The same for the files of one key."""
     file_age: Duration = Field(default=30 * 86_400.0, gt=0)
     """How long a stored file is kept; `forever` keeps it until somebody deletes it."""
+    batch_concurrency: int = Field(default=8, ge=1, le=1024)
+    """Lines of batches that run at once for one model."""
+    batch_idle: Duration = Field(default=1.0)
+    """A line of a batch begins when no other request has waited or run for so long."""
+    batch_evict_idle: Duration = Field(default=30.0)
+    """A batch evicts no model that has served another request within this time."""
     cors_origins: Hosts = ()
     """Origins of web pages whose scripts may read answers, as `https://app.example.com`, or `*`."""
     public_url: str | None = None

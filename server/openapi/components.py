@@ -11,6 +11,7 @@ from engine.costs.usage_store import COUNTS, GROUPS
 from engine.route_config import Preference
 from engine.scheduling.scheduler_event import EventKind
 from engine.status import EngineState, EngineStatus, Forecast, ModelStatus, ProviderStatus
+from server.batches.record import BatchState
 from server.json_schema import SchemaGenerator
 from server.openapi.operation import Schema, listing, nullable, record, reference
 from server.stored_files.record import Purpose
@@ -196,6 +197,45 @@ UPLOAD = record(
     purpose=STRING,
     status={"enum": [state.value for state in UploadState]},
     file=nullable(reference("File")),
+)
+
+BATCH = record(
+    id=STRING,
+    object={"const": "batch"},
+    endpoint=STRING,
+    input_file_id=STRING,
+    completion_window=STRING,
+    status={"enum": [state.value for state in BatchState]},
+    created_at=INTEGER,
+    expires_at=INTEGER,
+    request_counts=record(total=INTEGER, completed=INTEGER, failed=INTEGER),
+    usage=record(
+        input_tokens=INTEGER,
+        input_tokens_details=record(cached_tokens=INTEGER),
+        output_tokens=INTEGER,
+        output_tokens_details=record(reasoning_tokens=INTEGER),
+        total_tokens=INTEGER,
+    ),
+    metadata=nullable({"type": "object", "additionalProperties": STRING}),
+    optional={
+        **dict.fromkeys(
+            (
+                "in_progress_at",
+                "finalizing_at",
+                "completed_at",
+                "failed_at",
+                "expired_at",
+                "cancelling_at",
+                "cancelled_at",
+            ),
+            INTEGER,
+        ),
+        "output_file_id": STRING,
+        "error_file_id": STRING,
+        "errors": listing(
+            record(code=STRING, message=STRING, param=nullable(STRING), line=nullable(INTEGER))
+        ),
+    },
 )
 
 WORD = record(word=STRING, start=NUMBER, end=NUMBER)
@@ -394,6 +434,11 @@ def components() -> dict[str, Any]:
         "File": STORED_FILE,
         "FileList": listing(reference("File"), first_id=STRING, last_id=STRING, has_more=BOOLEAN),
         "Upload": UPLOAD,
+        "Batch": BATCH,
+        "BatchList": {
+            **listing(reference("Batch"), first_id=STRING, last_id=STRING, has_more=BOOLEAN),
+            "required": ["object", "data", "has_more"],
+        },
         "Video": VIDEO,
         "VideoList": listing(
             reference("Video"),

@@ -25,6 +25,7 @@ from server.schemas.audio import (
     VoiceBody,
     VoicesQuery,
 )
+from server.schemas.batches import BatchBody, BatchListQuery
 from server.schemas.engine import EventsQuery, PlanBody, RouteBody
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
 from server.schemas.ollama import (
@@ -335,6 +336,30 @@ OPERATIONS: Mapping[str, Methods] = {
     "/v1/uploads/{upload_id}/cancel": {
         "post": Operation(
             summary="End an upload without a file", answers={JSON: reference("Upload")}
+        )
+    },
+    "/v1/batches": {
+        "post": Operation(
+            summary="Run the requests of a file",
+            description="They run while no other request needs the device.",
+            answers={JSON: reference("Batch")},
+            json=BatchBody,
+            link=f"{OPENAI}/batch",
+        ),
+        "get": Operation(
+            summary="The batches",
+            answers={JSON: reference("BatchList")},
+            query=BatchListQuery,
+            link=f"{OPENAI}/batch",
+        ),
+    },
+    "/v1/batches/{batch_id}": {
+        "get": Operation(summary="One batch", answers={JSON: reference("Batch")}),
+    },
+    "/v1/batches/{batch_id}/cancel": {
+        "post": Operation(
+            summary="Begin no further line of a batch, and keep the results so far",
+            answers={JSON: reference("Batch")},
         )
     },
     "/v1/audio/speech": {

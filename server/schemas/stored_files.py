@@ -84,8 +84,8 @@ UploadedFile: TypeAlias = Annotated[
 FileName: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
 
 
-def _read_count(value: Any) -> Any:
-    # The numbers of a query are texts.
+def read_count(value: Any) -> Any:
+    """The number that a text of a query writes."""
     return int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 10 else value
 
 
@@ -101,7 +101,7 @@ class FileListQuery(Body):
     """The query of `GET /v1/files`."""
 
     purpose: AnyPurpose | None = None
-    limit: Annotated[int, BeforeValidator(_read_count), Field(ge=1, le=10_000)] = 10_000
+    limit: Annotated[int, BeforeValidator(read_count), Field(ge=1, le=10_000)] = 10_000
     after: str | None = None
     order: Literal["asc", "desc"] = "desc"
 

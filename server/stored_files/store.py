@@ -7,6 +7,7 @@ moment leaves bytes without a record at most, which the next start removes.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import secrets
@@ -21,7 +22,7 @@ from engine.errors import Conflict, InvalidRequest, NoSpaceLeft, NotFound, Overl
 from engine.files.atomic import remove_leftovers
 from engine.units import format_size
 from engine.words import echoed
-from server.stored_files.database import Database
+from server.database import Database
 from server.stored_files.record import FileLimits, Purpose, StoredFile, Viewer
 from server.stored_files.unfinished import Unfinished
 
@@ -29,6 +30,50 @@ log = logging.getLogger(__name__)
 
 FOLDER = "files"
 """Under `data_dir`. It has the bytes of each file under its id, and of each part of an upload."""
+
+FILE_NAME = "files.sqlite3"
+"""The records of files, uploads and parts."""
+
+_TABLES = (
+    """
+CREATE TABLE files (
+    sequence   INTEGER PRIMARY KEY AUTOINCREMENT,
+    id         TEXT NOT NULL UNIQUE,
+    owner      TEXT NOT NULL,
+    filename   TEXT NOT NULL,
+    purpose    TEXT NOT NULL,
+    nbytes     INTEGER NOT NULL,
+    created_at INTEGER NOT NULL,
+    expires_at INTEGER
+) STRICT;
+CREATE INDEX files_owner ON files (owner, sequence);
+CREATE TABLE holds (
+    file_id TEXT NOT NULL,
+    holder  TEXT NOT NULL,
+    PRIMARY KEY (file_id, holder)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE uploads (
+    id           TEXT PRIMARY KEY,
+    owner        TEXT NOT NULL,
+    filename     TEXT NOT NULL,
+    purpose      TEXT NOT NULL,
+    mime_type    TEXT NOT NULL,
+    nbytes       INTEGER NOT NULL,
+    created_at   INTEGER NOT NULL,
+    expires_at   INTEGER NOT NULL,
+    state        TEXT NOT NULL,
+    file_id      TEXT,
+    file_expires INTEGER
+) STRICT;
+CREATE TABLE parts (
+    id         TEXT PRIMARY KEY,
+    upload_id  TEXT NOT NULL,
+    nbytes     INTEGER NOT NULL,
+    created_at INTEGER NOT NULL
+) STRICT;
+CREATE INDEX parts_upload ON parts (upload_id);
+""",
+)
 
 _COLUMNS = "id, owner, filename, purpose, nbytes, created_at, expires_at"
 
@@ -57,7 +102,7 @@ class FileStore:
             ConfigError: the records cannot be used; they are left as they are.
 
         """
-        self._database = Database(self._data_dir)
+        self._database = Database(self._data_dir / FILE_NAME, _TABLES)
         self.folder.mkdir(mode=0o700, exist_ok=True)
         remove_leftovers(self.folder)
         known = {row[0] for row in self.database.rows("SELECT id FROM files")}
@@ -93,8 +138,13 @@ class FileStore:
         data: Iterable[bytes],
         *,
         expires_after_s: float | None = None,
+        file_id: str | None = None,
+        bounded: bool = True,
     ) -> StoredFile:
         """Keep the pieces of `data` as a new file. It is on disk, whole, when this returns.
+
+        A result that is not to be lost is not `bounded`: it may be larger than files and the
+        storage may be. `file_id` is that of `id_of`, where a restart must find what was made.
 
         Raises:
             InvalidRequest: it is too large (status 413).
@@ -105,7 +155,15 @@ class FileStore:
         try:
             for piece in data:
                 unfinished.write(piece)
-            return self.adopt(unfinished, owner, purpose, filename, expires_after_s=expires_after_s)
+            return self.adopt(
+                unfinished,
+                owner,
+                purpose,
+                filename,
+                expires_after_s=expires_after_s,
+                file_id=file_id,
+                bounded=bounded,
+            )
         finally:
             unfinished.discard()
 
@@ -121,6 +179,8 @@ class FileStore:
         filename: str,
         *,
         expires_after_s: float | None = None,
+        file_id: str | None = None,
+        bounded: bool = True,
         beside: Callable[[sqlite3.Connection, StoredFile], object] | None = None,
     ) -> StoredFile:
         """Make a file that was written a stored one.
@@ -133,11 +193,12 @@ class FileStore:
 
         """
         nbytes = unfinished.nbytes
-        self.check_size(nbytes)
+        if bounded:
+            self.check_size(nbytes)
         now = self.clock()
         age_s = min(self.limits.max_age_s, math.inf if expires_after_s is None else expires_after_s)
         file = StoredFile(
-            id=f"file-{secrets.token_hex(16)}",
+            id=file_id or f"file-{secrets.token_hex(16)}",
             owner=owner,
             filename=filename,
             purpose=purpose,
@@ -151,7 +212,8 @@ class FileStore:
             with self.database.writing() as connection:
                 if beside is not None:
                     beside(connection, file)
-                self.check_room(owner, nbytes)
+                if bounded:
+                    self.check_room(owner, nbytes)
                 connection.execute(
                     f"INSERT INTO files ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", _row(file)
                 )
@@ -207,6 +269,10 @@ class FileStore:
         if file is None or not viewer.sees(file.owner) or self._expired(file):
             raise NotFound(f"There is no file {echoed(file_id)}.", param=param)
         return file
+
+    def has(self, file_id: str) -> bool:
+        """Whether there is such a file, of anybody."""
+        return bool(self.database.rows("SELECT 1 FROM files WHERE id = ?", file_id))
 
     def open_file(
         self, viewer: Viewer, file_id: str, *, param: str | None = None
@@ -325,6 +391,11 @@ class FileStore:
 
     def _expired(self, file: StoredFile) -> bool:
         return file.expires_at is not None and file.expires_at <= self.clock()
+
+
+def id_of(maker: str, what: str) -> str:
+    """The id of the file that `maker`, such as a batch, makes as `what`; always the same."""
+    return f"file-{hashlib.sha256(f'{maker}/{what}'.encode()).hexdigest()[:32]}"
 
 
 def _row(file: StoredFile) -> tuple[Any, ...]:

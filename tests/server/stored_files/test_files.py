@@ -23,9 +23,8 @@ from engine.engine import Engine
 from engine.errors import InvalidRequest, NoSpaceLeft, NotFound
 from server.app import create_app
 from server.settings import ServerSettings
-from server.stored_files.database import FILE_NAME
 from server.stored_files.record import FileLimits, Purpose, Viewer
-from server.stored_files.store import FOLDER, FileStore
+from server.stored_files.store import FILE_NAME, FOLDER, FileStore
 from tests.contract.openai import conforms
 from tests.server.fake import listening
 

@@ -1,4 +1,4 @@
-"""The records of files, uploads and parts: one SQLite file."""
+"""One SQLite file of records under `data_dir`."""
 
 from __future__ import annotations
 
@@ -6,60 +6,13 @@ import contextlib
 import os
 import sqlite3
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError, NoSpaceLeft
 
-FILE_NAME = "files.sqlite3"
-
-SCHEMA_VERSION = 1
-"""`PRAGMA user_version` of the file. A new version adds its step to `_migrate`."""
-
 _BUSY_TIMEOUT_S = 5.0
-
-_TABLES = f"""
-BEGIN;
-CREATE TABLE files (
-    sequence   INTEGER PRIMARY KEY AUTOINCREMENT,
-    id         TEXT NOT NULL UNIQUE,
-    owner      TEXT NOT NULL,
-    filename   TEXT NOT NULL,
-    purpose    TEXT NOT NULL,
-    nbytes     INTEGER NOT NULL,
-    created_at INTEGER NOT NULL,
-    expires_at INTEGER
-) STRICT;
-CREATE INDEX files_owner ON files (owner, sequence);
-CREATE TABLE holds (
-    file_id TEXT NOT NULL,
-    holder  TEXT NOT NULL,
-    PRIMARY KEY (file_id, holder)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE uploads (
-    id           TEXT PRIMARY KEY,
-    owner        TEXT NOT NULL,
-    filename     TEXT NOT NULL,
-    purpose      TEXT NOT NULL,
-    mime_type    TEXT NOT NULL,
-    nbytes       INTEGER NOT NULL,
-    created_at   INTEGER NOT NULL,
-    expires_at   INTEGER NOT NULL,
-    state        TEXT NOT NULL,
-    file_id      TEXT,
-    file_expires INTEGER
-) STRICT;
-CREATE TABLE parts (
-    id         TEXT PRIMARY KEY,
-    upload_id  TEXT NOT NULL,
-    nbytes     INTEGER NOT NULL,
-    created_at INTEGER NOT NULL
-) STRICT;
-CREATE INDEX parts_upload ON parts (upload_id);
-PRAGMA user_version = {SCHEMA_VERSION};
-COMMIT;
-"""
 
 
 class Database:
@@ -68,18 +21,20 @@ class Database:
     What a transaction writes is on disk when it ends.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Open or create the file in `folder`.
+    def __init__(self, path: Path, tables: Sequence[str]) -> None:
+        """Open or create the file.
+
+        `tables` are the statements that make it from nothing, and then those of each further
+        version. So their number is the version, `PRAGMA user_version` of the file.
 
         Raises:
             ConfigError: it is damaged, newer than this program, or cannot be used. It is left as
                 it is.
 
         """
-        path = folder / FILE_NAME
         self._lock = threading.RLock()
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             # SQLite's other files take the mode of this one.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             self._connection = sqlite3.connect(
@@ -90,7 +45,7 @@ class Database:
         try:
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
-            self._migrate(path)
+            self._migrate(path, tables)
         except BaseException as error:
             self._connection.close()
             if isinstance(error, sqlite3.Error):
@@ -126,19 +81,21 @@ class Database:
             except BaseException as error:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
-                if (full := NoSpaceLeft.of(error, "the file")) is not None:
+                if (full := NoSpaceLeft.of(error, "the record")) is not None:
                     raise full from error
                 raise
 
-    def _migrate(self, path: Path) -> None:
+    def _migrate(self, path: Path, tables: Sequence[str]) -> None:
         problems = [row[0] for row in self.rows("PRAGMA quick_check(1)")]
         if problems != ["ok"]:
             raise sqlite3.DatabaseError(problems[0].splitlines()[-1])  # the first is a heading
         ((version,),) = self.rows("PRAGMA user_version")
-        if version > SCHEMA_VERSION:
+        if version > len(tables):
             raise ConfigError(
                 f"engine.data_dir: {path} was written by a newer version of this program"
-                f" (schema {version}, this one knows {SCHEMA_VERSION})."
+                f" (schema {version}, this one knows {len(tables)})."
             )
-        if version == 0:
-            self._connection.executescript(_TABLES)
+        for number, statements in enumerate(tables[version:], start=version + 1):
+            self._connection.executescript(
+                f"BEGIN; {statements}; PRAGMA user_version = {number}; COMMIT;"
+            )
