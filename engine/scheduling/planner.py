@@ -31,6 +31,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from operator import attrgetter
 
+from engine.requests import Priority
 from engine.scheduling.plan import (
     Load,
     Outlook,
@@ -153,7 +154,7 @@ class _Decision:
         self.claim_bytes = wanted_bytes
         others = [other for other in self.models.values() if other.evictable and other is not model]
         reason = ""
-        victims = least_costly(self._idle(but=model), self._deficit_bytes, self.snapshot.draining)
+        victims = self._victims_of(ticket, self._idle(but=model))
         if victims is None:
             victims = least_costly(others, self._deficit_bytes, self.snapshot.draining)
             reason = "models in use must become idle first"
@@ -283,6 +284,23 @@ class _Decision:
         """What the claim still lacks once everything that is leaving has left."""
         return self.claim_bytes - self.free_bytes - self.returning_bytes
 
+    def _victims_of(
+        self, ticket: TicketView, candidates: list[PlannedModel]
+    ) -> list[Victim] | None:
+        """The least costly victims for the ticket; None if all candidates do not suffice.
+
+        For a batch leaves first what others have not asked for the longest. Even a KV cache, which
+        costs nothing to bring back, is not taken from a model that somebody talks to.
+        """
+        deficit_bytes, draining = self._deficit_bytes, self.snapshot.draining
+        if ticket.priority == Priority.BATCH:
+            candidates = sorted(candidates, key=lambda model: model.view.used_at)
+            for count in range(1, len(candidates)):
+                chosen = least_costly(candidates[:count], deficit_bytes, draining)
+                if chosen is not None:
+                    return chosen
+        return least_costly(candidates, deficit_bytes, draining)
+
     def _victims_of_overdue(self, claimant: PlannedModel) -> list[Victim] | None:
         """The victims of an overdue claim; None if it must wait for now."""
         idle: list[PlannedModel] = []
@@ -351,9 +369,7 @@ class _Decision:
         model = self.models[self.claim.model]
         victims = self.victims
         if victims is None:
-            victims = least_costly(
-                self._idle(but=model), self._deficit_bytes, self.snapshot.draining
-            )
+            victims = self._victims_of(self.claim, self._idle(but=model))
         if victims:
             return first_idle(victims, f"making room for {model.view.id}")
         if model.can_come and self.claim_bytes <= self.free_bytes:

@@ -51,6 +51,8 @@ class ModelView:
     """What bringing back everything that can be parked would take."""
     host_bytes: int = 0
     """Of the host copy; while the model is absent, of the copy that a load would make."""
+    used_at: float = 0.0
+    """When a request that is not of a batch last asked for it."""
 
 
 @dataclass(frozen=True, slots=True)
