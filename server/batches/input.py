@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -200,8 +201,7 @@ def file_id_of(value: Any) -> str | None:
 
 
 def read_line(stream: BinaryIO, line: Line) -> dict[str, Any]:
-    """The body of a line that was checked."""
-    stream.seek(line.offset)
-    document = from_json(stream.read(line.nbytes), allow_inf_nan=False)
+    """The body of a line that was checked. Threads may read side by side: no place is shared."""
+    document = from_json(os.pread(stream.fileno(), line.nbytes, line.offset), allow_inf_nan=False)
     body: dict[str, Any] = document["body"]
     return body
