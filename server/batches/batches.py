@@ -15,14 +15,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from engine.caller import Caller
-from engine.errors import Conflict, InvalidRequest, NoSpaceLeft, QueueFull, ShuttingDown
+from engine.errors import (
+    Conflict,
+    InvalidRequest,
+    NoSpaceLeft,
+    NotFound,
+    QueueFull,
+    ShuttingDown,
+)
 from server.batches.input import ENDPOINTS, Checks, read_input
 from server.batches.lanes import Lanes
 from server.batches.line_call import LineCalls
 from server.batches.line_runner import LineRunner
 from server.batches.live import LiveBatch
 from server.batches.metrics import BatchCounts, BatchMetrics
-from server.batches.record import Batch, BatchState, Line
+from server.batches.record import Batch, BatchState, Line, LineError
 from server.batches.result import unanswered
 from server.batches.store import BatchStore
 from server.keys.access import Access
@@ -43,7 +50,7 @@ LOOK_EVERY_S = 1.0
 PRUNE_EVERY_S = 300.0
 """The interval between deletions of files and records that have expired."""
 RETRY_S = 30.0
-"""The wait after result files could not be written."""
+"""The wait after the disk could not be written."""
 
 _HOLDER = "batch_"
 
@@ -221,7 +228,8 @@ class Batches:
             raise Conflict(f"The batch is {batch.state.value}.")
         live = self._live.get(batch.sequence)
         if live is not None:
-            live.batch, live.ends_as = batch, BatchState.CANCELLED
+            live.take(batch)
+            live.ends_as = BatchState.CANCELLED
             self._settle(live)
         return batch
 
@@ -257,16 +265,19 @@ class Batches:
         )
 
         def check() -> Batch:
-            # Held by the batch, so it is there.
-            _, stream = self._files.open_file(Viewer("", sees_all=True), batch.input_file_id)
+            now = int(self._clock())
+            try:
+                # Held by the batch, so it is there unless somebody deleted it on the disk.
+                _, stream = self._files.open_file(Viewer("", sees_all=True), batch.input_file_id)
+            except NotFound as error:
+                return store.refuse(batch, [LineError(error.code, error.message)], now)
             with stream:
                 lines, errors = read_input(stream, batch.sequence, checks)
-            now = int(self._clock())
             if errors:
                 return store.refuse(batch, errors, now)
             return store.begin_lines(batch, lines, now)
 
-        validated = await asyncio.to_thread(check)
+        validated = await self._until_there_is_room(batch, check)
         if live.closing:  # it was cancelled meanwhile
             return
         live.batch = validated
@@ -289,14 +300,19 @@ class Batches:
 
     async def _close(self, live: LiveBatch) -> None:
         """Write the files of the results, and end the batch. A restart does it again, once."""
+        write = partial(self._write_results, live)
+        live.batch = await self._until_there_is_room(live.batch, write)
+        await self._forget(live)
+
+    @staticmethod
+    async def _until_there_is_room(batch: Batch, write: Callable[[], Batch]) -> Batch:
+        """What `write` returns, on a thread. It is called again while the disk is full."""
         while True:
             try:
-                live.batch = await asyncio.to_thread(self._write_results, live)
-                break
+                return await asyncio.to_thread(write)
             except (OSError, NoSpaceLeft) as error:
-                log.error("the results of %s cannot be written: %s", live.batch.id, error)
+                log.error("%s waits, as the disk cannot be written: %s", batch.id, error)
                 await asyncio.sleep(RETRY_S)
-        await self._forget(live)
 
     def _write_results(self, live: LiveBatch) -> Batch:
         store, batch, state = self._opened, live.batch, live.ends_as or BatchState.COMPLETED
