@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 from prometheus_client.registry import CollectorRegistry
 
+from engine.activity import Activity
 from engine.admission import Admission
 from engine.catalog.fetcher import Fetcher
 from engine.config import EngineConfig, ModelConfig
@@ -100,6 +101,8 @@ class Engine:
         self._given_runtimes = dict(runtimes or {})
         self._runtimes: dict[str, Runtime] = {}
         self._models = {model.id: model for model in config.models}
+        self.activity = Activity(clock)
+        """When requests that are not of a batch came and ended."""
         self.events = EventLog()
         """What the scheduler did; closed when the engine has drained."""
         self._emptied = asyncio.Event()
@@ -328,8 +331,18 @@ class Engine:
         if timeout_s is None:
             timeout_s = self.config.queue_timeout_s
         deadline = Deadline(self._clock, timeout_s)
-        await self._wait_started(deadline)
-        return await self._dispatch.open(request, deadline, waiting or Waiting())
+        if request.scheduling.priority is Priority.BATCH:
+            await self._wait_started(deadline)
+            return await self._dispatch.open(request, deadline, waiting or Waiting())
+        self.activity.begin()
+        try:
+            await self._wait_started(deadline)
+            session = await self._dispatch.open(request, deadline, waiting or Waiting())
+        except BaseException:
+            self.activity.end("")
+            raise
+        session.on_closed = self.activity.end
+        return session
 
     async def check_loaded(self, name: str) -> None:
         """Return if a model is there, or is being brought in for others.

@@ -78,6 +78,8 @@ class Session:
         self.caller: Caller = NOBODY
         """Gets the usage once, when the session is closed."""
         self._counted = False
+        self.on_closed: Callable[[str], None] | None = None
+        """Called once with the id of the model, when the session is closed."""
         self.again: Retry | None = None
         """How to go on after the run has failed and given no more than progress."""
         self.reservation: Reservation | None = None
@@ -138,6 +140,8 @@ class Session:
             if not self._counted:
                 self._counted = True
                 self.caller.count(self.usage)
+                if self.on_closed is not None:
+                    self.on_closed(self.model.id)
             self.settle()
 
     def settle(self) -> None:

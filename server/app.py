@@ -6,13 +6,16 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Lifespan
 
-from engine.errors import EngineError
+from engine.errors import ConfigError, EngineError
 from server.auth import Guard
+from server.batches.batches import Batches
+from server.batches.line_call import LineCalls, access_of_owner
 from server.keys.keyring import Keyring
 from server.keys.watch import KeyWatch
 from server.metrics import HttpMetrics
@@ -22,6 +25,7 @@ from server.responses.background import Background
 from server.responses.keeper import Keeper
 from server.responses.turn import Turns
 from server.router import Router
+from server.routes.batches import batches_router
 from server.routes.conversations import conversations_router
 from server.routes.docs import docs_router
 from server.routes.engine import engine_router
@@ -30,12 +34,17 @@ from server.routes.models import models_router
 from server.routes.probes import probes_router
 from server.routes.responses import plain_responses_router, responses_router
 from server.routes.route import route_router
+from server.routes.stored_files import stored_files_router
 from server.routes.text import text_router
+from server.routes.uploads import uploads_router
 from server.routes.usage import usage_router
 from server.routes.videos import videos_router
 from server.routes.web import web_router
 from server.settings import ServerSettings
 from server.start import Start
+from server.stored_files.record import FileLimits
+from server.stored_files.store import FileStore
+from server.stored_files.uploads import Uploads
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -99,9 +108,20 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     cache = open_cache(engine, settings)
     kept = _Kept(engine, settings, start)
 
+    files = FileStore(engine.config.data_dir, FileLimits.of(settings))
+
+    async def begin_files() -> None:
+        """Open the stored files, without which nothing starts."""
+        try:
+            await asyncio.to_thread(files.open)
+        except ConfigError as error:
+            start.fail(error)
+        else:
+            start.begin(jobs, batches)
+
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        start.begin(jobs)
+        await begin_files()
         watch.begin()
         try:
             if cache is not None:
@@ -114,7 +134,8 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
                 await start.end()
             finally:
                 await watch.end()
-            await kept.close()
+                await kept.close()
+                files.close()
             if cache is not None:
                 await cache.close()
 
@@ -125,8 +146,15 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     watch.load()
     keyring.hand_budgets(engine.accounts.set_key_budgets)
     app = Application(settings, keyring, metrics, lifespan)
+    batches = Batches(
+        engine,
+        files,
+        LineCalls(app, app.router, keyring, metrics),
+        settings,
+        partial(access_of_owner, keyring),
+    )
     for router in (
-        probes_router(engine, start, (metrics.registry, *cache_series)),
+        probes_router(engine, start, (metrics.registry, batches.metrics.registry, *cache_series)),
         text_router(engine, settings, cache),
         *kept.routers(cache),
         images_router(engine, outputs, settings, cache),
@@ -139,6 +167,9 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         route_router(engine, settings),
         usage_router(engine),
         files_router(engine),
+        stored_files_router(files),
+        uploads_router(Uploads(files), settings),
+        batches_router(batches, settings),
         ollama_router(engine, settings),
         web_router(),
         docs_router(engine, settings),

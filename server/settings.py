@@ -148,6 +148,20 @@ class ServerSettings(Section):
     """Bytes of kept responses and conversations; beyond, the least recently used go."""
     responses_age: Duration = Field(default=30 * 86_400.0, gt=0)
     """How long a conversation, or a chain of responses, is kept after its last turn."""
+    max_file_bytes: Size = Field(default=2**29, gt=0)
+    """A larger file of `/v1/files` is refused with 413."""
+    file_storage: Size = Field(default=10 * 2**30, gt=0)
+    """Bytes of all stored files together, in `engine.data_dir`; beyond, uploads get 507."""
+    file_storage_per_key: Size = Field(default=10 * 2**30, gt=0)
+    """The same for the files of one key."""
+    file_age: Duration = Field(default=30 * 86_400.0, gt=0)
+    """How long a stored file is kept; `forever` keeps it until somebody deletes it."""
+    batch_concurrency: int = Field(default=8, ge=1, le=1024)
+    """Lines of batches that run at once for one model."""
+    batch_idle: Duration = Field(default=1.0)
+    """A line of a batch begins when no other request has waited or run for so long."""
+    batch_evict_idle: Duration = Field(default=30.0)
+    """A batch evicts no model that has served another request within this time."""
     cors_origins: Hosts = ()
     """Origins of web pages whose scripts may read answers, as `https://app.example.com`, or `*`."""
     public_url: str | None = None

@@ -29,6 +29,7 @@ from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
 from engine.status import BlockStatus, EngineStatus, Restarts
 from engine.usage import Usage
 from server.app import create_app
+from server.batches.metrics import BatchCounts, BatchMetrics
 from server.errors import Failure
 from server.metrics import HttpMetrics, render
 from server.response_cache.outcome import CacheMetrics
@@ -42,6 +43,7 @@ from server.schemas.audio import (
     VoiceBody,
     VoicesQuery,
 )
+from server.schemas.batches import BatchBody, BatchListQuery
 from server.schemas.engine import EventsQuery, PlanBody, RouteBody
 from server.schemas.fields import Body
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
@@ -67,6 +69,13 @@ from server.schemas.responses import (
     ResponseQuery,
 )
 from server.schemas.scheduling_options import SchedulingBody, SchedulingHeaders
+from server.schemas.stored_files import (
+    CompleteBody,
+    FileBody,
+    FileListQuery,
+    PartBody,
+    UploadBody,
+)
 from server.schemas.usage import UsageQuery
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
 from server.settings import ServerSettings
@@ -115,6 +124,8 @@ BODIES: dict[str, list[type[BaseModel]]] = {
     ],
     "Images": [GenerationBody, EditBody, VariationBody],
     "Videos": [VideoBody, VideoListQuery, VideoContentQuery],
+    "Files and uploads": [FileBody, FileListQuery, UploadBody, PartBody, CompleteBody],
+    "Batches": [BatchBody, BatchListQuery],
     "Speech": [SpeechBody],
     "Transcriptions and translations": [TranscriptionBody, TranslationBody],
     "Voices": [VoiceBody, VoicesQuery],
@@ -295,7 +306,9 @@ def series(engine: Engine) -> dict[str, dict[str, set[str]]]:
     metrics.request_seconds.labels("any", "run").observe(0)
     http.observe("/", "GET", 200, 0.0)
     cache = CacheMetrics(lambda: Kept(0, 0))
-    text, _ = render((metrics.registry, http.registry, cache.registry), "text/plain")
+    batches = BatchMetrics(BatchCounts)
+    registries = (metrics.registry, http.registry, cache.registry, batches.registry)
+    text, _ = render(registries, "text/plain")
     found: dict[str, dict[str, set[str]]] = {}
     for family in text_string_to_metric_families(text.decode()):
         name = f"{family.name}_total" if family.type == "counter" else family.name

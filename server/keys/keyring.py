@@ -71,6 +71,11 @@ class Keyring:
                 found = access
         return found
 
+    def named(self, name: str) -> Access | None:
+        """What the key of that name may do, or might once; None if there is none."""
+        every = [*self._stored.values(), *(access for _, access in self._configured)]
+        return next((access for access in every if access.caller.name == name), None)
+
     def replace(self, keys: Collection[Key]) -> None:
         """Take these instead of the present keys of the store. Requests that run go on."""
         limiters: dict[tuple[str, int], Limiter] = {}

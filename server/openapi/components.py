@@ -11,8 +11,11 @@ from engine.costs.usage_store import COUNTS, GROUPS
 from engine.route_config import Preference
 from engine.scheduling.scheduler_event import EventKind
 from engine.status import EngineState, EngineStatus, Forecast, ModelStatus, ProviderStatus
+from server.batches.record import BatchState
 from server.json_schema import SchemaGenerator
 from server.openapi.operation import Schema, listing, nullable, record, reference
+from server.stored_files.record import Purpose
+from server.stored_files.uploads import UploadState
 
 TEMPLATE = "#/components/schemas/{model}"
 
@@ -207,6 +210,68 @@ CONVERSATION = record(
 
 ITEM_LIST = listing(
     record(id=STRING, type=STRING), first_id=STRING, last_id=STRING, has_more=BOOLEAN
+)
+
+STORED_FILE = record(
+    id=STRING,
+    object={"const": "file"},
+    bytes=INTEGER,
+    created_at=INTEGER,
+    filename=STRING,
+    purpose={"enum": [purpose.value for purpose in Purpose]},
+    status={"const": "processed"},
+    optional={"expires_at": INTEGER},
+)
+
+UPLOAD = record(
+    id=STRING,
+    object={"const": "upload"},
+    bytes=INTEGER,
+    created_at=INTEGER,
+    expires_at=INTEGER,
+    filename=STRING,
+    purpose=STRING,
+    status={"enum": [state.value for state in UploadState]},
+    file=nullable(reference("File")),
+)
+
+BATCH = record(
+    id=STRING,
+    object={"const": "batch"},
+    endpoint=STRING,
+    input_file_id=STRING,
+    completion_window=STRING,
+    status={"enum": [state.value for state in BatchState]},
+    created_at=INTEGER,
+    expires_at=INTEGER,
+    request_counts=record(total=INTEGER, completed=INTEGER, failed=INTEGER),
+    usage=record(
+        input_tokens=INTEGER,
+        input_tokens_details=record(cached_tokens=INTEGER),
+        output_tokens=INTEGER,
+        output_tokens_details=record(reasoning_tokens=INTEGER),
+        total_tokens=INTEGER,
+    ),
+    metadata=nullable({"type": "object", "additionalProperties": STRING}),
+    optional={
+        **dict.fromkeys(
+            (
+                "in_progress_at",
+                "finalizing_at",
+                "completed_at",
+                "failed_at",
+                "expired_at",
+                "cancelling_at",
+                "cancelled_at",
+            ),
+            INTEGER,
+        ),
+        "output_file_id": STRING,
+        "error_file_id": STRING,
+        "errors": listing(
+            record(code=STRING, message=STRING, param=nullable(STRING), line=nullable(INTEGER))
+        ),
+    },
 )
 
 WORD = record(word=STRING, start=NUMBER, end=NUMBER)
@@ -406,6 +471,14 @@ def components() -> dict[str, Any]:
         "Compaction": COMPACTION,
         "Conversation": CONVERSATION,
         "ItemList": ITEM_LIST,
+        "File": STORED_FILE,
+        "FileList": listing(reference("File"), first_id=STRING, last_id=STRING, has_more=BOOLEAN),
+        "Upload": UPLOAD,
+        "Batch": BATCH,
+        "BatchList": {
+            **listing(reference("Batch"), first_id=STRING, last_id=STRING, has_more=BOOLEAN),
+            "required": ["object", "data", "has_more"],
+        },
         "Video": VIDEO,
         "VideoList": listing(
             reference("Video"),
