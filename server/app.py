@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Lifespan
 
+from engine.errors import ConfigError
 from server.auth import Guard
 from server.keys.keyring import Keyring
 from server.keys.watch import KeyWatch
@@ -21,12 +23,17 @@ from server.routes.images import images_router
 from server.routes.models import models_router
 from server.routes.probes import probes_router
 from server.routes.route import route_router
+from server.routes.stored_files import stored_files_router
 from server.routes.text import text_router
+from server.routes.uploads import uploads_router
 from server.routes.usage import usage_router
 from server.routes.videos import videos_router
 from server.routes.web import web_router
 from server.settings import ServerSettings
 from server.start import Start
+from server.stored_files.record import FileLimits
+from server.stored_files.store import FileStore
+from server.stored_files.uploads import Uploads
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -87,9 +94,20 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     voices = VoiceStore(engine.config)
     cache = open_cache(engine, settings)
 
+    files = FileStore(engine.config.data_dir, FileLimits.of(settings))
+
+    async def begin_files() -> None:
+        """Open the stored files, without which nothing starts."""
+        try:
+            await asyncio.to_thread(files.open)
+        except ConfigError as error:
+            start.fail(error)
+        else:
+            start.begin(jobs)
+
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        start.begin(jobs)
+        await begin_files()
         watch.begin()
         try:
             if cache is not None:
@@ -100,6 +118,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
                 await start.end()
             finally:
                 await watch.end()
+                files.close()
             if cache is not None:
                 await cache.close()
 
@@ -123,6 +142,8 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         route_router(engine, settings),
         usage_router(engine),
         files_router(engine),
+        stored_files_router(files),
+        uploads_router(Uploads(files), settings),
         ollama_router(engine, settings),
         web_router(),
         docs_router(engine, settings),

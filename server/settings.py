@@ -139,6 +139,14 @@ class ServerSettings(Section):
     """How long an answer is kept."""
     response_cache_shared: bool = False
     """A key may get the answers that were given to another."""
+    max_file_bytes: Size = Field(default=2**29, gt=0)
+    """A larger file of `/v1/files` is refused with 413."""
+    file_storage: Size = Field(default=10 * 2**30, gt=0)
+    """Bytes of all stored files together, in `engine.data_dir`; beyond, uploads get 507."""
+    file_storage_per_key: Size = Field(default=10 * 2**30, gt=0)
+    """The same for the files of one key."""
+    file_age: Duration = Field(default=30 * 86_400.0, gt=0)
+    """How long a stored file is kept; `forever` keeps it until somebody deletes it."""
     cors_origins: Hosts = ()
     """Origins of web pages whose scripts may read answers, as `https://app.example.com`, or `*`."""
     public_url: str | None = None

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-FAMILIES = ("chat", "embeddings", "images", "videos", "speech", "transcriptions", "engine")
+FAMILIES = (
+    "chat",
+    "embeddings",
+    "images",
+    "videos",
+    "speech",
+    "transcriptions",
+    "files",
+    "engine",
+)
 
-_CHAT, _EMBEDDINGS, _IMAGES, _VIDEOS, _SPEECH, _TRANSCRIPTIONS, _ENGINE = (
+_CHAT, _EMBEDDINGS, _IMAGES, _VIDEOS, _SPEECH, _TRANSCRIPTIONS, _FILES, _ENGINE = (
     frozenset({family}) for family in FAMILIES
 )
 _TEXT = _CHAT | _EMBEDDINGS
@@ -49,6 +58,9 @@ _BESIDE = (
     ("/v1/images/", _IMAGES),
     ("/v1/videos/", _VIDEOS),
     ("/v1/audio/", _SPEECH),  # voices, and the models that speak
+    ("/v1/files", _FILES),
+    ("/v1/uploads", _FILES),
+    ("/v1/batches", _FILES),
     ("/v1/engine", _ENGINE),
     ("/api/ps", _ENGINE),
     ("/api/pull", _ENGINE),

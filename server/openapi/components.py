@@ -13,6 +13,8 @@ from engine.scheduling.scheduler_event import EventKind
 from engine.status import EngineState, EngineStatus, Forecast, ModelStatus, ProviderStatus
 from server.json_schema import SchemaGenerator
 from server.openapi.operation import Schema, listing, nullable, record, reference
+from server.stored_files.record import Purpose
+from server.stored_files.uploads import UploadState
 
 TEMPLATE = "#/components/schemas/{model}"
 
@@ -171,6 +173,29 @@ VIDEO = record(
     },
     position={**nullable(INTEGER), "description": "In the queue; 1 is next."},
     eta_s={**nullable(NUMBER), "description": "Seconds until it is expected to be done."},
+)
+
+STORED_FILE = record(
+    id=STRING,
+    object={"const": "file"},
+    bytes=INTEGER,
+    created_at=INTEGER,
+    filename=STRING,
+    purpose={"enum": [purpose.value for purpose in Purpose]},
+    status={"const": "processed"},
+    optional={"expires_at": INTEGER},
+)
+
+UPLOAD = record(
+    id=STRING,
+    object={"const": "upload"},
+    bytes=INTEGER,
+    created_at=INTEGER,
+    expires_at=INTEGER,
+    filename=STRING,
+    purpose=STRING,
+    status={"enum": [state.value for state in UploadState]},
+    file=nullable(reference("File")),
 )
 
 WORD = record(word=STRING, start=NUMBER, end=NUMBER)
@@ -366,6 +391,9 @@ def components() -> dict[str, Any]:
         "ModelList": listing({"anyOf": [reference("Model"), reference("RouteModel")]}),
         "Route": ROUTE,
         "Images": IMAGES,
+        "File": STORED_FILE,
+        "FileList": listing(reference("File"), first_id=STRING, last_id=STRING, has_more=BOOLEAN),
+        "Upload": UPLOAD,
         "Video": VIDEO,
         "VideoList": listing(
             reference("Video"),

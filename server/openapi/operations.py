@@ -37,6 +37,13 @@ from server.schemas.ollama import (
     OllamaPullBody,
     OllamaShowBody,
 )
+from server.schemas.stored_files import (
+    CompleteBody,
+    FileBody,
+    FileListQuery,
+    PartBody,
+    UploadBody,
+)
 from server.schemas.usage import UsageQuery
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
 
@@ -266,6 +273,68 @@ OPERATIONS: Mapping[str, Methods] = {
         "post": Operation(
             summary="Stop the job of a video and keep its record",
             answers={JSON: reference("Video")},
+        )
+    },
+    "/v1/files": {
+        "post": Operation(
+            summary="Keep a file",
+            answers={JSON: reference("File")},
+            form=FileBody,
+            link=f"{OPENAI}/files",
+        ),
+        "get": Operation(
+            summary="The files",
+            answers={JSON: reference("FileList")},
+            query=FileListQuery,
+            link=f"{OPENAI}/files",
+        ),
+    },
+    "/v1/files/{file_id}": {
+        "get": Operation(summary="One file", answers={JSON: reference("File")}),
+        "delete": Operation(
+            summary="Delete a file",
+            description="Answers 409 while something uses it.",
+            answers={JSON: record(id=STRING, object={"const": "file"}, deleted={"const": True})},
+        ),
+    },
+    "/v1/files/{file_id}/content": _both(
+        Operation(
+            summary="The bytes of a file",
+            answers={"application/octet-stream": BINARY, "application/jsonl": STRING},
+        )
+    ),
+    "/v1/uploads": {
+        "post": Operation(
+            summary="Begin a file that comes in parts",
+            answers={JSON: reference("Upload")},
+            json=UploadBody,
+            link=f"{OPENAI}/uploads",
+        )
+    },
+    "/v1/uploads/{upload_id}/parts": {
+        "post": Operation(
+            summary="Add a part",
+            answers={
+                JSON: record(
+                    id=STRING,
+                    object={"const": "upload.part"},
+                    created_at={"type": "integer"},
+                    upload_id=STRING,
+                )
+            },
+            form=PartBody,
+        )
+    },
+    "/v1/uploads/{upload_id}/complete": {
+        "post": Operation(
+            summary="Make the file from its parts",
+            answers={JSON: reference("Upload")},
+            json=CompleteBody,
+        )
+    },
+    "/v1/uploads/{upload_id}/cancel": {
+        "post": Operation(
+            summary="End an upload without a file", answers={JSON: reference("Upload")}
         )
     },
     "/v1/audio/speech": {
