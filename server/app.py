@@ -27,6 +27,7 @@ from server.routes.stored_files import stored_files_router
 from server.routes.text import text_router
 from server.routes.uploads import uploads_router
 from server.routes.usage import usage_router
+from server.routes.vector_stores import vector_stores_router
 from server.routes.videos import videos_router
 from server.routes.web import web_router
 from server.settings import ServerSettings
@@ -34,6 +35,8 @@ from server.start import Start
 from server.stored_files.record import FileLimits
 from server.stored_files.store import FileStore
 from server.stored_files.uploads import Uploads
+from server.vector_stores.embedder import Embedder, Models
+from server.vector_stores.stores import VectorStores
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -100,6 +103,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         """Open the stored files, without which nothing starts."""
         try:
             await asyncio.to_thread(files.open)
+            await stores.start()
         except ConfigError as error:
             start.fail(error)
         else:
@@ -115,6 +119,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
             yield
         finally:
             try:
+                await stores.stop()  # first: it has requests of its own
                 await start.end()
             finally:
                 await watch.end()
@@ -128,6 +133,14 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     watch = KeyWatch(engine.config.data_dir, keyring)
     watch.load()
     keyring.hand_budgets(engine.accounts.set_key_budgets)
+    memory = settings.vector_stores
+    stores = VectorStores(
+        engine.config.data_dir,
+        memory,
+        files,
+        Embedder(engine, Models(memory.embedding_model, memory.rerank_model)),
+        keyring.caller,
+    )
     app = Application(settings, keyring, metrics, lifespan)
     for router in (
         probes_router(engine, start, (metrics.registry, *cache_series)),
@@ -144,6 +157,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         files_router(engine),
         stored_files_router(files),
         uploads_router(Uploads(files), settings),
+        vector_stores_router(stores, settings),
         ollama_router(engine, settings),
         web_router(),
         docs_router(engine, settings),

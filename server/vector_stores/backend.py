@@ -84,7 +84,7 @@ class Backend(Protocol):
     ) -> list[Near]:
         """The passages nearest to a vector, exactly; `among` are the attachments that count."""
 
-    def read(self, store: str, passages: Collection[int]) -> Mapping[int, Passage]:
+    def read(self, passages: Collection[int]) -> Mapping[int, Passage]:
         """Passages by their ids. One that is gone is missing."""
 
     def texts(self, store: str, attachment: int) -> list[str]:

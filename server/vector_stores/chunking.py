@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server.vector_stores.tokens import Span
+from server.vector_stores.tokens import Spans
 
 MIN_TOKENS = 100
 MAX_TOKENS = 4096
@@ -31,7 +30,7 @@ class Chunking:
         return cls(size, size // 2)
 
 
-def passages(text: str, spans: Sequence[Span], chunking: Chunking) -> list[str]:
+def passages(text: str, spans: Spans, chunking: Chunking) -> list[str]:
     """The passages of a text whose tokens are `spans`.
 
     A passage ends at a paragraph, a sentence or a word, if there is one in its last quarter.
@@ -44,20 +43,20 @@ def passages(text: str, spans: Sequence[Span], chunking: Chunking) -> list[str]:
             last = _cut(text, spans, last - chunking.max_tokens // 4, last)
         else:
             last = len(spans)
-        passage = text[spans[first][0] : spans[last - 1][1]].strip()
+        passage = text[spans.begins[first] : spans.ends[last - 1]].strip()
         if passage:
             found.append(passage)
         if last == len(spans):
             break
-        first = _begin(text, spans, max(first + 1, last - chunking.overlap), last)
+        first = _begin(spans, max(first + 1, last - chunking.overlap), last)
     return found
 
 
-def _cut(text: str, spans: Sequence[Span], least: int, most: int) -> int:
+def _cut(text: str, spans: Spans, least: int, most: int) -> int:
     """The best number of tokens to end a passage after, from `least` to `most`."""
     best, quality = most, 0
     for end in range(most, max(least, 1) - 1, -1):
-        here = _quality(text, spans[end - 1][1], spans[end][0])
+        here = _quality(text, spans.ends[end - 1], spans.begins[end])
         if here > quality:
             best, quality = end, here
             if quality == _PARAGRAPH:
@@ -75,9 +74,9 @@ def _quality(text: str, end: int, begin: int) -> int:
     return _SENTENCE if text[end - 1] in _ENDS else _WORD
 
 
-def _begin(text: str, spans: Sequence[Span], first: int, last: int) -> int:
+def _begin(spans: Spans, first: int, last: int) -> int:
     """The first token from `first` on that begins a word; `first` if there is none until `last`."""
     for index in range(first, last):
-        if spans[index - 1][1] < spans[index][0]:
+        if spans.ends[index - 1] < spans.begins[index]:
             return index
     return first

@@ -83,16 +83,12 @@ def _comparison(document: dict[str, Any], where: str) -> Filter:
             raise _wrong(f"{where}.value", f"it has at most {MAX_VALUES} values")
         among = {_typed(each) for each in value}
         wanted = kind == "in"
-        return lambda attributes: (
-            (key in attributes and _typed(attributes[key]) in among) == wanted
-        )
+        return lambda attributes: (key in attributes and _typed(attributes[key]) in among) == wanted
     if not _is_value(value):
         raise _wrong(f"{where}.value", "it is a text, a number or a boolean")
     if kind in ("eq", "ne"):
         own, wanted = _typed(value), kind == "eq"
-        return lambda attributes: (
-            (key in attributes and _typed(attributes[key]) == own) == wanted
-        )
+        return lambda attributes: (key in attributes and _typed(attributes[key]) == own) == wanted
     if isinstance(value, bool):
         raise _wrong(f"{where}.value", f"true and false have no order, as {kind} needs")
     compare = _ORDERS[kind]

@@ -98,9 +98,9 @@ class HeldVectors:
         with self._lock:
             self._changing.pop(store, None)
 
-    def read(self, store: str, passages: Collection[int]) -> Mapping[int, Passage]:
+    def read(self, passages: Collection[int]) -> Mapping[int, Passage]:
         """Passages by their ids. One that is gone is missing."""
-        return self._backend.read(store, passages)
+        return self._backend.read(passages)
 
     def texts(self, store: str, attachment: int) -> list[str]:
         """The passages of a file, in order."""

@@ -6,14 +6,15 @@ import re
 from html.parser import HTMLParser
 
 _SKIPPED = frozenset({"script", "style", "template", "noscript", "svg", "math"})
-_BLOCKS = frozenset(
-    "address article aside blockquote body br caption dd div dl dt fieldset figcaption figure"
-    " footer form h1 h2 h3 h4 h5 h6 head header hr html li main nav ol option p pre section"
-    " select table tbody tfoot thead title tr ul".split()
-)
 _PARAGRAPHS = frozenset(
-    "article blockquote h1 h2 h3 h4 h5 h6 main p pre section table title".split()
+    {"article", "blockquote", "h1", "h2", "h3", "h4", "h5", "h6", "main", "p", "pre", "section"}
+    | {"table", "title"}
 )
+_BLOCKS = _PARAGRAPHS | {
+    *("address", "aside", "body", "br", "caption", "dd", "div", "dl", "dt", "fieldset"),
+    *("figcaption", "figure", "footer", "form", "head", "header", "hr", "html", "li", "nav"),
+    *("ol", "option", "select", "tbody", "tfoot", "thead", "tr", "ul"),
+}
 _SPACES = re.compile(r"[ \t\r\n\f\v\u00a0]+")
 _MANY_LINES = re.compile(r"\n{3,}")
 

@@ -172,7 +172,7 @@ class PgvectorBackend:
 
         return self._run(search)
 
-    def read(self, store: str, passages: Collection[int]) -> Mapping[int, Passage]:
+    def read(self, passages: Collection[int]) -> Mapping[int, Passage]:
         """Passages by their ids. One that is gone is missing."""
         query = "SELECT id, attachment, ordinal, text FROM roundhouse_passages WHERE id = ANY(%s)"
         return {row[0]: Passage(*row[1:]) for row in self._rows(query, list(passages))}

@@ -24,6 +24,9 @@ SCHEMA_VERSION = 1
 CHUNK_VECTORS = 256
 """sqlite-vec keeps so many vectors together, also where a store has fewer."""
 
+MAX_FOUND = 4096
+"""Of one search: the limit of sqlite-vec."""
+
 PAGE_BYTES = 32_768
 """A chunk is read page by page: with SQLite's 4,096 a search takes half as long again."""
 
@@ -171,10 +174,11 @@ class SqliteBackend:
     ) -> list[Near]:
         """The passages nearest to a vector, exactly. See `Backend.nearest`."""
         with self._reading, self._snapshot() as connection:
-            found = self._find(connection, store)
-            if found is None:
+            known = self._find(connection, store)
+            if known is None:
                 return []
-            number, dimensions = found
+            number, dimensions = known
+            most = min(most, MAX_FOUND)
             if len(vector) != dimensions:
                 raise _other_dimensions(store, dimensions, len(vector))
             where, values = "", ()  # type: tuple[str, tuple[Any, ...]]
@@ -186,7 +190,7 @@ class SqliteBackend:
                 values = (number, json.dumps(list(among)))
             rows = connection.execute(
                 f"SELECT rowid, distance FROM vectors_{number}"
-                f" WHERE vector MATCH ? AND k = ?{where} ORDER BY distance, rowid",
+                f" WHERE vector MATCH ? AND k = ?{where} ORDER BY distance",
                 (vector.tobytes(), most, *values),
             ).fetchall()
             marks = ", ".join("?" * len(rows))
@@ -197,9 +201,10 @@ class SqliteBackend:
                 ).fetchall()
             )
         # Of vectors of length 1, the square of the distance is 2 - 2 cos.
-        return [Near(rowid, owners[rowid], 1 - distance**2 / 2) for rowid, distance in rows]
+        found = [Near(rowid, owners[rowid], 1 - distance**2 / 2) for rowid, distance in rows]
+        return sorted(found, key=lambda near: (-near.score, near.passage))
 
-    def read(self, store: str, passages: Collection[int]) -> Mapping[int, Passage]:
+    def read(self, passages: Collection[int]) -> Mapping[int, Passage]:
         """Passages by their ids. One that is gone is missing."""
         marks = ", ".join("?" * len(passages))
         with self._reading:

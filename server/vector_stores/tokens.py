@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import re
+from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
-
-Span = tuple[int, int]
-"""The characters of a token: its first, and the one after its last."""
 
 SPECIAL_TOKENS = 2
 """What models put round a text, such as [CLS] and [SEP]."""
@@ -34,6 +32,25 @@ _PROMPTS = "config_sentence_transformers.json"
 
 
 @dataclass(frozen=True, slots=True)
+class Spans:
+    """The characters of each token: its first, and the one after its last.
+
+    Arrays, as a text may have ten million tokens.
+    """
+
+    begins: array[int] = field(default_factory=lambda: array("i"))
+    ends: array[int] = field(default_factory=lambda: array("i"))
+
+    def __len__(self) -> int:
+        return len(self.begins)
+
+    def add(self, begin: int, end: int) -> None:
+        """Add the next token."""
+        self.begins.append(begin)
+        self.ends.append(end)
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """What is known of the tokens of an embedding model."""
 
@@ -44,15 +61,17 @@ class Tokens:
     has_prompts: bool
     """Whether the model wants other texts before queries than before passages."""
 
-    def spans(self, text: str) -> list[Span]:
+    def spans(self, text: str) -> Spans:
         """The tokens of a text, in order. It blocks, for long texts for seconds."""
-        found: list[Span] = []
-        for begin, piece in _pieces(text):
+        found = Spans()
+        for start, piece in _pieces(text):
             if self.tokenizer is None:
-                found += [(begin + m.start(), begin + m.end()) for m in _APPROXIMATE.finditer(piece)]
+                for match in _APPROXIMATE.finditer(piece):
+                    found.add(start + match.start(), start + match.end())
                 continue
-            encoding = self.tokenizer.encode(piece, add_special_tokens=False)
-            found += [(begin + a, begin + b) for a, b in encoding.offsets if b > a]
+            for begin, end in self.tokenizer.encode(piece, add_special_tokens=False).offsets:
+                if end > begin:
+                    found.add(start + begin, start + end)
         return found
 
 
