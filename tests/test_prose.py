@@ -34,6 +34,7 @@ THIS = Path(__file__).relative_to(ROOT).as_posix()
 PROGRAM = ("engine", "server")
 FOLDERS = (*PROGRAM, "tests", "scripts", "configs", "constraints", "docs")
 SECTIONS = {"engine": "EngineConfig", "server": "ServerSettings", "costs": "CostConfig"}
+SECTIONS["vector_stores"] = "VectorStoreConfig"
 """The sections of the configuration, and the classes of their keys: `engine.memory`."""
 
 MAX_WORDS = 40

@@ -92,9 +92,7 @@ def models() -> list[dict[str, object]]:
 
 @pytest.fixture
 def engine(runtime: EmbeddingRuntime, models: list[dict[str, object]], tmp_path: Path) -> Engine:
-    return fake_engine(
-        runtime, tmp_path, models=[{"runtime": "fake", **model} for model in models]
-    )
+    return fake_engine(runtime, tmp_path, models=[{"runtime": "fake", **model} for model in models])
 
 
 @pytest.fixture

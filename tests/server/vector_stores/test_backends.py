@@ -149,4 +149,3 @@ def test_a_lost_postgres_is_an_error_without_its_password(
         PgvectorBackend("postgresql://me:secret@127.0.0.1:1/none")
     assert "secret" not in str(refused.value)
     assert os.environ.get("PGPASSWORD") is None
-
