@@ -122,7 +122,7 @@ def sdk_of(url: str, key: str = "none") -> openai.AsyncOpenAI:
 
 
 @pytest.fixture
-async def client(url: str) -> AsyncIterator[openai.AsyncOpenAI]:  # type: ignore[override]
+async def client(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
     async with sdk_of(url) as client:
         yield client
 

@@ -160,7 +160,7 @@ async def test_a_configured_model_ranks_what_was_found(
     found = await client.vector_stores.search(
         store.id, query="trains", ranking_options={"ranker": "none"}
     )
-    assert [each.content[0].text for each in found.data][0] == "trains"
+    assert found.data[0].content[0].text == "trains"
     assert ranked == len(
         [each for each in runtime.requests if each.operation is TextOperation.RERANK]
     )
@@ -382,7 +382,7 @@ async def test_a_model_that_is_gone_is_named(
     changed = ServerSettings(vector_stores=VectorStoreConfig(embedding_model="others"))
     async with listening(create_app(second, changed)) as url, sdk_of(url) as client:
         assert (await client.vector_stores.retrieve(store.id)).id == store.id
-        with pytest.raises(openai.ConflictError, match="'words'.*not configured any more"):
+        with pytest.raises(openai.ConflictError, match=r"'words'.*not configured any more"):
             await client.vector_stores.search(store.id, query="x")
         file = await upload(client, TRAINS)
         with pytest.raises(openai.ConflictError, match="'words'"):
@@ -392,12 +392,12 @@ async def test_a_model_that_is_gone_is_named(
 async def test_pdf_html_and_text_with_the_sizes_of_the_request(client: Client) -> None:
     store = await client.vector_stores.create()
     long = " ".join(f"w{index}" for index in range(300))
-    sizes = {"max_chunk_size_tokens": 100, "chunk_overlap_tokens": 10}
+    sizes: Any = {"max_chunk_size_tokens": 100, "chunk_overlap_tokens": 10}
     for name, data in (("a.pdf", pdf("A locomotive")), ("b.html", b"<p>A carriage"), ("c", long)):
         done = await client.vector_stores.files.create_and_poll(
             file_id=await upload(client, data, name),
             vector_store_id=store.id,
-            chunking_strategy={"type": "static", "static": sizes},  # type: ignore[typeddict-item]
+            chunking_strategy={"type": "static", "static": sizes},
             poll_interval_ms=10,
         )
         assert done.status == "completed", done.last_error
