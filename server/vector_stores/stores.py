@@ -401,8 +401,10 @@ class VectorStores:
                 min(1.0, max(0.0, near.score)),
             )
             for near in chosen
-            # A file may have been detached a moment ago.
-            if near.attachment in owners and near.passage in texts
+            # A file may have been detached or cancelled a moment ago.
+            if near.passage in texts
+            and near.attachment in owners
+            and owners[near.attachment].status is AttachmentStatus.COMPLETED
         ]
 
     def _attributes_of(self, store: str) -> Mapping[int, Attributes]:
