@@ -38,6 +38,7 @@ from server.routes.stored_files import stored_files_router
 from server.routes.text import text_router
 from server.routes.uploads import uploads_router
 from server.routes.usage import usage_router
+from server.routes.vector_stores import vector_stores_router
 from server.routes.videos import videos_router
 from server.routes.web import web_router
 from server.settings import ServerSettings
@@ -45,6 +46,8 @@ from server.start import Start
 from server.stored_files.record import FileLimits
 from server.stored_files.store import FileStore
 from server.stored_files.uploads import Uploads
+from server.vector_stores.embedder import Embedder, Models
+from server.vector_stores.stores import VectorStores
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -114,6 +117,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         """Open the stored files, without which nothing starts."""
         try:
             await asyncio.to_thread(files.open)
+            await stores.start()
         except ConfigError as error:
             start.fail(error)
         else:
@@ -130,7 +134,9 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
             yield
         finally:
             try:
+                # First those with requests of their own.
                 await kept.stop()
+                await stores.stop()
                 await start.end()
             finally:
                 await watch.end()
@@ -145,6 +151,14 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     watch = KeyWatch(engine.config.data_dir, keyring)
     watch.load()
     keyring.hand_budgets(engine.accounts.set_key_budgets)
+    memory = settings.vector_stores
+    stores = VectorStores(
+        engine.config.data_dir,
+        memory,
+        files,
+        Embedder(engine, Models(memory.embedding_model, memory.rerank_model)),
+        keyring.caller,
+    )
     app = Application(settings, keyring, metrics, lifespan)
     batches = Batches(
         engine,
@@ -170,6 +184,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         stored_files_router(files),
         uploads_router(Uploads(files), settings),
         batches_router(batches, settings),
+        vector_stores_router(stores, settings),
         ollama_router(engine, settings),
         web_router(),
         docs_router(engine, settings),

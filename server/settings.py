@@ -16,12 +16,13 @@ from pydantic import BeforeValidator, Field, PrivateAttr, SecretStr, field_valid
 
 from engine.config import ENV_CONFIG, EngineConfig, engine_config, engine_fields, read_sections
 from engine.cost_config import CostConfig
-from engine.errors import ConfigError
+from engine.errors import ConfigError, ModelNotFound
 from engine.runtimes.registry import RUNTIMES
 from engine.section import Section, parse_section
 from engine.units import Duration, Size
 from server.keys.keyring import ConfiguredKey
 from server.keys.record import Key, check_name, digest_of
+from server.vector_store_config import VectorStoreConfig
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,10 @@ CachePlace: TypeAlias = Annotated[str, BeforeValidator(read_cache), Field(repr=F
 
 Keys: TypeAlias = Annotated[tuple[SecretStr, ...], BeforeValidator(split_commas)]
 Hosts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(split_commas)]
+
+VECTOR_STORES = "vector_stores"
+VECTOR_STORES_URL = "vector_stores_url"
+"""The URL as a variable of the environment, behind the prefix of all of them."""
 
 ANY = "*"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s,]+")
@@ -171,6 +176,7 @@ class ServerSettings(Section):
     forwarded_allow_ips: Hosts = ()
     """Addresses or networks of proxies whose `X-Forwarded-*` headers are believed, or `*`."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    vector_stores: VectorStoreConfig = VectorStoreConfig()
     # The names of the keys of the file, by key.
     _names: Mapping[str, str] = PrivateAttr(default_factory=dict)
     # Where the store of keys is; None: there is none.
@@ -314,7 +320,7 @@ def load_settings(
 
     """
     sections = _sections(config_path(path, environ), environ)
-    raw = {**sections["server"], **(overrides or {})}
+    raw = {**sections["server"], **(overrides or {}), VECTOR_STORES: sections[VECTOR_STORES]}
     settings = parse_section(ServerSettings, raw, "server")
     if settings.api_keys_file is not None:
         keys, admin_keys, names = _read_keys(settings.api_keys_file)
@@ -324,6 +330,7 @@ def load_settings(
         settings._names = names
     engine = engine_config(sections, RUNTIMES)
     settings._data_dir = engine.data_dir
+    _check_models(settings.vector_stores, engine)
     if not (is_loopback(settings.host) or settings.insecure or settings.has_keys):
         raise ConfigError(
             f"server.host: {settings.host} can be reached from other machines, and there is no"
@@ -347,10 +354,32 @@ def read_engine_config(path: Path, environ: Mapping[str, str]) -> EngineConfig:
 def _sections(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:
     fields = {
         "engine": engine_fields(),
-        "server": list(ServerSettings.model_fields),
+        "server": [name for name in ServerSettings.model_fields if name != VECTOR_STORES],
         "costs": [name for name in CostConfig.model_fields if name != "compare"],
+        # Of its keys only the one that may hold a password, under a longer name.
+        VECTOR_STORES: [VECTOR_STORES_URL],
     }
-    return read_sections(path, environ, fields)
+    sections = read_sections(path, environ, fields)
+    own = sections[VECTOR_STORES]
+    if VECTOR_STORES_URL in own:
+        own["url"] = own.pop(VECTOR_STORES_URL)
+    return sections
+
+
+def _check_models(config: VectorStoreConfig, engine: EngineConfig) -> None:
+    """Return if the models that vector stores use exist.
+
+    Raises:
+        ConfigError: naming the key.
+
+    """
+    for key in ("embedding_model", "rerank_model"):
+        name = getattr(config, key)
+        if name is not None:
+            try:
+                engine.find(name)
+            except ModelNotFound as error:
+                raise ConfigError(f"vector_stores.{key}: {error.message}") from None
 
 
 def _read_keys(path: Path) -> tuple[list[str], list[str], dict[str, str]]:

@@ -32,6 +32,7 @@ LAYERS = (
     ("server.responses",),
     ("server.response_cache",),
     ("server.batches",),
+    ("server.vector_stores",),
     ("server.stored_files",),
     ("server",),
     ("server.keys",),
