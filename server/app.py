@@ -76,6 +76,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     from engine.media.outputs import Outputs
     from engine.media.voices import VoiceStore
     from server.routes.files import files_router
+    from server.routes.mcp import McpEndpoint
     from server.routes.ollama import ollama_router
     from server.routes.speech import speech_router
     from server.routes.transcriptions import transcriptions_router
@@ -86,6 +87,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     jobs = Jobs(engine, outputs)
     voices = VoiceStore(engine.config)
     cache = open_cache(engine, settings)
+    mcp = McpEndpoint(engine, outputs, settings, start)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -96,6 +98,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
                 await cache.start()
             yield
         finally:
+            await mcp.close()
             try:
                 await start.end()
             finally:
@@ -124,6 +127,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         usage_router(engine),
         files_router(engine),
         ollama_router(engine, settings),
+        mcp.router(),
         web_router(),
         docs_router(engine, settings),
     ):

@@ -89,7 +89,7 @@ Hosts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(split_commas)]
 ANY = "*"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s,]+")
 _PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
-_OWN_PATHS = ("/v1", "/web", "/docs")
+_OWN_PATHS = ("/v1", "/web", "/docs", "/mcp")
 """Paths that the server has itself. Behind such a prefix it could not tell which one is meant."""
 
 
@@ -147,6 +147,8 @@ class ServerSettings(Section):
     """The prefix that a proxy removes from paths, such as `/ai`."""
     forwarded_allow_ips: Hosts = ()
     """Addresses or networks of proxies whose `X-Forwarded-*` headers are believed, or `*`."""
+    mcp: bool = True
+    """Serve tools for agents at `POST /mcp`. The package is imported at the first request."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     # The names of the keys of the file, by key.
     _names: Mapping[str, str] = PrivateAttr(default_factory=dict)

@@ -27,6 +27,7 @@ LAYERS = (
     ("server.app",),
     ("server.routes",),
     ("server.openapi",),
+    ("server.mcp",),
     ("server.ollama",),
     ("server.schemas",),
     ("server.response_cache",),
