@@ -244,6 +244,26 @@ class Admission:
         waiting.stage, waiting.ticket = Stage.RUNNING, None
         return lease
 
+    async def bring_in(
+        self, model: ModelConfig, deadline: Deadline, scheduling: SchedulingOptions
+    ) -> None:
+        """Load a model whose files are here as if a request had asked for it.
+
+        Raises:
+            EngineError: it does not fit, or cannot be loaded.
+
+        """
+        lease = await self.lease(
+            model,
+            request_id=f"load-{model.id}",
+            operation="load",
+            scheduling=scheduling,
+            deadline=deadline,
+            waiting=Waiting(),
+            ignore_backoff=True,
+        )
+        lease.release()
+
     async def _not_loaded(self, model: ModelConfig) -> NotLoaded:
         # Reading the sizes takes moments where the files are here; otherwise they stay unknown.
         with contextlib.suppress(EngineError):

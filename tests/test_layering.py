@@ -37,6 +37,7 @@ LAYERS = (
     ("engine.simulation",),
     ("engine.engine",),
     ("engine.dispatch",),
+    ("engine.preloading", "engine.model_loras"),
     ("engine.session", "engine.run", "engine.admission"),
     ("engine.catalog", "engine.costs"),
     ("engine.routing",),

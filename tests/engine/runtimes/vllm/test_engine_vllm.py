@@ -273,7 +273,7 @@ async def test_a_model_that_can_never_fit_is_named_at_the_start(
     fits, large = make_model("fits"), make_model("large", kv_cache="128MiB")
     with caplog.at_level(logging.DEBUG, "engine.engine"):
         engine = await make_engine(remote, large, fits, memory="128MiB")
-        await asyncio.gather(*engine._preloads)
+        await asyncio.gather(*engine._preloading.tasks)
     (said,) = (each for each in caplog.records if "cannot" in each.message)
     with pytest.raises(InsufficientCapacity) as refused:
         await engine.load("large")
