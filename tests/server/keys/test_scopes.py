@@ -44,7 +44,7 @@ class TestEndpoints:
         }
         assert without == {
             "/v1/models", "/v1/models/", "/v1/models/{name:path}", "/openapi.json",
-            "/api/tags", "/api/show", "/api/version",
+            "/api/tags", "/api/show", "/api/version", "/mcp",
         }  # fmt: skip
         families = [families_of(route.path) or () for route in routes]
         assert {each for found in families for each in found} == set(FAMILIES)
@@ -64,7 +64,9 @@ class TestEndpoints:
             for route in app.routes
             if isinstance(route, ServedRoute) and "POST" in route.methods
         }
-        assert counted == {path for path in posts if not path.startswith((*families, *ollama))}
+        assert counted == {
+            path for path in posts if not path.startswith((*families, *ollama, "/mcp"))
+        }
 
     async def test_ollamas_names_are_those_of_the_key(
         self, client: httpx.AsyncClient, add_key: AddKey, runtime: FakeRuntime

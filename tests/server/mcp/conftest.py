@@ -29,6 +29,7 @@ from engine.runtimes.base import Prepared
 from engine.runtimes.registry import REGISTRY
 from engine.usage import Usage
 from tests.server.fake import FakeRuntime, fake_engine
+from tests.server.keys.conftest import add_key, store  # noqa: F401 - fixtures
 
 RATE = 24_000
 TASKS = ("generate", "embed", "rerank", "image", "video", "speech", "transcribe")

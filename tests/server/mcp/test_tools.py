@@ -18,7 +18,7 @@ from PIL import Image
 
 from engine.engine import Engine
 from engine.errors import RuntimeFailed
-from engine.events import Event
+from engine.events import Document, Event
 from engine.requests import ImageRequest, Priority, Request
 from server.mcp.media import MAX_INLINE_BYTES
 from tests.server.fake import FakeRuntime
@@ -70,7 +70,11 @@ async def test_every_tool_is_described(connect: Connect, mode: str) -> None:
         assert {*tool.input_schema["required"]} <= {*properties}
         for field in properties.values():
             assert field["description"] and {"type", "enum", "anyOf"} & {*field}, field
-    read_only = {name for name, tool in tools.items() if tool.annotations.read_only_hint}
+    read_only = {
+        name
+        for name, tool in tools.items()
+        if tool.annotations is not None and tool.annotations.read_only_hint
+    }
     assert read_only == {
         "list_models", "engine_status", "plan_model", "get_video", "transcribe", "chat", "embed",
         "rerank",
@@ -162,7 +166,7 @@ class TestVideos:
     async def test_a_job_and_its_file(self, connect: Connect, url: str) -> None:
         told: list[str] = []
 
-        async def on_progress(_done: float, _all: float | None, message: str | None) -> None:
+        async def on_progress(progress: float, total: float | None, message: str | None) -> None:
             told.append(message or "")
 
         async with connect() as client:
@@ -179,7 +183,7 @@ class TestVideos:
     async def test_one_is_cancelled(self, connect: Connect, runtime: FakeRuntime) -> None:
         async def stuck(_: Request) -> AsyncGenerator[Event, None]:
             await asyncio.Event().wait()
-            yield  # pragma: no cover
+            yield Document(b"{}")
 
         runtime.answer = stuck
         async with connect() as client:
@@ -266,7 +270,7 @@ class TestErrors:
     async def test_a_failed_run(self, connect: Connect, runtime: FakeRuntime) -> None:
         async def fail(_: Request) -> AsyncGenerator[Event, None]:
             raise RuntimeFailed("The card is on fire.")
-            yield  # pragma: no cover
+            yield Document(b"{}")
 
         runtime.answer = fail
         async with connect() as client:
@@ -294,8 +298,8 @@ class TestWaits:
         runtime.answer = slow
         told: list[tuple[float, float | None, str | None]] = []
 
-        async def on_progress(done: float, total: float | None, message: str | None) -> None:
-            told.append((done, total, message))
+        async def on_progress(progress: float, total: float | None, message: str | None) -> None:
+            told.append((progress, total, message))
             if message is not None and message.startswith("queued position=1"):
                 release.set()
 
@@ -321,7 +325,7 @@ class TestWaits:
         async def stuck(_: Request) -> AsyncGenerator[Event, None]:
             try:
                 await asyncio.Event().wait()
-                yield  # pragma: no cover
+                yield Document(b"{}")
             finally:
                 ended.set()
 
