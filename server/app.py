@@ -27,6 +27,7 @@ from server.routes.videos import videos_router
 from server.routes.web import web_router
 from server.settings import ServerSettings
 from server.start import Start
+from server.tracing.open import open_tracing
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -56,10 +57,12 @@ class Application(FastAPI):
         )
         self.keyring = keyring
         self.requests = RequestContext(Guard(self.router, settings, keyring), metrics)
+        self.outermost: ASGIApp = self.requests
+        """What a request meets first: with tracing, the layer of its span."""
 
     def build_middleware_stack(self) -> ASGIApp:
         """The layers round the routes."""
-        return self.requests
+        return self.outermost
 
 
 def create_app(engine: Engine, settings: ServerSettings, start: Start | None = None) -> Application:
@@ -105,6 +108,8 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
                 await watch.end()
             if cache is not None:
                 await cache.close()
+            if tracing is not None:
+                await tracing.close()
 
     metrics = HttpMetrics()
     cache_series = () if cache is None else (cache.registry,)
@@ -113,6 +118,10 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     watch.load()
     keyring.hand_budgets(engine.accounts.set_key_budgets)
     app = Application(settings, keyring, metrics, lifespan)
+    tracing = None
+    if settings.otlp_endpoint is not None:
+        tracing = open_tracing(settings.otlp_endpoint, engine)
+        app.outermost = tracing.layer(app.requests)
     for router in (
         probes_router(engine, start, (metrics.registry, *cache_series)),
         text_router(engine, settings, cache),

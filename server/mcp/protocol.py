@@ -87,6 +87,7 @@ class McpServer:
             # No tool has parameters in headers; otherwise each call would list all tools.
             get_tool_input_schema=lambda _name: None,
         )
+        server.middleware.clear()  # it makes spans of its own; the server's are in server.tracing
         server.add_notification_handler(
             "notifications/cancelled", CancelledNotificationParams, self._on_cancelled
         )
