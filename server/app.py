@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Lifespan
 
+from engine.errors import ConfigError
 from server.auth import Guard
 from server.keys.keyring import Keyring
 from server.keys.watch import KeyWatch
@@ -21,13 +23,21 @@ from server.routes.images import images_router
 from server.routes.models import models_router
 from server.routes.probes import probes_router
 from server.routes.route import route_router
+from server.routes.stored_files import stored_files_router
 from server.routes.text import text_router
+from server.routes.uploads import uploads_router
 from server.routes.usage import usage_router
+from server.routes.vector_stores import vector_stores_router
 from server.routes.videos import videos_router
 from server.routes.web import web_router
 from server.settings import ServerSettings
 from server.start import Start
+from server.stored_files.record import FileLimits
+from server.stored_files.store import FileStore
+from server.stored_files.uploads import Uploads
 from server.tracing.open import open_tracing
+from server.vector_stores.embedder import Embedder, Models
+from server.vector_stores.stores import VectorStores
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -92,9 +102,21 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     cache = open_cache(engine, settings)
     mcp = McpEndpoint(engine, outputs, settings, start)
 
+    files = FileStore(engine.config.data_dir, FileLimits.of(settings))
+
+    async def begin_files() -> None:
+        """Open the stored files, without which nothing starts."""
+        try:
+            await asyncio.to_thread(files.open)
+            await stores.start()
+        except ConfigError as error:
+            start.fail(error)
+        else:
+            start.begin(jobs)
+
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        start.begin(jobs)
+        await begin_files()
         watch.begin()
         try:
             if cache is not None:
@@ -103,9 +125,11 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         finally:
             await mcp.close()
             try:
+                await stores.stop()  # first: it has requests of its own
                 await start.end()
             finally:
                 await watch.end()
+                files.close()
             if cache is not None:
                 await cache.close()
             if tracing is not None:
@@ -117,6 +141,14 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     watch = KeyWatch(engine.config.data_dir, keyring)
     watch.load()
     keyring.hand_budgets(engine.accounts.set_key_budgets)
+    memory = settings.vector_stores
+    stores = VectorStores(
+        engine.config.data_dir,
+        memory,
+        files,
+        Embedder(engine, Models(memory.embedding_model, memory.rerank_model)),
+        keyring.caller,
+    )
     app = Application(settings, keyring, metrics, lifespan)
     tracing = None
     if settings.otlp_endpoint is not None:
@@ -135,6 +167,9 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         route_router(engine, settings),
         usage_router(engine),
         files_router(engine),
+        stored_files_router(files),
+        uploads_router(Uploads(files), settings),
+        vector_stores_router(stores, settings),
         ollama_router(engine, settings),
         mcp.router(),
         web_router(),

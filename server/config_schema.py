@@ -57,6 +57,7 @@ def config_schema() -> dict[str, Any]:
         "description": "The options of the runtime.",
         "type": "object",
     }
+    del definitions["ServerSettings"]["properties"]["vector_stores"]
     del definitions["MemoryBudget"]  # what a budget becomes, not what it is written as
     model["allOf"] = [
         # A model without `runtime` matches the default's condition only, as that needs no key.
@@ -78,6 +79,7 @@ def config_schema() -> dict[str, Any]:
         "properties": {
             "engine": _section("EngineConfig", "How the engine shares the device among models."),
             "server": _section("ServerSettings", "Where the server listens, and who may use it."),
+            "vector_stores": _section("VectorStoreConfig", "What /v1/vector_stores use."),
             "models": {
                 "description": "The models that can be requested.",
                 "type": "array",

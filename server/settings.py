@@ -16,12 +16,13 @@ from pydantic import BeforeValidator, Field, PrivateAttr, SecretStr, field_valid
 
 from engine.config import ENV_CONFIG, EngineConfig, engine_config, engine_fields, read_sections
 from engine.cost_config import CostConfig
-from engine.errors import ConfigError
+from engine.errors import ConfigError, ModelNotFound
 from engine.runtimes.registry import RUNTIMES
 from engine.section import Section, parse_section
 from engine.units import Duration, Size
 from server.keys.keyring import ConfiguredKey
 from server.keys.record import Key, check_name, digest_of
+from server.vector_store_config import VectorStoreConfig
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,10 @@ CachePlace: TypeAlias = Annotated[str, BeforeValidator(read_cache), Field(repr=F
 Keys: TypeAlias = Annotated[tuple[SecretStr, ...], BeforeValidator(split_commas)]
 Hosts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(split_commas)]
 
+VECTOR_STORES = "vector_stores"
+VECTOR_STORES_URL = "vector_stores_url"
+"""The key of the environment: `ROUNDHOUSE_VECTOR_STORES_URL`."""
+
 ANY = "*"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s,]+")
 _PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
@@ -139,6 +144,14 @@ class ServerSettings(Section):
     """How long an answer is kept."""
     response_cache_shared: bool = False
     """A key may get the answers that were given to another."""
+    max_file_bytes: Size = Field(default=2**29, gt=0)
+    """A larger file of `/v1/files` is refused with 413."""
+    file_storage: Size = Field(default=10 * 2**30, gt=0)
+    """Bytes of all stored files together, in `engine.data_dir`; beyond, uploads get 507."""
+    file_storage_per_key: Size = Field(default=10 * 2**30, gt=0)
+    """The same for the files of one key."""
+    file_age: Duration = Field(default=30 * 86_400.0, gt=0)
+    """How long a stored file is kept; `forever` keeps it until somebody deletes it."""
     cors_origins: Hosts = ()
     """Origins of web pages whose scripts may read answers, as `https://app.example.com`, or `*`."""
     public_url: str | None = None
@@ -155,6 +168,7 @@ class ServerSettings(Section):
     Without it `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT` and `OTEL_EXPORTER_OTLP_ENDPOINT` count.
     """
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    vector_stores: VectorStoreConfig = VectorStoreConfig()
     # The names of the keys of the file, by key.
     _names: Mapping[str, str] = PrivateAttr(default_factory=dict)
     # Where the store of keys is; None: there is none.
@@ -316,7 +330,7 @@ def load_settings(
 
     """
     sections = _sections(config_path(path, environ), environ)
-    raw = {**sections["server"], **(overrides or {})}
+    raw = {**sections["server"], **(overrides or {}), VECTOR_STORES: sections[VECTOR_STORES]}
     if raw.get("otlp_endpoint") is None and (collector := _collector(environ)) is not None:
         raw["otlp_endpoint"] = collector
     settings = parse_section(ServerSettings, raw, "server")
@@ -328,6 +342,7 @@ def load_settings(
         settings._names = names
     engine = engine_config(sections, RUNTIMES)
     settings._data_dir = engine.data_dir
+    _check_models(settings.vector_stores, engine)
     if not (is_loopback(settings.host) or settings.insecure or settings.has_keys):
         raise ConfigError(
             f"server.host: {settings.host} can be reached from other machines, and there is no"
@@ -351,10 +366,32 @@ def read_engine_config(path: Path, environ: Mapping[str, str]) -> EngineConfig:
 def _sections(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:
     fields = {
         "engine": engine_fields(),
-        "server": list(ServerSettings.model_fields),
+        "server": [name for name in ServerSettings.model_fields if name != VECTOR_STORES],
         "costs": [name for name in CostConfig.model_fields if name != "compare"],
+        # Of its keys only the one that may hold a password, under a longer name.
+        VECTOR_STORES: [VECTOR_STORES_URL],
     }
-    return read_sections(path, environ, fields)
+    sections = read_sections(path, environ, fields)
+    own = sections[VECTOR_STORES]
+    if VECTOR_STORES_URL in own:
+        own["url"] = own.pop(VECTOR_STORES_URL)
+    return sections
+
+
+def _check_models(config: VectorStoreConfig, engine: EngineConfig) -> None:
+    """Return if the models that vector stores use exist.
+
+    Raises:
+        ConfigError: naming the key.
+
+    """
+    for key in ("embedding_model", "rerank_model"):
+        name = getattr(config, key)
+        if name is not None:
+            try:
+                engine.find(name)
+            except ModelNotFound as error:
+                raise ConfigError(f"vector_stores.{key}: {error.message}") from None
 
 
 def _collector(environ: Mapping[str, str]) -> str | None:

@@ -31,6 +31,12 @@ class Start:
         self._jobs = jobs
         self._task = asyncio.create_task(self._run(jobs))
 
+    def fail(self, error: Exception) -> None:
+        """Report that what must come before the start has failed."""
+        logger.critical("the server could not start: %s", error)
+        self.error = error
+        self.failed.set()
+
     async def drain(self, limit_s: float) -> None:
         """Keep the jobs for the next start, and let requests finish for at most `limit_s`."""
         async with asyncio.TaskGroup() as group:

@@ -58,6 +58,13 @@ from server.schemas.ollama import (
     OllamaShowBody,
 )
 from server.schemas.scheduling_options import SchedulingBody, SchedulingHeaders
+from server.schemas.stored_files import (
+    CompleteBody,
+    FileBody,
+    FileListQuery,
+    PartBody,
+    UploadBody,
+)
 from server.schemas.usage import UsageQuery
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
 from server.settings import ServerSettings
@@ -97,6 +104,7 @@ BODIES: dict[str, list[type[BaseModel]]] = {
     "Every request": [SchedulingBody],
     "Images": [GenerationBody, EditBody, VariationBody],
     "Videos": [VideoBody, VideoListQuery, VideoContentQuery],
+    "Files and uploads": [FileBody, FileListQuery, UploadBody, PartBody, CompleteBody],
     "Speech": [SpeechBody],
     "Transcriptions and translations": [TranscriptionBody, TranslationBody],
     "Voices": [VoiceBody, VoicesQuery],

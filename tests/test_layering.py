@@ -32,6 +32,8 @@ LAYERS = (
     ("server.ollama",),
     ("server.schemas",),
     ("server.response_cache",),
+    ("server.vector_stores",),
+    ("server.stored_files",),
     ("server",),
     ("server.keys",),
     ("engine.jobs",),

@@ -28,6 +28,7 @@ from server.auth import IMAGE_FILES_PREFIX
 from server.keys.access import access_of
 from server.mcp.images import IMAGE_TOOLS
 from server.mcp.residency import RESIDENCY_TOOLS
+from server.mcp.search import SEARCH_TOOLS
 from server.mcp.sound import SOUND_TOOLS
 from server.mcp.text import TEXT_TOOLS
 from server.mcp.tool import Call, Tool, ToolFailure
@@ -53,6 +54,7 @@ TOOLS: tuple[Tool, ...] = (
     *VIDEO_TOOLS,
     *SOUND_TOOLS,
     *TEXT_TOOLS,
+    *SEARCH_TOOLS,
 )
 
 MAX_RESULT_CHARS = 2**20 - 2**12

@@ -57,6 +57,8 @@ class Tool:
     """What its models are for: without one it is not there. None: it needs none."""
     takes_model: bool = False
     """Whether it has an argument for the model of that task."""
+    beside: str | None = None
+    """The task of a model that its endpoint uses by itself, whatever the key may use."""
     read_only: bool = False
     destructive: bool = False
     idempotent: bool = False
@@ -99,6 +101,10 @@ class Tool:
             return f"This API key may not use {self.path}, and so not the tool {self.name}."
         if self.task is not None and not self.models(engine, access):
             return f"There is no model for the tool {self.name} that this API key may use."
+        if self.beside is not None and not any(
+            model.task == self.beside for model in engine.config.models
+        ):
+            return f"The tool {self.name} needs a model with the task {self.beside}."
         return None
 
 

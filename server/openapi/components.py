@@ -13,6 +13,9 @@ from engine.scheduling.scheduler_event import EventKind
 from engine.status import EngineState, EngineStatus, Forecast, ModelStatus, ProviderStatus
 from server.json_schema import SchemaGenerator
 from server.openapi.operation import Schema, listing, nullable, record, reference
+from server.stored_files.record import Purpose
+from server.stored_files.uploads import UploadState
+from server.vector_stores.records import AttachmentStatus
 
 TEMPLATE = "#/components/schemas/{model}"
 
@@ -184,6 +187,94 @@ VIDEO = record(
     },
     position={**nullable(INTEGER), "description": "In the queue; 1 is next."},
     eta_s={**nullable(NUMBER), "description": "Seconds until it is expected to be done."},
+)
+
+STORED_FILE = record(
+    id=STRING,
+    object={"const": "file"},
+    bytes=INTEGER,
+    created_at=INTEGER,
+    filename=STRING,
+    purpose={"enum": [purpose.value for purpose in Purpose]},
+    status={"const": "processed"},
+    optional={"expires_at": INTEGER},
+)
+
+UPLOAD = record(
+    id=STRING,
+    object={"const": "upload"},
+    bytes=INTEGER,
+    created_at=INTEGER,
+    expires_at=INTEGER,
+    filename=STRING,
+    purpose=STRING,
+    status={"enum": [state.value for state in UploadState]},
+    file=nullable(reference("File")),
+)
+
+_STATUS: Schema = {"enum": [status.value for status in AttachmentStatus]}
+_ATTRIBUTES: Schema = {
+    "type": "object",
+    "additionalProperties": {"anyOf": [STRING, NUMBER, BOOLEAN]},
+}
+_FILE_COUNTS = record(**{status.value: INTEGER for status in AttachmentStatus}, total=INTEGER)
+
+VECTOR_STORE = record(
+    id=STRING,
+    object={"const": "vector_store"},
+    created_at=INTEGER,
+    name=STRING,
+    description=nullable(STRING),
+    usage_bytes=INTEGER,
+    file_counts=_FILE_COUNTS,
+    status={"enum": ["expired", "in_progress", "completed"]},
+    expires_at=nullable(INTEGER),
+    last_active_at=INTEGER,
+    metadata=nullable({"type": "object", "additionalProperties": STRING}),
+    optional={"expires_after": record(anchor={"const": "last_active_at"}, days=INTEGER)},
+)
+
+VECTOR_STORE_FILE = record(
+    id=STRING,
+    object={"const": "vector_store.file"},
+    created_at=INTEGER,
+    vector_store_id=STRING,
+    usage_bytes=INTEGER,
+    status=_STATUS,
+    last_error=nullable(
+        record(code={"enum": ["server_error", "unsupported_file", "invalid_file"]}, message=STRING)
+    ),
+    chunking_strategy=record(
+        type={"const": "static"},
+        static=record(max_chunk_size_tokens=INTEGER, chunk_overlap_tokens=INTEGER),
+    ),
+    attributes=_ATTRIBUTES,
+)
+
+VECTOR_STORE_FILE_BATCH = record(
+    id=STRING,
+    object={"const": "vector_store.files_batch"},
+    created_at=INTEGER,
+    vector_store_id=STRING,
+    status=_STATUS,
+    file_counts=_FILE_COUNTS,
+)
+
+SEARCH_RESULTS = record(
+    object={"const": "vector_store.search_results.page"},
+    search_query={"type": "array", "items": STRING},
+    data={
+        "type": "array",
+        "items": record(
+            file_id=STRING,
+            filename=STRING,
+            score=NUMBER,
+            attributes=_ATTRIBUTES,
+            content={"type": "array", "items": record(type={"const": "text"}, text=STRING)},
+        ),
+    },
+    has_more=BOOLEAN,
+    next_page={"type": "null"},
 )
 
 WORD = record(word=STRING, start=NUMBER, end=NUMBER)
@@ -379,6 +470,19 @@ def components() -> dict[str, Any]:
         "ModelList": listing({"anyOf": [reference("Model"), reference("RouteModel")]}),
         "Route": ROUTE,
         "Images": IMAGES,
+        "File": STORED_FILE,
+        "FileList": listing(reference("File"), first_id=STRING, last_id=STRING, has_more=BOOLEAN),
+        "Upload": UPLOAD,
+        "VectorStore": VECTOR_STORE,
+        "VectorStoreList": listing(
+            reference("VectorStore"), first_id=STRING, last_id=STRING, has_more=BOOLEAN
+        ),
+        "VectorStoreFile": VECTOR_STORE_FILE,
+        "VectorStoreFileList": listing(
+            reference("VectorStoreFile"), first_id=STRING, last_id=STRING, has_more=BOOLEAN
+        ),
+        "VectorStoreFileBatch": VECTOR_STORE_FILE_BATCH,
+        "SearchResults": SEARCH_RESULTS,
         "Video": VIDEO,
         "VideoList": listing(
             reference("Video"),

@@ -37,7 +37,24 @@ from server.schemas.ollama import (
     OllamaPullBody,
     OllamaShowBody,
 )
+from server.schemas.stored_files import (
+    CompleteBody,
+    FileBody,
+    FileListQuery,
+    PartBody,
+    UploadBody,
+)
 from server.schemas.usage import UsageQuery
+from server.schemas.vector_stores import (
+    AttributesBody,
+    FileBatchBody,
+    SearchBody,
+    StoreFileBody,
+    StoreFileListQuery,
+    VectorStoreBody,
+    VectorStoreChangeBody,
+    VectorStoreListQuery,
+)
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
 
 OPENAI = "https://platform.openai.com/docs/api-reference"
@@ -176,6 +193,13 @@ _SCORE = _text(
 )
 _CLASSIFY = _text("Labels of texts", f"{VLLM}#classification-api", task="classify", input="Hello")
 
+_VECTOR_STORES = f"{OPENAI}/vector-stores"
+
+
+def _deleted(kind: str) -> Schema:
+    return record(id=STRING, object={"const": kind}, deleted={"const": True})
+
+
 OPERATIONS: Mapping[str, Methods] = {
     "/v1/chat/completions": _text(
         "Chat completion", f"{OPENAI}/chat/create", streams=True, messages=_MESSAGES
@@ -267,6 +291,175 @@ OPERATIONS: Mapping[str, Methods] = {
         "post": Operation(
             summary="Stop the job of a video and keep its record",
             answers={JSON: reference("Video")},
+        )
+    },
+    "/v1/files": {
+        "post": Operation(
+            summary="Keep a file",
+            answers={JSON: reference("File")},
+            form=FileBody,
+            link=f"{OPENAI}/files",
+        ),
+        "get": Operation(
+            summary="The files",
+            answers={JSON: reference("FileList")},
+            query=FileListQuery,
+            link=f"{OPENAI}/files",
+        ),
+    },
+    "/v1/files/{file_id}": {
+        "get": Operation(summary="One file", answers={JSON: reference("File")}),
+        "delete": Operation(
+            summary="Delete a file",
+            description="Answers 409 while something uses it.",
+            answers={JSON: record(id=STRING, object={"const": "file"}, deleted={"const": True})},
+        ),
+    },
+    "/v1/files/{file_id}/content": _both(
+        Operation(
+            summary="The bytes of a file",
+            answers={"application/octet-stream": BINARY, "application/jsonl": STRING},
+        )
+    ),
+    "/v1/uploads": {
+        "post": Operation(
+            summary="Begin a file that comes in parts",
+            answers={JSON: reference("Upload")},
+            json=UploadBody,
+            link=f"{OPENAI}/uploads",
+        )
+    },
+    "/v1/uploads/{upload_id}/parts": {
+        "post": Operation(
+            summary="Add a part",
+            answers={
+                JSON: record(
+                    id=STRING,
+                    object={"const": "upload.part"},
+                    created_at={"type": "integer"},
+                    upload_id=STRING,
+                )
+            },
+            form=PartBody,
+        )
+    },
+    "/v1/uploads/{upload_id}/complete": {
+        "post": Operation(
+            summary="Make the file from its parts",
+            answers={JSON: reference("Upload")},
+            json=CompleteBody,
+        )
+    },
+    "/v1/uploads/{upload_id}/cancel": {
+        "post": Operation(
+            summary="End an upload without a file", answers={JSON: reference("Upload")}
+        )
+    },
+    "/v1/vector_stores": {
+        "post": Operation(
+            summary="Make a vector store",
+            answers={JSON: reference("VectorStore")},
+            json=VectorStoreBody,
+            link=_VECTOR_STORES,
+            example={"name": "Notes"},
+        ),
+        "get": Operation(
+            summary="The vector stores",
+            answers={JSON: reference("VectorStoreList")},
+            query=VectorStoreListQuery,
+            link=_VECTOR_STORES,
+        ),
+    },
+    "/v1/vector_stores/{vector_store_id}": {
+        "get": Operation(summary="One vector store", answers={JSON: reference("VectorStore")}),
+        "post": Operation(
+            summary="Change a vector store",
+            answers={JSON: reference("VectorStore")},
+            json=VectorStoreChangeBody,
+            link=_VECTOR_STORES,
+        ),
+        "delete": Operation(
+            summary="Delete a vector store",
+            description="Its files stay in `/v1/files`.",
+            answers={JSON: _deleted("vector_store.deleted")},
+        ),
+    },
+    "/v1/vector_stores/{vector_store_id}/search": {
+        "post": Operation(
+            summary="The passages that are closest to a query",
+            answers={JSON: reference("SearchResults")},
+            json=SearchBody,
+            link=f"{_VECTOR_STORES}/search",
+            example={"query": "Where is the train?"},
+        )
+    },
+    "/v1/vector_stores/{vector_store_id}/files": {
+        "post": Operation(
+            summary="Attach a file to a vector store",
+            description="It is read and embedded in the background.",
+            answers={JSON: reference("VectorStoreFile")},
+            json=StoreFileBody,
+            link=f"{_VECTOR_STORES}-files",
+        ),
+        "get": Operation(
+            summary="The files of a vector store",
+            answers={JSON: reference("VectorStoreFileList")},
+            query=StoreFileListQuery,
+            link=f"{_VECTOR_STORES}-files",
+        ),
+    },
+    "/v1/vector_stores/{vector_store_id}/files/{file_id}": {
+        "get": Operation(
+            summary="One file of a vector store", answers={JSON: reference("VectorStoreFile")}
+        ),
+        "post": Operation(
+            summary="Replace the attributes of a file",
+            answers={JSON: reference("VectorStoreFile")},
+            json=AttributesBody,
+        ),
+        "delete": Operation(
+            summary="Take a file out of a vector store",
+            description="The file stays in `/v1/files`.",
+            answers={JSON: _deleted("vector_store.file.deleted")},
+        ),
+    },
+    "/v1/vector_stores/{vector_store_id}/files/{file_id}/content": {
+        "get": Operation(
+            summary="The passages of a file",
+            answers={
+                JSON: record(
+                    object={"const": "vector_store.file_content.page"},
+                    data={"type": "array", "items": record(type={"const": "text"}, text=STRING)},
+                    has_more=BOOLEAN,
+                    next_page={"type": "null"},
+                )
+            },
+        )
+    },
+    "/v1/vector_stores/{vector_store_id}/file_batches": {
+        "post": Operation(
+            summary="Attach several files",
+            answers={JSON: reference("VectorStoreFileBatch")},
+            json=FileBatchBody,
+            link=f"{_VECTOR_STORES}-file-batches",
+        )
+    },
+    "/v1/vector_stores/{vector_store_id}/file_batches/{batch_id}": {
+        "get": Operation(
+            summary="One batch of files", answers={JSON: reference("VectorStoreFileBatch")}
+        )
+    },
+    "/v1/vector_stores/{vector_store_id}/file_batches/{batch_id}/cancel": {
+        "post": Operation(
+            summary="Cancel the files of a batch that are in progress",
+            answers={JSON: reference("VectorStoreFileBatch")},
+        )
+    },
+    "/v1/vector_stores/{vector_store_id}/file_batches/{batch_id}/files": {
+        "get": Operation(
+            summary="The files of a batch",
+            answers={JSON: reference("VectorStoreFileList")},
+            query=StoreFileListQuery,
         )
     },
     "/v1/audio/speech": {

@@ -188,8 +188,7 @@ class _RequestSpan:
         self._span.end()
 
     def opened(self, granted: Granted, first: Event) -> None:
-        fetched_ns = self._began_ns + _ns(granted.fetch_s)
-        granted_ns = fetched_ns + _ns(granted.queue_s + granted.load_s)
+        granted_ns = max(self._began_ns, time.time_ns() - _ns(granted.first_event_s))
         span = self._span
         span.set_attributes(
             {

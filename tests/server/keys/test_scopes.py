@@ -58,6 +58,7 @@ class TestEndpoints:
             if is_counted(method, route.path)
         }
         families = ("/v1/engine", "/v1/models", "/v1/audio/voices", "/v1/videos/")
+        files = ("/v1/files", "/v1/uploads", "/v1/batches")
         ollama = ("/api/show", "/api/pull", "/api/copy", "/api/create", "/api/push")
         posts = {
             route.path
@@ -65,7 +66,7 @@ class TestEndpoints:
             if isinstance(route, ServedRoute) and "POST" in route.methods
         }
         assert counted == {
-            path for path in posts if not path.startswith((*families, *ollama, "/mcp"))
+            path for path in posts if not path.startswith((*families, *files, *ollama, "/mcp"))
         }
 
     async def test_ollamas_names_are_those_of_the_key(

@@ -64,7 +64,10 @@ async def work(request: Request) -> AsyncGenerator[Event, None]:
 def _text(request: TextRequest) -> dict[str, Any]:
     if request.operation == "embeddings":
         length = request.body.get("dimensions", 3)
-        return {"data": [{"embedding": [0.5] * length} for _ in request.body["input"]]}
+        given = request.body["input"]
+        count = len(given) if isinstance(given, list) else 1
+        rows = [{"index": each, "embedding": [0.5] * length} for each in range(count)]
+        return {"data": rows, "usage": {"prompt_tokens": 1, "total_tokens": 1}}
     if request.operation == "rerank":
         return {"results": [{"index": 1, "relevance_score": 0.9, "document": {"text": "b"}}]}
     said = request.body["messages"]

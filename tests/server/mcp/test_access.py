@@ -24,6 +24,7 @@ from tests.server.mcp.conftest import Connect
 ROOT = Path(__file__).parents[3]
 ACCEPT = {"accept": "application/json, text/event-stream"}
 PING = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+SEARCH_TOOLS = ["list_vector_stores", "search"]
 STATUS_TOOLS = ["list_models", "engine_status", "plan_model"]
 
 
@@ -99,7 +100,13 @@ class TestKeys:
         key = await self.known(url, add_key("alice", models=("second-image", "speech")))
         async with connect(key) as client:
             tools = {tool.name: tool for tool in (await client.list_tools()).tools}
-            assert [*tools] == [*STATUS_TOOLS, "generate_image", "edit_image", "speak"]
+            assert [*tools] == [
+                *STATUS_TOOLS,
+                "generate_image",
+                "edit_image",
+                "speak",
+                *SEARCH_TOOLS,
+            ]
             properties = tools["generate_image"].input_schema["properties"]
             assert properties["model"]["enum"] == ["second-image"]
             assert not (await client.call_tool("generate_image", {"prompt": "a"})).is_error

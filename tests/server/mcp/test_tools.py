@@ -59,7 +59,7 @@ async def test_every_tool_is_described(connect: Connect, mode: str) -> None:
     assert [*tools] == [
         "list_models", "engine_status", "plan_model", "generate_image", "edit_image",
         "start_video", "get_video", "cancel_video", "speak", "transcribe", "chat", "embed",
-        "rerank",
+        "rerank", "list_vector_stores", "search",
     ]  # fmt: skip
     for tool in tools.values():
         assert tool.title and tool.description and tool.output_schema
@@ -77,7 +77,7 @@ async def test_every_tool_is_described(connect: Connect, mode: str) -> None:
     }
     assert read_only == {
         "list_models", "engine_status", "plan_model", "get_video", "transcribe", "chat", "embed",
-        "rerank",
+        "rerank", "list_vector_stores", "search",
     }  # fmt: skip
     models = tools["generate_image"].input_schema["properties"]["model"]["enum"]
     assert models == ["image", "second-image"]
@@ -349,3 +349,25 @@ class TestWaits:
         async with connect(**{"x-roundhouse-priority": "batch"}) as client:
             await client.call_tool("chat", {"prompt": "a"})
         assert runtime.requests[-1].scheduling.priority is Priority.BATCH
+
+
+async def test_files_are_searched(connect: Connect, url: str) -> None:
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+        sent = {"file": ("notes.txt", b"The lighthouse is white."), "purpose": (None, "assistants")}
+        file = (await http.post("/v1/files", files=sent)).json()
+        body = {"name": "notes", "file_ids": [file["id"]]}
+        store = (await http.post("/v1/vector_stores", json=body)).json()
+        async with asyncio.timeout(60):
+            while store["status"] != "completed":
+                await asyncio.sleep(0.01)
+                store = (await http.get(f"/v1/vector_stores/{store['id']}")).json()
+    assert store["file_counts"]["completed"] == 1, store
+    async with connect() as client:
+        listed = await structured(client, "list_vector_stores", {})
+        assert listed["vector_stores"] == [{"id": store["id"], "name": "notes", "files": 1}]
+        arguments = {"vector_store_id": store["id"], "query": "what?", "max_num_results": 3}
+        (found,) = (await structured(client, "search", arguments))["results"]
+        assert (found["filename"], found["text"]) == ("notes.txt", "The lighthouse is white.")
+        for wrong, words in (("nothing", "404"), ("a/../b", "404"), (5, "list_vector_stores")):
+            result = await client.call_tool("search", {"vector_store_id": wrong, "query": "a"})
+            assert words in refused(result)
