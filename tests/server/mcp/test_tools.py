@@ -353,8 +353,10 @@ class TestWaits:
 
 async def test_files_are_searched(connect: Connect, url: str) -> None:
     async with httpx.AsyncClient(base_url=url, timeout=60) as http:
-        sent = {"file": ("notes.txt", b"The lighthouse is white."), "purpose": (None, "assistants")}
-        file = (await http.post("/v1/files", files=sent)).json()
+        text = ("notes.txt", b"The lighthouse is white.")
+        file = (
+            await http.post("/v1/files", files={"file": text}, data={"purpose": "assistants"})
+        ).json()
         body = {"name": "notes", "file_ids": [file["id"]]}
         store = (await http.post("/v1/vector_stores", json=body)).json()
         async with asyncio.timeout(60):
