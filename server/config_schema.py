@@ -13,6 +13,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.runtimes.registry import REGISTRY, runtime_class
 from server.json_schema import SchemaGenerator
 from server.settings import ServerSettings, read_cache, split_commas
+from server.vector_store_config import VectorStoreConfig
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -41,7 +42,13 @@ def config_schema() -> dict[str, Any]:
     """The schema of the whole file: `engine`, `server`, and `models` with options by runtime."""
     runtimes = {name: runtime_class(name) for name in sorted(REGISTRY)}
     options = {name: runtime.Options for name, runtime in runtimes.items()}
-    kinds: list[type[BaseModel]] = [EngineConfig, ServerSettings, ModelConfig, *options.values()]
+    kinds: list[type[BaseModel]] = [
+        EngineConfig,
+        ServerSettings,
+        VectorStoreConfig,
+        ModelConfig,
+        *options.values(),
+    ]
     references, document = models_json_schema(
         [(kind, "validation") for kind in kinds], schema_generator=_Generator
     )

@@ -89,7 +89,7 @@ Hosts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(split_commas)]
 
 VECTOR_STORES = "vector_stores"
 VECTOR_STORES_URL = "vector_stores_url"
-"""The key of the environment: `ROUNDHOUSE_VECTOR_STORES_URL`."""
+"""The URL as a variable of the environment, behind the prefix of all of them."""
 
 ANY = "*"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s,]+")

@@ -17,6 +17,7 @@ MAX_TEXT_CHARS = 50_000_000
 """Of one file. A small PDF may unfold to any size."""
 
 _ROOT = Path(__file__).resolve().parents[2]
+_PASSED_ON = ("PATH", "HOME", "LD_LIBRARY_PATH")
 _PDF_MARK = b"%PDF-"
 _MARK_WITHIN = 1024
 """Readers of PDF find the mark within so many bytes."""
@@ -88,7 +89,9 @@ def _pdf_text(path: Path) -> str:
     A PDF may be made to take all memory or to take for ever, and the library is Python: here it
     would also hold up the event loop.
     """
-    environ = {**os.environ, "PYTHONPATH": str(_ROOT), "PYTHONIOENCODING": "utf-8:replace"}
+    # Not the rest of the environment, which may hold keys.
+    environ = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    environ |= {"PYTHONPATH": str(_ROOT), "PYTHONIOENCODING": "utf-8:replace"}
     command = [sys.executable, "-m", "server.vector_stores.pdf_text", str(path.resolve())]
     try:
         done = subprocess.run(

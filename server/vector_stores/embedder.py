@@ -171,7 +171,7 @@ class Embedder:
     ) -> Vectors:
         for left in range(TRIES - 1, -1, -1):
             try:
-                return await self._embed(model, texts, caller, Priority.BATCH, role)
+                return await self._embed(model, texts, caller, Priority.BATCH, role, cuts=True)
             except (BudgetExceeded, ShuttingDown):
                 raise
             except Overloaded as error:
@@ -187,12 +187,17 @@ class Embedder:
         caller: Caller,
         priority: Priority,
         role: str | None,
+        *,
+        cuts: bool = False,
     ) -> Vectors:
         import numpy as np
 
         body: dict[str, Any] = {"input": list(texts)}
         if role is not None:
             body["input_type"] = role
+        if cuts and model.runtime == "vllm":
+            # A passage was counted as a part of its text: alone it may have a token more.
+            body["truncate_prompt_tokens"] = -1
         answer = await self._ask(model, TextOperation.EMBEDDINGS, body, caller, priority)
         rows = sorted(answer["data"], key=lambda row: row["index"])
         vectors = np.array([row["embedding"] for row in rows], np.float32)

@@ -25,7 +25,7 @@ def html_text(page: str) -> str:
     reader.feed(page)
     reader.close()
     lines = "".join(reader.pieces).split("\n")
-    text = "\n".join(line if reader.kept else line.strip() for line in lines)
+    text = "\n".join(line if reader.kept and line.strip() else line.strip() for line in lines)
     return _MANY_LINES.sub("\n\n", text).strip()
 
 

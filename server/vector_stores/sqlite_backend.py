@@ -24,6 +24,9 @@ SCHEMA_VERSION = 1
 CHUNK_VECTORS = 256
 """sqlite-vec keeps so many vectors together, also where a store has fewer."""
 
+SPARE = 16
+"""Passages beyond those asked for, among which equal ones find their order."""
+
 MAX_FOUND = 4096
 """Of one search: the limit of sqlite-vec."""
 
@@ -172,13 +175,19 @@ class SqliteBackend:
     def nearest(
         self, store: str, vector: Vectors, most: int, among: Collection[int] | None
     ) -> list[Near]:
-        """The passages nearest to a vector, exactly. See `Backend.nearest`."""
+        """The passages nearest to a vector, exactly. See `Backend.nearest`.
+
+        The distances of sqlite-vec are right to six digits. So some more are taken from it than
+        are asked for, and their scores computed anew.
+        """
+        import numpy as np
+
         with self._reading, self._snapshot() as connection:
             known = self._find(connection, store)
             if known is None:
                 return []
             number, dimensions = known
-            most = min(most, MAX_FOUND)
+            taken = min(most + SPARE, MAX_FOUND)
             if len(vector) != dimensions:
                 raise _other_dimensions(store, dimensions, len(vector))
             where, values = "", ()  # type: tuple[str, tuple[Any, ...]]
@@ -189,9 +198,9 @@ class SqliteBackend:
                 )
                 values = (number, json.dumps(list(among)))
             rows = connection.execute(
-                f"SELECT rowid, distance FROM vectors_{number}"
+                f"SELECT rowid, vector FROM vectors_{number}"
                 f" WHERE vector MATCH ? AND k = ?{where} ORDER BY distance",
-                (vector.tobytes(), most, *values),
+                (vector.tobytes(), taken, *values),
             ).fetchall()
             marks = ", ".join("?" * len(rows))
             owners = dict(
@@ -200,9 +209,11 @@ class SqliteBackend:
                     [row[0] for row in rows],
                 ).fetchall()
             )
-        # Of vectors of length 1, the square of the distance is 2 - 2 cos.
-        found = [Near(rowid, owners[rowid], 1 - distance**2 / 2) for rowid, distance in rows]
-        return sorted(found, key=lambda near: (-near.score, near.passage))
+        found = [
+            Near(rowid, owners[rowid], float(np.frombuffer(kept, np.float32) @ vector))
+            for rowid, kept in rows
+        ]
+        return sorted(found, key=lambda near: (-near.score, near.passage))[:most]
 
     def read(self, passages: Collection[int]) -> Mapping[int, Passage]:
         """Passages by their ids. One that is gone is missing."""

@@ -480,7 +480,7 @@ class VectorStores:
             except ShuttingDown:
                 return  # the next start goes on
             except UnreadableFile as error:
-                await self._do(self._records.fail, number, error.code, error.message)
+                await self._fail(number, error.code, error.message)
             except NotFound:
                 await self._fail(number, "invalid_file", "The file is not stored any more.")
             except EngineError as error:
@@ -530,6 +530,10 @@ class VectorStores:
             held.add(store.id, number, texts, vectors)
             if not self._records.complete(number, nbytes):
                 held.remove(store.id, number)
+                with contextlib.suppress(NotFound):
+                    self._records.store(EVERYBODY, store.id)
+                    return
+                held.drop(store.id)  # it was deleted just now
 
         await asyncio.to_thread(keep)
         self._forget_attributes(store.id)

@@ -81,7 +81,8 @@ def tokens_of(model: ModelConfig, config: EngineConfig) -> Tokens:
         return Tokens(None, None, has_prompts=False)
     folder = present_folder(model.source, config.cache_dir)
     if folder is None:
-        return Tokens(None, _option(model, "max_model_len"), has_prompts=False)
+        most = _option(model, "max_model_len")
+        return Tokens(None, most and max(1, most - SPECIAL_TOKENS), has_prompts=False)
     prompts = model.options.get("prompts") or _read(folder / _PROMPTS).get("prompts") or {}
     tokenizer = _tokenizer(folder)
     most = _option(model, "max_model_len") or _context(folder)

@@ -65,8 +65,12 @@ class TestEndpoints:
             for route in app.routes
             if isinstance(route, ServedRoute) and "POST" in route.methods
         }
-        assert counted == {
-            path for path in posts if not path.startswith((*families, *files, *ollama, "/mcp"))
+        stores = {path for path in posts if path.startswith("/v1/vector_stores")}
+        assert stores & counted == {"/v1/vector_stores/{vector_store_id}/search"}
+        assert counted - stores == {
+            path
+            for path in posts - stores
+            if not path.startswith((*families, *files, *ollama, "/mcp"))
         }
 
     async def test_ollamas_names_are_those_of_the_key(

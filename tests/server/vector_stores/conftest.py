@@ -92,9 +92,7 @@ def models() -> list[dict[str, object]]:
 
 @pytest.fixture
 def engine(runtime: EmbeddingRuntime, models: list[dict[str, object]], tmp_path: Path) -> Engine:
-    return fake_engine(
-        runtime, tmp_path, models=[{"runtime": "fake", **model} for model in models]
-    )
+    return fake_engine(runtime, tmp_path, models=[{"runtime": "fake", **model} for model in models])
 
 
 @pytest.fixture
@@ -124,7 +122,7 @@ def sdk_of(url: str, key: str = "none") -> openai.AsyncOpenAI:
 
 
 @pytest.fixture
-async def client(url: str) -> AsyncIterator[openai.AsyncOpenAI]:  # type: ignore[override]
+async def client(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
     async with sdk_of(url) as client:
         yield client
 

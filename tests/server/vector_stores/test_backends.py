@@ -94,9 +94,9 @@ def test_what_is_removed_is_found_no_more(searched: HeldVectors) -> None:
 
 def test_other_dimensions_are_a_clear_error(searched: HeldVectors) -> None:
     searched.add("vs_a", 1, ["text"], vectors(1))
-    with pytest.raises(Conflict, match="48 dimensions.*7 now"):
+    with pytest.raises(Conflict, match=r"48 dimensions.*7 now"):
         searched.nearest("vs_a", np.ones(7, np.float32), 5, None)
-    with pytest.raises(Conflict, match="48 dimensions.*7 now"):
+    with pytest.raises(Conflict, match=r"48 dimensions.*7 now"):
         searched.add("vs_a", 2, ["text"], np.ones((1, 7), np.float32))
     assert searched.backend.size("vs_a") == (1, DIMENSIONS)
 
@@ -149,4 +149,3 @@ def test_a_lost_postgres_is_an_error_without_its_password(
         PgvectorBackend("postgresql://me:secret@127.0.0.1:1/none")
     assert "secret" not in str(refused.value)
     assert os.environ.get("PGPASSWORD") is None
-

@@ -31,11 +31,9 @@ def kept(folder: Path, data: bytes) -> Path:
 
 def test_html_is_what_a_reader_sees() -> None:
     text = html_text(PAGE)
-    assert text == (
-        "The & yard\n\nTurntable\n\nIt turns slowly.\n\n- one\n- two\n\n a b\n\n  kept\n   so\n\n A train"
-    ) or text.split() == (
-        "The & yard Turntable It turns slowly. - one - two a b kept so A train".split()
-    )
+    read = "The & yard Turntable It turns slowly. - one - two a b kept so A train"
+    assert text.split() == read.split()
+    assert text.startswith("The & yard\n\nTurntable\n\nIt turns slowly.\n\n- one\n- two\n")
     assert "  kept\n   so" in text
     assert "alert" not in text
     assert "color" not in text
@@ -144,6 +142,8 @@ def test_without_a_tokenizer_tokens_are_approximate() -> None:
     spans = Tokens(None, None, has_prompts=False).spans("abcdefgh, ไทย")
     assert len(spans) == 2 + 1 + 3
     unbroken = "x" * 10_000
-    found = passages(unbroken, Tokens(None, None, has_prompts=False).spans(unbroken), Chunking(100, 50))
+    found = passages(
+        unbroken, Tokens(None, None, has_prompts=False).spans(unbroken), Chunking(100, 50)
+    )
     assert found[0] == "x" * 400
     assert len(found) == 49

@@ -17,8 +17,8 @@ from engine.engine import Engine
 from engine.requests import Priority, TextOperation
 from server.app import create_app
 from server.settings import ServerSettings
-from server.vector_stores.sqlite_backend import SqliteBackend
 from server.vector_store_config import VectorStoreConfig
+from server.vector_stores.sqlite_backend import SqliteBackend
 from tests.contract.openai import conforms
 from tests.server.fake import fake_engine, listening
 from tests.server.vector_stores.conftest import EmbeddingRuntime, embedding, sdk_of
@@ -97,9 +97,7 @@ async def test_a_deleted_file_leaves_every_store(client: Client) -> None:
     file = await upload(client, TRAINS)
     stores = [await client.vector_stores.create(file_ids=[file]) for _ in range(2)]
     for store in stores:
-        await client.vector_stores.files.poll(
-            file, vector_store_id=store.id, poll_interval_ms=10
-        )
+        await client.vector_stores.files.poll(file, vector_store_id=store.id, poll_interval_ms=10)
     await client.files.delete(file)
     for store in stores:
         assert (await client.vector_stores.search(store.id, query="trains")).data == []
@@ -118,9 +116,7 @@ async def test_filters_and_ranking(client: Client) -> None:
         )
 
     async def years(filters: Any, **more: Any) -> list[Any]:
-        found = await client.vector_stores.search(
-            store.id, query="trains", filters=filters, **more
-        )
+        found = await client.vector_stores.search(store.id, query="trains", filters=filters, **more)
         return sorted(each.attributes["year"] for each in found.data if each.attributes)
 
     assert await years({"type": "gte", "key": "year", "value": 3}) == [3, 4]
@@ -164,7 +160,7 @@ async def test_a_configured_model_ranks_what_was_found(
     found = await client.vector_stores.search(
         store.id, query="trains", ranking_options={"ranker": "none"}
     )
-    assert [each.content[0].text for each in found.data][0] == "trains"
+    assert found.data[0].content[0].text == "trains"
     assert ranked == len(
         [each for each in runtime.requests if each.operation is TextOperation.RERANK]
     )
@@ -202,7 +198,9 @@ async def test_batches_of_files(client: Client, url: str, runtime: EmbeddingRunt
     others = [await upload(client, f"{BREAD} {index}") for index in range(4)]
     wanted = [{"file_id": each, "attributes": {"n": n}} for n, each in enumerate(others)]
     async with httpx.AsyncClient(base_url=url) as http:
-        begun = await http.post(f"/v1/vector_stores/{store.id}/file_batches", json={"files": wanted})
+        begun = await http.post(
+            f"/v1/vector_stores/{store.id}/file_batches", json={"files": wanted}
+        )
     assert begun.json()["status"] == "in_progress"
     assert (await client.vector_stores.retrieve(store.id)).status == "in_progress"
     cancelled = await client.vector_stores.file_batches.cancel(
@@ -337,12 +335,8 @@ async def test_what_is_not_given_stays_in_an_update(client: Client) -> None:
     assert store.expires_at is None
 
 
-async def test_an_expired_store_says_so(
-    client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = await client.vector_stores.create(
-        expires_after={"anchor": "last_active_at", "days": 1}
-    )
+async def test_an_expired_store_says_so(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = await client.vector_stores.create(expires_after={"anchor": "last_active_at", "days": 1})
     monkeypatch.setattr(
         "server.vector_stores.stores.VectorStores.is_expired", lambda self, store: True
     )
@@ -388,7 +382,7 @@ async def test_a_model_that_is_gone_is_named(
     changed = ServerSettings(vector_stores=VectorStoreConfig(embedding_model="others"))
     async with listening(create_app(second, changed)) as url, sdk_of(url) as client:
         assert (await client.vector_stores.retrieve(store.id)).id == store.id
-        with pytest.raises(openai.ConflictError, match="'words'.*not configured any more"):
+        with pytest.raises(openai.ConflictError, match=r"'words'.*not configured any more"):
             await client.vector_stores.search(store.id, query="x")
         file = await upload(client, TRAINS)
         with pytest.raises(openai.ConflictError, match="'words'"):
@@ -398,12 +392,12 @@ async def test_a_model_that_is_gone_is_named(
 async def test_pdf_html_and_text_with_the_sizes_of_the_request(client: Client) -> None:
     store = await client.vector_stores.create()
     long = " ".join(f"w{index}" for index in range(300))
-    sizes = {"max_chunk_size_tokens": 100, "chunk_overlap_tokens": 10}
+    sizes: Any = {"max_chunk_size_tokens": 100, "chunk_overlap_tokens": 10}
     for name, data in (("a.pdf", pdf("A locomotive")), ("b.html", b"<p>A carriage"), ("c", long)):
         done = await client.vector_stores.files.create_and_poll(
             file_id=await upload(client, data, name),
             vector_store_id=store.id,
-            chunking_strategy={"type": "static", "static": sizes},  # type: ignore[typeddict-item]
+            chunking_strategy={"type": "static", "static": sizes},
             poll_interval_ms=10,
         )
         assert done.status == "completed", done.last_error
@@ -423,10 +417,12 @@ class TestKeys:
             vector_stores=VectorStoreConfig(embedding_model="words"),
         )
 
-    async def test_a_store_is_seen_by_its_key_and_by_admins(
-        self, url: str, engine: Engine
-    ) -> None:
-        async with sdk_of(url, "one") as one, sdk_of(url, "two") as two, sdk_of(url, "boss") as boss:
+    async def test_a_store_is_seen_by_its_key_and_by_admins(self, url: str, engine: Engine) -> None:
+        async with (
+            sdk_of(url, "one") as one,
+            sdk_of(url, "two") as two,
+            sdk_of(url, "boss") as boss,
+        ):
             store = await one.vector_stores.create()
             done = await one.vector_stores.files.upload_and_poll(
                 vector_store_id=store.id, file=("a.txt", TRAINS.encode()), poll_interval_ms=10
