@@ -40,10 +40,12 @@ from engine.residency import Residency
 from engine.routing.choice import Choice
 from engine.routing.router import RequestT, Router, request_to, with_adapter
 from engine.runtimes.base import Prepared, Runtime, RuntimeContext, Voice
+from engine.runtimes.common.import_indexes import kept_indexes
 from engine.runtimes.registry import options_of, runtime_class
 from engine.scheduling.deadline import Deadline
 from engine.scheduling.estimates import EstimateStore
 from engine.scheduling.event_log import EventLog
+from engine.scheduling.lease import Lease
 from engine.scheduling.ledger import Ledger
 from engine.scheduling.order import OrderKind, carried_out
 from engine.scheduling.scheduler import Scheduler
@@ -220,13 +222,15 @@ class Engine:
                 make = self._given_runtimes.get(model.runtime) or runtime_class(model.runtime)
                 self._runtimes[model.runtime] = make(context)
             options_of(model)  # a configuration made in code may not have been checked
-        for name, runtime in self._runtimes.items():
-            began_s = time.perf_counter()
-            try:
-                runtime.start()
-            except ImportError as error:
-                raise ConfigError(f"models: the runtime {name!r} cannot start: {error}") from error
-            log.info("%s is imported after %.1f s", name, time.perf_counter() - began_s)
+        with kept_indexes(self.config.cache_dir):
+            for name, runtime in self._runtimes.items():
+                began_s = time.perf_counter()
+                try:
+                    runtime.start()
+                except ImportError as error:
+                    message = f"models: the runtime {name!r} cannot start: {error}"
+                    raise ConfigError(message) from error
+                log.info("%s is imported after %.1f s", name, time.perf_counter() - began_s)
         if "torch" in sys.modules:
             share_torch_state()
         return device, host, budget_bytes
@@ -351,12 +355,54 @@ class Engine:
         """
         await self._admission.check_loaded(self.config.find(name))
 
+    async def hold(
+        self,
+        names: Sequence[str],
+        *,
+        request_id: str,
+        scheduling: SchedulingOptions | None = None,
+        waiting: Waiting | None = None,
+    ) -> Lease:
+        """Keep several models on the device for a session, all or none. Release the lease to end.
+
+        Each run of the session is a request of its own. `names` are distinct, and one at least.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            InsufficientCapacity: together they never fit.
+            Overloaded: sessions, or requests that run, leave no room for them.
+            EngineError: one of them cannot be loaded.
+
+        """
+        models = self._distinct(names)
+        deadline = self._usual_deadline()
+        await self._wait_started(deadline)
+        for model in models:
+            await self._admission.bring_files(model, deadline)
+            await self._admission.know_size(model, deadline)
+        return await self._admission.lease(
+            models[0],
+            request_id=request_id,
+            operation="session",
+            scheduling=scheduling or SchedulingOptions(),
+            deadline=deadline,
+            waiting=waiting or Waiting(),
+            hold=True,
+            further_models=tuple(model.id for model in models[1:]),
+        )
+
     async def plan(
-        self, name: str, *, working_bytes: int = 0, priority: Priority = Priority.NORMAL
+        self,
+        name: str,
+        *,
+        further_models: Sequence[str] = (),
+        working_bytes: int = 0,
+        priority: Priority = Priority.NORMAL,
     ) -> Forecast:
         """What would be done for a request that came now. Changes nothing.
 
-        `working_bytes` is the device memory that the run would need beside the model.
+        `working_bytes` is the device memory that the run would need beside the model. With
+        `further_models` it is for a session that keeps all of these models: see `hold`.
 
         Raises:
             ModelNotFound: there is no such model.
@@ -364,13 +410,21 @@ class Engine:
             QueueTimeout: the engine is still starting, or the files still being fetched.
 
         """
-        model = self.config.find(name)
+        models = self._distinct((name, *further_models))
         deadline = self._usual_deadline()
         await self._wait_started(deadline)
-        await self._admission.know_size(model, deadline)
+        for model in models:
+            await self._admission.know_size(model, deadline)
         return self._scheduler.report.forecast(
-            model.id, working_bytes=working_bytes, priority=priority
+            models[0].id,
+            further_models=tuple(model.id for model in models[1:]),
+            working_bytes=working_bytes,
+            priority=priority,
         )
+
+    def _distinct(self, names: Sequence[str]) -> list[ModelConfig]:
+        found = (self.config.find(name) for name in names)
+        return list({model.id: model for model in found}.values())
 
     async def route(self, request: Request) -> Choice:
         """Which models would serve a request that came now, and why. Runs nothing.
