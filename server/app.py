@@ -46,6 +46,7 @@ from server.start import Start
 from server.stored_files.record import FileLimits
 from server.stored_files.store import FileStore
 from server.stored_files.uploads import Uploads
+from server.tracing.open import open_tracing
 from server.vector_stores.embedder import Embedder, Models
 from server.vector_stores.stores import VectorStores
 
@@ -79,10 +80,12 @@ class Application(FastAPI):
         )
         self.keyring = keyring
         self.requests = RequestContext(Guard(self.router, settings, keyring), metrics)
+        self.outermost: ASGIApp = self.requests
+        """What a request meets first: with tracing, the layer of its span."""
 
     def build_middleware_stack(self) -> ASGIApp:
         """The layers round the routes."""
-        return self.requests
+        return self.outermost
 
 
 def create_app(engine: Engine, settings: ServerSettings, start: Start | None = None) -> Application:
@@ -99,6 +102,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     from engine.media.outputs import Outputs
     from engine.media.voices import VoiceStore
     from server.routes.files import files_router
+    from server.routes.mcp import McpEndpoint
     from server.routes.ollama import ollama_router
     from server.routes.speech import speech_router
     from server.routes.transcriptions import transcriptions_router
@@ -110,6 +114,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     voices = VoiceStore(engine.config)
     cache = open_cache(engine, settings)
     kept = _Kept(engine, settings, start)
+    mcp = McpEndpoint(engine, outputs, settings, start)
 
     files = FileStore(engine.config.data_dir, FileLimits.of(settings))
 
@@ -133,6 +138,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
             await kept.start()
             yield
         finally:
+            await mcp.close()
             try:
                 # First those with requests of their own.
                 await kept.stop()
@@ -144,6 +150,8 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
                 files.close()
             if cache is not None:
                 await cache.close()
+            if tracing is not None:
+                await tracing.close()
 
     metrics = HttpMetrics()
     cache_series = () if cache is None else (cache.registry,)
@@ -167,6 +175,10 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         settings,
         partial(access_of_owner, keyring),
     )
+    tracing = None
+    if settings.otlp_endpoint is not None:
+        tracing = open_tracing(settings.otlp_endpoint, engine)
+        app.outermost = tracing.layer(app.requests)
     for router in (
         probes_router(engine, start, (metrics.registry, batches.metrics.registry, *cache_series)),
         text_router(engine, settings, cache),
@@ -186,6 +198,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         batches_router(batches, settings),
         vector_stores_router(stores, settings),
         ollama_router(engine, settings),
+        mcp.router(),
         web_router(),
         docs_router(engine, settings),
     ):

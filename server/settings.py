@@ -94,7 +94,7 @@ VECTOR_STORES_URL = "vector_stores_url"
 ANY = "*"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s,]+")
 _PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
-_OWN_PATHS = ("/v1", "/web", "/docs")
+_OWN_PATHS = ("/v1", "/web", "/docs", "/mcp")
 """Paths that the server has itself. Behind such a prefix it could not tell which one is meant."""
 
 
@@ -175,6 +175,13 @@ class ServerSettings(Section):
     """The prefix that a proxy removes from paths, such as `/ai`."""
     forwarded_allow_ips: Hosts = ()
     """Addresses or networks of proxies whose `X-Forwarded-*` headers are believed, or `*`."""
+    mcp: bool = True
+    """Serve tools for agents at `POST /mcp`. The package is imported at the first request."""
+    otlp_endpoint: str | None = None
+    """Send traces to this OpenTelemetry collector, by OTLP over HTTP: `http://HOST:4318`.
+
+    Without it `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT` and `OTEL_EXPORTER_OTLP_ENDPOINT` count.
+    """
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     vector_stores: VectorStoreConfig = VectorStoreConfig()
     # The names of the keys of the file, by key.
@@ -220,6 +227,24 @@ class ServerSettings(Section):
         if parts.query or parts.fragment:
             raise ValueError("it has no query and no fragment")
         return url.rstrip("/")
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _collector_is_an_address(cls, url: str | None) -> str | None:
+        # The message must not contain the address, as it could hold a password.
+        if url is None or not url.strip():
+            return None
+        try:
+            parts = urlsplit(url.strip())
+            fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            fits = False
+        if not fits or parts.username is not None or parts.query or parts.fragment:
+            raise ValueError(
+                "it is http:// or https:// and a host, as in http://localhost:4318; a key belongs"
+                " into OTEL_EXPORTER_OTLP_HEADERS"
+            )
+        return url.strip()
 
     @field_validator("root_path")
     @classmethod
@@ -321,6 +346,8 @@ def load_settings(
     """
     sections = _sections(config_path(path, environ), environ)
     raw = {**sections["server"], **(overrides or {}), VECTOR_STORES: sections[VECTOR_STORES]}
+    if raw.get("otlp_endpoint") is None and (collector := _collector(environ)) is not None:
+        raw["otlp_endpoint"] = collector
     settings = parse_section(ServerSettings, raw, "server")
     if settings.api_keys_file is not None:
         keys, admin_keys, names = _read_keys(settings.api_keys_file)
@@ -380,6 +407,15 @@ def _check_models(config: VectorStoreConfig, engine: EngineConfig) -> None:
                 engine.find(name)
             except ModelNotFound as error:
                 raise ConfigError(f"vector_stores.{key}: {error.message}") from None
+
+
+def _collector(environ: Mapping[str, str]) -> str | None:
+    """The collector of OpenTelemetry's own variables, unless they turn traces off."""
+    off = environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    if off or environ.get("OTEL_TRACES_EXPORTER", "").lower() == "none":
+        return None
+    names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    return next((environ[name] for name in names if environ.get(name)), None)
 
 
 def _read_keys(path: Path) -> tuple[list[str], list[str], dict[str, str]]:

@@ -28,6 +28,7 @@ from engine.requests import Request
 from engine.runtimes.recognised import Recognised
 from engine.section import Section
 from engine.status import ProviderStatus
+from engine.tracing import Tracer
 from engine.usage import Usage
 
 
@@ -102,6 +103,8 @@ class RuntimeContext:
     """Where master copies go; None: there are none, and no model can be parked."""
     budget_bytes: int | None = None
     """What all models together may use of the device; None: nobody has said."""
+    tracer: Tracer | None = None
+    """Told of requests to providers."""
 
 
 class Runtime(ABC):

@@ -49,6 +49,19 @@ ANTHROPIC_ERROR = record(
 
 OLLAMA_ERROR = record(error=STRING)
 
+_MCP_ERROR = record(code=INTEGER, message=STRING, optional={"data": {}})
+MCP_MESSAGE = record(
+    jsonrpc={"const": "2.0"},
+    optional={
+        "id": {"type": ["string", "integer", "null"]},
+        "method": STRING,
+        "params": {"type": "object"},
+        "result": {"type": "object"},
+        "error": _MCP_ERROR,
+    },
+)
+MCP_ERROR = record(jsonrpc={"const": "2.0"}, id={"type": "null"}, error=_MCP_ERROR)
+
 _TEXTS: Schema = {"type": "array", "items": STRING}
 
 OLLAMA_DETAILS = record(
@@ -584,6 +597,8 @@ def components() -> dict[str, Any]:
         "Error": ERROR,
         "AnthropicError": ANTHROPIC_ERROR,
         "OllamaError": OLLAMA_ERROR,
+        "McpMessage": MCP_MESSAGE,
+        "McpError": MCP_ERROR,
         "OllamaDetails": OLLAMA_DETAILS,
         "OllamaTags": OLLAMA_TAGS,
         "OllamaRunning": OLLAMA_RUNNING,

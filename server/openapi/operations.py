@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from engine.media.audio_output import ENCODINGS
 from server.headers import CACHE_HEADER
-from server.openapi.components import BOOLEAN, STRING
+from server.openapi.components import BOOLEAN, MCP_MESSAGE, STRING
 from server.openapi.operation import (
     BINARY,
     EVENTS,
@@ -73,6 +73,7 @@ VLLM = "https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html"
 TOKENIZER = f"{VLLM}#tokenizer-api"
 
 OLLAMA = "https://docs.ollama.com/api"
+MCP = "https://modelcontextprotocol.io/specification/2025-11-25"
 
 MODEL = "MODEL"
 """Stands in an example for the id of a configured model."""
@@ -845,6 +846,20 @@ OPERATIONS: Mapping[str, Methods] = {
     "/api/copy": _refused("Copy a model"),
     "/api/create": _refused("Make a model"),
     "/api/push": _refused("Upload a model"),
+    "/mcp": {
+        "post": Operation(
+            summary="Tools for agents, by the Model Context Protocol",
+            description=(
+                "A message of JSON-RPC. The linked page describes it; `tools/list` describes the"
+                " tools that the key may use."
+            ),
+            answers={JSON: reference("McpMessage"), EVENTS: STRING},
+            others={202: "A notification was taken."},
+            json=MCP_MESSAGE,
+            link=f"{MCP}/basic/transports",
+            example={"jsonrpc": "2.0", "id": 1, "method": "tools/list"},
+        )
+    },
     "/health": _both(
         Operation(
             summary="Whether the process is alive",

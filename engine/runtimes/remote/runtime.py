@@ -126,7 +126,12 @@ class RemoteRuntime(Runtime):
         name = provider_of(model.id, options)
         provider = self._providers.get(name)
         if provider is None:
-            provider = self._providers[name] = (self._new_provider or Provider)(name)
+            provider = (
+                Provider(name, tracer=self.context.tracer)
+                if self._new_provider is None
+                else self._new_provider(name)
+            )
+            self._providers[name] = provider
         try:
             target = provider.target(model.id)  # what is known of it outlives an unload
             if target is None or target.options != options:

@@ -44,7 +44,7 @@ class TestEndpoints:
         }
         assert without == {
             "/v1/models", "/v1/models/", "/v1/models/{name:path}", "/openapi.json",
-            "/api/tags", "/api/show", "/api/version",
+            "/api/tags", "/api/show", "/api/version", "/mcp",
         }  # fmt: skip
         families = [families_of(route.path) or () for route in routes]
         assert {each for found in families for each in found} == set(FAMILIES)
@@ -71,7 +71,7 @@ class TestEndpoints:
         assert counted - stores == {
             path
             for path in posts - stores
-            if not path.startswith((*families, *files, *ollama, *beside))
+            if not path.startswith((*families, *files, *ollama, *beside, "/mcp"))
         }
 
     async def test_ollamas_names_are_those_of_the_key(
