@@ -537,6 +537,19 @@ class Engine:
             return found
         return tuple(each for each in found if (model.id, each) not in self._leaving_loras)
 
+    def inputs(self, name: str) -> frozenset[str] | None:
+        """What a request to a model or route may hold: `text`, `image`, `audio`, `video`.
+
+        None: nobody knows, as before the start. A route takes what one of its models takes.
+        """
+        if name in self.router:
+            found = [self.inputs(model.id) for model in self.router.models(name)]
+            known = [each for each in found if each is not None]
+            return frozenset().union(*known) if known and len(known) == len(found) else None
+        model, _ = self.config.find_adapter(name)
+        runtime = self._runtimes.get(model.runtime)
+        return None if runtime is None else runtime.inputs(model)
+
     def lora_names(self, model: ModelConfig) -> tuple[str, ...]:
         """All LoRAs of a model."""
         return self._kind(model).lora_names(model)

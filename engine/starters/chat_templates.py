@@ -118,7 +118,7 @@ IDEFICS_TEMPLATE = """\
         {{- ' ' + message['content'] }}
     {%- else %}
         {{- ' ' if message['content'] and message['content'][0]['type'] == 'text' }}
-        {%- for part in message['content'] or [] %}
+        {%- for part in message['content'] %}
             {%- if part['type'] == 'text' %}
                 {{- part['text'] }}
             {%- elif part['type'] == 'image' %}
@@ -132,4 +132,7 @@ IDEFICS_TEMPLATE = """\
     {{- 'Assistant:' }}
 {%- endif %}
 """
-"""SmolVLM's turns: a picture stands where its part stands among the texts. It has no tools."""
+"""SmolVLM's turns: a picture stands where its part stands among the texts. It has no tools.
+
+vLLM hands the parts of a message on only to a template with a plain loop over its content.
+"""

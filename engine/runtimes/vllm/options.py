@@ -15,6 +15,9 @@ LoraName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]
 """A colon would end the name of the model in `MODEL:LORA`."""
 
 
+Medium = Literal["image", "video", "audio"]
+
+
 class ModerationOptions(Section):
     """How a classifier answers `/v1/moderations`."""
 
@@ -59,6 +62,17 @@ class VllmOptions(Section):
     """
     moderation: ModerationOptions | None = None
     """How a classifier answers `/v1/moderations`; None: it does not."""
+    limit_mm_per_prompt: Mapping[
+        Literal["image", "video", "audio"], Annotated[int, Field(ge=0)]
+    ] = Field(default_factory=lambda: {"image": 16})
+    """How many images, videos and recordings a request may have, if the model takes such a thing.
+
+    Kinds that are not named are refused.
+    """
+    mm_processor_cache: Size = Field(default=128 * 2**20, ge=0)
+    """Bytes of images and the like that are kept, ready for the model; 0 keeps none."""
+    mm_processor_kwargs: Mapping[str, Any] | None = None
+    """What the model's processor of images is given, as `{size: {longest_edge: 1024}}`."""
     seed: int = 0
     revision: str | None = None
     loras: Path | None = None
