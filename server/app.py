@@ -75,6 +75,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     from engine.jobs.queue import Jobs
     from engine.media.outputs import Outputs
     from engine.media.voices import VoiceStore
+    from server.pictures import Pictures
     from server.routes.files import files_router
     from server.routes.ollama import ollama_router
     from server.routes.speech import speech_router
@@ -86,6 +87,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     jobs = Jobs(engine, outputs)
     voices = VoiceStore(engine.config)
     cache = open_cache(engine, settings)
+    pictures = Pictures(engine, settings)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -100,6 +102,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
                 await start.end()
             finally:
                 await watch.end()
+            await pictures.close()
             if cache is not None:
                 await cache.close()
 
@@ -112,7 +115,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     app = Application(settings, keyring, metrics, lifespan)
     for router in (
         probes_router(engine, start, (metrics.registry, *cache_series)),
-        text_router(engine, settings, cache),
+        text_router(engine, settings, pictures, cache),
         images_router(engine, outputs, settings, cache),
         videos_router(engine, jobs, settings),
         speech_router(engine, voices, settings, cache),
@@ -120,10 +123,10 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         voices_router(engine, voices, settings),
         models_router(engine),
         engine_router(engine, settings, cache),
-        route_router(engine, settings),
+        route_router(engine, settings, pictures),
         usage_router(engine),
         files_router(engine),
-        ollama_router(engine, settings),
+        ollama_router(engine, settings, pictures),
         web_router(),
         docs_router(engine, settings),
     ):

@@ -268,7 +268,9 @@ async def test_what_the_model_does_not_take_is_refused_by_name(
     assert caught.value.param == f"messages[0].content[0].{param}"
 
 
-async def test_a_model_of_text_takes_no_picture(vllm_runtime: VllmRuntime, make_model: MakeModel) -> None:
+async def test_a_model_of_text_takes_no_picture(
+    vllm_runtime: VllmRuntime, make_model: MakeModel
+) -> None:
     llama = make_model("llama")
     vllm_runtime._folder(llama)
     assert vllm_runtime.inputs(llama) == {"text"}
