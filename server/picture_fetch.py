@@ -77,7 +77,7 @@ class PictureFetcher:
             async with client.stream("GET", url, headers=_HEADERS) as response:
                 location = response.headers.get("location")
                 if response.status_code in _REDIRECTS and location:
-                    return location
+                    return str(location)
                 if response.status_code != httpx.codes.OK:
                     raise _refused(param, f"{host} answered {response.status_code}")
                 if response.headers.get("content-encoding", "identity").lower() != "identity":

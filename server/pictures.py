@@ -105,7 +105,7 @@ class Pictures:
         taken = self._engine.inputs(name)
         for each in found if taken is not None else ():
             if each.kind.value not in (taken or ()):
-                only = ", only text" if taken == {"text"} else ""
+                only = ", only text" if len(taken or ()) == 1 else ""
                 raise InvalidRequest(
                     f"{each.param}: the model {name!r} takes no {each.kind.value}{only}.",
                     param=each.param,

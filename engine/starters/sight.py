@@ -1,7 +1,7 @@
 """The eyes of the vision-language starter: Idefics 3's vision tower and image processor.
 
-Idefics 3 is what SmolVLM-256M and -500M are. A picture is cut into tiles, and one tile more shows
-the whole of it. Its processor needs no torchvision.
+A picture is cut into tiles, and one tile more shows the whole of it. Its processor needs no
+torchvision.
 """
 
 from __future__ import annotations

@@ -59,6 +59,7 @@ def test_pictures_count_as_tokens_and_change_the_answer(sdk: openai.OpenAI, seen
         model=MODEL, messages=[{"role": "user", "content": QUESTION}], max_tokens=TOKENS
     )
     other = chat(sdk, part(file_of(Image.new("RGB", (120, 90), "white"))))
+    assert blind.usage is not None
     assert other.usage.prompt_tokens == seen.usage.prompt_tokens > blind.usage.prompt_tokens + 40
     texts = {each.choices[0].message.content for each in (seen, other, blind)}
     assert len(texts) == 3

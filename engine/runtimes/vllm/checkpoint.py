@@ -10,10 +10,13 @@ from engine.errors import LoadFailed
 from engine.files.safetensors_header import DTYPE_BYTES, tensor_shapes, tensor_sizes, weight_bytes
 from engine.runtimes.vllm.options import VllmOptions
 
-ENCODER_TOKENS = 2048
+ENCODER_TOKENS = 1024
 """Tokens of images that one step encodes at most, unless a single image has more. An encoder sees
 up to sixteen patches for a token. With vLLM's own bound, that of the text, its activations may take
 as much as the weights, and one step holds up the streams of all models."""
+
+IMAGE_TOKENS = 2048
+"""Of the largest image, before the load has asked the model's processor."""
 
 
 class Checkpoint:
@@ -133,10 +136,9 @@ class Checkpoint:
     def media_bytes(self, options: VllmOptions, dtype: str, item_tokens: int | None = None) -> int:
         """What images take beside the weights: activations of the encoder, and what it made.
 
-        `item_tokens` are those of the largest image. Before the load they are unknown: as many as
-        one step encodes.
+        `item_tokens` are those of the largest image. Before the load they are unknown.
         """
-        largest = min(self.max_model_len(options), item_tokens or ENCODER_TOKENS)
+        largest = min(self.max_model_len(options), item_tokens or IMAGE_TOKENS)
         encoded = max(min(ENCODER_TOKENS, self._step_tokens(options)), largest)
         kept = max(self._step_tokens(options), largest)
         hidden = int(self.text_config.get("hidden_size", 0))

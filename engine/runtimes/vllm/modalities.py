@@ -12,7 +12,6 @@ from engine.runtimes.vllm.checkpoint import read_config
 from engine.runtimes.vllm.options import VllmOptions
 
 TEXT = "text"
-MODALITIES = (Kind.IMAGE, Kind.VIDEO, Kind.AUDIO)
 
 _EYES = ("vision", "visual", "image", "img")
 _EARS = ("audio", "speech")
@@ -42,8 +41,7 @@ def folder_senses(folder: Path) -> frozenset[Kind]:
 
 def limits(options: VllmOptions, found: Collection[Kind]) -> dict[Kind, int]:
     """How many of each kind one request may have. Of others it may have none."""
-    most: Mapping[str, int] = options.limit_mm_per_prompt
-    wanted = {kind: most.get(kind.value, 0) for kind in MODALITIES}
+    wanted = {Kind(name): count for name, count in options.media_counts.items()}
     return {kind: count for kind, count in wanted.items() if count and kind in found}
 
 

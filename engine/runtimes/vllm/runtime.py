@@ -60,7 +60,6 @@ from engine.runtimes.vllm.body import (
 from engine.runtimes.vllm.checkpoint import ENCODER_TOKENS, Checkpoint, read_config
 from engine.runtimes.vllm.dtype import run_dtype
 from engine.runtimes.vllm.modalities import (
-    MODALITIES,
     TEXT,
     check_attachments,
     folder_senses,
@@ -723,10 +722,7 @@ class VllmRuntime(Runtime):
             if value is not None:
                 line += [flag, str(value)]
         if senses(read_config(self._folder(model))):
-            counts = {
-                kind.value: options.limit_mm_per_prompt.get(kind.value, 0) for kind in MODALITIES
-            }
-            line += ["--limit-mm-per-prompt", json.dumps(counts)]
+            line += ["--limit-mm-per-prompt", json.dumps(options.media_counts)]
             line += ["--mm-processor-cache-gb", str(options.mm_processor_cache / 2**30)]
             if options.mm_processor_kwargs:
                 line += ["--mm-processor-kwargs", json.dumps(dict(options.mm_processor_kwargs))]

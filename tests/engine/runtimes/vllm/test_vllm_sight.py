@@ -236,7 +236,7 @@ async def test_the_workspace_counts_encoder_and_caches(
     kept = manager.cache_size * hidden
     ready = loaded.llm.renderer.mm_processor_cache._cache.maxsize
     assert ready == 8 * 2**20
-    assert runner.mm_budget.encoder_compute_budget <= 2048
+    assert runner.mm_budget.encoder_compute_budget <= 1024
     (workspace,) = (each for each in loaded.blocks() if each.name == "workspace")
     plain = model.model_copy(
         update={"options": {**model.options, "limit_mm_per_prompt": {"image": 0}}}
@@ -273,7 +273,7 @@ async def test_a_model_of_text_takes_no_picture(
 ) -> None:
     llama = make_model("llama")
     vllm_runtime._folder(llama)
-    assert vllm_runtime.inputs(llama) == {"text"}
+    assert vllm_runtime.inputs(llama) == frozenset({"text"})
     with pytest.raises(InvalidRequest, match="takes no image, only text") as caught:
         vllm_runtime.prepare(llama, asked(PICTURES["red"]))
     assert caught.value.param == "messages[0].content[0].image_url"
@@ -283,7 +283,7 @@ async def test_more_pictures_than_the_options_allow(
     vllm_runtime: VllmRuntime, model: ModelConfig
 ) -> None:
     vllm_runtime._folder(model)
-    assert vllm_runtime.inputs(model) == {"text", "image"}
+    assert vllm_runtime.inputs(model) == frozenset({"text", "image"})
     with pytest.raises(InvalidRequest, match=r"may have 3 .*limit_mm_per_prompt") as caught:
         vllm_runtime.prepare(model, asked(*[PICTURES["red"]] * 4))
     assert caught.value.param == "messages[0].content[3].image_url"
