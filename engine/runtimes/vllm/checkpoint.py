@@ -157,13 +157,16 @@ class Checkpoint:
 
     @property
     def _patch_elements(self) -> int:
-        """Numbers that an encoder holds of one patch: hidden and MLP states, and its pixels."""
+        """Numbers that are held of one patch: hidden and MLP states, and its pixels.
+
+        These are there as they wait, in a batch, as the encoder casts them, and as its mask.
+        """
         vision = self._vision
         hidden = int(vision.get("hidden_size") or vision.get("embed_dim") or 1024)
         wide = int(vision.get("intermediate_size") or hidden * int(vision.get("mlp_ratio") or 4))
         size = vision.get("patch_size") or 14
         side = int(size if not isinstance(size, list) else size[0])
-        return 4 * hidden + 2 * wide + 2 * 3 * side * side
+        return 4 * hidden + 2 * wide + 4 * 3 * side * side
 
     @property
     def _patches_per_token(self) -> int:

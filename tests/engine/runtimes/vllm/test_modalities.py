@@ -20,7 +20,7 @@ from tests.conftest import StarterDir
 
 TEXT = {"hidden_size": 100, "max_position_embeddings": 8192, "intermediate_size": 200}
 EYES = {"hidden_size": 64, "intermediate_size": 128, "patch_size": 16}
-PATCH = 4 * 64 + 2 * 128 + 2 * 3 * 256
+PATCH = 4 * 64 + 2 * 128 + 4 * 3 * 256
 """Numbers that an encoder of this shape holds of one patch."""
 
 
@@ -44,7 +44,7 @@ def test_only_images_are_taken_unless_the_options_say_more(
 ) -> None:
     assert limits(VllmOptions(), senses(config)).keys() == expected
     more = VllmOptions(limit_mm_per_prompt={"audio": 2, "video": 1})
-    both = {"vision_config": {}, "audio_config": {}}
+    both: dict[str, Any] = {"vision_config": {}, "audio_config": {}}
     assert limits(more, senses(both)) == {Kind.VIDEO: 1, Kind.AUDIO: 2}
 
 
