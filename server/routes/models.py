@@ -68,6 +68,6 @@ def _adapters(engine: Engine, access: Access) -> list[dict[str, Any]]:
             inputs=engine.inputs(model.id),
         )
         for model in engine.config.models
-        for name in engine.adapters(model)
+        for name in engine.loras.adapters(model)
         if access.may_use(f"{model.id}:{name}")
     ]
