@@ -182,7 +182,9 @@ def test_named_parsers_exist_in_vllm(path: Path) -> None:
     tool_parsers = registered("tool_parsers", "_TOOL_PARSERS_TO_REGISTER")
     reasoning_parsers = registered("reasoning", "_REASONING_PARSERS_TO_REGISTER")
     options = [
-        model.options_as(VllmOptions) for model in read(path).models if model.task == "generate"
+        model.options_as(VllmOptions)
+        for model in read(path).models
+        if model.task == "generate" and "idefics3" not in model.id  # its template has no tools
     ]
     for each in options:
         assert each.tool_call_parser or each.reasoning_parser
@@ -199,7 +201,8 @@ def test_the_starter_configuration_serves_every_language_model(starter_dir: Star
         folder = starter_dir(Source(model.source).name)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         options = model.options_as(VllmOptions)
-        assert options.max_model_len == config["max_position_embeddings"]
+        text = config.get("text_config", config)
+        assert options.max_model_len == text["max_position_embeddings"]
         assert options.dtype == config["dtype"]
 
 

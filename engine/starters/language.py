@@ -1,4 +1,4 @@
-"""The starter models that read and write text: a Llama, a Qwen 2, and three of BERT's kind."""
+"""The starter models that read and write text: three that write, and three of BERT's kind."""
 
 from __future__ import annotations
 
@@ -17,8 +17,17 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
-from engine.starters.chat_templates import LLAMA_TEMPLATE, QWEN_TEMPLATE
+from engine.starters.chat_templates import IDEFICS_TEMPLATE, LLAMA_TEMPLATE, QWEN_TEMPLATE
 from engine.starters.json_text import write_json
+from engine.starters.sight import (
+    END,
+    IMAGE,
+    IMAGE_TOKENS,
+    SHUFFLE,
+    VISION_CONFIG,
+    vision_tensors,
+    write_processor,
+)
 from engine.starters.tensors import RandomTensors, Tensors, write_tensors
 
 VOCABULARY_SIZE = 512
@@ -129,6 +138,57 @@ def _write_tiny_qwen(folder: Path) -> None:
     )
     _write_model(folder, config, tensors)
     write_json(folder / "generation_config.json", ids)
+
+
+def _write_tiny_idefics3(folder: Path) -> None:
+    pad, start = "<|endoftext|>", "<|im_start|>"
+    tokenizer = _tokenizer([pad, start, *IMAGE_TOKENS])
+    shape = _DecoderShape(hidden=192, intermediate=384, layers=3, heads=6, kv_heads=2)
+    ids = {
+        "bos_token_id": tokenizer.token_to_id(start),
+        "eos_token_id": tokenizer.token_to_id(END),
+        "pad_token_id": tokenizer.token_to_id(pad),
+    }
+    text = _decoder_config(shape, tokenizer)
+    config = {
+        "architectures": ["Idefics3ForConditionalGeneration"],
+        "model_type": "idefics3",
+        "dtype": "float32",
+        **ids,
+        "image_token_id": tokenizer.token_to_id(IMAGE),
+        "scale_factor": SHUFFLE,
+        "tie_word_embeddings": False,
+        "text_config": {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            **text,
+            **ids,
+            "head_dim": shape.head_dim,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "rope_theta": 500000.0,
+        },
+        "vision_config": VISION_CONFIG,
+    }
+    weights = RandomTensors(seed=9)
+    decoder = _decoder_tensors(weights, shape, tokenizer, END, qkv_bias=False)
+    tensors = {
+        f"model.text_model.{name.removeprefix('model.')}"
+        if name.startswith("model.")
+        else name: each
+        for name, each in decoder.items()
+    }
+    tensors |= vision_tensors(weights, shape.hidden)
+    _write_tokenizer(
+        folder,
+        tokenizer,
+        {"bos_token": start, "eos_token": END, "pad_token": pad},
+        max_length=shape.positions,
+        chat_template=IDEFICS_TEMPLATE,
+    )
+    _write_model(folder, config, tensors)
+    write_json(folder / "generation_config.json", ids)
+    write_processor(folder)
 
 
 def _write_tiny_embed(folder: Path) -> None:
@@ -387,6 +447,7 @@ WRITERS: Mapping[str, Callable[[Path], None]] = MappingProxyType(
     {
         "tiny-llama": _write_tiny_llama,
         "tiny-qwen": _write_tiny_qwen,
+        "tiny-idefics3": _write_tiny_idefics3,
         "tiny-embed": _write_tiny_embed,
         "tiny-rerank": _write_tiny_rerank,
         "tiny-classify": _write_tiny_classify,

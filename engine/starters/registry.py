@@ -117,6 +117,11 @@ LANGUAGE_STARTERS: Mapping[str, Starter] = MappingProxyType(
                 "A Qwen 2 of 1.2 million parameters that calls tools in Hermes' way.",
             ),
             (
+                "tiny-idefics3",
+                "image-text-to-text",
+                "An Idefics 3 of 1.4 million parameters that sees pictures.",
+            ),
+            (
                 "tiny-embed",
                 "sentence-similarity",
                 "A BERT of 1.4 million parameters that turns a text into 128 numbers.",

@@ -10,6 +10,14 @@ from engine.errors import LoadFailed
 from engine.files.safetensors_header import DTYPE_BYTES, tensor_shapes, tensor_sizes, weight_bytes
 from engine.runtimes.vllm.options import VllmOptions
 
+ENCODER_TOKENS = 1024
+"""Tokens of images that one step encodes at most, unless a single image has more. An encoder sees
+up to sixteen patches for a token. With vLLM's own bound, that of the text, its activations may take
+as much as the weights, and one step holds up the streams of all models."""
+
+IMAGE_TOKENS = 2048
+"""Of the largest image, before the load has asked the model's processor."""
+
 
 class Checkpoint:
     """The configuration and the tensor headers of a model folder."""
@@ -118,12 +126,66 @@ class Checkpoint:
         Only a model that generates gives logits.
         """
         config = self.text_config
-        tokens = options.max_num_batched_tokens or max(2048, self.max_model_len(options))
+        tokens = self._step_tokens(options)
         hidden = int(config.get("hidden_size", 0))
         intermediate = int(config.get("intermediate_size") or 4 * hidden)
         vocabulary = int(config.get("vocab_size", 0)) if task == "generate" else 0
         activations = tokens * (4 * hidden + 2 * intermediate) * self.item_bytes(dtype)
         return activations + options.max_num_seqs * vocabulary * 4
+
+    def media_bytes(self, options: VllmOptions, dtype: str, item_tokens: int | None = None) -> int:
+        """What images take beside the weights: activations of the encoder, and what it made.
+
+        `item_tokens` are those of the largest image. Before the load they are unknown.
+        """
+        largest = min(self.max_model_len(options), item_tokens or IMAGE_TOKENS)
+        encoded = max(min(ENCODER_TOKENS, self._step_tokens(options)), largest)
+        kept = max(self._step_tokens(options), largest)
+        hidden = int(self.text_config.get("hidden_size", 0))
+        # Qwen 3 VL hands on what several layers of the encoder made.
+        levels = 1 + len(self._vision.get("deepstack_visual_indexes") or ())
+        activations = encoded * self._patches_per_token * self._patch_elements
+        return (activations + kept * hidden * levels) * self.item_bytes(dtype)
+
+    def _step_tokens(self, options: VllmOptions) -> int:
+        return options.max_num_batched_tokens or max(2048, self.max_model_len(options))
+
+    @property
+    def _vision(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.config.get("vision_config") or {}
+        return found
+
+    @property
+    def _patch_elements(self) -> int:
+        """Numbers that are held of one patch: hidden and MLP states, and its pixels.
+
+        These are there as they wait, in a batch, as the encoder casts them, and as its mask.
+        """
+        vision = self._vision
+        hidden = int(vision.get("hidden_size") or vision.get("embed_dim") or 1024)
+        wide = int(vision.get("intermediate_size") or hidden * int(vision.get("mlp_ratio") or 4))
+        size = vision.get("patch_size") or 14
+        side = int(size if not isinstance(size, list) else size[0])
+        return 4 * hidden + 2 * wide + 4 * 3 * side * side
+
+    @property
+    def _patches_per_token(self) -> int:
+        """Patches that become one token of the language model."""
+        config, vision = self.config, self._vision
+        side = (
+            config.get("scale_factor")
+            or vision.get("spatial_merge_size")
+            or config.get("spatial_merge_size")
+            or config.get("downsample_factor")
+        )
+        if side:
+            return max(1, int(side) ** 2)
+        if ratio := config.get("downsample_ratio"):
+            return max(1, round(1 / float(ratio) ** 2))
+        size, patch = vision.get("image_size"), vision.get("patch_size")
+        if config.get("mm_tokens_per_image") and isinstance(size, int) and isinstance(patch, int):
+            return max(1, (size // patch) ** 2 // int(config["mm_tokens_per_image"]))
+        return 1
 
 
 def read_config(folder: Path) -> dict[str, Any]:

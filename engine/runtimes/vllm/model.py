@@ -32,6 +32,7 @@ from engine.usage import COUNTED, Usage
 if TYPE_CHECKING:
     from engine.runtimes.vllm.adapters import Adapters
     from engine.runtimes.vllm.core_client import CoreClient
+    from engine.runtimes.vllm.media_memory import MediaMemory
     from engine.runtimes.vllm.park import ModelMemory
 
 
@@ -65,6 +66,8 @@ class VllmModel(LoadedModel):
         self.serving: Any = None
         self.adapters: Adapters | None = None
         """None: it was loaded without room for LoRAs."""
+        self.media: MediaMemory | None = None
+        """None: it takes text only."""
         self.runs = 0
         """Answers under way."""
         self._options = options
@@ -88,8 +91,9 @@ class VllmModel(LoadedModel):
 
     @property
     def host_bytes(self) -> int:
-        """Host memory of the weights' master copies, and of LoRAs."""
-        return self.memory.host_bytes + (self.adapters.host_bytes if self.adapters else 0)
+        """Host memory of the weights' master copies, of LoRAs, and of images that are ready."""
+        adapters = self.adapters.host_bytes if self.adapters else 0
+        return self.memory.host_bytes + adapters + (self.media.host_bytes if self.media else 0)
 
     async def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
         """Answer through vLLM's serving class for the operation."""

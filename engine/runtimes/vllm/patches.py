@@ -21,6 +21,7 @@ from engine.runtimes.vllm import adapter_ops, loader  # noqa: F401 - registers t
 from engine.runtimes.vllm.answers import answer_messages, write_chunks_unchecked
 from engine.runtimes.vllm.executor import GatedWorker
 from engine.runtimes.vllm.forced_calls import bind_forced_calls
+from engine.runtimes.vllm.media_memory import keep_inputs_once
 from engine.runtimes.vllm.output_collector import keep_outputs_apart
 from engine.runtimes.vllm.park import note_packed_layers
 from engine.runtimes.vllm.request_state import pace_streams
@@ -63,6 +64,7 @@ def patch_vllm() -> None:
         functools.cache(AnthropicServingMessages._detect_merge_inline_system)
     )
     scale_out_factories.init_scale_out_state = _leave_alone
+    keep_inputs_once()
     note_packed_layers()
     pace_streams()
     keep_outputs_apart()

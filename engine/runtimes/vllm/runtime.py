@@ -38,9 +38,10 @@ from engine.files.hub.selection import HubSource
 from engine.files.lora_folder import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
 from engine.files.safetensors_header import DTYPE_BYTES, tensor_shapes
 from engine.files.source import starter_source
+from engine.media.attachments import Kind
 from engine.memory.block import Block, Estimate
 from engine.memory.device import CudaDevice
-from engine.model_folder import WANTED_FILES, present_folder
+from engine.model_folder import WANTED_FILES, PresentFolders, present_folder
 from engine.process.gate import GATE
 from engine.requests import Request, TextOperation, TextRequest
 from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
@@ -56,8 +57,15 @@ from engine.runtimes.vllm.body import (
     schema_fields,
     settle_messages,
 )
-from engine.runtimes.vllm.checkpoint import Checkpoint, read_config
+from engine.runtimes.vllm.checkpoint import ENCODER_TOKENS, Checkpoint, read_config
 from engine.runtimes.vllm.dtype import run_dtype
+from engine.runtimes.vllm.modalities import (
+    TEXT,
+    check_attachments,
+    folder_senses,
+    limits,
+    senses,
+)
 from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.pooling_body import check_format
@@ -73,6 +81,7 @@ from engine.section import Section
 if TYPE_CHECKING:
     from engine.runtimes.vllm.core_thread import CoreThread
     from engine.runtimes.vllm.kept_prefixes import Kept, KeptPrefixes
+    from engine.runtimes.vllm.media_memory import MediaMemory
     from engine.runtimes.vllm.park import ModelMemory, Packing
 
 log = logging.getLogger(__name__)
@@ -153,6 +162,7 @@ class VllmRuntime(Runtime):
         """Prefixes of models that have been unloaded, by model."""
         self._checked: dict[tuple[str, str], Any] = {}
         """Model and name of each LoRA that fits, with what was looked at."""
+        self._senses = PresentFolders(context.cache_dir, folder_senses, ("config.json",))
         self._warm = False
         self._series = CollectorRegistry()
         self.metrics = self._series
@@ -413,6 +423,20 @@ class VllmRuntime(Runtime):
             payload.chat_template_kwargs = {"enable_thinking": True, **given}
         return Prepared(request=request, payload=payload)
 
+    def inputs(self, model: ModelConfig) -> frozenset[str] | None:
+        """Text, and what its files and options say beside."""
+        allowed = self._allowed(model)
+        return None if allowed is None else frozenset({TEXT, *(each.value for each in allowed)})
+
+    def _allowed(self, model: ModelConfig) -> Mapping[Kind, int] | None:
+        """How many of what beside text a request may have; None while the files are not here."""
+        options = model.options_as(VllmOptions)
+        try:
+            found = self._senses.get(model.source, options.revision)
+        except LoadFailed:
+            return None  # the load will say so
+        return None if found is None else limits(options, found)
+
     def _check_by_files(self, model: ModelConfig, request: TextRequest) -> None:
         """Refuse what the model's options or files rule out. Files that are not here rule nothing.
 
@@ -421,6 +445,9 @@ class VllmRuntime(Runtime):
 
         """
         body, options = request.body, model.options_as(VllmOptions)
+        allowed = self._allowed(model)
+        if allowed is not None:
+            check_attachments(body, allowed, model.id)
         if request.operation is TextOperation.MODERATION and options.moderation is None:
             raise InvalidRequest(
                 f"The model {model.id!r} has no 'moderation' in its options.", param="model"
@@ -511,8 +538,20 @@ class VllmRuntime(Runtime):
             "weights": checkpoint.weight_bytes(dtype, model.task),
             "kv_cache": kv_bytes,
             "loras": checkpoint.lora_bytes(options, dtype),
-            "workspace": checkpoint.workspace_bytes(options, dtype, model.task),
+            "workspace": checkpoint.workspace_bytes(options, dtype, model.task)
+            + self._media_bytes(model, checkpoint),
         }
+
+    def _media_bytes(
+        self, model: ModelConfig, checkpoint: Checkpoint, item_tokens: int | None = None
+    ) -> int:
+        """What images and the like take on the device beside the weights."""
+        options = model.options_as(VllmOptions)
+        if not limits(options, senses(checkpoint.config)):
+            return 0
+        on_cpu = self.context.device.kind == "cpu"
+        ready_bytes = options.mm_processor_cache if on_cpu else 0  # otherwise in host memory
+        return ready_bytes + checkpoint.media_bytes(options, self._dtype(model), item_tokens)
 
     async def load(self, model: ModelConfig, on_failure: Callable[[str], None]) -> LoadedModel:
         """Build the engine on the loading thread and its serving objects on the loop."""
@@ -567,13 +606,19 @@ class VllmRuntime(Runtime):
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        expected = self._expected(model, Checkpoint(self._folder(model)))
+        checkpoint = Checkpoint(self._folder(model))
+        expected = self._expected(model, checkpoint)
         stamp = self._prefix_stamp(model)
         with GATE.exclusive():  # faster: Python during a step slows both down fivefold
             arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(
                 self._command_line(model, expected["kv_cache"])
             )
             config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+            if config.model_config.is_multimodal_model:
+                scheduler = config.scheduler_config
+                scheduler.max_num_encoder_input_tokens = min(
+                    scheduler.max_num_encoder_input_tokens, ENCODER_TOKENS
+                )
             compiles = not config.model_config.enforce_eager
             if compiles:
                 prepare_to_compile()
@@ -591,8 +636,15 @@ class VllmRuntime(Runtime):
                 stat_loggers=[self._stat_logger] if self._warm else None,
             )
         llm.output_processor.stream_interval = ADAPTIVE
+        options = model.options_as(VllmOptions)
+        media: MediaMemory | None = None
         try:
             worker = llm.engine_core.core.model_executor.driver_worker.worker
+            if budget := getattr(worker.model_runner, "mm_budget", None):
+                media = self._open_media(llm, options)
+                largest = max(budget.mm_max_toks_per_item.values(), default=0)
+                expected["workspace"] += self._media_bytes(model, checkpoint, largest)
+                expected["workspace"] -= self._media_bytes(model, checkpoint)
             memory = self._take_over(worker, packed, expected)
             try:
                 llm.engine_core.prefixes = self._kept_prefixes(model, config, worker, stamp)
@@ -601,11 +653,13 @@ class VllmRuntime(Runtime):
                 raise
         except BaseException:
             llm.shutdown()
+            if media is not None:
+                media.close()
             raise
-        options = model.options_as(VllmOptions)
         prompts = read_prompts(self._folder(model), options)
         pair = self._rerank_format(model) if model.task == "rerank" else None
         loaded = VllmModel(llm, memory, options, prompts, pair)
+        loaded.media = media
         if options.takes_loras:
             from engine.runtimes.vllm.adapters import Adapters
 
@@ -619,6 +673,15 @@ class VllmRuntime(Runtime):
                 self.context.host,
             )
         return loaded, arguments
+
+    def _open_media(self, llm: Any, options: VllmOptions) -> MediaMemory:
+        from engine.runtimes.vllm.media_memory import MediaMemory
+
+        on_cpu = self.context.device.kind == "cpu"
+        host = None if on_cpu else self.context.host
+        media = MediaMemory(llm, options.mm_processor_cache, host)
+        media.warm_up()
+        return media
 
     def _take_over(self, worker: Any, packed: Packing, expected: dict[str, int]) -> ModelMemory:
         if self.context.device.kind == "cpu":
@@ -749,6 +812,11 @@ class VllmRuntime(Runtime):
         ):
             if value is not None:
                 line += [flag, str(value)]
+        if senses(read_config(self._folder(model))):
+            line += ["--limit-mm-per-prompt", json.dumps(options.media_counts)]
+            line += ["--mm-processor-cache-gb", str(options.mm_processor_cache / 2**30)]
+            if options.mm_processor_kwargs:
+                line += ["--mm-processor-kwargs", json.dumps(dict(options.mm_processor_kwargs))]
         if options.chat_template_kwargs:
             kwargs = json.dumps(dict(options.chat_template_kwargs))
             line += ["--default-chat-template-kwargs", kwargs]
@@ -786,6 +854,8 @@ class VllmRuntime(Runtime):
         del llm, handler
         if loaded.adapters is not None:
             loaded.adapters.close()
+        if loaded.media is not None:
+            loaded.media.close()
         loaded.memory.close()
         await loop.run_in_executor(self._loader, self._collect)
 
@@ -798,6 +868,8 @@ class VllmRuntime(Runtime):
         """
         assert isinstance(loaded, VllmModel)
         await self._set_aside(loaded, blocks)
+        if loaded.media is not None:
+            await loaded.media.forget()
         prefixes = loaded.client.prefixes
 
         def leave() -> None:

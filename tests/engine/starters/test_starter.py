@@ -25,7 +25,8 @@ from engine.starters.language import VOCABULARY_SIZE
 from engine.starters.registry import FORMAT, LANGUAGE_STARTERS, Starter, ensure_starter
 from tests.conftest import StarterDir
 
-DECODERS = ("tiny-llama", "tiny-qwen")
+SEEING = "tiny-idefics3"
+DECODERS = ("tiny-llama", "tiny-qwen", SEEING)
 CLASSIFIERS = ("tiny-rerank", "tiny-classify")
 
 TOOLS = [
@@ -79,6 +80,13 @@ def with_write(write: Callable[[Path], None]) -> Starter:
     return dataclasses.replace(LANGUAGE_STARTERS["tiny-embed"], write=write)
 
 
+def writing_class(name: str) -> Any:
+    """transformers' class for a starter that writes."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if name == SEEING else AutoModelForCausalLM
+
+
 @pytest.fixture(scope="session")
 def tokenizer_of(starter_dir: StarterDir) -> Any:
     """Loads a starter model's tokenizer as any user of transformers would, once."""
@@ -113,7 +121,8 @@ def test_the_weights_are_of_the_declared_type_and_vocabulary(
     name: str, starter_dir: StarterDir, tokenizer_of: Any
 ) -> None:
     config = json.loads((starter_dir(name) / "config.json").read_text(encoding="utf-8"))
-    assert config["vocab_size"] == len(tokenizer_of(name)) == VOCABULARY_SIZE
+    text = config.get("text_config", config)
+    assert text["vocab_size"] == len(tokenizer_of(name)) == VOCABULARY_SIZE
     with safe_open(starter_dir(name) / "model.safetensors", framework="np") as file:
         assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F32"}  # noqa: SIM118
         assert file.metadata() == {"format": "pt"}
@@ -147,6 +156,7 @@ def test_each_tokenizer_frames_a_text_as_its_kind_does(tokenizer_of: Any) -> Non
     assert framed == {
         "tiny-llama": "<|begin_of_text|>hello",
         "tiny-qwen": "hello",
+        "tiny-idefics3": "hello",
         **dict.fromkeys(("tiny-embed", "tiny-rerank", "tiny-classify"), "[CLS]hello[SEP]"),
     }
 
@@ -154,9 +164,9 @@ def test_each_tokenizer_frames_a_text_as_its_kind_does(tokenizer_of: Any) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LANGUAGE_STARTERS)
 def test_transformers_finds_every_weight_it_wants(name: str, starter_dir: StarterDir) -> None:
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModel, AutoModelForSequenceClassification
 
-    kind = AutoModelForCausalLM if name in DECODERS else AutoModel
+    kind = writing_class(name) if name in DECODERS else AutoModel
     if name in CLASSIFIERS:
         kind = AutoModelForSequenceClassification
     _, info = kind.from_pretrained(starter_dir(name), output_loading_info=True)
@@ -168,9 +178,7 @@ def test_transformers_finds_every_weight_it_wants(name: str, starter_dir: Starte
 def test_greedy_text_is_varied_and_readable(
     name: str, starter_dir: StarterDir, tokenizer_of: Any
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(starter_dir(name))
+    model = writing_class(name).from_pretrained(starter_dir(name))
     tokenizer = tokenizer_of(name)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt"
@@ -238,7 +246,7 @@ def test_template_of_a_plain_message(name: str, expected: str, tokenizer_of: Any
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"starter:nope: .*tiny-embed, tiny-llama, tiny-qwen"):
+    with pytest.raises(ConfigError, match=r"starter:nope: .*tiny-embed, tiny-idefics3, tiny-llama"):
         ensure_starter("nope", tmp_path)
     assert not list(tmp_path.iterdir())
 
