@@ -7,6 +7,7 @@ model.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
@@ -116,6 +117,8 @@ class VllmModel(LoadedModel):
         try:
             async with self._adapter_of(request):
                 payload = self._with_prompts(request, prepared.payload)
+                if self._as_wangchanberta:
+                    payload = await asyncio.to_thread(self._rewritten, request.operation, payload)
                 answer = await self._answer(request, payload)
                 if not hasattr(answer, "__aiter__"):
                     yield Document(self._document(answer, request))
@@ -213,7 +216,7 @@ class VllmModel(LoadedModel):
                     payload = payload.model_copy(update={"input": inputs})
             case TextOperation.RERANK | TextOperation.SCORE:
                 payload = self._with_pair_prompts(request, payload)
-        return self._rewritten(request.operation, payload) if self._as_wangchanberta else payload
+        return payload
 
     def _rewritten(self, operation: TextOperation, payload: Any) -> Any:
         """The payload with its texts as WangchanBERTa was trained to read them."""

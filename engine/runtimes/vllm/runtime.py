@@ -164,6 +164,8 @@ class VllmRuntime(Runtime):
         self._stat_logger: Any = None
         self._checked: dict[tuple[str, str], Any] = {}
         """Model and name of each LoRA that fits, with what was looked at."""
+        self._heads: dict[Path, bool] = {}
+        """Whether a folder's checkpoint fills masks."""
         self._warm = False
         self._series = CollectorRegistry()
         self.metrics = self._series
@@ -437,7 +439,7 @@ class VllmRuntime(Runtime):
                     read_prompts(self._folder(model), options).chosen(body)
         if request.operation is TextOperation.FILL_MASK:
             with suppress(LoadFailed):
-                if not Checkpoint(self._folder(model)).fills_masks:
+                if not self._fills_masks(model):
                     raise InvalidRequest(
                         f"The model {model.id!r} has no head that fills masks.", param="model"
                     )
@@ -449,6 +451,13 @@ class VllmRuntime(Runtime):
                     templated=pair.template is not None,
                     takes_instruction=pair.takes_instruction,
                 )
+
+    def _fills_masks(self, model: ModelConfig) -> bool:
+        """Whether the model's files have the head. They are read once."""
+        folder = self._folder(model)
+        if folder not in self._heads:
+            self._heads[folder] = Checkpoint(folder).fills_masks
+        return self._heads[folder]
 
     def _rerank_format(self, model: ModelConfig) -> RerankFormat:
         """How a reranker reads a pair. Other models read each text alone."""

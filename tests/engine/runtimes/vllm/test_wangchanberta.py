@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,13 @@ def test_a_text_is_rewritten(text: str, expected: str) -> None:
 )
 def test_a_mask_stays_where_it_is(text: str, expected: str) -> None:
     assert as_trained(text, MASK) == expected
+
+
+def test_a_text_of_brackets_takes_no_second() -> None:
+    began = time.process_time()
+    for text in ("(" * 1_000_000, "(a" * 500_000, "()" * 500_000, "a" + "(" * 500_000 + ")" * 500):
+        as_trained(text)
+    assert time.process_time() - began < 5
 
 
 @given(st.lists(st.text("กขา่้ A1()[ .\n", max_size=8), min_size=1, max_size=6))
