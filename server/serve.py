@@ -12,7 +12,7 @@ import socket
 import sys
 from collections.abc import Generator
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -25,6 +25,7 @@ from server.http_protocol import http_protocol
 from server.public_address import without_root_path
 from server.settings import ServerSettings
 from server.start import Start
+from server.supervision.early_probes import EarlyProbes
 from server.supervision.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
@@ -50,6 +51,28 @@ class _Server(uvicorn.Server):
     They also raise the signal again at the end, so an orderly stop would look like a kill.
     """
 
+    def __init__(self, config: uvicorn.Config, early: EarlyProbes | None) -> None:
+        super().__init__(config)
+        self._early = early
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and take over the connections that came before."""
+        await super().startup(sockets)
+        if self._early is None:
+            return
+        loop = asyncio.get_running_loop()
+        for connection in await asyncio.to_thread(self._early.stop):
+            with contextlib.suppress(OSError):  # its client has left
+                await loop.connect_accepted_socket(self._new_protocol, connection)
+
+    def _new_protocol(self) -> asyncio.Protocol:
+        """As uvicorn makes them."""
+        protocol: Any = self.config.http_protocol_class
+        made: asyncio.Protocol = protocol(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         """Capture none: `_serve` does."""
@@ -61,10 +84,12 @@ def run(
     settings: ServerSettings,
     listener: socket.socket,
     heartbeat: Heartbeat | None = None,
+    early: EarlyProbes | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain and return. A second Ctrl-C exits with 130.
 
-    `heartbeat` goes to the supervisor, if there is one. A process that can serve no request any
+    `heartbeat` goes to the supervisor, if there is one. `early` has answered probes until now, and
+    its other connections are served as well. A process that can serve no request any
     more exits with 70. It unloads nothing then, as that needs what does not respond.
 
     Raises:
@@ -87,7 +112,8 @@ def run(
         timeout_graceful_shutdown=FLUSH_S,
     )
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_serve(_Server(config), engine, start, app, listener, settings, heartbeat))
+        server = _Server(config, early)
+        runner.run(_serve(server, engine, start, app, listener, settings, heartbeat))
     if start.error is not None:
         raise start.error
     logger.info("stopped")

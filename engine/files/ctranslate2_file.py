@@ -11,10 +11,10 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 BINARY_VERSION = 6
 TYPES = ("float32", "int8", "int16", "int32", "float16", "bfloat16")
@@ -112,7 +112,7 @@ def write_variables(
             _write_string(file, name)
             file.write(struct.pack(f"<B{array.ndim}I", array.ndim, *array.shape))
             file.write(struct.pack("<BI", TYPES.index(array.dtype.name), array.nbytes))
-            file.write(np.ascontiguousarray(array).tobytes())
+            file.write(array.tobytes())
         file.write(struct.pack("<I", 0))  # aliases
 
 

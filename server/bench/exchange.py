@@ -12,8 +12,10 @@ import ssl
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import httpx
+if TYPE_CHECKING:
+    import httpx
 
 READ_BYTES = 1 << 16
 CRLF = b"\r\n"

@@ -9,9 +9,8 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
 from PIL import Image
 
 from server.bench.audio_length import audio_seconds
@@ -27,6 +26,9 @@ from server.bench.work import (
     Streams,
     Work,
 )
+
+if TYPE_CHECKING:
+    import httpx
 
 POLL_S = 0.02
 """How often a video's job is polled, which is how much too long its time may be."""
@@ -80,6 +82,8 @@ class HttpCaller:
         return done
 
     def _request(self, work: Work) -> httpx.Request:
+        import httpx
+
         url = self.url + work.path
         if work.file:
             files = {"file": ("recording.wav", work.file)}
@@ -109,6 +113,8 @@ class HttpCaller:
         return Exchange(sent_s, tuple((s + late_s, data) for s, data in seen.pieces), seen.error)
 
     async def _get(self, path: str) -> Exchange:
+        import httpx
+
         request = httpx.Request("GET", self.url + path, headers=self._headers)
         request.read()
         return await exchange(request, self._timeout_s)

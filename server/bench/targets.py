@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import psutil
 
 from engine.config import ENV_PREFIX
@@ -166,6 +165,8 @@ class Server(Started):
 
     async def start(self) -> None:
         """As `Target.start`; polls like a load balancer."""
+        import httpx
+
         self.spawn()
         deadline = time.monotonic() + START_S
         async with httpx.AsyncClient(timeout=START_S) as client:

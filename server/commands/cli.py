@@ -1,6 +1,13 @@
 """The command `roundhouse`."""
 
+# ruff: noqa: E402 - collections would take a fifth of the imports' time, as what these make stays
+
 from __future__ import annotations
+
+import gc
+
+_collects = gc.isenabled()
+gc.disable()
 
 import json
 import logging
@@ -8,11 +15,11 @@ import os
 import platform
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
-import httpx
 import typer
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
@@ -21,6 +28,8 @@ from rich.table import Table
 from engine.config import ENV_CONFIG, EngineConfig
 from engine.errors import ConfigError
 from engine.files.source import STARTER, Source
+from engine.memory.malloc import share_one_heap
+from engine.process.heap import uncollected
 from engine.simulation.traces import BUILT_IN, generate, read_trace
 from engine.units import format_size
 from server.commands import doctor, keys, models, schema
@@ -32,6 +41,7 @@ from server.commands.usage import usage_tables
 from server.exit_codes import BAD_CONFIG, FAILED
 from server.packages import installed_version
 from server.settings import load_settings
+from server.supervision.early_probes import EarlyProbes
 from server.supervision.heartbeat import Heartbeat
 from server.supervision.listener import listen
 from server.supervision.supervisor import SupervisorConfig, become
@@ -77,6 +87,7 @@ def serve(
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     heartbeat = None
+    share_one_heap()
     if supervised is not None:
         listener_descriptor, channel_descriptor = map(int, supervised.split(","))
         heartbeat = Heartbeat.adopt(channel_descriptor)
@@ -103,17 +114,21 @@ def serve(
                 log_level=settings.log_level.upper(),
                 cors_origins=settings.cors_origins,
             )
-            become(supervised_by, listener)
+            heartbeat = Heartbeat.adopt(become(supervised_by, listener))
+            listener.set_inheritable(False)
+    early = EarlyProbes(listener)
+    early.start()
     # Imported here: they take half of the start of every command, and the supervisor needs none.
-    from engine.engine import Engine
-    from server.serve import run
+    with uncollected():
+        from engine.engine import Engine
+        from server.serve import run
 
     if heartbeat is None:
         engine = Engine(engine_config)
     else:
         engine = Engine(engine_config, restarts=heartbeat.restarts, restore=heartbeat.residents)
     try:
-        run(engine, settings, listener, heartbeat)
+        run(engine, settings, listener, heartbeat, early)
     except ConfigError as error:
         raise exit_with(error.message, BAD_CONFIG) from error
     except Exception as error:
@@ -133,6 +148,10 @@ def ps(url: Url = "http://127.0.0.1:8000", api_key: ApiKey = None) -> None:
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="The model that a request would name.")],
+    further: Annotated[
+        list[str] | None,
+        typer.Argument(help="Models that a session keeps beside it, as a conversation does."),
+    ] = None,
     url: Url = "http://127.0.0.1:8000",
     api_key: ApiKey = None,
     priority: Annotated[
@@ -149,7 +168,12 @@ def plan(
 
     It says whether the model fits, which models would leave, and how long it would take.
     """
-    body = {"model": model, "priority": priority, "working_bytes": working}
+    body = {
+        "model": model,
+        "further_models": further or [],
+        "priority": priority,
+        "working_bytes": working,
+    }
     _show_plan(_ask("POST", url, "/v1/engine/plan", api_key, body, has="evictions"))
 
 
@@ -258,11 +282,13 @@ def _ask(
     url: str,
     path: str,
     api_key: str | None,
-    body: dict[str, str] | None = None,
+    body: Mapping[str, Any] | None = None,
     *,
     has: str,
 ) -> dict[str, Any]:
     """The answer of a running server, a document with a key `has`."""
+    import httpx  # here, as it would take a fifth of the time until `serve` listens
+
     key = first_key(api_key)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
@@ -330,7 +356,8 @@ def _show(status: dict[str, Any]) -> None:
 
 
 def _show_plan(plan: dict[str, Any]) -> None:
-    out.print(f"{plan['model']}: {plan['reason']}", markup=False, highlight=False)
+    models = ", ".join([plan["model"], *plan["further_models"]])
+    out.print(f"{models}: {plan['reason']}", markup=False, highlight=False)
     wanted_bytes, move_s, eta_s = plan["wanted_bytes"], plan["move_s"], plan["eta_s"]
     table = Table.grid(padding=(0, 2))
     for name, value in (
@@ -354,6 +381,9 @@ def _show_plan(plan: dict[str, Any]) -> None:
             )
         out.print(leaving)
 
+
+if _collects:
+    gc.enable()
 
 if __name__ == "__main__":
     main()

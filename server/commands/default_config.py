@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
-
 from engine.config import ENV_CONFIG
 from engine.memory.device import host_memory_bytes
 from engine.memory.nvidia_smi import read_gpus
@@ -163,6 +161,8 @@ class _Probe:
         return self._answered
 
     def _ask(self) -> None:
+        import httpx  # here, as it would take a fifth of the time until `serve` listens
+
         try:
             answer = httpx.head(self._url, timeout=HUB_TIMEOUT_S)
         except (httpx.HTTPError, httpx.InvalidURL):

@@ -2,9 +2,10 @@
 
 It imports only the standard library, `server.exit_codes` and the fallback responder. What is not
 imported cannot break and takes no memory; `docs/design/supervisor.md` has the figures. So
-`roundhouse serve` becomes this program once it listens (`become`). This program runs the same
-command again and passes the listener to it. The socket stays open while no process serves. Clients
-that connect during a restart wait in its queue, and the next process answers them.
+`roundhouse serve` becomes this program once it listens (`become`), and goes on as its child. To
+restart, this program runs the same command again and passes the listener to it. The socket stays
+open while no process serves. Clients that connect during a restart wait in its queue, and the next
+process answers them.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from server.exit_codes import BAD_CONFIG, FAILED, INTERRUPTED
 from server.supervision.fallback_responder import FallbackResponder
@@ -46,6 +48,7 @@ MAX_MESSAGE_BYTES = 2**17
 MAX_RESIDENTS_BYTES = 2**16
 """Of the names of the models to load again: some hundreds of the greatest length."""
 MAX_FAULT_CHARACTERS = 2000
+NO_RESTARTS: dict[str, Any] = {"count": 0, "reason": None, "at": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,38 +67,93 @@ class SupervisorConfig:
     log_level: str = "INFO"
     cors_origins: tuple[str, ...] = ()
     """The web pages that may read the answers during a restart."""
+    first: tuple[int, int] | None = None
+    """A process that serves already, as a child of this one, and our descriptor of its channel."""
 
 
-def become(config: SupervisorConfig, listener: socket.socket) -> NoReturn:
-    """Replace this process with the supervisor. Returns only by an exception.
+def become(config: SupervisorConfig, listener: socket.socket) -> int:
+    """Replace this process with the supervisor, and go on in its first child.
+
+    The child has what was imported so far, which saves the half second of another start. Returns
+    only in the child: its descriptor of the channel. A process with more threads has no such child,
+    as they may hold locks. Its supervisor starts one by the command.
 
     Raises:
-        OSError: the interpreter cannot be executed.
+        OSError: no process can be started.
 
     """
     listener.set_inheritable(True)
     sys.stdout.flush()
     sys.stderr.flush()
+    if threading.active_count() == 1:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.send(json.dumps(_hello()).encode())
+        child = os.fork()
+        if not child:
+            os.setpgid(0, 0)  # as `Child.start` does
+            ours.close()
+            with open(os.devnull, "rb") as nothing:
+                os.dup2(nothing.fileno(), 0)
+            return theirs.detach()
+        ours.set_inheritable(True)
+        config = replace(config, first=(child, ours.fileno()))
     arguments = [sys.executable, "-m", "server.supervision.supervisor", json.dumps(asdict(config))]
     os.execv(sys.executable, arguments)
+
+
+def _hello(restarts: dict[str, Any] = NO_RESTARTS, residents: Sequence[str] = ()) -> dict[str, Any]:
+    """The message to a child: see `Heartbeat`."""
+    return {"pid": os.getpid(), "restarts": restarts, "residents": residents}
+
+
+class Forked:
+    """A child that this process did not start by `subprocess`, with the same methods."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit status once it has ended, negative for a signal."""
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._code = os.waitstatus_to_exitcode(status)
+        return self._code
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it."""
+        self.send_signal(signal.SIGKILL)
 
 
 class Child:
     """One process that serves, and its reports."""
 
-    def __init__(self, config: SupervisorConfig, hello: dict[str, Any]) -> None:
-        """Start it.
+    @classmethod
+    def adopt(cls, pid: int, descriptor: int) -> Child:
+        """The process that `become` started."""
+        channel = socket.socket(fileno=descriptor)
+        channel.set_inheritable(False)
+        return cls(Forked(pid), channel)
+
+    @classmethod
+    def start(cls, config: SupervisorConfig, hello: dict[str, Any]) -> Child:
+        """Start one.
 
         Raises:
             OSError: it cannot be started.
 
         """
         # Ordered datagrams with an end of file: a message is never split.
-        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            self.channel.setblocking(False)
-            self.channel.send(json.dumps(hello).encode())
-            self.process = subprocess.Popen(
+            channel.send(json.dumps(hello).encode())
+            process = subprocess.Popen(
                 [*config.command, "--supervised", f"{config.listener},{theirs.fileno()}"],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(config.listener, theirs.fileno()),
@@ -103,10 +161,17 @@ class Child:
                 process_group=0,
             )
         except BaseException:
-            self.channel.close()
+            channel.close()
             raise
         finally:
             theirs.close()
+        return cls(process, channel)
+
+    def __init__(self, process: subprocess.Popen[bytes] | Forked, channel: socket.socket) -> None:
+        """Use `start` or `adopt`."""
+        self.process = process
+        self.channel = channel
+        self.channel.setblocking(False)
         self.beaten = False
         self.ready = False
         self.silent_s = 0.0
@@ -182,13 +247,14 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._fallback = FallbackResponder(self._selector, listener, config.cors_origins)
         self._child: Child | None = None
+        self._first = config.first
         self._ever_started = False
         self._ever_ready = False
         self._failures = 0
         """Restarts in a row without a steady time between them."""
         self._waits_s = 0.0
         """Until the next start, if there is no child."""
-        self._restarts: dict[str, Any] = {"count": 0, "reason": None, "at": None}
+        self._restarts: dict[str, Any] = NO_RESTARTS
         self._residents: list[str] = []
         self._signals: list[int] = []
         self._stopping_s: float | None = None
@@ -258,9 +324,12 @@ class Supervisor:
         self._fallback.turn_on()
 
     def _start(self) -> None:
-        hello = {"pid": os.getpid(), "restarts": self._restarts, "residents": self._residents}
+        first, self._first = self._first, None
         try:
-            child = Child(self._config, hello)
+            if first is not None:
+                child = Child.adopt(*first)
+            else:
+                child = Child.start(self._config, _hello(self._restarts, self._residents))
         except OSError as error:
             if not self._ever_started:
                 raise  # whoever starts the server sees it
@@ -393,7 +462,8 @@ def _reason(code: int) -> str:
 def main(arguments: list[str]) -> int:
     """Supervise by the `SupervisorConfig` that is the only argument."""
     raw = json.loads(arguments[0])
-    config = SupervisorConfig(**{**raw, "command": tuple(raw["command"])})
+    first = raw["first"] and tuple(raw["first"])
+    config = SupervisorConfig(**{**raw, "command": tuple(raw["command"]), "first": first})
     logging.basicConfig(
         level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

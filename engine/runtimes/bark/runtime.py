@@ -27,6 +27,7 @@ from engine.process.gate import GATE
 from engine.requests import Request, SpeechRequest
 from engine.runtimes.bark.options import BarkOptions
 from engine.runtimes.base import Prepared, RuntimeContext, Voice
+from engine.runtimes.common.late_imports import sparing_transformers
 from engine.runtimes.common.speech import (
     SpeechModel,
     check_no_clone,
@@ -88,7 +89,8 @@ class BarkRuntime(TorchRuntime):
 
     def start(self) -> None:
         """Import torch and transformers (some seconds)."""
-        from engine.runtimes.bark import model  # noqa: F401 - for its imports
+        with sparing_transformers():
+            from engine.runtimes.bark import model  # noqa: F401 - for its imports
 
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Check text, voice and language; fill in the defaults."""

@@ -25,6 +25,7 @@ from engine.model_folder import PresentFolders
 from engine.process.gate import GATE
 from engine.requests import Request, SpeechRequest
 from engine.runtimes.base import Prepared, RuntimeContext, Voice
+from engine.runtimes.common.late_imports import sparing_transformers
 from engine.runtimes.common.speech import (
     SpeechModel,
     check_no_clone,
@@ -86,7 +87,8 @@ class CoquiRuntime(TorchRuntime):
 
     def start(self) -> None:
         """Import torch, transformers and coqui-tts (some seconds)."""
-        from engine.runtimes.coqui import models  # noqa: F401 - for its imports
+        with sparing_transformers():
+            from engine.runtimes.coqui import models  # noqa: F401 - for its imports
 
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Check text, voice, language and speed; fill in the defaults."""

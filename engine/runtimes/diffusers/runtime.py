@@ -104,10 +104,10 @@ class DiffusersRuntime(TorchRuntime):
 
     def start(self) -> None:
         """Import torch, transformers and diffusers (some seconds)."""
-        from engine.runtimes.diffusers import run  # noqa: F401 - for its imports, of a second
         from engine.runtimes.diffusers.imports import import_everything
 
         import_everything()
+        from engine.runtimes.diffusers import run  # noqa: F401 - for its imports
 
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Check sizes, counts, adapters and what the family can do; fill in the defaults."""

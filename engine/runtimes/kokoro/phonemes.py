@@ -9,10 +9,12 @@ Importing this module imports torch, spaCy and kokoro.
 
 from __future__ import annotations
 
+import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import spacy
@@ -49,7 +51,11 @@ class Phonemizer:
         """Read the lexicons (about a second)."""
         # Neither espeak nor spaCy's pipelines may be used by several threads at once.
         self._lock = threading.Lock()
-        self._english = {"en-us": _English(british=False), "en-gb": _English(british=True)}
+        nlp = _tagger()
+        self._english = {
+            "en-us": _English(nlp, british=False),
+            "en-gb": _English(nlp, british=True),
+        }
         self._others = {name: espeak.EspeakG2P(language=name) for name in ESPEAK_LANGUAGES}
 
     def chunks(self, sentence: str, language: str) -> Iterator[Chunk]:
@@ -78,25 +84,47 @@ class Phonemizer:
 class _English(en.G2P):  # type: ignore[misc]
     """misaki's English, without the constructor that downloads a tagger."""
 
-    def __init__(self, *, british: bool) -> None:
+    def __init__(self, nlp: Callable[[str], Any], *, british: bool) -> None:
         self.version = None
         self.british = british
         self.unk = ""  # as in KPipeline: what cannot be pronounced is left out
-        self.lexicon = en.Lexicon(british)
+        self.lexicon = _Lexicon(british=british)
         self.fallback = _Fallback(british=british)
-        if spacy.util.is_package(TAGGER_PACKAGE):
-            self.nlp = spacy.load(TAGGER_PACKAGE, enable=["tok2vec", "tagger"])
-        else:
-            self._blank = spacy.blank("en")
-            self.nlp = self._tagged
+        self.nlp = nlp
 
-    def _tagged(self, text: str) -> Any:
-        document = self._blank(text)
+
+def _tagger() -> Callable[[str], Any]:
+    """What splits English into tokens with tags."""
+    if spacy.util.is_package(TAGGER_PACKAGE):
+        tagger: Callable[[str], Any] = spacy.load(TAGGER_PACKAGE, enable=["tok2vec", "tagger"])
+        return tagger
+    blank = spacy.blank("en")
+
+    def tagged(text: str) -> Any:
+        document = blank(text)
         words = [token.text for token in document]
         spaces = [bool(token.whitespace_) for token in document]
         for token, tag in zip(document, tag_english(words, spaces), strict=True):
             token.tag_ = tag
         return document
+
+    return tagged
+
+
+class _Lexicon(en.Lexicon):  # type: ignore[misc]
+    """misaki's lexicon, without a check of every letter of its own files (0.6 s)."""
+
+    def __init__(self, *, british: bool) -> None:
+        self.british = british
+        self.cap_stresses = (0.5, 2)
+        accent = "gb" if british else "us"
+        self.golds = self._read(f"{accent}_gold.json")
+        self.silvers = self._read(f"{accent}_silver.json")
+
+    def _read(self, name: str) -> dict[str, Any]:
+        text = resources.files(en.data).joinpath(name).read_text(encoding="utf-8")
+        words: dict[str, Any] = self.grow_dictionary(json.loads(text))
+        return words
 
 
 class _Fallback(espeak.EspeakFallback):  # type: ignore[misc]

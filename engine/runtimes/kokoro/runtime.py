@@ -29,6 +29,7 @@ from engine.model_folder import PresentFolders
 from engine.process.gate import GATE
 from engine.requests import Request
 from engine.runtimes.base import Prepared, RuntimeContext, Voice
+from engine.runtimes.common.late_imports import sparing_transformers
 from engine.runtimes.common.speech import check_no_clone, check_speech, primary_language
 from engine.runtimes.common.thread_run import Emit, ThreadRun
 from engine.runtimes.common.torch_model import TorchModel, TorchRuntime
@@ -123,7 +124,7 @@ class KokoroRuntime(TorchRuntime):
         stays silent.
         """
         environment = dict(os.environ)
-        with GATE.exclusive(), warnings.catch_warnings():
+        with GATE.exclusive(), warnings.catch_warnings(), sparing_transformers():
             from loguru import logger
 
             from engine.runtimes.kokoro import model as kokoro_model

@@ -16,22 +16,19 @@ from typing import Any
 
 import torch
 
+from engine.runtimes.common.late_imports import replaced, sparing_transformers
+
 
 @contextmanager
 def sparing_imports(*, eager: bool) -> Iterator[None]:
     """Import vLLM inside this context. With `eager`, no function of it compiles.
 
-    Three packages are left out, which vLLM and transformers declare optional: scikit-learn for
-    assisted generation, SciPy for training object detectors, and OpenTelemetry for vLLM's tracing.
-    Two imports are put off until they are needed: the compiler, 150 modules of torch's Inductor,
-    and the resampling of sound.
+    Three packages are left out, which vLLM and transformers declare optional: those that
+    `sparing_transformers` names, and OpenTelemetry for vLLM's tracing. Two imports are put off
+    until they are needed: the compiler, 150 modules of torch's Inductor, and the resampling of
+    sound.
     """
-    from transformers import utils
-
-    with _replaced(utils, is_sklearn_available=_no, is_scipy_available=_no):
-        import_module("transformers.generation.candidate_generator")
-        import_module("transformers.loss.loss_utils")
-    with compiling_late(eager=eager):
+    with sparing_transformers(), compiling_late(eager=eager):
         with _absent("torch._inductor.lowering"):
             import_module("vllm.env_override")
         with _absent("opentelemetry"):
@@ -40,6 +37,8 @@ def sparing_imports(*, eager: bool) -> Iterator[None]:
             audio = import_module("vllm.multimodal.audio")
         lazy_loader = import_module("vllm.utils.import_utils").LazyLoader
         vars(audio)["scipy_signal"] = lazy_loader("scipy_signal", vars(audio), "scipy.signal")
+        # It decorates a function, which the first structured answer would otherwise compile.
+        import_module("llguidance.torch")
         yield
 
 
@@ -51,7 +50,7 @@ def compiling_late(*, eager: bool) -> Iterator[None]:
     `logprobs` and the like. The first request that needed one held up all models for 22 s, and
     killed its model where there is no C++ compiler. With `eager`, no function compiles.
     """
-    with _replaced(torch, compile=_compiling_late(torch.compile, eager=eager)):
+    with replaced(torch, compile=_compiling_late(torch.compile, eager=eager)):
         yield
 
 
@@ -59,22 +58,6 @@ def prepare_to_compile() -> None:
     """Patch Inductor as vLLM does at its import. Call it before a model that compiles."""
     env_override = import_module("vllm.env_override")
     env_override._patch_inductor_fallback_allow_list()  # harmless when repeated
-
-
-def _no() -> bool:
-    return False
-
-
-@contextmanager
-def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    kept = {name: getattr(owner, name) for name in attributes}
-    for name, value in attributes.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(owner, name, value)
 
 
 @contextmanager

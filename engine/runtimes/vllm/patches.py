@@ -10,11 +10,13 @@ import importlib.metadata
 import sys
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import vllm.config.vllm as vllm_config_module
 import vllm.v1.engine.core as vllm_core_module
 from engine.process.gate import GATE
+from engine.runtimes.common.late_imports import replaced
 from engine.runtimes.vllm import adapter_ops, loader  # noqa: F401 - registers the load format
 from engine.runtimes.vllm.answers import answer_messages, write_chunks_unchecked
 from engine.runtimes.vllm.executor import GatedWorker
@@ -29,6 +31,7 @@ from vllm.entrypoints.scale_out import factories as scale_out_factories
 from vllm.model_executor.model_loader import utils as loader_utils
 from vllm.model_executor.models import registry as model_registry
 from vllm.platforms import current_platform
+from vllm.triton_utils import dispatcher
 from vllm.utils import cpu_resource_utils
 from vllm.v1.executor import uniproc_executor
 from vllm.v1.worker import gpu_model_runner, workspace
@@ -81,6 +84,7 @@ def patch_vllm() -> None:
     )
     adapter_ops.multiply_by_group()
     # Every engine wrapped the CPU kernels once more (0.2 s and one more call layer each time).
+    dispatcher._rebind_kernels = _among_own_modules(dispatcher._rebind_kernels)
     platform = type(current_platform)
     register = getattr(platform, "register_triton_kernel_overrides", None)
     if register is not None:
@@ -107,6 +111,17 @@ def _breathing(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         GATE.breathe()
         return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _among_own_modules(rebind: Callable[..., None]) -> Callable[..., None]:
+    """Look for vLLM's kernels in its own modules. The others are ten times as many (0.3 s)."""
+
+    def wrapper(*args: Any) -> None:
+        own = {name: each for name, each in sys.modules.items() if name.split(".")[0] == "vllm"}
+        with replaced(dispatcher, sys=SimpleNamespace(modules=own)):
+            rebind(*args)
 
     return wrapper
 

@@ -365,6 +365,39 @@ def test_anything_is_answered(head: bytes) -> None:
     assert answer(head, 3).startswith(b"HTTP/1.1 503 ")
 
 
+BECOME = """
+import socket, sys, threading
+from server.supervision.heartbeat import Heartbeat
+from server.supervision.supervisor import SupervisorConfig, become
+
+listener = socket.create_server(("127.0.0.1", 0))
+if sys.argv[1] == "threads":
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+started = "import sys; print('by the command', sys.argv[1:-1]); sys.exit(2)"
+command = (sys.executable, "-c", started)
+config = SupervisorConfig(command, listener.fileno(), 60, 60, 60)
+heartbeat = Heartbeat.adopt(become(config, listener))
+print("goes on", heartbeat.restarts.count, heartbeat.residents, repr(sys.stdin.read()))
+sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "output"),
+    [("alone", "goes on 0 () ''"), ("threads", "by the command ['--supervised']")],
+)
+def test_the_process_goes_on_as_the_first_child(mode: str, output: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BECOME, mode],
+        input="for the terminal",
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert (done.stdout.strip(), done.returncode) == (output, 2), done.stderr
+
+
 def test_it_imports_next_to_nothing() -> None:
     code = "import sys, server.supervision.supervisor; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
