@@ -44,7 +44,7 @@ _LEFT_BY_HTML = (
 """What web pages left in the texts, in the order in which it is replaced."""
 
 _BETWEEN_WORDS = re.compile("[^a-zA-Z0-9ก-๙]+")
-_BRACKETS = ("()", "{}", "[]")
+_BRACKETS = (("(", ")"), ("{", "}"), ("[", "]"))
 
 _REPEATED = re.compile(r"(\S)\1{3,}")
 _STAND_INS = "\u0e3b\u0e3c\u0e3d\u0e3e" + "".join(map(chr, range(0xE01, 0xE3B)))
@@ -85,8 +85,8 @@ def _without_brackets(found: re.Match[str]) -> str:
     take minutes for a text of brackets alone.
     """
     between = found.group()
-    for pair in _BRACKETS:
-        between = between.replace(pair, "")
+    for left, right in _BRACKETS:
+        between = between.replace(left + right, "")
     for left, right in _BRACKETS:
         first, last = between.find(left), between.rfind(right)
         if 0 <= first < last - 1:
