@@ -23,6 +23,7 @@ from engine.runtimes.diffusers.options import DiffusersOptions
 from engine.runtimes.diffusers.runtime import DiffusersRuntime
 from engine.runtimes.kokoro.voices import OPENAI_VOICES
 from engine.runtimes.registry import RUNTIMES, options_of, runtime_class
+from engine.runtimes.vllm.checkpoint import position_count
 from engine.runtimes.vllm.options import VllmOptions
 from engine.starters.registry import DIFFUSION_STARTERS, LANGUAGE_STARTERS, SPEECH_STARTERS
 from engine.units import parse_size
@@ -202,7 +203,7 @@ def test_the_starter_configuration_serves_every_language_model(starter_dir: Star
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         options = model.options_as(VllmOptions)
         text = config.get("text_config", config)
-        assert options.max_model_len == text["max_position_embeddings"]
+        assert options.max_model_len == position_count(text)
         assert options.dtype == config["dtype"]
 
 

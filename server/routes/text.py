@@ -43,6 +43,7 @@ TEXT_PATHS = {
     "/classify": TextOperation.CLASSIFY,
     "/v1/classify": TextOperation.CLASSIFY,
     "/v1/moderations": TextOperation.MODERATION,
+    "/v1/fill-mask": TextOperation.FILL_MASK,
     "/tokenize": TextOperation.TOKENIZE,
     "/v1/tokenize": TextOperation.TOKENIZE,
     "/detokenize": TextOperation.DETOKENIZE,

@@ -59,6 +59,18 @@ class VllmOptions(Section):
 
     They go over those of `config_sentence_transformers.json`.
     """
+    pooling: Literal["mean", "cls", "last"] | None = None
+    """How the vectors of tokens become one embedding; None asks the checkpoint.
+
+    A masked language model whose files do not say takes the mean, as sentence-transformers does.
+    """
+    normalize: bool | None = None
+    """Whether embeddings have length 1. None asks the checkpoint; one that does not say does."""
+    preprocessing: Literal["auto", "wangchanberta", "none"] = "auto"
+    """What is done to texts before the tokenizer; `auto` asks the tokenizer.
+
+    `wangchanberta`: as WangchanBERTa was trained: lower case, and `<_>` for a space.
+    """
     is_matryoshka: bool | None = None
     """Whether a request may choose the `dimensions` of an embedding; None asks the checkpoint."""
     matryoshka_dimensions: tuple[Annotated[int, Field(ge=1)], ...] | None = None

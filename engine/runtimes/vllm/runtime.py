@@ -57,8 +57,15 @@ from engine.runtimes.vllm.body import (
     schema_fields,
     settle_messages,
 )
-from engine.runtimes.vllm.checkpoint import ENCODER_TOKENS, Checkpoint, read_config
+from engine.runtimes.vllm.checkpoint import (
+    ENCODER_TOKENS,
+    Checkpoint,
+    position_count,
+    read_config,
+    tokenizer_length,
+)
 from engine.runtimes.vllm.dtype import run_dtype
+from engine.runtimes.vllm.fill_mask import FillMaskBody
 from engine.runtimes.vllm.modalities import (
     TEXT,
     check_attachments,
@@ -75,6 +82,7 @@ from engine.runtimes.vllm.recognition import CLASSIFIES, recognise_language_mode
 from engine.runtimes.vllm.refusals import invalid, refusal
 from engine.runtimes.vllm.rerank_format import RerankFormat, rerank_format
 from engine.runtimes.vllm.tool_choice import check_chosen_tool
+from engine.runtimes.vllm.wangchanberta import reads_space_symbol
 from engine.runtimes.vllm.warm_up import warm_up_requests
 from engine.section import Section
 
@@ -126,9 +134,16 @@ CLASSIFY_OPERATIONS = frozenset({TextOperation.CLASSIFY, TextOperation.MODERATIO
 ANTHROPIC_OPERATIONS = frozenset({TextOperation.MESSAGES, TextOperation.COUNT_TOKENS})
 OPERATIONS: Mapping[str, frozenset[TextOperation]] = {
     "generate": frozenset(TextOperation)
-    - {TextOperation.EMBEDDINGS, *SCORE_OPERATIONS, *CLASSIFY_OPERATIONS},
-    # Two embeddings have a cosine, so such a model ranks, too.
-    "embed": TOKENIZER_OPERATIONS | SCORE_OPERATIONS | {TextOperation.EMBEDDINGS},
+    - {
+        TextOperation.EMBEDDINGS,
+        TextOperation.FILL_MASK,
+        *SCORE_OPERATIONS,
+        *CLASSIFY_OPERATIONS,
+    },
+    # Two embeddings have a cosine, so such a model ranks, too. A masked one fills masks.
+    "embed": TOKENIZER_OPERATIONS
+    | SCORE_OPERATIONS
+    | {TextOperation.EMBEDDINGS, TextOperation.FILL_MASK},
     "rerank": TOKENIZER_OPERATIONS | SCORE_OPERATIONS,
     "classify": TOKENIZER_OPERATIONS | CLASSIFY_OPERATIONS,
 }
@@ -163,6 +178,8 @@ class VllmRuntime(Runtime):
         self._checked: dict[tuple[str, str], Any] = {}
         """Model and name of each LoRA that fits, with what was looked at."""
         self._senses = PresentFolders(context.cache_dir, folder_senses, ("config.json",))
+        self._heads: dict[Path, bool] = {}
+        """Whether a folder's checkpoint fills masks."""
         self._warm = False
         self._series = CollectorRegistry()
         self.metrics = self._series
@@ -320,6 +337,7 @@ class VllmRuntime(Runtime):
             TextOperation.SCORE: ScoreRequest,
             TextOperation.CLASSIFY: ClassificationRequest,
             TextOperation.MODERATION: ClassificationRequest,
+            TextOperation.FILL_MASK: FillMaskBody,
             TextOperation.TOKENIZE: TokenizeRequest,
             TextOperation.DETOKENIZE: DetokenizeRequest,
         }
@@ -457,6 +475,12 @@ class VllmRuntime(Runtime):
             if any(body.get(name) is not None for name in PROMPT_FIELDS):
                 with suppress(LoadFailed):
                     read_prompts(self._folder(model), options).chosen(body)
+        if request.operation is TextOperation.FILL_MASK:
+            with suppress(LoadFailed):
+                if not self._fills_masks(model):
+                    raise InvalidRequest(
+                        f"The model {model.id!r} has no head that fills masks.", param="model"
+                    )
         if request.operation in SCORE_OPERATIONS:
             with suppress(LoadFailed):
                 pair = self._rerank_format(model)
@@ -465,6 +489,13 @@ class VllmRuntime(Runtime):
                     templated=pair.template is not None,
                     takes_instruction=pair.takes_instruction,
                 )
+
+    def _fills_masks(self, model: ModelConfig) -> bool:
+        """Whether the model's files have the head. They are read once."""
+        folder = self._folder(model)
+        if folder not in self._heads:
+            self._heads[folder] = Checkpoint(folder).fills_masks
+        return self._heads[folder]
 
     def _rerank_format(self, model: ModelConfig) -> RerankFormat:
         """How a reranker reads a pair. Other models read each text alone."""
@@ -658,7 +689,9 @@ class VllmRuntime(Runtime):
             raise
         prompts = read_prompts(self._folder(model), options)
         pair = self._rerank_format(model) if model.task == "rerank" else None
-        loaded = VllmModel(llm, memory, options, prompts, pair)
+        loaded = VllmModel(
+            llm, memory, options, prompts, pair, as_wangchanberta=self._as_wangchanberta(model)
+        )
         loaded.media = media
         if options.takes_loras:
             from engine.runtimes.vllm.adapters import Adapters
@@ -682,6 +715,14 @@ class VllmRuntime(Runtime):
         media = MediaMemory(llm, options.mm_processor_cache, host)
         media.warm_up()
         return media
+
+    def _as_wangchanberta(self, model: ModelConfig) -> bool:
+        """Whether the model's texts are rewritten as WangchanBERTa's were."""
+        chosen = model.options_as(VllmOptions).preprocessing
+        if chosen != "auto":
+            return chosen == "wangchanberta"
+        folder = self._folder(model)
+        return read_config(folder).get("model_type") == "camembert" and reads_space_symbol(folder)
 
     def _take_over(self, worker: Any, packed: Packing, expected: dict[str, int]) -> ModelMemory:
         if self.context.device.kind == "cpu":
@@ -803,8 +844,11 @@ class VllmRuntime(Runtime):
         overrides = {**_matryoshka(options), **pair.overrides}
         if overrides:
             line += ["--hf-overrides", json.dumps(overrides)]
+        pooler = _pooler(options)
+        if pooler and model.task == "embed":
+            line += ["--pooler-config", json.dumps(pooler)]
         for flag, value in (
-            ("--max-model-len", options.max_model_len),
+            ("--max-model-len", self._max_model_len(model)),
             ("--max-num-batched-tokens", options.max_num_batched_tokens),
             ("--quantization", options.quantization),
             ("--reasoning-parser", options.reasoning_parser),
@@ -825,6 +869,27 @@ class VllmRuntime(Runtime):
             line += ["--max-lora-rank", str(options.max_lora_rank)]
             line += ["--max-cpu-loras", str(options.host_loras)]
         return line
+
+    def _max_model_len(self, model: ModelConfig) -> int | None:
+        """The length for vLLM; None: it asks the checkpoint, and finds the right one.
+
+        vLLM takes all positions of a RoBERTa for usable. A text with more tokens than there are
+        would read beyond the end of a matrix.
+
+        Raises:
+            LoadFailed: the options ask for more than there are.
+
+        """
+        folder, asked = self._folder(model), model.options_as(VllmOptions).max_model_len
+        config = read_config(folder)
+        usable, said = position_count(config), config.get("max_position_embeddings")
+        if usable is None or usable == said:
+            return asked
+        if asked is not None and asked > usable:
+            raise LoadFailed(
+                f"{model.id}: options.max_model_len: the model has {usable} positions, not {asked}"
+            )
+        return asked or min(usable, tokenizer_length(folder) or usable)
 
     async def _serve(self, loaded: VllmModel, arguments: Any) -> None:
         from engine.runtimes.vllm.serving import serving_objects
@@ -956,6 +1021,16 @@ def _matryoshka(options: VllmOptions) -> dict[str, Any]:
         said["is_matryoshka"] = options.is_matryoshka
     if options.matryoshka_dimensions is not None:
         said["matryoshka_dimensions"] = list(options.matryoshka_dimensions)
+    return said
+
+
+def _pooler(options: VllmOptions) -> dict[str, Any]:
+    """What the options say of how an embedding is made, over what the checkpoint says."""
+    said: dict[str, Any] = {}
+    if options.pooling is not None:
+        said["seq_pooling_type"] = options.pooling.upper()
+    if options.normalize is not None:
+        said["use_activation"] = options.normalize
     return said
 
 
