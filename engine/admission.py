@@ -189,11 +189,14 @@ class Admission:
         waiting: Waiting,
         exclusive: bool = False,
         ignore_backoff: bool = False,
+        hold: bool = False,
+        further_models: tuple[str, ...] = (),
     ) -> Lease:
         """Queue a ticket and wait for its grant; the model is there then.
 
-        `waiting` is kept up to date during the call. With `ignore_backoff` a model that lately
-        failed to load is tried at once.
+        A `hold` keeps the model and `further_models` for a session: see `Ticket`. `waiting` is kept
+        up to date during the call. With `ignore_backoff` a model that lately failed to load is
+        tried at once.
 
         Raises:
             EngineError: the ticket was refused.
@@ -224,6 +227,8 @@ class Admission:
             keep_alive_s=scheduling.keep_alive_s,
             if_loaded_only=scheduling.if_loaded_only,
             no_evict=scheduling.no_evict,
+            hold=hold,
+            further_models=further_models,
             on_granted=on_granted,
             on_refused=on_refused,
         )
@@ -243,6 +248,26 @@ class Admission:
         deadline.stop()
         waiting.stage, waiting.ticket = Stage.RUNNING, None
         return lease
+
+    async def bring_in(
+        self, model: ModelConfig, deadline: Deadline, scheduling: SchedulingOptions
+    ) -> None:
+        """Load a model whose files are here as if a request had asked for it.
+
+        Raises:
+            EngineError: it does not fit, or cannot be loaded.
+
+        """
+        lease = await self.lease(
+            model,
+            request_id=f"load-{model.id}",
+            operation="load",
+            scheduling=scheduling,
+            deadline=deadline,
+            waiting=Waiting(),
+            ignore_backoff=True,
+        )
+        lease.release()
 
     async def _not_loaded(self, model: ModelConfig) -> NotLoaded:
         # Reading the sizes takes moments where the files are here; otherwise they stay unknown.

@@ -20,7 +20,6 @@ from engine.dispatch import Dispatch
 from engine.errors import (
     ConfigError,
     Conflict,
-    EngineError,
     QueueTimeout,
     RuntimeFailed,
     ShuttingDown,
@@ -29,6 +28,8 @@ from engine.files.hub.fetch import FetchProgress
 from engine.memory.device import CudaDevice, Device, host_memory_bytes, open_device
 from engine.memory.host_memory import HostMemory
 from engine.metrics import EngineMetrics
+from engine.model_loras import ModelLoras
+from engine.preloading import Preloading
 from engine.process.faults import FAULTS
 from engine.process.health import wait_for_fault
 from engine.process.heap import freeze_heap, thaw_heap, uncollected
@@ -44,8 +45,9 @@ from engine.runtimes.registry import options_of, runtime_class
 from engine.scheduling.deadline import Deadline
 from engine.scheduling.estimates import EstimateStore
 from engine.scheduling.event_log import EventLog
+from engine.scheduling.lease import Lease
 from engine.scheduling.ledger import Ledger
-from engine.scheduling.order import Order, OrderKind
+from engine.scheduling.order import OrderKind, carried_out
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
 from engine.scheduling.waiting import Stage, Waiting, WaitStatus
@@ -59,7 +61,6 @@ from engine.status import (
     ProviderStatus,
     Restarts,
 )
-from engine.units import format_size
 
 log = logging.getLogger(__name__)
 
@@ -93,16 +94,12 @@ class Engine:
         """
         self.config = config
         self._restarts = restarts or Restarts()
-        self._to_restore = restore
         self.state = EngineState.STARTING
         self._clock = clock
         self._device = device
         self._given_runtimes = dict(runtimes or {})
         self._runtimes: dict[str, Runtime] = {}
         self._models = {model.id: model for model in config.models}
-        self._leaving_loras: set[tuple[str, str]] = set()
-        """Models and those of their LoRAs whose files are just being deleted."""
-        config.know_adapters(self.adapters)
         self.events = EventLog()
         """What the scheduler did; closed when the engine has drained."""
         self._emptied = asyncio.Event()
@@ -126,6 +123,11 @@ class Engine:
             created=int(time.time()),
         )
         self._residency.outcomes = self._scheduler
+        self.loras = ModelLoras(
+            self._runtimes, self._given_runtimes, self._residency, self._scheduler
+        )
+        """The LoRAs of the models."""
+        config.know_adapters(self.loras.adapters)
         self._admission = Admission(
             self._runtimes,
             self._residency,
@@ -142,7 +144,15 @@ class Engine:
         self._start_error: str | None = None
         self._recheck = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
-        self._preloads: list[asyncio.Task[None]] = []
+        self._preloading = Preloading(
+            config,
+            self._runtimes,
+            self._admission,
+            self._scheduler.report,
+            self.load,
+            self._usual_deadline,
+            restore,
+        )
 
     @property
     def metrics(self) -> CollectorRegistry:
@@ -184,17 +194,13 @@ class Engine:
         self._residency.open(device, estimates, host)
         self._ledger.set_device(budget_bytes, device.total_bytes)
         self._scheduler.on_timer()
-        await self._bring_in_what_takes_no_device()
+        await self._preloading.bring_in_what_takes_no_device()
         self._started.set()
         if self.state is not EngineState.STARTING:  # `drain` was called during the start
             return
         self.state = EngineState.READY
         self._watch = asyncio.create_task(self._watch_device())
-        self._preloads = [
-            asyncio.create_task(self._preload(model)) for model in self.config.models if model.pin
-        ]
-        self._preloads.append(asyncio.create_task(self._restore()))
-        self._preloads.append(asyncio.create_task(self._warn_of_too_large()))
+        self._preloading.start()
 
     def _open(self) -> tuple[Device, HostMemory, int]:
         """Open the device and start the runtimes; the device, host memory and device budget."""
@@ -227,8 +233,7 @@ class Engine:
     async def drain(self, limit_s: float) -> None:
         """Refuse new work and wait for what runs, `limit_s` seconds at most."""
         self.state = EngineState.DRAINING
-        for task in self._preloads:
-            task.cancel()
+        self._preloading.stop()
         self._fetcher.stop()  # what waits for files would be refused when they are here
         self._scheduler.on_drain()
         with contextlib.suppress(TimeoutError):
@@ -336,12 +341,54 @@ class Engine:
         """
         await self._admission.check_loaded(self.config.find(name))
 
+    async def hold(
+        self,
+        names: Sequence[str],
+        *,
+        request_id: str,
+        scheduling: SchedulingOptions | None = None,
+        waiting: Waiting | None = None,
+    ) -> Lease:
+        """Keep several models on the device for a session, all or none. Release the lease to end.
+
+        Each run of the session is a request of its own. `names` are distinct, and one at least.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            InsufficientCapacity: together they never fit.
+            Overloaded: sessions, or requests that run, leave no room for them.
+            EngineError: one of them cannot be loaded.
+
+        """
+        models = self._distinct(names)
+        deadline = self._usual_deadline()
+        await self._wait_started(deadline)
+        for model in models:
+            await self._admission.bring_files(model, deadline)
+            await self._admission.know_size(model, deadline)
+        return await self._admission.lease(
+            models[0],
+            request_id=request_id,
+            operation="session",
+            scheduling=scheduling or SchedulingOptions(),
+            deadline=deadline,
+            waiting=waiting or Waiting(),
+            hold=True,
+            further_models=tuple(model.id for model in models[1:]),
+        )
+
     async def plan(
-        self, name: str, *, working_bytes: int = 0, priority: Priority = Priority.NORMAL
+        self,
+        name: str,
+        *,
+        further_models: Sequence[str] = (),
+        working_bytes: int = 0,
+        priority: Priority = Priority.NORMAL,
     ) -> Forecast:
         """What would be done for a request that came now. Changes nothing.
 
-        `working_bytes` is the device memory that the run would need beside the model.
+        `working_bytes` is the device memory that the run would need beside the model. With
+        `further_models` it is for a session that keeps all of these models: see `hold`.
 
         Raises:
             ModelNotFound: there is no such model.
@@ -349,13 +396,21 @@ class Engine:
             QueueTimeout: the engine is still starting, or the files still being fetched.
 
         """
-        model = self.config.find(name)
+        models = self._distinct((name, *further_models))
         deadline = self._usual_deadline()
         await self._wait_started(deadline)
-        await self._admission.know_size(model, deadline)
+        for model in models:
+            await self._admission.know_size(model, deadline)
         return self._scheduler.report.forecast(
-            model.id, working_bytes=working_bytes, priority=priority
+            models[0].id,
+            further_models=tuple(model.id for model in models[1:]),
+            working_bytes=working_bytes,
+            priority=priority,
         )
+
+    def _distinct(self, names: Sequence[str]) -> list[ModelConfig]:
+        found = (self.config.find(name) for name in names)
+        return list({model.id: model for model in found}.values())
 
     async def route(self, request: Request) -> Choice:
         """Which models would serve a request that came now, and why. Runs nothing.
@@ -467,21 +522,7 @@ class Engine:
         deadline = self._usual_deadline()
         await self._wait_started(deadline)
         await self._admission.bring_files(model, deadline)
-        await self._lend_for_load(model, deadline, scheduling or SchedulingOptions())
-
-    async def _lend_for_load(
-        self, model: ModelConfig, deadline: Deadline, scheduling: SchedulingOptions
-    ) -> None:
-        lease = await self._admission.lease(
-            model,
-            request_id=f"load-{model.id}",
-            operation="load",
-            scheduling=scheduling,
-            deadline=deadline,
-            waiting=Waiting(),
-            ignore_backoff=True,
-        )
-        lease.release()
+        await self._admission.bring_in(model, deadline, scheduling or SchedulingOptions())
 
     async def unload(self, name: str) -> None:
         """Take an idle model out, and return once its bytes are free.
@@ -509,71 +550,8 @@ class Engine:
         await self._order(OrderKind.PARK, name)
 
     async def _order(self, kind: OrderKind, name: str) -> None:
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def on_done() -> None:
-            if not done.cancelled():
-                done.set_result(None)
-
-        def on_refused(error: EngineError) -> None:
-            if not done.cancelled():
-                done.set_exception(error)
-
-        order = Order(
-            kind=kind,
-            model_id=self.config.find(name).id,
-            timeout_s=self.config.queue_timeout_s,
-            on_done=on_done,
-            on_refused=on_refused,
-        )
-        try:
-            self._scheduler.on_order(order)
-            await done
-        finally:
-            done.cancel()
-            self._scheduler.on_order_cancelled(order)
-
-    def adapters(self, model: ModelConfig) -> tuple[str, ...]:
-        """The adapters of a model that may follow its id in a request: `ID:ADAPTER`."""
-        found = self._kind(model).adapters(model)
-        if not self._leaving_loras:
-            return found
-        return tuple(each for each in found if (model.id, each) not in self._leaving_loras)
-
-    def lora_names(self, model: ModelConfig) -> tuple[str, ...]:
-        """All LoRAs of a model."""
-        return self._kind(model).lora_names(model)
-
-    def _kind(self, model: ModelConfig) -> Runtime | type[Runtime]:
-        """The model's runtime, or its class before the start."""
-        runtime = self._runtimes.get(model.runtime)
-        if runtime is not None:
-            return runtime
-        given = model.runtime in self._given_runtimes
-        return Runtime if given else runtime_class(model.runtime)
-
-    async def remove_lora(self, name: str, lora: str, delete: Callable[[], int]) -> int:
-        """Delete the files of a LoRA by `delete`, on a thread; returns the freed bytes.
-
-        Raises:
-            ModelNotFound: there is no such model.
-            Conflict: requests use the LoRA.
-            Exception: what `delete` raised.
-
-        """
         model = self.config.find(name)
-        if users := self._scheduler.users_of(model.id, lora):
-            raise Conflict(
-                f"The LoRA {lora!r} of {model.id!r} is in use by {users} requests.", param="name"
-            )
-        self._leaving_loras.add((model.id, lora))
-        try:
-            loaded = self._residency.loaded.get(model.id)
-            if loaded is not None:
-                await self._runtimes[model.runtime].forget_lora(loaded, lora)
-            return await asyncio.to_thread(delete)
-        finally:
-            self._leaving_loras.discard((model.id, lora))
+        await carried_out(self._scheduler, kind, model.id, self.config.queue_timeout_s)
 
     async def pull(self, name: str, every_s: float) -> AsyncGenerator[FetchProgress, None]:
         """Fetch the newest files of a model; yields the progress, the last time at the end.
@@ -633,48 +611,6 @@ class Engine:
         """
         self._scheduler.unpin(self.config.find(name).id)
 
-    async def _bring_in_what_takes_no_device(self) -> None:
-        """Before any request: later they would wait for the transition of another model."""
-        for model in self.config.models:
-            if self._runtimes[model.runtime].takes_no_device:
-                try:
-                    await self._lend_for_load(model, self._usual_deadline(), SchedulingOptions())
-                except EngineError as error:
-                    log.error("cannot bring in %s: %s", model.id, error)
-
-    async def _preload(self, model: ModelConfig) -> None:
-        try:
-            await self.load(model.id)
-        except EngineError as error:
-            log.error("cannot load the pinned model %s: %s", model.id, error)
-
-    async def _restore(self) -> None:
-        """Load what an earlier process had. Requests go first, and no model leaves for it."""
-        scheduling = SchedulingOptions(priority=Priority.BATCH, no_evict=True)
-        for model_id in self._to_restore:
-            try:
-                await self.load(model_id, scheduling)
-            except EngineError as error:  # among others: it is no longer configured
-                log.warning("%s is not restored: %s", model_id, error)
-
-    async def _warn_of_too_large(self) -> None:
-        """Log the models that can never fit, before a request for one comes.
-
-        Only models whose files are here are checked: nothing is fetched or built for it.
-        """
-        for model in self.config.models:
-            try:
-                if not await asyncio.to_thread(_has_all_files, model, self.config):
-                    continue
-                await self._admission.know_size(model, self._usual_deadline())
-            except Exception as error:  # a library's; the first request gets it as well
-                log.debug("cannot estimate what %s takes: %s", model.id, error)
-                continue
-            forecast = self._scheduler.report.forecast(model.id)
-            if not forecast.fits:
-                needed = format_size(forecast.wanted_bytes or 0)
-                log.warning("%s cannot be served: needs %s; %s", model.id, needed, forecast.reason)
-
     async def _watch_device(self) -> None:
         while True:
             await asyncio.sleep(EXTERNAL_CHECK_S)
@@ -707,11 +643,3 @@ class Engine:
             event.granted_bytes,
             event.capacity_bytes,
         )
-
-
-def _has_all_files(model: ModelConfig, config: EngineConfig) -> bool:
-    """Whether all that a model reads is on this disk. Asks no hub."""
-    # It brings NumPy, which commands need not wait for.
-    from engine.catalog.model_files import files_of
-
-    return all(files.present for files in files_of(model, config))

@@ -43,14 +43,22 @@ class StatusCollector(Collector):
         )
         yield GaugeMetricFamily(
             "roundhouse_host_budget_bytes",
-            "Host memory that copies of weights may take.",
+            "Host memory that copies of weights, and prefix caches, may take.",
             value=status.host.budget_bytes,
         )
         yield GaugeMetricFamily(
             "roundhouse_host_used_bytes",
-            "Host memory that copies of weights take.",
+            "Host memory that copies of weights, and prefix caches, take.",
             value=status.host.used_bytes,
         )
+        prefixes = GaugeMetricFamily(
+            "roundhouse_host_prefix_bytes",
+            "Host memory of a prefix cache that waits for its KV cache.",
+            labels=("model",),
+        )
+        for model_id, nbytes in status.host.prefix_bytes.items():
+            prefixes.add_metric((model_id,), nbytes)
+        yield prefixes
         resident = GaugeMetricFamily(
             "roundhouse_resident_bytes",
             "Bytes of a model's parts, by tier.",

@@ -120,10 +120,11 @@ class Residency:
         """The budget of host copies, and the bytes used of it."""
         if self._host is None:
             return HostStatus(0, 0)
-        return HostStatus(self._host.budget_bytes, self._host.used_bytes)
+        spares = self._host.spare_bytes()
+        return HostStatus(self._host.budget_bytes, self._host.used_bytes, spares)
 
     def host_free_bytes(self) -> int:
-        """Bytes that are free in the budget of host copies."""
+        """Bytes that are free in the budget of host copies, if what may go at any time goes."""
         return self._host.free_bytes if self._host is not None else 0
 
     def call_at(self, when: float) -> None:

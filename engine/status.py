@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -69,6 +70,8 @@ class ModelStatus:
     estimated_wake_s: float | None
     """Of the blocks that are parked now; None while none is."""
     leases: int
+    holds: int
+    """Sessions that keep it on the device."""
     waiting: int
     pinned: bool
     keep_alive_s: float
@@ -111,13 +114,13 @@ class Eviction:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What would be done for one more request, if it came now."""
+    """What would be done for one more request, or session, if it came now."""
 
     model: str
     fits: bool
     """Whether the request can ever be served."""
     tier: str
-    """Where the model is: `device`, `host` or `disk`."""
+    """Where the model is: `device`, `host` or `disk`; of several, the furthest."""
     wanted_bytes: int | None
     """To bring onto the device, with the working memory; None while the files are not read."""
     free_bytes: int
@@ -130,6 +133,8 @@ class Forecast:
     """Seconds of a usual run of the model; None while it has served nothing."""
     reason: str
     """In words."""
+    further_models: tuple[str, ...] = ()
+    """Of a session, beside `model`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +169,9 @@ class HostStatus:
 
     budget_bytes: int
     used_bytes: int
+    """With the prefixes."""
+    prefix_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Of the prefix caches that wait here for their KV cache, by model. They go first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,7 @@ class _Server(uvicorn.Server):
                 await loop.connect_accepted_socket(self._new_protocol, connection)
 
     def _new_protocol(self) -> asyncio.Protocol:
-        """As uvicorn makes them for its own listener."""
+        """As uvicorn makes them."""
         protocol: Any = self.config.http_protocol_class
         made: asyncio.Protocol = protocol(
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state

@@ -264,7 +264,9 @@ def series(engine: Engine) -> dict[str, dict[str, set[str]]]:
         now = engine.status()
         blocks = (BlockStatus("weights", 1, "device"),)
         models = tuple(replace(each, blocks=blocks) for each in now.models)
-        return replace(now, models=models, restarts=Restarts(1, "it was killed", 0.0))
+        host = replace(now.host, prefix_bytes={"any": 1})
+        restarts = Restarts(1, "it was killed", 0.0)
+        return replace(now, models=models, host=host, restarts=restarts)
 
     metrics, http = EngineMetrics(status), HttpMetrics()
     for kind in sorted(EventKind, key=lambda kind: kind.endswith(("ed", "en"))):

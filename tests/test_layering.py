@@ -36,6 +36,7 @@ LAYERS = (
     ("engine.simulation",),
     ("engine.engine",),
     ("engine.dispatch",),
+    ("engine.preloading", "engine.model_loras"),
     ("engine.session", "engine.run", "engine.admission"),
     ("engine.catalog", "engine.costs"),
     ("engine.routing",),

@@ -29,22 +29,37 @@ class EtaEstimator:
 
     def next(self, view: TicketView) -> float | None:
         """Seconds until the next request in the queue is served; None while unknown."""
+        if view.hold:
+            return self._hold(view)
         model = self._models[view.model]
         turns = (model.leases + self._before[view.model]) // model.max_concurrency
         first = not self._before[view.model]
         self._before[view.model] += 1
-        move_s = model.move_s
-        if move_s is None or (turns and model.service_s is None):
+        if model.move_s is None or (turns and model.service_s is None):
             return None
+        return self._moved_s(model, model.move_s, first=first) + turns * (model.service_s or 0.0)
+
+    def _moved_s(self, model: ScheduledModel, move_s: float, *, first: bool) -> float:
+        """Seconds until a model is there, for the `first` request for it or a later one."""
         if model.state in (ModelState.LOADING, ModelState.WAKING):
-            moved_s = max(0.0, move_s - (self._now - model.load_began_at))
-        elif model.state is ModelState.RESIDENT:
-            moved_s = 0.0
-        else:
-            if first:
-                self._moves_s += move_s
-            moved_s = self._moves_s
-        return moved_s + turns * (model.service_s or 0.0)
+            return max(0.0, move_s - (self._now - model.load_began_at))
+        if model.state is ModelState.RESIDENT:
+            return 0.0
+        if first:
+            self._moves_s += move_s
+        return self._moves_s
+
+    def _hold(self, view: TicketView) -> float | None:
+        """Seconds until all models of a session are there. It waits for no turn."""
+        longest_s = 0.0
+        for name in view.models:
+            model = self._models[name]
+            first = not self._before[name]
+            self._before[name] += 1
+            if model.move_s is None:
+                return None
+            longest_s = max(longest_s, self._moved_s(model, model.move_s, first=first))
+        return longest_s
 
 
 def retry_after_s(model: ScheduledModel) -> float:

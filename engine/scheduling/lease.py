@@ -21,14 +21,19 @@ class LeaseTimings:
 
 
 class Lease:
-    """The right to run on a resident model. Give it back with `release`, or as a context."""
+    """The right to run on a resident model, or to keep models resident.
+
+    Give it back with `release`, or as a context.
+    """
 
     __slots__ = (
         "_release",
         "adapters",
         "exclusive",
         "granted_at",
+        "hold",
         "model_id",
+        "models",
         "name",
         "on_release",
         "timings",
@@ -44,12 +49,17 @@ class Lease:
         timings: LeaseTimings,
         release: Callable[[Lease], None],
         adapters: tuple[str, ...] = (),
+        hold: bool = False,
+        further_models: tuple[str, ...] = (),
     ) -> None:
         self.model_id = model_id
+        self.models = (model_id, *further_models)
         self.name = name
         """Its name in the ledger: the request id and a serial number."""
         self.adapters = adapters
         self.exclusive = exclusive
+        self.hold = hold
+        """It keeps its models on the device, and takes a place on none."""
         self.granted_at = granted_at
         self.timings = timings
         self._release = release

@@ -15,6 +15,8 @@ class RefusalCode(StrEnum):
     DEADLINE = "deadline"
     NEVER_FITS = "never_fits"
     NOT_LOADED = "not_loaded"
+    HELD = "held"
+    """Sessions keep models that leave no room for it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,16 @@ class PlannedModel:
     """One model of a plan in the making."""
 
     __slots__ = (
-        "base_bytes", "budget_bytes", "capacity_bytes", "closed", "held", "leases", "room_held",
-        "turn_held", "view",
+        "base_bytes", "budget_bytes", "capacity_bytes", "closed", "held", "holds", "leases",
+        "room_held", "turn_held", "view",
     )  # fmt: skip
 
-    def __init__(self, view: ModelView, snapshot: Snapshot, pinned_bytes: int) -> None:
+    def __init__(
+        self, view: ModelView, snapshot: Snapshot, pinned_bytes: int, kept_bytes: int
+    ) -> None:
         self.view = view
         self.leases = view.leases
+        self.holds = view.holds
         self.closed = False
         """No later ticket for it is granted, whatever is decided after this."""
         self.held = False
@@ -29,7 +32,8 @@ class PlannedModel:
         self.base_bytes = view.resident_bytes if granted else view.needed_bytes
         pinned_others = pinned_bytes - (view.resident_bytes if stays(view) else 0)
         self.budget_bytes = snapshot.budget_bytes - pinned_others
-        self.capacity_bytes = snapshot.capacity_bytes - pinned_others
+        kept_others = kept_bytes - kept_for_sessions(view)
+        self.capacity_bytes = snapshot.capacity_bytes - pinned_others - kept_others
 
     @property
     def resident(self) -> bool:
@@ -69,10 +73,18 @@ class PlannedModel:
         """It has bytes on the device that may be freed once it is idle."""
         view = self.view
         parked = view.state is ModelState.PARKED and view.unload_reason is None
-        return (self.resident or parked) and view.resident_bytes > 0 and not view.pinned
+        free = not view.pinned and not self.holds
+        return (self.resident or parked) and view.resident_bytes > 0 and free
 
 
 def stays(view: ModelView) -> bool:
     """Whether its bytes can never be freed for another model: it is pinned."""
     granted = view.state in (*COMPLETE, ModelState.PARKED)
     return view.pinned and granted and view.unload_reason is None
+
+
+def kept_for_sessions(view: ModelView) -> int:
+    """The bytes that cannot be freed because sessions hold the model, unless it stays anyway."""
+    if not view.holds or stays(view):
+        return 0
+    return view.resident_bytes if view.state in COMPLETE else view.needed_bytes or 0

@@ -22,6 +22,9 @@ How it decides:
   ends. A model is drained only once it is settled: resident for `max_overtake_s`. Otherwise
   two models that do not fit together would, under load on both, swap for every request.
 - **An exclusive ticket** that is first in order runs alone on the device.
+- **A hold** is one ticket for several models. It is granted once all are resident, and is the claim
+  for all of them at once until then: room for all is made before the first is brought in. Held
+  models stay, as pinned ones do. Exclusive tickets run beside them.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from engine.scheduling.plan import (
     Transition,
     Unload,
 )
-from engine.scheduling.planned_model import PlannedModel, stays
+from engine.scheduling.planned_model import PlannedModel, kept_for_sessions, stays
 from engine.scheduling.snapshot import Snapshot, TicketView
 from engine.scheduling.victims import Victim, first_idle, host_victims, least_costly, whole
 from engine.status import COMPLETE, Eviction, ModelState
@@ -77,10 +80,12 @@ class _Decision:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         pinned_bytes = sum(view.resident_bytes for view in snapshot.models if stays(view))
+        self.kept_bytes = sum(kept_for_sessions(view) for view in snapshot.models)
         self.models = {
-            view.id: PlannedModel(view, snapshot, pinned_bytes) for view in snapshot.models
+            view.id: PlannedModel(view, snapshot, pinned_bytes, self.kept_bytes)
+            for view in snapshot.models
         }
-        self.asked_for = {ticket.model for ticket in snapshot.tickets}
+        self.asked_for = {name for ticket in snapshot.tickets for name in ticket.models}
         self.free_bytes = snapshot.free_bytes
         self.held_bytes = 0
         """The part of the free bytes that only the claim may take."""
@@ -111,6 +116,7 @@ class _Decision:
             # The short way through a long queue: most tickets wait behind a blocked one.
             if (
                 model.closed
+                and not ticket.hold
                 and ticket.deadline > now
                 and not ticket.exclusive
                 and not (ticket.if_loaded_only and model.can_come)
@@ -137,31 +143,43 @@ class _Decision:
         """The model of the claim, while other models must leave first."""
         if self.claim is None or (isinstance(transition, Load) and not self.snapshot.busy):
             return None
-        view = self.models[self.claim.model].view
-        return view.id if view.state is ModelState.ABSENT else None
+        for model in self._of(self.claim):
+            if model.view.state is ModelState.ABSENT:
+                return model.view.id
+        return None
+
+    def _of(self, ticket: TicketView) -> tuple[PlannedModel, ...]:
+        """The models of a ticket."""
+        return tuple(self.models[name] for name in ticket.models)
 
     def forecast(self, ticket: TicketView) -> Outlook:
-        model = self.models[ticket.model]
-        if model.base_bytes is None:
+        members = self._of(ticket)
+        if any(model.base_bytes is None for model in members):
             return Outlook(True, None, (), "its files have not been read yet")
-        wanted_bytes = ticket.working_bytes
-        if model.view.state not in COMPLETE:
-            wanted_bytes += model.incoming_bytes
-        if model.base_bytes + ticket.working_bytes > model.budget_bytes:
-            most = format_size(max(0, model.budget_bytes))
+        wanted_bytes = ticket.working_bytes + sum(
+            model.incoming_bytes for model in members if model.view.state not in COMPLETE
+        )
+        budget_bytes = self.snapshot.budget_bytes - self._staying_bytes(members)
+        if self._base_bytes(members) + ticket.working_bytes > budget_bytes:
+            most = format_size(max(0, budget_bytes))
             return Outlook(False, wanted_bytes, (), f"at most {most} can be freed for it")
         self.claim_bytes = wanted_bytes
-        others = [other for other in self.models.values() if other.evictable and other is not model]
+        others = [
+            other for other in self.models.values() if other.evictable and other not in members
+        ]
         reason = ""
-        victims = least_costly(self._idle(but=model), self._deficit_bytes, self.snapshot.draining)
+        victims = least_costly(self._idle(but=members), self._deficit_bytes, self.snapshot.draining)
         if victims is None:
             victims = least_costly(others, self._deficit_bytes, self.snapshot.draining)
             reason = "models in use must become idle first"
         if victims is None:
             victims = [whole(other) for other in others]
             reason = "requests that run must give their working memory back first"
+            if any(other.holds for other in self.models.values() if other not in members):
+                reason = "sessions that keep models, or requests that run, must end first"
         if not reason:
-            reason = "it is there" if model.resident and not wanted_bytes else "it fits"
+            there = all(model.resident for model in members)
+            reason = "it is there" if there and not wanted_bytes else "it fits"
             if victims:
                 reason = "idle models leave for it"
         evictions = tuple(
@@ -182,6 +200,8 @@ class _Decision:
             reason = f"not served within {format_duration(waited_s)}"
             self.refusals.append(Refusal(ticket.id, RefusalCode.DEADLINE, reason))
             return True
+        if ticket.hold:
+            return self._decide_hold(ticket, self._of(ticket))
         if ticket.if_loaded_only and model.can_come:
             self.refusals.append(Refusal(ticket.id, RefusalCode.NOT_LOADED, "is not loaded"))
             return True
@@ -197,7 +217,7 @@ class _Decision:
                 self.refusals.append(Refusal(ticket.id, RefusalCode.NEVER_FITS, reason))
                 return True
             if wanted_bytes > model.capacity_bytes:
-                # Other programs hold the room for it. Tickets that can be served must not wait.
+                # Other programs or sessions keep the room for it. Others must not wait behind it.
                 self._wake(self.snapshot.now + REMEASURE_S)
                 return False
         if self.head is None:
@@ -219,6 +239,85 @@ class _Decision:
             return True
         self._block(ticket, model)
         return False
+
+    def _decide_hold(self, ticket: TicketView, members: tuple[PlannedModel, ...]) -> bool:
+        if ticket.if_loaded_only and any(model.can_come for model in members):
+            self.refusals.append(Refusal(ticket.id, RefusalCode.NOT_LOADED, "is not loaded"))
+            return True
+        if any(model.base_bytes is None for model in members):
+            return False
+        missing = [model for model in members if not model.resident]
+        if missing:
+            wanted_bytes, staying_bytes = self._base_bytes(members), self._staying_bytes(members)
+            own_bytes = sum(kept_for_sessions(model.view) for model in members)
+            others_bytes = self.kept_bytes - own_bytes
+            left_bytes = self.snapshot.budget_bytes - staying_bytes
+            code = RefusalCode.NEVER_FITS
+            if wanted_bytes <= left_bytes:
+                left_bytes -= others_bytes
+                code = RefusalCode.HELD
+            if wanted_bytes > left_bytes:
+                reason = (
+                    f"needs {format_size(wanted_bytes)}; at most "
+                    f"{format_size(max(0, left_bytes))} can be freed"
+                )
+                self.refusals.append(Refusal(ticket.id, code, reason))
+                return True
+            if wanted_bytes > self.snapshot.capacity_bytes - staying_bytes - others_bytes:
+                self._wake(self.snapshot.now + REMEASURE_S)
+                return False
+        if self.head is None:
+            self.head = ticket
+        if self.frozen and not all(model.weightless for model in members):
+            return False
+        if not missing and not any(model.held for model in members):
+            self.grants.append(ticket.id)
+            for model in members:
+                model.holds += 1
+            return True
+        if missing:
+            self._block_hold(ticket, members, missing)
+        return False
+
+    def _block_hold(
+        self, ticket: TicketView, members: tuple[PlannedModel, ...], missing: list[PlannedModel]
+    ) -> None:
+        """Let a hold become the claim for all of its models that are not there."""
+        overdue_at = ticket.enqueued_at + self.snapshot.max_overtake_s
+        overdue = overdue_at <= self.snapshot.now
+        self._wake(overdue_at)
+        coming = [m for m in missing if m.view.state in (ModelState.LOADING, ModelState.WAKING)]
+        if coming:
+            if overdue and not coming[0].room_held:
+                coming[0].room_held = True
+                self.held_bytes += sum(m.incoming_bytes for m in missing if m not in coming)
+            return
+        if self.claim is not None:
+            return
+        claim_bytes = sum(model.incoming_bytes for model in missing)
+        if ticket.no_evict and claim_bytes > self.free_bytes:
+            return
+        self.claim = ticket
+        self.claim_bytes = claim_bytes
+        if overdue:
+            self.victims = self._victims_of_overdue(members)
+        if self.victims is not None:
+            for victim in self.victims:
+                victim.model.held = True
+            self.held_bytes += self.claim_bytes
+
+    @staticmethod
+    def _base_bytes(members: Sequence[PlannedModel]) -> int:
+        """Of all of these models, once they are there."""
+        return sum(model.base_bytes or 0 for model in members)
+
+    def _staying_bytes(self, members: Sequence[PlannedModel]) -> int:
+        """Of pinned models beside these."""
+        return sum(
+            model.view.resident_bytes
+            for model in self.models.values()
+            if model not in members and stays(model.view)
+        )
 
     def _grant(self, ticket: TicketView, model: PlannedModel) -> None:
         self.grants.append(ticket.id)
@@ -271,7 +370,7 @@ class _Decision:
         self.claim = ticket
         self.claim_bytes = claim_bytes
         if overdue:
-            self.victims = self._victims_of_overdue(model)
+            self.victims = self._victims_of_overdue((model,))
         if self.victims is not None:
             for victim in self.victims:
                 victim.model.held = True
@@ -283,12 +382,12 @@ class _Decision:
         """What the claim still lacks once everything that is leaving has left."""
         return self.claim_bytes - self.free_bytes - self.returning_bytes
 
-    def _victims_of_overdue(self, claimant: PlannedModel) -> list[Victim] | None:
+    def _victims_of_overdue(self, claimants: Sequence[PlannedModel]) -> list[Victim] | None:
         """The victims of an overdue claim; None if it must wait for now."""
         idle: list[PlannedModel] = []
         leased: list[PlannedModel] = []
         for model in self.models.values():
-            if model is claimant or not model.evictable:
+            if model in claimants or not model.evictable:
                 continue
             settled_at = (model.view.resident_since or 0.0) + self.snapshot.max_overtake_s
             settled = settled_at <= self.snapshot.now
@@ -348,16 +447,18 @@ class _Decision:
     def _serve_claim(self) -> Transition | None:
         if self.claim is None:
             return None
-        model = self.models[self.claim.model]
+        members = self._of(self.claim)
         victims = self.victims
         if victims is None:
             victims = least_costly(
-                self._idle(but=model), self._deficit_bytes, self.snapshot.draining
+                self._idle(but=members), self._deficit_bytes, self.snapshot.draining
             )
         if victims:
-            return first_idle(victims, f"making room for {model.view.id}")
-        if model.can_come and self.claim_bytes <= self.free_bytes:
-            return self._bring_in(model)
+            return first_idle(victims, f"making room for {' and '.join(self.claim.models)}")
+        if self.claim_bytes <= self.free_bytes:
+            for model in members:
+                if model.can_come:
+                    return self._bring_in(model)
         return None
 
     def _bring_in(self, model: PlannedModel) -> Load | Unload:
@@ -389,11 +490,11 @@ class _Decision:
             self._wake(expires_at)
         return None
 
-    def _idle(self, but: PlannedModel | None = None) -> list[PlannedModel]:
+    def _idle(self, but: Sequence[PlannedModel] = ()) -> list[PlannedModel]:
         return [
             model
             for model in self.models.values()
-            if model.evictable and model.leases == 0 and model is not but
+            if model.evictable and model.leases == 0 and model not in but
         ]
 
     def _wake(self, when: float) -> None:

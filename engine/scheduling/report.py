@@ -14,6 +14,9 @@ from engine.scheduling.ticket import Ticket
 from engine.scheduling.ticket_queue import TicketQueue
 from engine.status import Forecast, ModelState, ModelStatus, TicketStatus
 
+TIERS = ("device", "host", "disk")
+"""From the nearest."""
+
 MAX_STATUS_AGE_S = 0.5
 """How old the status may be that a waiting request gets."""
 
@@ -77,12 +80,21 @@ class SchedulerReport:
         return self._statuses[serial]
 
     def forecast(
-        self, model_id: str, *, working_bytes: int = 0, priority: Priority = Priority.NORMAL
+        self,
+        model_id: str,
+        *,
+        further_models: tuple[str, ...] = (),
+        working_bytes: int = 0,
+        priority: Priority = Priority.NORMAL,
     ) -> Forecast:
-        """What would be done for one more request, if it came now. Changes nothing."""
+        """What would be done for one more request, if it came now. Changes nothing.
+
+        With `further_models` it is for a session that keeps all of these models.
+        """
         snapshot = self._snapshot()
         now = snapshot.now
-        model = self._models[model_id]
+        models = [self._models[name] for name in (model_id, *further_models)]
+        moves_s = [model.move_s for model in models]
         ticket = TicketView(
             id=self._queue.next_serial,
             model=model_id,
@@ -90,6 +102,8 @@ class SchedulerReport:
             priority=priority,
             enqueued_at=now,
             deadline=math.inf,
+            hold=bool(further_models),
+            further_models=further_models,
         )
         outlook = forecast(snapshot, ticket)
         eta = EtaEstimator(self._models, now)
@@ -99,14 +113,15 @@ class SchedulerReport:
                 break
         return Forecast(
             model=model_id,
+            further_models=further_models,
             fits=outlook.fits,
-            tier=model.tier,
+            tier=max((model.tier for model in models), key=TIERS.index),
             wanted_bytes=outlook.wanted_bytes,
             free_bytes=snapshot.free_bytes,
             evictions=outlook.evictions,
-            move_s=model.move_s,
+            move_s=None if None in moves_s else sum(each or 0.0 for each in moves_s),
             eta_s=eta_s if outlook.fits else None,
-            service_s=model.service_s,
+            service_s=models[0].service_s,
             reason=outlook.reason,
         )
 

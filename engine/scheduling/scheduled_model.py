@@ -73,6 +73,8 @@ class ScheduledModel:
     """The last load took more than there was; the next one reserves that."""
     max_concurrency: int = 1
     leases: int = 0
+    holds: int = 0
+    """Sessions that keep it on the device."""
     leased_working_bytes: int = 0
     waiting: int = 0
     grants_since_load: int = 0
@@ -127,6 +129,7 @@ class ScheduledModel:
         for forbidden, why in (
             (moving is not None, f"is being {moving}"),
             (self.leases > 0, f"is in use by {self.leases} requests"),
+            (self.holds > 0, f"is kept by {self.holds} sessions"),
             (self.waiting > 0, f"is waited for by {self.waiting} requests"),
             (self.pinned, "is pinned"),
         ):
@@ -181,10 +184,11 @@ class ScheduledModel:
             estimated_load_s=self.reload_s,
             estimated_wake_s=self.move_s if self.tier == "host" else None,
             leases=self.leases,
+            holds=self.holds,
             waiting=self.waiting,
             pinned=self.pinned,
             keep_alive_s=self.keep_alive_s,
-            idle_s=None if self.idle_since is None else now - self.idle_since,
+            idle_s=None if self.idle_since is None or self.holds else now - self.idle_since,
             last_error=self.last_error,
             outdated=self.outdated,
             random_weights=Source(config.source).random_weights,
@@ -200,6 +204,7 @@ class ScheduledModel:
             resident_bytes=self.granted_bytes,
             needed_bytes=self.needed_bytes,
             leases=self.leases,
+            holds=self.holds,
             leased_working_bytes=self.leased_working_bytes,
             max_concurrency=self.max_concurrency,
             pinned=self.pinned,

@@ -50,6 +50,8 @@ FIRST_BACKOFF_S = 1.0
 LAST_BACKOFF_S = 60.0
 RESTART_S = 5.0
 """The `Retry-After` of tickets that a bug of ours refuses: the process is replaced."""
+SESSION_RETRY_S = 30.0
+"""The `Retry-After` of a session that others leave no room for. Nobody knows when they end."""
 RESERVATION = "reservation"
 
 
@@ -129,31 +131,39 @@ class Scheduler:
         now = self._clock()
         if self._shutting_down:
             raise self._shutting_down_error(model)
-        if now < model.blocked_until and not ignore_backoff:
-            wait_s = math.ceil(model.blocked_until - now)
-            raise LoadFailed(f"{model.last_error} (tried again after {wait_s} s)")
+        for name in ticket.models:
+            self._check_model(self._models[name], now, ignore_backoff=ignore_backoff)
         if len(self._queue) + len(self._leases) >= self._config.max_queue:
             raise Overloaded(
                 f"The engine serves or queues {self._config.max_queue} requests, its bound.",
                 retry_after_s=retry_after_s(model),
             )
+        at_once = self._can_grant_at_once(ticket, model)
+        serial = self._queue.add(ticket, now, model.tier)
+        for name in ticket.models:
+            self._models[name].waiting += 1
+            self._models[name].demand.count(now)
+        if at_once:
+            with self._reporting():
+                self._grant(serial)
+            return
+        for name in ticket.models:
+            model = self._models[name]
+            if model.needed_bytes is None and not model.estimating:
+                model.estimating = True
+                self._effects.estimate(name)
+        self._replan()
+
+    def _check_model(self, model: ScheduledModel, now: float, *, ignore_backoff: bool) -> None:
+        """Return if one more ticket may wait for a model."""
+        if now < model.blocked_until and not ignore_backoff:
+            wait_s = math.ceil(model.blocked_until - now)
+            raise LoadFailed(f"{model.last_error} (tried again after {wait_s} s)")
         if model.waiting >= self._config.max_queue_per_model:
             raise QueueFull(
                 f"{model.waiting} requests wait for {model.config.id!r}, its bound.",
                 retry_after_s=retry_after_s(model),
             )
-        at_once = self._can_grant_at_once(ticket, model)
-        serial = self._queue.add(ticket, now, model.tier)
-        model.waiting += 1
-        model.demand.count(now)
-        if at_once:
-            with self._reporting():
-                self._grant(serial)
-            return
-        if model.needed_bytes is None and not model.estimating:
-            model.estimating = True
-            self._effects.estimate(ticket.model_id)
-        self._replan()
 
     def on_cancel(self, ticket: Ticket) -> None:
         """Forget a waiting ticket. A ticket that was granted or refused is left alone."""
@@ -168,6 +178,9 @@ class Scheduler:
         if working_bytes is None:
             return
         now = self._clock()
+        if lease.hold:
+            self._end_hold(lease, now)
+            return
         model = self._models[lease.model_id]
         if working_bytes:
             self._ledger.release(lease.model_id, lease.name)
@@ -181,6 +194,14 @@ class Scheduler:
         elif self._is_settled and self._may_stay(model):
             self._ask_for_its_expiry(model, now)
             return
+        self._replan()
+
+    def _end_hold(self, lease: Lease, now: float) -> None:
+        for name in lease.models:
+            model = self._models[name]
+            model.holds -= 1
+            if model.holds == 0 and model.leases == 0 and model.state is not ModelState.ABSENT:
+                model.idle_since = now
         self._replan()
 
     def on_order(self, order: Order) -> None:
@@ -461,6 +482,7 @@ class Scheduler:
             and not model.orders
             and model.leases < model.max_concurrency
             and not ticket.exclusive
+            and not ticket.hold
             and ticket.timeout_s > 0
             # What is free now is within the budget and the capacity, whatever is pinned.
             and ticket.working_bytes <= self._ledger.free_bytes
@@ -478,7 +500,7 @@ class Scheduler:
 
     def _ask_for_its_expiry(self, model: ScheduledModel, now: float) -> None:
         """Ask for the timer when the model expires, unless it comes before: it then asks again."""
-        if model.leases or model.pinned:
+        if model.leases or model.pinned or model.holds:
             return
         expires_at = now + model.keep_alive_s
         if expires_at < (math.inf if self._asked_at is None else self._asked_at):
@@ -639,7 +661,7 @@ class Scheduler:
         # One error each: an exception raised in two tasks would mix their tracebacks.
         for view in self._queue.views():
             # The callback of an earlier ticket may have cancelled this one.
-            if view.model == model.config.id and view.id in self._queue:
+            if model.config.id in view.models and view.id in self._queue:
                 self._refuse(view.id, error(model))
 
     def _grant(self, serial: int) -> None:
@@ -652,10 +674,15 @@ class Scheduler:
         name = f"{ticket.request_id}#{serial}"
         if ticket.working_bytes:
             self._ledger.grant(ticket.model_id, EntryKind.LEASE, name, ticket.working_bytes)
-        model.leases += 1
-        model.leased_working_bytes += ticket.working_bytes
-        model.grants_since_load += 1
-        model.idle_since = None
+        if ticket.hold:
+            for each in ticket.models:
+                self._models[each].holds += 1
+                self._models[each].idle_since = None
+        else:
+            model.leases += 1
+            model.leased_working_bytes += ticket.working_bytes
+            model.grants_since_load += 1
+            model.idle_since = None
         loaded_at = model.resident_since or now
         load_s = max(0.0, loaded_at - max(view.enqueued_at, model.load_began_at))
         lease = Lease(
@@ -666,6 +693,8 @@ class Scheduler:
             timings=LeaseTimings(queued_s=now - view.enqueued_at, load_s=load_s, tier=tier),
             release=self.on_release,
             adapters=ticket.adapters,
+            hold=ticket.hold,
+            further_models=ticket.further_models,
         )
         self._leases[lease] = ticket.working_bytes
         self._exclusive_running = self._exclusive_running or ticket.exclusive
@@ -680,7 +709,8 @@ class Scheduler:
 
     def _remove(self, serial: int) -> Ticket:
         ticket = self._queue.remove(serial)
-        self._models[ticket.model_id].waiting -= 1
+        for name in ticket.models:
+            self._models[name].waiting -= 1
         return ticket
 
     def _refusal_error(self, refusal: Refusal) -> EngineError:
@@ -688,6 +718,9 @@ class Scheduler:
         message = f"The request for {model.config.id!r} was {refusal.reason}."
         if refusal.code is RefusalCode.DEADLINE:
             return QueueTimeout(message, retry_after_s=retry_after_s(model))
+        if refusal.code is RefusalCode.HELD:
+            message = f"Sessions keep the room for {model.config.id!r}: it {refusal.reason}."
+            return Overloaded(message, retry_after_s=SESSION_RETRY_S)
         if refusal.code is RefusalCode.NOT_LOADED:
             return Conflict(f"The model {model.config.id!r} {refusal.reason}.", param="model")
         return InsufficientCapacity(f"The request for {model.config.id!r} {refusal.reason}.")

@@ -51,6 +51,8 @@ class ModelView:
     """What bringing back everything that can be parked would take."""
     host_bytes: int = 0
     """Of the host copy; while the model is absent, of the copy that a load would make."""
+    holds: int = 0
+    """Sessions for which it must stay on the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,15 @@ class TicketView:
     """No other model may leave for it."""
     if_loaded_only: bool = False
     """Refuse it rather than bring its model in."""
+    hold: bool = False
+    """It takes no place, and its models stay until it ends."""
+    further_models: tuple[str, ...] = ()
+    """Of a hold, beside `model`."""
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model that it waits for."""
+        return (self.model, *self.further_models)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,8 @@ class TicketQueue:
             exclusive=ticket.exclusive,
             no_evict=ticket.no_evict,
             if_loaded_only=ticket.if_loaded_only,
+            hold=ticket.hold,
+            further_models=ticket.further_models,
         )
         self._tiers[serial] = tier
         return serial

@@ -15,6 +15,7 @@ import os
 import platform
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlencode
@@ -147,6 +148,10 @@ def ps(url: Url = "http://127.0.0.1:8000", api_key: ApiKey = None) -> None:
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="The model that a request would name.")],
+    further: Annotated[
+        list[str] | None,
+        typer.Argument(help="Models that a session keeps beside it, as a conversation does."),
+    ] = None,
     url: Url = "http://127.0.0.1:8000",
     api_key: ApiKey = None,
     priority: Annotated[
@@ -163,7 +168,12 @@ def plan(
 
     It says whether the model fits, which models would leave, and how long it would take.
     """
-    body = {"model": model, "priority": priority, "working_bytes": working}
+    body = {
+        "model": model,
+        "further_models": further or [],
+        "priority": priority,
+        "working_bytes": working,
+    }
     _show_plan(_ask("POST", url, "/v1/engine/plan", api_key, body, has="evictions"))
 
 
@@ -272,7 +282,7 @@ def _ask(
     url: str,
     path: str,
     api_key: str | None,
-    body: dict[str, str] | None = None,
+    body: Mapping[str, Any] | None = None,
     *,
     has: str,
 ) -> dict[str, Any]:
@@ -346,7 +356,8 @@ def _show(status: dict[str, Any]) -> None:
 
 
 def _show_plan(plan: dict[str, Any]) -> None:
-    out.print(f"{plan['model']}: {plan['reason']}", markup=False, highlight=False)
+    models = ", ".join([plan["model"], *plan["further_models"]])
+    out.print(f"{models}: {plan['reason']}", markup=False, highlight=False)
     wanted_bytes, move_s, eta_s = plan["wanted_bytes"], plan["move_s"], plan["eta_s"]
     table = Table.grid(padding=(0, 2))
     for name, value in (

@@ -43,7 +43,7 @@ class Listing:
                     "digest": self.digest(model),
                     "details": self.details(model),
                 }
-                adapters = [f"{model.id}:{each}" for each in self._engine.adapters(model)]
+                adapters = [f"{model.id}:{each}" for each in self._engine.loras.adapters(model)]
                 names = (*model.names, *adapters)
                 found += [{"name": name, "model": name, **about} for name in names]
         return found + [

@@ -46,9 +46,11 @@ def engine_router(
     @router.post(PLAN_PATH)
     async def plan(request: Request) -> dict[str, Any]:
         body = PlanBody.of(await read_json(request, settings.max_body_bytes))
-        access_of(request).check_model(body.model)
+        for name in (body.model, *body.further_models):
+            access_of(request).check_model(name)
         forecast = await engine.plan(
             body.model,
+            further_models=body.further_models,
             working_bytes=body.working_bytes,
             priority=body.priority or Priority.NORMAL,
         )

@@ -77,7 +77,7 @@ def files_router(engine: Engine) -> Router:
     async def delete_lora(name: str, lora: str) -> dict[str, Any]:
         model = engine.config.find(name)
         path = await asyncio.to_thread(loras.find, model, lora)
-        freed = await engine.remove_lora(model.id, lora, partial(loras.remove, path))
+        freed = await engine.loras.remove(model, lora, partial(loras.remove, path))
         return {
             "id": lora,
             "object": "engine.lora",
@@ -168,7 +168,7 @@ def _loras_document(engine: Engine) -> dict[str, Any]:
                 "nbytes": loras.size_of(model, name),
             }
             for model in engine.config.models
-            for name in engine.lora_names(model)
+            for name in engine.loras.names(model)
         ],
     }
 

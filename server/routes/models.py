@@ -62,6 +62,6 @@ def _adapters(engine: Engine, access: Access) -> list[dict[str, Any]]:
     return [
         model_document(engine.model_status(model.id), f"{model.id}:{name}", adapter=name)
         for model in engine.config.models
-        for name in engine.adapters(model)
+        for name in engine.loras.adapters(model)
         if access.may_use(f"{model.id}:{name}")
     ]

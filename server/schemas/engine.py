@@ -17,6 +17,8 @@ class PlanBody(Body):
     """`POST /v1/engine/plan`: the request to plan for."""
 
     model: ModelName
+    further_models: list[ModelName] = Field(default_factory=list)
+    """The models that a session keeps beside `model`, all at once."""
     priority: PriorityField = None
     working_bytes: Annotated[int, PlainValidator(parse_size)] = 0
     """The memory of its run besides the model: bytes, or a size such as `2GiB`."""

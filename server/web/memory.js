@@ -77,10 +77,19 @@ function deviceParts({ ledger, models }) {
   return parts.filter((part) => part.nbytes > 0);
 }
 
-/** The host copies by model; which parts need theirs now is in the name. */
-function hostParts({ models }) {
+/** The host copies by model; which parts need theirs now is in the name. Then kept prefixes. */
+function hostParts({ models, host }) {
   return models.flatMap((model, index) => {
-    if (model.host_bytes === 0) return [];
+    const prefixes = {
+      key: `prefixes ${model.id}`,
+      name: `${model.id}: prefix cache`,
+      kind: "copy",
+      nbytes: host.prefix_bytes[model.id] ?? 0,
+      hue: hueOf(index),
+      shade: 1,
+    };
+    const kept = prefixes.nbytes > 0 ? [prefixes] : [];
+    if (model.host_bytes === 0) return kept;
     const parked = model.blocks.filter(({ tier }) => tier === "host").map(({ name }) => name);
     const use = parked.length > 0 ? `parked: ${parked.join(", ")}` : "all of it is on the device";
     const kind = parked.length > 0 ? "block" : "copy";
@@ -93,6 +102,7 @@ function hostParts({ models }) {
         hue: hueOf(index),
         shade: 0,
       },
+      ...kept,
     ];
   });
 }

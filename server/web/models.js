@@ -125,6 +125,7 @@ function fillCard(card, model) {
 function numbers(model) {
   const told = [];
   if (model.leases > 0) told.push(`${model.leases} running`);
+  if (model.holds > 0) told.push(`kept by ${model.holds} sessions`);
   if (model.waiting > 0) told.push(`${model.waiting} waiting`);
   if (model.device_bytes > 0) told.push(`${formatBytes(model.device_bytes)} on the device`);
   else if (model.estimated_bytes !== null) told.push(`needs ${formatBytes(model.estimated_bytes)}`);

@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from engine.config import ModelConfig
 from engine.engine import Engine
-from engine.errors import Conflict, EngineError, LoadFailed
+from engine.errors import Conflict, EngineError, LoadFailed, ModelNotFound
 from engine.memory.block import Block
 from engine.runtimes.base import LoadedModel
 from engine.runtimes.registry import REGISTRY
@@ -61,6 +61,22 @@ async def engine(runtime: Stoppable, tmp_path: Path) -> AsyncIterator[Engine]:
     yield engine
     runtime.may_load.set()
     await engine.stop()
+
+
+async def test_a_session_is_one_lease_of_several_models(engine: Engine, runtime: Stoppable) -> None:
+    runtime.may_load.set()
+    ids = [model.id for model in engine.config.models][:2]
+    planned = await engine.plan(ids[0], further_models=ids[1:])
+    assert planned.further_models == (ids[1],)
+    assert planned.fits
+    with await engine.hold([*ids, ids[0]], request_id="s") as lease:
+        assert lease.models == tuple(ids)
+        assert [engine.model_status(each).holds for each in ids] == [1, 1]
+        with pytest.raises(Conflict, match="kept by 1 sessions"):
+            await engine.park(ids[1])
+    assert [engine.model_status(each).holds for each in ids] == [0, 0]
+    with pytest.raises(ModelNotFound):
+        await engine.hold([ids[0], "none"], request_id="s")
 
 
 async def test_a_drain_ends_with_a_load_that_fails(engine: Engine, runtime: Stoppable) -> None:

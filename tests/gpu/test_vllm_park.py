@@ -16,7 +16,7 @@ from engine.process.torch_state import share_torch_state
 from engine.runtimes.base import RuntimeContext
 from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.runtime import VllmRuntime
-from tests.engine.runtimes.vllm.greedy import PROMPTS, answer
+from tests.engine.runtimes.vllm.greedy import PROMPTS, answer, completion, text_of
 from tests.gpu.device import DEVICE, open_check_device, used_bytes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
@@ -40,13 +40,14 @@ async def runtime(cache_dir: Path) -> AsyncIterator[VllmRuntime]:
     await runtime.stop()
 
 
-def make(model_id: str, *, eager: bool) -> ModelConfig:
+def make(model_id: str, *, eager: bool, **more: object) -> ModelConfig:
     options = {
         "dtype": "float32",
         "max_model_len": 512,
         "kv_cache": KV_CACHE,
         "max_num_seqs": 8,
         "enforce_eager": eager,
+        **more,
     }
     return ModelConfig(id=model_id, source="starter:tiny-llama", options=options)
 
@@ -111,4 +112,32 @@ async def test_a_load_beside_a_stream_leaves_it_whole(runtime: VllmRuntime, eage
     await runtime.unload(streaming)
     assert await answer(runtime, second, loaded, PROMPTS[0]) == alone
     await runtime.unload(loaded)
+    assert runtime.context.host is not None and runtime.context.host.used_bytes == 0
+
+
+@pytest.mark.parametrize("eager", [True, pytest.param(False, marks=GRAPHS)])
+async def test_a_kept_prefix_is_there_after_a_park_and_after_a_load(
+    runtime: VllmRuntime, eager: bool
+) -> None:
+    model = make("kept", eager=eager, kv_host="256MiB", max_model_len=2048)
+    prompt = "the sea and the sky and the ships that go by at night " * 24
+
+    async def asked(loaded: VllmModel) -> tuple[str, bool]:
+        prepared = runtime.prepare(model, completion(model.id, prompt))
+        text = "".join([text_of(event) async for event in loaded.run(prepared)])
+        return text, prepared.usage.cached_tokens > 500
+
+    loaded = await load(runtime, model)
+    assert not (await asked(loaded))[1]
+    warm = await asked(loaded)  # with the same kernels as below
+    assert warm[1]
+    for _ in range(ROUNDS):
+        await runtime.park(loaded, EVERYTHING)
+        await runtime.wake(loaded, EVERYTHING)
+        assert await asked(loaded) == warm
+    await runtime.unload(loaded)
+    loaded = await load(runtime, model)
+    assert await asked(loaded) == warm
+    await runtime.unload(loaded)
+    runtime.forget_prefixes()
     assert runtime.context.host is not None and runtime.context.host.used_bytes == 0

@@ -311,6 +311,9 @@ class TestAnswers:
         check(await client.get("/v1/models/none"), "/v1/models/{name}")
         check(await client.get("/v1/engine"), "/v1/engine")
         check(await client.post("/v1/engine/plan", json={"model": "text"}), "/v1/engine/plan")
+        session = {"model": "text", "further_models": ["any-image"]}
+        planned = check(await client.post("/v1/engine/plan", json=session), "/v1/engine/plan")
+        assert planned["further_models"] == ["any-image"]
         check(await client.post("/v1/engine/plan", json={}), "/v1/engine/plan")
         for action in ("load", "pin", "unpin", "park", "unload", "load"):
             path = f"/v1/engine/models/{{name}}/{action}"

@@ -77,7 +77,7 @@ async def test_nobody_leaves_for_them(runtime: FakeRuntime, tmp_path: Path) -> N
     engine = restarted(runtime, tmp_path, ["other", "small"], **limits)
     async with client_of(engine):
         assert await loads(engine, until="other") == ["other"]
-        await asyncio.wait(engine._preloads)
+        await asyncio.wait(engine._preloading.tasks)
         assert engine.model_status("other").state is ModelState.RESIDENT
         assert engine.model_status("small").state is ModelState.ABSENT
 

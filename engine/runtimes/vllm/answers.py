@@ -10,6 +10,8 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
+from engine.usage import Usage
+from vllm.entrypoints.anthropic import serving as anthropic_serving
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionResponse,
@@ -18,10 +20,14 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
     DeltaMessage,
 )
 from vllm.entrypoints.openai.completion.protocol import (
+    CompletionResponse,
     CompletionResponseStreamChoice,
     CompletionStreamResponse,
 )
 from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
+from vllm.entrypoints.serve.engine.protocol import UsageInfo
+
+MESSAGE_START = "event: message_start\ndata: "
 
 STREAMED = (
     DeltaMessage,
@@ -33,14 +39,23 @@ STREAMED = (
 """The schemas of streamed chunks, each after those of its parts."""
 
 
-def complete_answer(answer: Any, body: Mapping[str, Any]) -> None:
+CACHED = '"cached_tokens":'
+"""In the chunk with the usage. Quotes inside a JSON string are escaped: this finds a key only."""
+
+
+def complete_answer(answer: Any, body: Mapping[str, Any], usage: Usage | None = None) -> None:
     """Correct a whole answer to `body` in place.
 
     A chat that made no call has not ended for its calls: vLLM says so of each `required` call that
-    nobody could read. A call that a stop string cut goes, as nobody could run it.
+    nobody could read. A call that a stop string cut goes, as nobody could run it. Of several
+    prompts vLLM reports the cached tokens of one.
     """
     if isinstance(answer, ResponsesResponse):
         _complete_response(answer, body)
+    if isinstance(answer, CompletionResponse) and usage is not None:
+        details = answer.usage.prompt_tokens_details
+        if details is not None:
+            details.cached_tokens = usage.cached_tokens
     if not isinstance(answer, ChatCompletionResponse):
         return
     for choice in answer.choices:
@@ -50,6 +65,18 @@ def complete_answer(answer: Any, body: Mapping[str, Any]) -> None:
         choice.message.tool_calls = [each for each in calls if _is_object(each.function.arguments)]
         if choice.finish_reason == "tool_calls" and not choice.message.tool_calls:
             choice.finish_reason = "stop"
+
+
+async def completion_chunks(chunks: AsyncIterator[str], usage: Usage) -> AsyncGenerator[str, None]:
+    """The chunks of a streamed completion. Of several prompts vLLM reports the first one's."""
+    async for chunk in chunks:
+        if CACHED in chunk and chunk.startswith("data: {"):
+            document = json.loads(chunk.removeprefix("data: "))
+            details = (document.get("usage") or {}).get("prompt_tokens_details")
+            if details:
+                details["cached_tokens"] = usage.cached_tokens
+            chunk = f"data: {json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n"
+        yield chunk
 
 
 async def completed_chunks(chunks: AsyncIterator[str]) -> AsyncGenerator[str, None]:
@@ -134,11 +161,25 @@ def _text(event: Any) -> str:
     return f"event: {kind}\ndata: {event.model_dump_json(by_alias=True)}\n\n"
 
 
-async def message_events(events: AsyncIterator[str]) -> AsyncGenerator[str, None]:
-    """The events of a streamed message. Its id has Anthropic's form."""
+async def message_events(events: AsyncIterator[str], usage: Usage) -> AsyncGenerator[str, None]:
+    """The events of a streamed message. Its id has Anthropic's form.
+
+    vLLM says only at the end how many of the input tokens the cache had. Many clients read the
+    first event.
+    """
     async for event in events:
-        if event.startswith("event: message_start"):
-            yield event.replace('"id":"chatcmpl-', '"id":"msg_', 1)
+        if event.startswith(MESSAGE_START):
+            document = json.loads(event.removeprefix(MESSAGE_START))
+            message = document["message"]
+            message["id"] = f"msg_{message['id'].removeprefix('chatcmpl-')}"
+            counts = message["usage"]
+            counts["input_tokens"] = max(0, counts["input_tokens"] - usage.cached_tokens)
+            counts |= {
+                "cache_creation_input_tokens": 0,
+                "cache_read_input_tokens": usage.cached_tokens,
+            }
+            text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+            yield f"{MESSAGE_START}{text}\n\n"
         else:
             yield event
 
@@ -159,6 +200,9 @@ def answer_messages() -> None:
 
     Anthropic's `input` of a call is an object. vLLM answered 400 if the model's arguments were
     none, as those of a call that `max_tokens` cut. The id has Anthropic's form.
+
+    Tokens that the cache takes up cost nothing here, so they are input tokens like any other. vLLM
+    would report nearly all of a prompt as `cache_creation_input_tokens`.
     """
     convert = AnthropicServingMessages.messages_full_converter
 
@@ -175,6 +219,17 @@ def answer_messages() -> None:
         return result
 
     AnthropicServingMessages.messages_full_converter = converted
+    build = anthropic_serving._build_anthropic_usage
+
+    @functools.wraps(build)
+    def built(usage: UsageInfo | None) -> Any:
+        details = usage.prompt_tokens_details if usage is not None else None
+        if usage is None or details is None:
+            return build(usage)
+        details = details.model_copy(update={"created_cache_tokens": 0})
+        return build(usage.model_copy(update={"prompt_tokens_details": details}))
+
+    anthropic_serving._build_anthropic_usage = built
 
 
 def _is_object(text: str) -> bool:

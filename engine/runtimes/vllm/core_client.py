@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.process.gate import GATE
 from engine.runtimes.vllm.core_thread import CoreThread
@@ -24,6 +24,9 @@ from engine.runtimes.vllm.stream_pace import PACE
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.exceptions import EngineDeadError
+
+if TYPE_CHECKING:
+    from engine.runtimes.vllm.kept_prefixes import KeptPrefixes
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +47,8 @@ class CoreClient:
         """Called on the event loop when a step has raised and the core is lost."""
         self.parked: frozenset[str] = frozenset()
         """Blocks that are off the device, or on their way. While there is one, no step is taken."""
+        self.prefixes: KeptPrefixes | None = None
+        """None: the prefix cache is lost when the KV cache leaves the device."""
         self._lost = False
         self._thread = thread
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -188,8 +193,11 @@ class CoreClient:
             while self.has_work():  # ended and aborted requests are still to be cleared away
                 with GATE.step():
                     self.step()
-            if KV_CACHE in blocks and not core.reset_prefix_cache():
-                raise RuntimeError("blocks of the KV cache are in use without a request")
+            if KV_CACHE in blocks:
+                if self.prefixes is not None:
+                    self.prefixes.note(core.scheduler.kv_cache_manager.block_pool)
+                if not core.reset_prefix_cache():
+                    raise RuntimeError("blocks of the KV cache are in use without a request")
             self.parked |= frozenset(blocks)
 
         return self.call(finish)
@@ -197,7 +205,9 @@ class CoreClient:
     def take_back(self, blocks: Collection[str]) -> Future[None]:
         """Step again, unless other blocks are still off the device."""
 
-        def step_again(_core: Any) -> None:
+        def step_again(core: Any) -> None:
+            if KV_CACHE in blocks and self.prefixes is not None:
+                self.prefixes.register(core.scheduler.kv_cache_manager.block_pool)
             self.parked -= frozenset(blocks)
 
         return self.call(step_again)

@@ -27,7 +27,7 @@ from engine.runtimes.vllm.prompts import DOCUMENT, QUERY, Prompts, prefixed
 from engine.runtimes.vllm.refusals import plain, refusal
 from engine.runtimes.vllm.rerank_format import RerankFormat
 from engine.runtimes.vllm.stream_pace import PACE, READ_BY_PARSER
-from engine.usage import COUNTED
+from engine.usage import COUNTED, Usage
 
 if TYPE_CHECKING:
     from engine.runtimes.vllm.adapters import Adapters
@@ -82,6 +82,11 @@ class VllmModel(LoadedModel):
         return self.memory.blocks
 
     @property
+    def takes_loras(self) -> bool:
+        """Whether it was loaded with room for LoRAs."""
+        return self._options.takes_loras
+
+    @property
     def host_bytes(self) -> int:
         """Host memory of the weights' master copies, and of LoRAs."""
         return self.memory.host_bytes + (self.adapters.host_bytes if self.adapters else 0)
@@ -100,11 +105,11 @@ class VllmModel(LoadedModel):
                 payload = self._with_prompts(request, prepared.payload)
                 answer = await self._answer(request.operation, payload)
                 if not hasattr(answer, "__aiter__"):
-                    yield Document(self._document(answer, request))
+                    yield Document(self._document(answer, request, prepared.usage))
                     return
                 PACE.streams += 1
                 try:
-                    async for text in self._texts(answer, request):
+                    async for text in self._texts(answer, request, prepared.usage):
                         if ERROR in text:
                             self._check(text, request.body)
                         yield Frame(text)
@@ -125,10 +130,11 @@ class VllmModel(LoadedModel):
         assert self.adapters is not None  # `prepare` knows the LoRAs of the options
         return self.adapters.held(request.adapter)
 
-    def _texts(self, answer: Any, request: TextRequest) -> AsyncIterator[str]:
+    def _texts(self, answer: Any, request: TextRequest, usage: Usage) -> AsyncIterator[str]:
         """The events of a streamed answer as texts, corrected."""
         from engine.runtimes.vllm.answers import (
             completed_chunks,
+            completion_chunks,
             message_events,
             response_events,
         )
@@ -137,7 +143,9 @@ class VllmModel(LoadedModel):
             case TextOperation.RESPONSES:
                 return response_events(answer, request.body)
             case TextOperation.MESSAGES:
-                return message_events(answer)
+                return message_events(answer, usage)
+            case TextOperation.COMPLETION:
+                return completion_chunks(answer, usage)
             case TextOperation.CHAT if request.body.get("tools"):
                 return completed_chunks(answer)
         return answer  # type: ignore[no-any-return]
@@ -242,7 +250,7 @@ class VllmModel(LoadedModel):
         info = SimpleNamespace(message=message, code=code, param=error.get("param"))
         raise self._refusal(SimpleNamespace(error=info), body)
 
-    def _document(self, answer: Any, request: TextRequest) -> bytes:
+    def _document(self, answer: Any, request: TextRequest, usage: Usage) -> bytes:
         from engine.runtimes.vllm.answers import complete_answer
         from vllm.entrypoints.anthropic.protocol import (
             AnthropicCountTokensResponse,
@@ -255,7 +263,7 @@ class VllmModel(LoadedModel):
             raise self._refusal(answer, body)
         if hasattr(answer, "body"):  # the pooling classes return a finished response
             return self._pooled(bytes(answer.body), request)
-        complete_answer(answer, body)
+        complete_answer(answer, body, usage)
         if isinstance(answer, AnthropicMessagesResponse):
             fields = answer.model_dump(mode="json", by_alias=True, exclude_none=True)
             # Anthropic's documents always have this one, as its streams do.

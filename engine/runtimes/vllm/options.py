@@ -32,6 +32,11 @@ class VllmOptions(Section):
     """Tokens of prompt and answer together; None takes the checkpoint's own length."""
     kv_cache: Size | None = Field(default=None)
     """Bytes of KV cache; None takes room for four requests of full length."""
+    kv_host: Size | None = Field(default=None)
+    """Host memory for the prefix cache while the KV cache is off the device; None: it is lost.
+
+    It counts in `engine.host_memory`, and goes first when something else wants that.
+    """
     max_num_seqs: int = Field(default=256, ge=1)
     max_num_batched_tokens: int | None = Field(default=None, ge=16)
     enforce_eager: bool | None = None

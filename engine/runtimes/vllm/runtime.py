@@ -72,6 +72,7 @@ from engine.section import Section
 
 if TYPE_CHECKING:
     from engine.runtimes.vllm.core_thread import CoreThread
+    from engine.runtimes.vllm.kept_prefixes import Kept, KeptPrefixes
     from engine.runtimes.vllm.park import ModelMemory, Packing
 
 log = logging.getLogger(__name__)
@@ -148,6 +149,8 @@ class VllmRuntime(Runtime):
         self._fields: dict[TextOperation, frozenset[str]] = {}
         self._numbers: dict[TextOperation, frozenset[str]] = {}
         self._stat_logger: Any = None
+        self._left: dict[str, Kept] = {}
+        """Prefixes of models that have been unloaded, by model."""
         self._checked: dict[tuple[str, str], Any] = {}
         """Model and name of each LoRA that fits, with what was looked at."""
         self._warm = False
@@ -160,6 +163,12 @@ class VllmRuntime(Runtime):
         options = model.options_as(VllmOptions)
         own = HubSource(model.source, WANTED_FILES, options.revision)
         return (own, *map(_lora_source, options.lora_sources.values()))
+
+    @classmethod
+    def check(cls, model: ModelConfig) -> None:
+        """Only a model that writes has a prefix cache worth keeping."""
+        if model.task != "generate" and model.options_as(VllmOptions).kv_host:
+            raise ValueError(f"options.kv_host: the task {model.task!r} has no use of it")
 
     @classmethod
     def lora_folder(cls, model: ModelConfig) -> Path | None:
@@ -516,6 +525,7 @@ class VllmRuntime(Runtime):
             await loop.run_in_executor(self._loader, self._collect)
             raise _load_failed(error) from error
         try:
+            await self._bring_prefixes(loaded)
             await self._serve(loaded, arguments)
             needed = SERVING.get(model.task)
             if needed is not None and getattr(loaded.serving, needed) is None:
@@ -557,6 +567,7 @@ class VllmRuntime(Runtime):
         from vllm.v1.engine.async_llm import AsyncLLM
 
         expected = self._expected(model, Checkpoint(self._folder(model)))
+        stamp = self._prefix_stamp(model)
         with GATE.exclusive():  # faster: Python during a step slows both down fivefold
             arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(
                 self._command_line(model, expected["kv_cache"])
@@ -582,6 +593,11 @@ class VllmRuntime(Runtime):
         try:
             worker = llm.engine_core.core.model_executor.driver_worker.worker
             memory = self._take_over(worker, packed, expected)
+            try:
+                llm.engine_core.prefixes = self._kept_prefixes(model, config, worker, stamp)
+            except BaseException:
+                memory.close()
+                raise
         except BaseException:
             llm.shutdown()
             raise
@@ -617,6 +633,79 @@ class VllmRuntime(Runtime):
         self.context.device.synchronize()
         return memory
 
+    def _prefix_stamp(self, model: ModelConfig) -> Any:
+        """What tells one reading of the files from another."""
+        files = (*self.weight_files(model), self._folder(model) / "config.json")
+        stats = [(path, path.stat()) for path in files]
+        return (model, *((str(p), s.st_ino, s.st_size, s.st_mtime_ns) for p, s in stats))
+
+    def _kept_prefixes(
+        self, model: ModelConfig, config: Any, worker: Any, stamp: Any
+    ) -> KeptPrefixes | None:
+        """What keeps the prefix cache of a model that was just built, if it is to be kept.
+
+        Raises:
+            LoadFailed: that cannot be done for this model.
+
+        """
+        limit_bytes, host = model.options_as(VllmOptions).kv_host, self.context.host
+        if not limit_bytes or host is None:
+            return None
+        from engine.runtimes.vllm.kept_prefixes import CannotKeep, KeptPrefixes
+
+        try:
+            prefixes = KeptPrefixes(
+                model.id,
+                worker.model_runner,
+                host,
+                limit_bytes,
+                stamp,
+                caches_prefixes=bool(config.cache_config.enable_prefix_caching),
+            )
+        except CannotKeep as error:
+            raise LoadFailed(f"{model.id}: options.kv_host: {error}") from error
+        return prefixes
+
+    async def _bring_prefixes(self, loaded: VllmModel) -> None:
+        """Fill the empty KV cache of a new engine with what an earlier one left."""
+        prefixes = loaded.client.prefixes
+        left = None if prefixes is None else self._left.pop(prefixes.owner, None)
+        if prefixes is not None and left is not None:
+            prefixes.adopt(left)
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._loader, prefixes.restore)
+            await asyncio.wrap_future(loaded.client.take_back(("kv_cache",)))
+
+    async def _leave_prefixes(self, loaded: VllmModel) -> None:
+        """Keep the prefixes of an engine that is about to end, if they are of use to the next.
+
+        A LoRA is known by its name and path: its files may be others at the next load.
+        """
+        prefixes = loaded.client.prefixes
+        if prefixes is None:
+            return
+        try:
+            if loaded.takes_loras or loaded.client.error is not None:
+                prefixes.drop()
+            elif "kv_cache" not in loaded.client.parked:
+                await self._set_aside(loaded, ("kv_cache",))
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._loader, prefixes.save)
+        except Exception as error:  # requests run, or the thread has ended
+            log.info("the prefixes of a model that is unloaded are lost: %s", reason(error))
+            prefixes.drop()
+        loaded.client.prefixes = None  # it holds the KV cache
+        kept, prefixes.kept = prefixes.kept, None
+        if kept is not None:
+            self._left[prefixes.owner] = kept
+
+    def forget_prefixes(self) -> None:
+        """Give back what unloaded models have left."""
+        while self._left and self.context.host is not None:
+            from engine.runtimes.vllm.kept_prefixes import give_back
+
+            give_back(self._left.popitem()[1], self.context.host)
+
     def _command_line(self, model: ModelConfig, kv_bytes: int) -> list[str]:
         options = model.options_as(VllmOptions)
         on_cpu = self.context.device.kind == "cpu"
@@ -632,6 +721,7 @@ class VllmRuntime(Runtime):
             # vLLM only checks that this share of the GPU is free. The ledger has done that.
             "--gpu-memory-utilization", "0.001",
             "--no-enable-log-requests",
+            "--enable-prompt-tokens-details",
             "--no-use-tqdm-on-load",
         ]  # fmt: skip
         if not on_cpu:
@@ -684,6 +774,7 @@ class VllmRuntime(Runtime):
     async def unload(self, loaded: LoadedModel) -> None:
         """Shut the engine down. The parts that other engines share stay."""
         assert isinstance(loaded, VllmModel)
+        await self._leave_prefixes(loaded)
         llm, loaded.llm, loaded.serving = loaded.llm, None, None
         handler = llm.output_handler
         loop = asyncio.get_running_loop()
@@ -705,13 +796,12 @@ class VllmRuntime(Runtime):
 
         """
         assert isinstance(loaded, VllmModel)
-        if loaded.runs:
-            raise RuntimeError("a model was to be parked while requests run on it")
-        # vLLM aborts the request of a closed stream some turns of the event loop later.
-        await loaded.llm.abort(list(loaded.llm.output_processor.request_states), internal=True)
-        await asyncio.wrap_future(loaded.client.set_aside(blocks))
+        await self._set_aside(loaded, blocks)
+        prefixes = loaded.client.prefixes
 
         def leave() -> None:
+            if prefixes is not None and "kv_cache" in blocks:
+                prefixes.save()
             if loaded.adapters is not None and not SLOTS.isdisjoint(blocks):
                 loaded.adapters.empty_slots()
             loaded.memory.park(blocks)
@@ -719,12 +809,21 @@ class VllmRuntime(Runtime):
 
         await asyncio.get_running_loop().run_in_executor(self._loader, leave)
 
+    async def _set_aside(self, loaded: VllmModel, blocks: Collection[str]) -> None:
+        if loaded.runs:
+            raise RuntimeError("a model was to be parked while requests run on it")
+        # vLLM aborts the request of a closed stream some turns of the event loop later.
+        await loaded.llm.abort(list(loaded.llm.output_processor.request_states), internal=True)
+        await asyncio.wrap_future(loaded.client.set_aside(blocks))
+
     async def wake(self, loaded: LoadedModel, blocks: Collection[str]) -> None:
         """Bring parked blocks back on the loading thread, beside the steps of other models."""
         assert isinstance(loaded, VllmModel)
-        loop = asyncio.get_running_loop()
+        loop, prefixes = asyncio.get_running_loop(), loaded.client.prefixes
         try:
             await loop.run_in_executor(self._loader, loaded.memory.wake, blocks)
+            if prefixes is not None and "kv_cache" in blocks:
+                await loop.run_in_executor(self._loader, prefixes.restore)
         except Exception as error:
             if is_out_of_memory(error):
                 raise OutOfDeviceMemory(f"no room to wake: {reason(error)}") from error
@@ -765,7 +864,8 @@ class VllmRuntime(Runtime):
             await asyncio.wait([answered], timeout=ALIVE_POLL_S)
 
     async def stop(self) -> None:
-        """End the core thread and the loading thread."""
+        """End the core thread and the loading thread, and give back what models have left."""
+        self.forget_prefixes()
         if self._cores is not None:
             await asyncio.to_thread(self._cores.stop)
         self._loader.shutdown()

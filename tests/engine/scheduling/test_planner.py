@@ -631,6 +631,115 @@ def test_the_model_that_comes_next_is_named_while_it_must_wait() -> None:
     assert from_the_host.next_model is None
 
 
+def hold(ticket_id: int, *names: str, **changes: Any) -> TicketView:
+    return ticket(ticket_id, names[0], hold=True, further_models=names[1:], **changes)
+
+
+class TestHolds:
+    """Sessions that keep several models."""
+
+    def test_all_or_none(self) -> None:
+        there = [model("a", 30), model("b", 30)]
+        assert decide(there, [hold(1, "a", "b")]).grants == (1,)
+        assert decide([there[0], absent("b", 30)], [hold(1, "a", "b")]).grants == ()
+
+    def test_it_takes_no_place(self) -> None:
+        full = model("a", max_concurrency=1, leases=1)
+        assert decide([full], [hold(1, "a"), hold(2, "a"), ticket(3, "a")]).grants == (1, 2)
+
+    def test_room_for_all_is_made_before_the_first_is_brought_in(self) -> None:
+        models = [absent("a", 40), absent("b", 40), model("c", 30)]
+        decision = decide(models, [hold(1, "a", "b")])
+        assert decision.transition == Unload("c", "making room for a and b")
+        assert decide(models[:2], [hold(1, "a", "b")]).transition == Load("a")
+        assert decide([model("a", 40), *models[1:2]], [hold(1, "a", "b")]).transition == Load("b")
+
+    def test_its_own_models_do_not_leave_for_it(self) -> None:
+        models = [model("a", 40, demand=0.0), absent("b", 40), model("c", 40)]
+        for waited_s in (0, 2 * OVERTAKE_S):
+            decision = decide(models, [hold(1, "b", "a", waited_s=waited_s)])
+            assert decision.transition == Unload("c", "making room for b and a")
+
+    def test_its_models_do_not_expire_while_it_waits(self) -> None:
+        models = [model("a", idle_since=NOW - 400), absent("b", needed_bytes=None)]
+        assert decide(models, [hold(1, "b", "a")]).transition is None
+
+    def test_it_waits_for_a_model_that_leaves_for_an_older_request(self) -> None:
+        models = [model("a", 60, leases=1), absent("b", 60)]
+        tickets = [ticket(1, "b", waited_s=2 * OVERTAKE_S), hold(2, "a", waited_s=1)]
+        decision = decide(models, tickets)
+        assert decision.draining == {"a"}
+        assert decision.grants == ()
+
+    def test_an_overdue_one_holds_the_room_that_it_waits_for(self) -> None:
+        models = [absent("a", 40), absent("b", 30), model("c", 40, leases=1), model("d", 10)]
+        tickets = [hold(1, "a", "b", waited_s=2 * OVERTAKE_S), ticket(2, "d", working_bytes=30)]
+        decision = decide(models, tickets)
+        assert decision.draining == {"c"}
+        assert decision.grants == ()
+
+    def test_one_that_loads_holds_the_room_of_the_rest(self) -> None:
+        loading = model("a", 40, state=ModelState.LOADING, resident_since=None, idle_since=None)
+        models = [loading, absent("b", 40), model("c", 10)]
+        tickets = [hold(1, "a", "b", waited_s=2 * OVERTAKE_S), ticket(2, "c", working_bytes=15)]
+        assert decide(models, tickets, busy=True).grants == ()
+
+    def test_what_is_kept_leaves_for_nobody(self) -> None:
+        models = [model("a", 60, holds=1), absent("b", 60), absent("c", 40)]
+        overdue = ticket(1, "b", waited_s=2 * OVERTAKE_S)
+        decision = decide(models, [overdue, ticket(2, "c")])
+        assert decision.refusals == ()
+        assert decision.draining == frozenset()
+        assert decision.transition == Load("c")
+
+    def test_exclusive_requests_run_beside_what_is_kept(self) -> None:
+        models = [model("a", 40, holds=1), model("b", 40)]
+        assert decide(models, [ticket(1, "b", exclusive=True)]).grants == (1,)
+
+    def test_a_kept_model_that_failed_leaves(self) -> None:
+        models = [model("a", holds=1, unload_reason="failed: out of memory")]
+        assert decide(models).transition == Unload("a", "failed: out of memory")
+
+    @pytest.mark.parametrize(
+        ("others", "code"),
+        [
+            ([model("c", 30, pinned=True)], RefusalCode.NEVER_FITS),
+            ([model("c", 30, holds=1)], RefusalCode.HELD),
+            ([absent("c", 30, holds=1)], RefusalCode.HELD),
+        ],
+    )
+    def test_what_cannot_be_is_refused_at_once(
+        self, others: list[ModelView], code: RefusalCode
+    ) -> None:
+        models = [absent("a", 40), absent("b", 40), *others]
+        decision = decide(models, [hold(1, "a", "b")])
+        assert [(each.code, each.reason) for each in decision.refusals] == [
+            (code, "needs 80 B; at most 70 B can be freed")
+        ]
+
+    def test_one_that_may_not_bring_anything_in(self) -> None:
+        models = [model("a", 40), absent("b", 40), model("c", 20)]
+        decision = decide(models, [hold(1, "a", "b", if_loaded_only=True)])
+        assert [each.code for each in decision.refusals] == [RefusalCode.NOT_LOADED]
+        assert decide(models, [hold(1, "a", "b", no_evict=True)]).transition == Load("b")
+        models[2] = model("c", 21)
+        assert decide(models, [hold(1, "a", "b", no_evict=True)]).transition is None
+
+    def test_the_forecast(self) -> None:
+        models = [model("a", 40), absent("b", 40), model("c", 30)]
+        outlook = forecast(snapshot(models), hold(1, "a", "b"))
+        assert (outlook.fits, outlook.wanted_bytes) == (True, 40)
+        assert [each.model for each in outlook.evictions] == ["c"]
+        models[2] = model("c", 30, holds=1)
+        outlook = forecast(snapshot(models), hold(1, "a", "b"))
+        assert (outlook.fits, outlook.evictions) == (True, ())
+        assert "sessions" in outlook.reason
+        models[2] = model("c", 30, pinned=True)
+        assert not forecast(snapshot(models), hold(1, "a", "b")).fits
+        models = [model("a", 40), model("b", 40)]
+        assert forecast(snapshot(models), hold(1, "a", "b")).reason == "it is there"
+
+
 class TestForecast:
     def test_what_leaves_and_how_much_is_wanted(self) -> None:
         before = snapshot([model("a", 40, parts=WEIGHTS_AND_CACHE), absent("b", 65)])
@@ -686,6 +795,7 @@ def model_views(draw: st.DrawFn, model_id: str) -> ModelView:
         leased_working_bytes=draw(st.integers(0, 20)) if leases else 0,
         max_concurrency=draw(st.integers(1, 4)),
         pinned=draw(st.booleans()),
+        holds=draw(st.sampled_from([0, 0, 0, 1])),
         resident_since=NOW - draw(st.sampled_from([0, 5, 10, 50])) if resident else None,
         idle_since=NOW - draw(st.sampled_from([0, 5, 400])) if resident and not leases else None,
         keep_alive_s=draw(st.sampled_from([0.0, 300.0, math.inf])),
@@ -701,22 +811,31 @@ def model_views(draw: st.DrawFn, model_id: str) -> ModelView:
 
 
 @st.composite
+def ticket_views(draw: st.DrawFn, ids: list[str], number: int, waited_s: float) -> TicketView:
+    hold = draw(st.integers(0, 4)) == 4
+    names = draw(st.permutations(ids))
+    return TicketView(
+        id=number,
+        model=names[0],
+        further_models=tuple(names[1 : draw(st.integers(1, len(ids)))]) if hold else (),
+        hold=hold,
+        working_bytes=0 if hold else draw(st.sampled_from([0, 0, 5, 20, 50])),
+        priority=draw(st.integers(0, 2)),
+        enqueued_at=NOW - waited_s,
+        deadline=NOW + draw(st.sampled_from([-1, 0, 5, math.inf])),
+        exclusive=not hold and draw(st.integers(0, 9)) == 0,
+        no_evict=draw(st.integers(0, 5)) == 0,
+        if_loaded_only=draw(st.integers(0, 5)) == 0,
+    )
+
+
+@st.composite
 def snapshots(draw: st.DrawFn) -> Snapshot:
     ids = ["a", "b", "c", "d"][: draw(st.integers(1, 4))]
     models = [draw(model_views(model_id)) for model_id in ids]
     waits_s = sorted(draw(st.lists(st.sampled_from([0, 3, 9, 10, 11, 40]), max_size=12)))
     tickets = [
-        TicketView(
-            id=number,
-            model=draw(st.sampled_from(ids)),
-            working_bytes=draw(st.sampled_from([0, 0, 5, 20, 50])),
-            priority=draw(st.integers(0, 2)),
-            enqueued_at=NOW - waited_s,
-            deadline=NOW + draw(st.sampled_from([-1, 0, 5, math.inf])),
-            exclusive=draw(st.integers(0, 9)) == 0,
-            no_evict=draw(st.integers(0, 5)) == 0,
-            if_loaded_only=draw(st.integers(0, 5)) == 0,
-        )
+        draw(ticket_views(ids, number, waited_s))
         for number, waited_s in enumerate(reversed(waits_s))
     ]
     return replace(
@@ -740,22 +859,24 @@ def test_no_plan_breaks_a_promise(before: Snapshot) -> None:
     assert len(set(decision.grants)) == len(decision.grants)
 
     for each in before.tickets:
-        if each.if_loaded_only and views[each.model].state in (
-            ModelState.ABSENT,
-            ModelState.PARKED,
-        ):
+        states = {views[name].state for name in each.models}
+        if each.if_loaded_only and states & {ModelState.ABSENT, ModelState.PARKED}:
             assert each.id in refused, "it waits for a load that it must not cause"
 
     granted = [tickets[number] for number in decision.grants]
     assert sum(each.working_bytes for each in granted) <= max(0, before.free_bytes)
     leases = {view.id: view.leases for view in before.models}
+    kept = {view.id for view in before.models if view.holds}
     for each in granted:
-        leases[each.model] += 1
-        view = views[each.model]
-        assert view.state is ModelState.RESIDENT
-        assert view.unload_reason is None
-        assert leases[each.model] <= view.max_concurrency
+        for name in each.models:
+            assert views[name].state is ModelState.RESIDENT
+            assert views[name].unload_reason is None
         assert each.deadline > before.now
+        if each.hold:
+            kept |= {*each.models}
+            continue
+        leases[each.model] += 1
+        assert leases[each.model] <= views[each.model].max_concurrency
     if any(each.exclusive for each in granted) or (before.exclusive_running and granted):
         assert sum(leases.values()) == 1
         assert not before.exclusive_running
@@ -772,6 +893,7 @@ def test_no_plan_breaks_a_promise(before: Snapshot) -> None:
             assert view.state in (ModelState.RESIDENT, ModelState.PARKED)
             assert leases[view.id] == 0, "a leased model would be evicted"
             assert not view.pinned or view.unload_reason is not None
+            assert view.id not in kept or view.unload_reason is not None
         if isinstance(decision.transition, Park):
             assert decision.transition.blocks
             assert decision.transition.blocks <= {part.name for part in view.parts}
@@ -780,6 +902,7 @@ def test_no_plan_breaks_a_promise(before: Snapshot) -> None:
             assert rest_bytes > 0 or view.state is ModelState.PARKED, "parking would do"
     for model_id in decision.draining:
         assert not views[model_id].pinned
+        assert not views[model_id].holds
     assert decision.wake_at is None or decision.wake_at > before.now
 
 
@@ -800,8 +923,9 @@ def test_a_waiting_ticket_always_has_something_to_wait_for(before: Snapshot) -> 
     waiting = [
         each
         for each in before.tickets
-        if each.id not in answered and each.model not in sizes_unknown
+        if each.id not in answered and sizes_unknown.isdisjoint(each.models)
     ]
-    if waiting and not before.busy and not any(view.leases for view in before.models):
+    used = any(view.leases or view.holds for view in before.models)
+    if waiting and not before.busy and not used:
         acts = decision.grants or decision.transition is not None
         assert acts or decision.wake_at is not None, waiting

@@ -72,6 +72,8 @@ class Arrival:
     timeout_s: float = math.inf
     cancel_after_s: float | None = None
     exclusive: bool = False
+    keeps: tuple[str, ...] | None = None
+    """A session, which keeps these models beside the first; None: a request."""
 
 
 @dataclass(eq=False)
@@ -111,7 +113,10 @@ class World:
         self.moving: str | None = None
         self.loaded_at: dict[str, float] = {}
         self.running: Counter[str] = Counter()
+        self.held: Counter[str] = Counter()
+        """Sessions that keep each model."""
         self.alone = False
+        self.draining = False
         self.visits: list[Visit] = []
         self.on_grant: Callable[[Visit], None] = lambda visit: None
         self.after_step: Callable[[], None] = lambda: None
@@ -166,6 +171,7 @@ class World:
     def unload(self, model_id: str, reason: str) -> None:
         assert self.moving is None, "two transitions at a time"
         assert self.running[model_id] == 0, "a leased model was evicted"
+        assert self.held[model_id] == 0 or self.draining, "a model that a session keeps was evicted"
         self.moving = model_id
         self.unloads += 1
 
@@ -181,6 +187,7 @@ class World:
     def park(self, model_id: str, blocks: frozenset[str], reason: str) -> None:
         assert self.moving is None, "two transitions at a time"
         assert self.running[model_id] == 0, "a leased model was parked"
+        assert self.held[model_id] == 0, "a model that a session keeps was parked"
         assert blocks and self.parked[model_id].isdisjoint(blocks)
         self.moving = model_id
         self.parks += 1
@@ -240,8 +247,13 @@ class World:
             visit.outcome = "granted"
             visit.granted_at = self.clock.now
             assert self.clock.now >= arrival.at
-            assert arrival.model in self.loaded_at, "granted on a model that is not there"
-            assert not self.parked[arrival.model], "granted on a model that is parked"
+            for name in visit.ticket.models:
+                assert name in self.loaded_at, "granted on a model that is not there"
+                assert not self.parked[name], "granted on a model that is parked"
+            if arrival.keeps is not None:
+                self.held.update(visit.ticket.models)
+                self.after(arrival.run_s, lambda: release(lease))
+                return
             self.running[arrival.model] += 1
             assert self.running[arrival.model] <= self.models[arrival.model].concurrency
             assert not self.alone, "granted beside an exclusive lease"
@@ -251,7 +263,10 @@ class World:
             self.after(arrival.run_s, lambda: release(lease))
 
         def release(lease: Lease) -> None:
-            self.running[arrival.model] -= 1
+            if arrival.keeps is not None:
+                self.held.subtract(visit.ticket.models)
+            else:
+                self.running[arrival.model] -= 1
             if arrival.exclusive:
                 self.alone = False
             lease.release()
@@ -273,6 +288,8 @@ class World:
             priority=arrival.priority,
             timeout_s=arrival.timeout_s,
             exclusive=arrival.exclusive,
+            hold=arrival.keeps is not None,
+            further_models=arrival.keeps or (),
             on_granted=granted,
             on_refused=refused,
         )
@@ -309,12 +326,13 @@ class World:
         waiting = [visit for visit in self.visits if visit.outcome == "waiting"]
         assert not waiting, "neither granted, refused nor cancelled"
         assert self.scheduler.report.queue() == ()
+        self.draining = True
         self.scheduler.on_drain()
         self.run()
         assert self.scheduler.empty
         assert self.ledger.granted_bytes == 0
         assert self.ledger.status().entries == ()
-        assert not self.loaded_at and not +self.running
+        assert not self.loaded_at and not +self.running and not +self.held
 
     def _check_ledger(self, event: SchedulerEvent) -> None:
         if event.kind in (EventKind.GRANT, EventKind.LOAD, EventKind.LOADED):
@@ -357,12 +375,30 @@ def simulated_models(draw: st.DrawFn, /, **fixed: Any) -> list[SimulatedModel]:
 def arrivals_for(
     draw: st.DrawFn, models: list[SimulatedModel], *, plain: bool = False
 ) -> list[Arrival]:
-    """Requests for these models; plain ones wait for ever and run beside each other."""
+    """Requests for these models; plain ones wait for ever and run beside each other.
+
+    Beside those that are not plain there are sessions.
+    """
     arrivals = []
     at = 0.0
     for _ in range(draw(st.integers(1, 40))):
         at += draw(st.sampled_from([0.0, 0.0, 0.2, 1.0, 4.0, 15.0]))
         model = draw(st.sampled_from(models))
+        if not plain and draw(st.integers(0, 7)) == 7:
+            others = [each.id for each in models if each is not model]
+            keeps = draw(st.lists(st.sampled_from(others), unique=True, max_size=2))
+            arrivals.append(
+                Arrival(
+                    at=at,
+                    model=model.id,
+                    run_s=draw(st.sampled_from([0.0, 8.0, 60.0])),
+                    priority=draw(st.sampled_from(Priority)),
+                    timeout_s=draw(st.sampled_from([math.inf, 5.0, 60.0])),
+                    cancel_after_s=draw(st.sampled_from([None, None, 0.0, 2.0])),
+                    keeps=tuple(keeps),
+                )
+            )
+            continue
         arrivals.append(
             Arrival(
                 at=at,
@@ -562,3 +598,54 @@ def test_a_model_state_is_told_truly_at_every_step() -> None:
     world.run_and_empty()
     assert world.loads == 2
     assert world.wakes >= 10
+
+
+# Sessions.
+
+
+def test_a_session_keeps_its_models_and_the_others_share_the_rest() -> None:
+    """Requests for models that fit beside the session's go on, those for others wait for its end.
+
+    A request that must wait for the end holds up nobody that can be served.
+    """
+    world = World([SimulatedModel(each, 30, 30, 1.0, 1.0, 4) for each in "abcd"])
+    world.models["d"] = SimulatedModel("d", 60, 60, 1.0, 1.0, 4)
+    session = Arrival(at=0.0, model="a", run_s=100.0, keeps=("b",))
+    waits = Arrival(at=10.0, model="d", run_s=1.0)
+    small = [Arrival(at=20.0 + number, model="c", run_s=1.0) for number in range(30)]
+    own = [Arrival(at=20.0 + number, model="ab"[number % 2], run_s=1.0) for number in range(30)]
+    add_arrivals(world, [session, waits, *small, *own])
+    world.run_and_empty()
+    ended_at = next(v.granted_at or 0.0 for v in world.visits if v.arrival is session) + 100.0
+    for visit in world.visits:
+        assert visit.granted_at is not None
+        if visit.arrival is waits:
+            assert ended_at <= visit.granted_at <= ended_at + 5.0
+        else:
+            assert visit.granted_at - visit.arrival.at <= 3.2, visit
+    assert world.loads == 4
+
+
+def test_a_session_is_not_starved_by_requests_for_other_models() -> None:
+    world = World([SimulatedModel(each, 40, 40, 1.0, 1.0, 4) for each in "abcd"])
+    stream = [Arrival(at=number / 4, model="cd"[number % 2], run_s=1.5) for number in range(240)]
+    add_arrivals(world, [*stream, Arrival(at=20.1, model="a", run_s=5.0, keeps=("b",))])
+    world.run_and_empty()
+    session = next(visit for visit in world.visits if visit.arrival.keeps is not None)
+    assert session.granted_at is not None
+    assert session.granted_at - session.arrival.at <= OVERTAKE_S + 1.5 + 2 * (1.0 + 1.0) + 0.2
+
+
+def test_a_session_that_others_leave_no_room_for_is_refused_at_once() -> None:
+    world = World([SimulatedModel(each, 40, 40, 1.0, 1.0, 4) for each in "abcd"])
+    first = Arrival(at=0.0, model="a", run_s=50.0, keeps=("b",))
+    shares = Arrival(at=10.0, model="b", run_s=5.0, keeps=())
+    late = Arrival(at=20.0, model="c", run_s=5.0, keeps=("b",))
+    never = Arrival(at=21.0, model="a", run_s=5.0, keeps=("b", "c"))
+    later = Arrival(at=60.0, model="c", run_s=5.0, keeps=("d",))
+    add_arrivals(world, [first, shares, late, never, later])
+    world.run_and_empty()
+    outcomes = [visit.outcome for visit in world.visits]
+    assert outcomes == ["granted", "granted", "overloaded", "insufficient_capacity", "granted"]
+    assert world.loads == 4
+    assert world.unloads == 4

@@ -425,6 +425,45 @@ def test_a_cancelled_claim_frees_those_it_held_back(bench: Bench) -> None:
     assert held.lease is not None
 
 
+# Sessions.
+
+
+def test_a_session_keeps_its_models_until_it_ends(bench: Bench) -> None:
+    session = bench.ask("a", keeps=("b",))
+    assert [bench.model(each).waiting for each in "ab"] == [1, 1]
+    for each in "ab":
+        bench.scheduler.on_estimate(each, estimate(50))
+    for each in "ab":
+        bench.scheduler.on_loaded(each, [Block("weights", 50)], 1.0, 1)
+    assert session.lease is not None
+    assert [(bench.model(each).holds, bench.model(each).leases) for each in "ab"] == [(1, 0)] * 2
+    assert bench.model("a").idle_s is None
+    with pytest.raises(Conflict, match="kept by 1 sessions"):
+        bench.order(OrderKind.UNLOAD, "b")
+    run = bench.ask("a")  # of the session, or of others
+    assert run.lease is not None
+    run.release()
+    bench.clock.now += 1000.0
+    bench.scheduler.on_timer()
+    assert bench.model("a").state is ModelState.RESIDENT
+    session.release()
+    session.release()
+    assert [bench.model(each).holds for each in "ab"] == [0, 0]
+    bench.clock.now += 1000.0
+    bench.scheduler.on_timer()
+    assert bench.effects.calls[-1][0] == "unload"
+
+
+def test_a_session_fails_if_one_of_its_models_does(bench: Bench) -> None:
+    session = bench.ask("a", keeps=("b",))
+    bench.scheduler.on_estimate("a", estimate(40))
+    bench.scheduler.on_estimate_failed("b", "no such file")
+    assert isinstance(session.error, LoadFailed)
+    assert [bench.model(each).waiting for each in "ab"] == [0, 0]
+    with pytest.raises(LoadFailed, match="no such file"):
+        bench.ask("a", keeps=("b",))
+
+
 # Failures.
 
 

@@ -98,8 +98,9 @@ def client(
     if_loaded_only: bool = False,
     keep_alive_s: float | None = None,
     request_id: str = "request",
+    keeps: tuple[str, ...] | None = None,
 ) -> Client:
-    """A client whose ticket is not queued yet."""
+    """A client whose ticket is not queued yet; `keeps` makes it a session's."""
     new = Client()
     new.ticket = Ticket(
         request_id=request_id,
@@ -112,6 +113,8 @@ def client(
         no_evict=no_evict,
         if_loaded_only=if_loaded_only,
         keep_alive_s=keep_alive_s,
+        hold=keeps is not None,
+        further_models=keeps or (),
         on_granted=new.granted,
         on_refused=new.refused,
     )

@@ -638,7 +638,7 @@ class TestFiles:
     ) -> None:
         engine.config.know_adapters(lambda model: ("formal",) if model.id == "small" else ())
         monkeypatch.setattr(
-            engine, "adapters", lambda model: ("formal",) if model.id == "small" else ()
+            engine.loras, "adapters", lambda model: ("formal",) if model.id == "small" else ()
         )
         names = [each["name"] for each in (await client.get("/api/tags")).json()["models"]]
         assert "small:formal" in names

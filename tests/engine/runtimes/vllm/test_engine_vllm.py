@@ -54,7 +54,7 @@ class RunningRuntime(VllmRuntime):
         pass
 
     async def stop(self) -> None:
-        pass
+        self.forget_prefixes()  # they are in the memory of this engine
 
 
 @pytest_asyncio.fixture(loop_scope="session")
@@ -273,7 +273,7 @@ async def test_a_model_that_can_never_fit_is_named_at_the_start(
     fits, large = make_model("fits"), make_model("large", kv_cache="128MiB")
     with caplog.at_level(logging.DEBUG, "engine.engine"):
         engine = await make_engine(remote, large, fits, memory="128MiB")
-        await asyncio.gather(*engine._preloads)
+        await asyncio.gather(*engine._preloading.tasks)
     (said,) = (each for each in caplog.records if "cannot" in each.message)
     with pytest.raises(InsufficientCapacity) as refused:
         await engine.load("large")
@@ -435,3 +435,36 @@ def table(count: Counter[str], divisor: int) -> str:
     """The most frequent calls, for whoever has to find what has grown."""
     rows = [f"{each / divisor:8.2f} {name}" for name, each in count.most_common(60)]
     return "\n".join(rows)
+
+
+async def test_a_kept_prefix_is_counted_shown_and_found_after_a_swap(
+    make_engine: MakeEngine, make_model: MakeModel, vllm_runtime: VllmRuntime
+) -> None:
+    sizes = {"max_model_len": 1024, "kv_host": "16MiB"}
+    llama, qwen = make_model("llama", **sizes), make_model("qwen", "tiny-qwen", **sizes)
+    engine = await make_engine(llama, qwen, memory="140MiB", host_memory="256MiB")
+    prompt = "the sea and the sky and the ships that go by at night " * 24
+
+    async def asked(model: ModelConfig) -> tuple[str, int]:
+        session = await engine.open(completion(model.id, prompt, max_tokens=8))
+        told = "".join([text_of(frame) async for frame in session.events()])
+        return told, session.usage.cached_tokens
+
+    def shown(model: ModelConfig) -> float | None:
+        name = "roundhouse_host_prefix_bytes"
+        return engine.metrics.get_sample_value(name, {"model": model.id})
+
+    cold, none = await asked(llama)
+    assert none == 0 and engine.status().host.prefix_bytes == {}
+    for _ in range(3):
+        await asked(qwen)
+        host = engine.status().host
+        assert set(host.prefix_bytes) == {"llama"}
+        assert shown(llama) == host.prefix_bytes["llama"] > 0
+        masters = sum(model.host_bytes for model in engine.status().models)
+        assert host.used_bytes == masters + host.prefix_bytes["llama"]
+        assert engine._residency.host_free_bytes() == host.budget_bytes - masters
+        told, cached = await asked(llama)
+        assert (told, cached > 500) == (cold, True)
+        assert set(engine.status().host.prefix_bytes) == {"qwen"}
+        assert_adds_up(engine)
