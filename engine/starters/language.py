@@ -186,7 +186,7 @@ def _write_tiny_idefics3(folder: Path) -> None:
         max_length=shape.positions,
         chat_template=IDEFICS_TEMPLATE,
     )
-    _write_model(folder, config, tensors)
+    write_model(folder, config, tensors)
     write_json(folder / "generation_config.json", ids)
     write_processor(folder)
 
