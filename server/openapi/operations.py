@@ -210,10 +210,6 @@ _CLASSIFY = _text("Labels of texts", f"{VLLM}#classification-api", task="classif
 _VECTOR_STORES = f"{OPENAI}/vector-stores"
 
 
-def _deleted(kind: str) -> Schema:
-    return record(id=STRING, object={"const": kind}, deleted={"const": True})
-
-
 OPERATIONS: Mapping[str, Methods] = {
     "/v1/chat/completions": _text(
         "Chat completion", f"{OPENAI}/chat/create", streams=True, messages=_MESSAGES
