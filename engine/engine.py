@@ -577,6 +577,19 @@ class Engine:
         model = self.config.find(name)
         await carried_out(self._scheduler, kind, model.id, self.config.queue_timeout_s)
 
+    def inputs(self, name: str) -> frozenset[str] | None:
+        """What a request to a model or route may hold: `text`, `image`, `audio`, `video`.
+
+        None: nobody knows, as before the start. A route takes what one of its models takes.
+        """
+        if name in self.router:
+            found = [self.inputs(model.id) for model in self.router.models(name)]
+            known = [each for each in found if each is not None]
+            return frozenset().union(*known) if known and len(known) == len(found) else None
+        model, _ = self.config.find_adapter(name)
+        runtime = self._runtimes.get(model.runtime)
+        return None if runtime is None else runtime.inputs(model)
+
     async def pull(self, name: str, every_s: float) -> AsyncGenerator[FetchProgress, None]:
         """Fetch the newest files of a model; yields the progress, the last time at the end.
 

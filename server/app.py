@@ -52,6 +52,7 @@ from server.vector_stores.stores import VectorStores
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+    from server.pictures import Pictures
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     from engine.jobs.queue import Jobs
     from engine.media.outputs import Outputs
     from engine.media.voices import VoiceStore
+    from server.pictures import Pictures
     from server.routes.files import files_router
     from server.routes.mcp import McpEndpoint
     from server.routes.ollama import ollama_router
@@ -113,6 +115,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     jobs = Jobs(engine, outputs)
     voices = VoiceStore(engine.config)
     cache = open_cache(engine, settings)
+    pictures = Pictures(engine, settings)
     kept = _Kept(engine, settings, start)
     mcp = McpEndpoint(engine, outputs, settings, start)
 
@@ -148,6 +151,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
                 await watch.end()
                 await kept.close()
                 files.close()
+                await pictures.close()
             if cache is not None:
                 await cache.close()
             if tracing is not None:
@@ -181,8 +185,8 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         app.outermost = tracing.layer(app.requests)
     for router in (
         probes_router(engine, start, (metrics.registry, batches.metrics.registry, *cache_series)),
-        text_router(engine, settings, cache),
-        *kept.routers(cache),
+        text_router(engine, settings, pictures, cache),
+        *kept.routers(pictures, cache),
         images_router(engine, outputs, settings, cache),
         videos_router(engine, jobs, settings),
         speech_router(engine, voices, settings, cache),
@@ -190,14 +194,14 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         voices_router(engine, voices, settings),
         models_router(engine),
         engine_router(engine, settings, cache),
-        route_router(engine, settings),
+        route_router(engine, settings, pictures),
         usage_router(engine),
         files_router(engine),
         stored_files_router(files),
         uploads_router(Uploads(files), settings),
         batches_router(batches, settings),
         vector_stores_router(stores, settings),
-        ollama_router(engine, settings),
+        ollama_router(engine, settings, pictures),
         mcp.router(),
         web_router(),
         docs_router(engine, settings),
@@ -220,12 +224,14 @@ class _Kept:
         self._background = Background(engine, self._turns)
         self._resuming: asyncio.Task[None] | None = None
 
-    def routers(self, cache: ResponseCache | None) -> tuple[Router, ...]:
+    def routers(self, pictures: Pictures, cache: ResponseCache | None) -> tuple[Router, ...]:
         """What answers for them."""
         if not self._settings.keep_responses:
-            return (plain_responses_router(self._engine, self._settings, cache),)
+            return (plain_responses_router(self._engine, self._settings, pictures, cache),)
         return (
-            responses_router(self._engine, self._settings, cache, self._turns, self._background),
+            responses_router(
+                self._engine, self._settings, pictures, cache, self._turns, self._background
+            ),
             conversations_router(self._settings, self._keeper),
         )
 

@@ -131,8 +131,16 @@ class ServerSettings(Section):
     """A larger request body is refused with 413."""
     max_image_pixels: int = Field(default=2**25, gt=0)
     """Pixels that the pictures of one request may have together. With more it is refused."""
+    max_images: int = Field(default=32, gt=0)
+    """Pictures that one text request may have. A model may take fewer."""
+    max_image_bytes: Size = Field(default=20 * 2**20, gt=0)
+    """The size of one picture in a text request, also of one behind a URL."""
     allowed_media_hosts: Hosts = ()
-    """Hosts whose URLs a request may name for images, audio and video."""
+    """Hosts whose URLs a request may name for images; with `:PORT` if it is not the usual one."""
+    private_media_hosts: Hosts = ()
+    """Those of them whose names may lead to private addresses."""
+    media_timeout: Duration = Field(default=10.0, gt=0, le=600)
+    """Seconds in which a picture behind a URL must be here."""
     response_cache: CachePlace = CACHE_OFF
     """Where answers that equal requests may get are kept.
 
@@ -198,7 +206,7 @@ class ServerSettings(Section):
             raise ValueError("a key must be printable ASCII without spaces, and not empty")
         return keys
 
-    @field_validator("allowed_media_hosts")
+    @field_validator("allowed_media_hosts", "private_media_hosts")
     @classmethod
     def _hosts_are_lower_case(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(host.lower() for host in hosts)

@@ -310,6 +310,13 @@ class Runtime(ABC):
         """
         raise NotImplementedError(f"{self.name} has no parkable blocks")
 
+    def inputs(self, model: ModelConfig) -> frozenset[str] | None:  # noqa: ARG002 - few can tell
+        """What a request to a model of text may hold: `text`, `image`, `audio`, `video`. Quick.
+
+        None: nobody knows, as while its files are not here.
+        """
+        return None
+
     def voices(self, model: ModelConfig) -> tuple[Voice, ...]:  # noqa: ARG002 - few have any
         """The voices of a speech model, read from its files. Called off the event loop.
 

@@ -39,6 +39,7 @@ _RUNS: Mapping[str, frozenset[str]] = {
     "/v1/classify": _EMBEDDINGS,
     "/classify": _EMBEDDINGS,
     "/v1/moderations": _EMBEDDINGS,
+    "/v1/fill-mask": _EMBEDDINGS,
     "/api/chat": _CHAT,
     "/api/generate": _CHAT,
     "/api/embed": _EMBEDDINGS,

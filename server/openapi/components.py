@@ -524,6 +524,11 @@ def components() -> dict[str, Any]:
     own = {
         "object": {"const": "model"},
         "owned_by": STRING,
+        "input_modalities": {
+            **nullable({"type": "array", "items": STRING}),
+            "description": "What a request may hold: `text`, `image`, `audio`, `video`; null if"
+            " nobody knows.",
+        },
         "alias_of": {**nullable(STRING), "description": "The model's id; null if this is the id."},
         "parent": {**nullable(STRING), "description": "The id of the model that a LoRA adapts."},
     }

@@ -207,6 +207,49 @@ _SCORE = _text(
 )
 _CLASSIFY = _text("Labels of texts", f"{VLLM}#classification-api", task="classify", input="Hello")
 
+_FILLED: Schema = {
+    "type": "array",
+    "items": record(
+        score={"type": "number", "minimum": 0, "maximum": 1},
+        token={"type": "integer", "minimum": 0},
+        token_str=STRING,
+        sequence=STRING,
+    ),
+}
+_TEXTS: Schema = {"anyOf": [STRING, {"type": "array", "items": STRING, "minItems": 1}]}
+_FILLING: Mapping[str, Schema] = {
+    "top_k": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5},
+    "targets": _TEXTS,
+}
+_FILL_MASK: Methods = {
+    "post": Operation(
+        summary="The likeliest tokens for each mask of a text",
+        description="The answer is a list for one mask, a list of lists for several masks, and for"
+        " a list of texts a list of these. `parameters` may hold `top_k` and `targets`.",
+        answers={
+            JSON: {
+                "anyOf": [
+                    _FILLED,
+                    {"type": "array", "items": _FILLED},
+                    {
+                        "type": "array",
+                        "items": {"anyOf": [_FILLED, {"type": "array", "items": _FILLED}]},
+                    },
+                ]
+            }
+        },
+        json=record(
+            model={**STRING, "minLength": 1},
+            inputs=_TEXTS,
+            optional={**_FILLING, "parameters": {"type": "object", "properties": _FILLING}},
+        ),
+        scheduled=True,
+        headers=_CACHE,
+        link="https://huggingface.co/docs/inference-providers/tasks/fill-mask",
+        example={"model": MODEL, "inputs": "Hello, I am a <mask>."},
+        task="embed",
+    )
+}
 _VECTOR_STORES = f"{OPENAI}/vector-stores"
 
 
@@ -330,6 +373,7 @@ OPERATIONS: Mapping[str, Methods] = {
     "/v1/moderations": _text(
         "Whether texts are harmful", f"{OPENAI}/moderations", task="classify", input="Hello"
     ),
+    "/v1/fill-mask": _FILL_MASK,
     "/tokenize": _text("Tokens of a text", TOKENIZER, prompt="Hello"),
     "/v1/tokenize": _text("Tokens of a text", TOKENIZER, prompt="Hello"),
     "/detokenize": _text("Text of tokens", TOKENIZER, tokens=[1, 2, 3]),

@@ -103,6 +103,13 @@ class RemoteRuntime(Runtime):
                 )
         return Prepared(request, payload)
 
+    def inputs(self, model: ModelConfig) -> frozenset[str] | None:
+        """What the options say of images."""
+        sees = model.options_as(RemoteOptions).vision
+        if sees is None or model.task != "generate":
+            return None
+        return frozenset({"text", "image"} if sees else {"text"})
+
     def estimate(self, model: ModelConfig) -> Estimate:  # noqa: ARG002 - the same for all
         """Nothing, at once."""
         return Estimate(blocks=(), load_seconds=0.0)
