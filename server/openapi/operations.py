@@ -253,10 +253,6 @@ _FILL_MASK: Methods = {
 _VECTOR_STORES = f"{OPENAI}/vector-stores"
 
 
-def _deleted(kind: str) -> Schema:
-    return record(id=STRING, object={"const": kind}, deleted={"const": True})
-
-
 OPERATIONS: Mapping[str, Methods] = {
     "/v1/chat/completions": _text(
         "Chat completion", f"{OPENAI}/chat/create", streams=True, messages=_MESSAGES
