@@ -49,6 +49,7 @@ class TextOperation(StrEnum):
     RESPONSES = "responses"
     MESSAGES = "messages"
     COUNT_TOKENS = "count_tokens"
+    INPUT_TOKENS = "input_tokens"
     EMBEDDINGS = "embeddings"
     RERANK = "rerank"
     SCORE = "score"
@@ -86,6 +87,9 @@ class TextRequest:
     scheduling: SchedulingOptions = SchedulingOptions()
     adapter: str | None = None
     """The LoRA of the model that answers. The engine takes it from a name `MODEL:ADAPTER`."""
+    history: int = 0
+    """Of a response: how many items of its input the server kept from earlier turns. Another model
+    may have written them."""
 
 
 class ImageOperation(StrEnum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Lifespan
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EngineError
 from server.auth import Guard
 from server.batches.batches import Batches
 from server.batches.line_call import LineCalls, access_of_owner
@@ -19,13 +20,19 @@ from server.keys.keyring import Keyring
 from server.keys.watch import KeyWatch
 from server.metrics import HttpMetrics
 from server.request_context import RequestContext
-from server.response_cache.cache import open_cache
+from server.response_cache.cache import ResponseCache, open_cache
+from server.responses.background import Background
+from server.responses.keeper import Keeper
+from server.responses.turn import Turns
+from server.router import Router
 from server.routes.batches import batches_router
+from server.routes.conversations import conversations_router
 from server.routes.docs import docs_router
 from server.routes.engine import engine_router
 from server.routes.images import images_router
 from server.routes.models import models_router
 from server.routes.probes import probes_router
+from server.routes.responses import plain_responses_router, responses_router
 from server.routes.route import route_router
 from server.routes.stored_files import stored_files_router
 from server.routes.text import text_router
@@ -41,6 +48,8 @@ from server.stored_files.uploads import Uploads
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 
 class Application(FastAPI):
@@ -97,6 +106,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     jobs = Jobs(engine, outputs)
     voices = VoiceStore(engine.config)
     cache = open_cache(engine, settings)
+    kept = _Kept(engine, settings, start)
 
     files = FileStore(engine.config.data_dir, FileLimits.of(settings))
 
@@ -116,12 +126,15 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         try:
             if cache is not None:
                 await cache.start()
+            await kept.start()
             yield
         finally:
             try:
+                await kept.stop()
                 await start.end()
             finally:
                 await watch.end()
+                await kept.close()
                 files.close()
             if cache is not None:
                 await cache.close()
@@ -143,6 +156,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     for router in (
         probes_router(engine, start, (metrics.registry, batches.metrics.registry, *cache_series)),
         text_router(engine, settings, cache),
+        *kept.routers(cache),
         images_router(engine, outputs, settings, cache),
         videos_router(engine, jobs, settings),
         speech_router(engine, voices, settings, cache),
@@ -162,3 +176,51 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     ):
         app.router.routes += router.routes
     return app
+
+
+class _Kept:
+    """Responses and conversations that are kept, unless the configuration says otherwise."""
+
+    def __init__(self, engine: Engine, settings: ServerSettings, start: Start) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._ready = start.done
+        self._keeper = Keeper(
+            engine.config.data_dir, settings.responses_size, settings.responses_age
+        )
+        self._turns = Turns(self._keeper)
+        self._background = Background(engine, self._turns)
+        self._resuming: asyncio.Task[None] | None = None
+
+    def routers(self, cache: ResponseCache | None) -> tuple[Router, ...]:
+        """What answers for them."""
+        if not self._settings.keep_responses:
+            return (plain_responses_router(self._engine, self._settings, cache),)
+        return (
+            responses_router(self._engine, self._settings, cache, self._turns, self._background),
+            conversations_router(self._settings, self._keeper),
+        )
+
+    async def start(self) -> None:
+        """Open the store. Jobs of a former process go on once the engine has started."""
+        if self._settings.keep_responses:
+            await self._keeper.start()
+            self._resuming = asyncio.create_task(self._resume())
+
+    async def stop(self) -> None:
+        """Stop the jobs. The engine may be stopped then."""
+        if self._resuming is not None:
+            self._resuming.cancel()
+            await asyncio.wait((self._resuming,))
+        await self._background.stop()
+
+    async def close(self) -> None:
+        """Close the store."""
+        await self._keeper.close()
+
+    async def _resume(self) -> None:
+        await self._ready.wait()
+        try:
+            await self._background.resume()
+        except EngineError as error:
+            logger.error("responses in the background cannot go on: %s", error)

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from engine.errors import InvalidRequest
 
-_ROOTS = ("messages", "input", "system", "prompt")
+_ROOTS = ("messages", "input", "items", "system", "prompt")
 _URL_KEYS = frozenset({"image_url", "audio_url", "video_url", "file_url", "source"})
 """Keys whose value is a URL, or an object with a `url` (`source` is Anthropic's)."""
 

@@ -139,6 +139,15 @@ class ServerSettings(Section):
     """How long an answer is kept."""
     response_cache_shared: bool = False
     """A key may get the answers that were given to another."""
+    keep_responses: bool = True
+    """Keep the responses of `/v1/responses`, and conversations, in `engine.data_dir`.
+
+    A request with `store: false` is never kept. Without this key nothing is.
+    """
+    responses_size: Size = Field(default=2**30, gt=0)
+    """Bytes of kept responses and conversations; beyond, the least recently used go."""
+    responses_age: Duration = Field(default=30 * 86_400.0, gt=0)
+    """How long a conversation, or a chain of responses, is kept after its last turn."""
     max_file_bytes: Size = Field(default=2**29, gt=0)
     """A larger file of `/v1/files` is refused with 413."""
     file_storage: Size = Field(default=10 * 2**30, gt=0)

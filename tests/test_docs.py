@@ -59,6 +59,15 @@ from server.schemas.ollama import (
     OllamaPullBody,
     OllamaShowBody,
 )
+from server.schemas.responses import (
+    CompactBody,
+    ConversationBody,
+    IncludeQuery,
+    ItemsBody,
+    ItemsQuery,
+    MetadataBody,
+    ResponseQuery,
+)
 from server.schemas.scheduling_options import SchedulingBody, SchedulingHeaders
 from server.schemas.stored_files import (
     CompleteBody,
@@ -104,6 +113,15 @@ CONFIGURATION: list[tuple[str, str, type[BaseModel], dict[str, Any]]] = [
 
 BODIES: dict[str, list[type[BaseModel]]] = {
     "Every request": [SchedulingBody],
+    "Responses and conversations": [
+        CompactBody,
+        ConversationBody,
+        ItemsBody,
+        MetadataBody,
+        ResponseQuery,
+        ItemsQuery,
+        IncludeQuery,
+    ],
     "Images": [GenerationBody, EditBody, VariationBody],
     "Videos": [VideoBody, VideoListQuery, VideoContentQuery],
     "Files and uploads": [FileBody, FileListQuery, UploadBody, PartBody, CompleteBody],

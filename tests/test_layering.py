@@ -29,6 +29,7 @@ LAYERS = (
     ("server.openapi",),
     ("server.ollama",),
     ("server.schemas",),
+    ("server.responses",),
     ("server.response_cache",),
     ("server.batches",),
     ("server.stored_files",),

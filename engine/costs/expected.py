@@ -43,7 +43,8 @@ _READ_AGAIN = ("query", "queries", "text_1", "data_1")
 """What they are compared with."""
 
 _WITHOUT_ANSWER = frozenset({
-    TextOperation.COUNT_TOKENS, TextOperation.TOKENIZE, TextOperation.DETOKENIZE
+    TextOperation.COUNT_TOKENS, TextOperation.INPUT_TOKENS,
+    TextOperation.TOKENIZE, TextOperation.DETOKENIZE,
 })  # fmt: skip
 
 MOST_SECONDS_PER_BYTE = 1 / 1_000

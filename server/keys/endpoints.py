@@ -25,6 +25,8 @@ _RUNS: Mapping[str, frozenset[str]] = {
     "/v1/chat/completions": _CHAT,
     "/v1/completions": _CHAT,
     "/v1/responses": _CHAT,
+    "/v1/responses/input_tokens": _CHAT,
+    "/v1/responses/compact": _CHAT,
     "/v1/messages": _CHAT,
     "/v1/messages/count_tokens": _CHAT,
     "/v1/embeddings": _EMBEDDINGS,
@@ -55,6 +57,8 @@ _RUNS: Mapping[str, frozenset[str]] = {
 """A POST to one of these has a model run. Such requests count against the limits of a key."""
 
 _BESIDE = (
+    ("/v1/responses/", _CHAT),
+    ("/v1/conversations", _CHAT),
     ("/v1/images/", _IMAGES),
     ("/v1/videos/", _VIDEOS),
     ("/v1/audio/", _SPEECH),  # voices, and the models that speak

@@ -176,6 +176,42 @@ VIDEO = record(
     eta_s={**nullable(NUMBER), "description": "Seconds until it is expected to be done."},
 )
 
+_ITEMS: Schema = {"type": "array", "items": record(id=STRING, type=STRING)}
+
+RESPONSE = record(
+    id=STRING,
+    object={"const": "response"},
+    status={"enum": ["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]},
+    created_at=INTEGER,
+    model=STRING,
+    output=_ITEMS,
+    error=nullable(record(code=STRING, message=STRING)),
+    metadata={"type": "object", "additionalProperties": STRING},
+    background=BOOLEAN,
+    store=BOOLEAN,
+    previous_response_id=nullable(STRING),
+    conversation=nullable(record(id=STRING)),
+)
+
+COMPACTION = record(
+    id=STRING,
+    object={"const": "response.compaction"},
+    created_at=INTEGER,
+    output=_ITEMS,
+    usage=nullable({"type": "object"}),
+)
+
+CONVERSATION = record(
+    id=STRING,
+    object={"const": "conversation"},
+    created_at=INTEGER,
+    metadata={"type": "object", "additionalProperties": STRING},
+)
+
+ITEM_LIST = listing(
+    record(id=STRING, type=STRING), first_id=STRING, last_id=STRING, has_more=BOOLEAN
+)
+
 STORED_FILE = record(
     id=STRING,
     object={"const": "file"},
@@ -431,6 +467,10 @@ def components() -> dict[str, Any]:
         "ModelList": listing({"anyOf": [reference("Model"), reference("RouteModel")]}),
         "Route": ROUTE,
         "Images": IMAGES,
+        "Response": RESPONSE,
+        "Compaction": COMPACTION,
+        "Conversation": CONVERSATION,
+        "ItemList": ITEM_LIST,
         "File": STORED_FILE,
         "FileList": listing(reference("File"), first_id=STRING, last_id=STRING, has_more=BOOLEAN),
         "Upload": UPLOAD,

@@ -38,6 +38,15 @@ from server.schemas.ollama import (
     OllamaPullBody,
     OllamaShowBody,
 )
+from server.schemas.responses import (
+    CompactBody,
+    ConversationBody,
+    IncludeQuery,
+    ItemsBody,
+    ItemsQuery,
+    MetadataBody,
+    ResponseQuery,
+)
 from server.schemas.stored_files import (
     CompleteBody,
     FileBody,
@@ -158,6 +167,10 @@ def _refused(summary: str) -> Methods:
     return {"post": Operation(summary=f"{summary}: refused", answers={JSON: {"type": "object"}})}
 
 
+def _deleted(kind: str) -> Schema:
+    return record(id=STRING, object={"const": kind}, deleted={"const": True})
+
+
 def _both(operation: Operation) -> Methods:
     """The operation for GET and HEAD."""
     return {"get": operation, "head": operation}
@@ -190,9 +203,94 @@ OPERATIONS: Mapping[str, Methods] = {
     "/v1/completions": _text(
         "Completion", f"{OPENAI}/completions/create", streams=True, prompt="Once"
     ),
-    "/v1/responses": _text(
-        "Response; it is not stored", f"{OPENAI}/responses/create", streams=True, input="Hello"
+    "/v1/responses": _text("Response", f"{OPENAI}/responses/create", streams=True, input="Hello"),
+    "/v1/responses/input_tokens": _text(
+        "Number of tokens of a response's input", f"{OPENAI}/responses/input-tokens", input="Hello"
     ),
+    "/v1/responses/compact": {
+        "post": Operation(
+            summary="A summary in place of earlier turns",
+            answers={JSON: reference("Compaction")},
+            json=CompactBody,
+            scheduled=True,
+            link=f"{OPENAI}/responses/compact",
+            example={"model": MODEL, "input": "Hello"},
+            task="generate",
+        )
+    },
+    "/v1/responses/{response_id}": {
+        "get": Operation(
+            summary="One response",
+            description="With `stream` the answer is events of a response in the background.",
+            answers={JSON: reference("Response"), EVENTS: STRING},
+            query=ResponseQuery,
+            link=f"{OPENAI}/responses/get",
+        ),
+        "delete": Operation(
+            summary="Delete a response",
+            description="One in the background is stopped first.",
+            answers={JSON: _deleted("response.deleted")},
+        ),
+    },
+    "/v1/responses/{response_id}/cancel": {
+        "post": Operation(
+            summary="Stop a response in the background, and keep its record",
+            answers={JSON: reference("Response")},
+        )
+    },
+    "/v1/responses/{response_id}/input_items": {
+        "get": Operation(
+            summary="The items that a response was made from, with those of earlier turns",
+            answers={JSON: reference("ItemList")},
+            query=ItemsQuery,
+        )
+    },
+    "/v1/conversations": {
+        "post": Operation(
+            summary="Create a conversation",
+            answers={JSON: reference("Conversation")},
+            json=ConversationBody,
+            link=f"{OPENAI}/conversations",
+            example={"items": [{"role": "user", "content": "Hello"}]},
+        )
+    },
+    "/v1/conversations/{conversation_id}": {
+        "get": Operation(summary="One conversation", answers={JSON: reference("Conversation")}),
+        "post": Operation(
+            summary="Replace the metadata of a conversation",
+            answers={JSON: reference("Conversation")},
+            json=MetadataBody,
+        ),
+        "delete": Operation(
+            summary="Delete a conversation",
+            description="Its responses stay.",
+            answers={JSON: _deleted("conversation.deleted")},
+        ),
+    },
+    "/v1/conversations/{conversation_id}/items": {
+        "get": Operation(
+            summary="The items of a conversation",
+            answers={JSON: reference("ItemList")},
+            query=ItemsQuery,
+        ),
+        "post": Operation(
+            summary="Add items to a conversation",
+            answers={JSON: reference("ItemList")},
+            json=ItemsBody,
+            query=IncludeQuery,
+        ),
+    },
+    "/v1/conversations/{conversation_id}/items/{item_id}": {
+        "get": Operation(
+            summary="One item of a conversation",
+            answers={JSON: {"type": "object"}},
+            query=IncludeQuery,
+        ),
+        "delete": Operation(
+            summary="Delete an item of a conversation",
+            answers={JSON: reference("Conversation")},
+        ),
+    },
     "/v1/messages": _text(
         "Anthropic's message",
         f"{ANTHROPIC}/messages",

@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.session import Session
 
+RESPONSES_PATH = "/v1/responses"
+"""Answered by `responses_router`, which keeps what it answers."""
+
 TEXT_PATHS = {
     "/v1/chat/completions": TextOperation.CHAT,
     "/v1/completions": TextOperation.COMPLETION,
-    "/v1/responses": TextOperation.RESPONSES,
+    RESPONSES_PATH: TextOperation.RESPONSES,
     "/v1/messages": TextOperation.MESSAGES,
     "/v1/messages/count_tokens": TextOperation.COUNT_TOKENS,
     "/v1/embeddings": TextOperation.EMBEDDINGS,
@@ -69,13 +72,14 @@ def text_router(
                 request, operation, settings, defaults.get(operation)
             )
             streams = operation in _STREAMING and text_request.body.get("stream") is True
-            answer = partial(stream_answer, engine, text_request, _events, shows_wait=streams)
+            answer = partial(stream_answer, engine, text_request, events_of, shows_wait=streams)
             return ConnectedResponse(cached(cache, request, fields, text_request, answer))
 
         router.add(path, endpoint, ["POST"], name=operation.value)
 
     for path, operation in TEXT_PATHS.items():
-        add(path, operation)
+        if path != RESPONSES_PATH:
+            add(path, operation)
     return router
 
 
@@ -107,5 +111,6 @@ async def read_text_request(
     )
 
 
-def _events(session: Session) -> AsyncGenerator[Event, None]:
+def events_of(session: Session) -> AsyncGenerator[Event, None]:
+    """The answer of a text model: its events as they are."""
     return session.events()

@@ -18,6 +18,7 @@ import pytest
 
 from engine.requests import TextOperation
 from server.routes.text import TEXT_PATHS
+from tests.contract.openai import conforms
 from tests.server.real import START_S, STOP_S, Server, starter_config
 
 pytestmark = pytest.mark.slow
@@ -176,6 +177,65 @@ def test_completions_and_responses(sdk: openai.OpenAI) -> None:
     ]
     assert kinds[0] == "response.created"
     assert kinds[-1] in ("response.completed", "response.incomplete")
+
+
+def test_a_response_is_kept(sdk: openai.OpenAI) -> None:
+    """By a real model: what it gets, what it answers, and what is found again."""
+    told: dict[str, Any] = {"model": "tiny-qwen", "max_output_tokens": 8}
+    tool: Any = {
+        "type": "function",
+        "name": "look",
+        "parameters": {"type": "object", "properties": {}, "additionalProperties": False},
+        "strict": True,
+    }
+    first = sdk.responses.create(**told, input="hello", metadata={"a": "b"}, user="somebody")
+    called = sdk.responses.create(
+        model="tiny-qwen",
+        input="look",
+        previous_response_id=first.id,
+        tools=[tool],
+        tool_choice="required",
+        max_output_tokens=300,
+    )
+    output: Any = [
+        {"type": "function_call_output", "call_id": item.call_id, "output": "a train"}
+        for item in called.output
+        if item.type == "function_call"
+    ]
+    assert output
+    counted = sdk.responses.input_tokens.count(
+        model="tiny-qwen", input=output, previous_response_id=called.id, tools=[tool]
+    )
+    *_, last = sdk.responses.create(
+        **told, input=output, previous_response_id=called.id, tools=[tool], stream=True
+    )
+    assert last.type in ("response.completed", "response.incomplete")
+    assert last.response.usage is not None
+    assert last.response.usage.input_tokens == counted.input_tokens
+    for made in (first, called, last.response):
+        found = sdk.responses.retrieve(made.id).to_dict()
+        assert found == made.to_dict()
+        assert conforms(found, "Response")
+    page: Any = sdk.responses.input_items.list(last.response.id, order="asc")
+    assert conforms(page.to_dict(), "ResponseItemList")
+    assert page.data[0].content[0].text == "hello"
+
+
+def test_the_oldest_items_are_dropped(sdk: openai.OpenAI) -> None:
+    long: Any = [
+        {"role": "user", "content": text} for text in ("word " * 3000, "and " * 7000, "last")
+    ]
+    ask: Any = {"model": "tiny-qwen", "max_output_tokens": 4}
+    with pytest.raises(openai.BadRequestError):
+        sdk.responses.create(**ask, input=long)
+    cut = sdk.responses.create(**ask, input=long, truncation="auto")
+    rest = sdk.responses.input_tokens.count(model="tiny-qwen", input=long[1:])
+    assert cut.usage is not None
+    assert cut.usage.input_tokens == rest.input_tokens
+    assert cut.truncation == "auto"
+    too_long: Any = [{"role": "user", "content": "and " * 9000}]
+    with pytest.raises(openai.BadRequestError):
+        sdk.responses.create(**ask, input=too_long, truncation="auto")
 
 
 def test_anthropic_messages(server: Server) -> None:

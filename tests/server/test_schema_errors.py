@@ -35,6 +35,8 @@ GIVEN: dict[str, Any] = {
     "audio_sample": [b"x"],
     "name": "n",
     "body": {"model": "m"},
+    "items": [{"role": "user", "content": "hi"}],
+    "metadata": {"a": "b"},
 }
 WRONG: list[Any] = [
     5, -1, 1.5, "zz", [], ["a"] * 40, [1], {}, {"x": 1}, True, "x" * 600_000,

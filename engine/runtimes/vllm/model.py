@@ -165,7 +165,10 @@ class VllmModel(LoadedModel):
             case TextOperation.COMPLETION:
                 return await serving.openai_serving_completion.create_completion(payload)
             case TextOperation.RESPONSES:
+                payload = await self._fitted(payload)
                 return await serving.openai_serving_responses.create_responses(payload)
+            case TextOperation.INPUT_TOKENS:
+                return await self._count_input(payload)
             case TextOperation.MESSAGES:
                 return await serving.anthropic_serving_messages.create_messages(payload)
             case TextOperation.COUNT_TOKENS:
@@ -181,6 +184,60 @@ class VllmModel(LoadedModel):
             case TextOperation.DETOKENIZE:
                 self._check_tokens(payload.tokens)
                 return await serving.serving_tokenization.create_detokenize(payload, None)
+
+    async def _count_input(self, payload: Any) -> Any:
+        """How many tokens the prompt of a response has: rendered, and not run."""
+        rendered = await self._rendered(await self._fitted(payload))
+        if not hasattr(rendered, "engine_input"):
+            return rendered  # an error of vLLM's
+        responses = self.serving.openai_serving_responses
+        count = responses._extract_prompt_len(rendered.engine_input)
+        document = {"object": "response.input_tokens", "input_tokens": count}
+        return SimpleNamespace(body=json.dumps(document).encode())
+
+    async def _fitted(self, payload: Any) -> Any:
+        """The payload without its oldest items, where all are too long and `truncation` is auto.
+
+        vLLM would cut tokens, and those of the newest item first. An output whose call is dropped
+        is dropped as well.
+        """
+        items = payload.input
+        if payload.truncation != "auto" or await self._fits(payload, items):
+            return payload
+        last = len(items) - 1 if isinstance(items, list) else 0
+        first, fitting = min(1, last), last
+        while first < fitting:
+            middle = (first + fitting) // 2
+            if await self._fits(payload, items[middle:]):
+                fitting = middle
+            else:
+                first = middle + 1
+        while fitting < last and _is_output(items[fitting]):
+            fitting += 1
+        if fitting and await self._fits(payload, items[fitting:]):
+            return payload.model_copy(update={"input": items[fitting:]})
+        # Not even the last item fits: an error says so.
+        return payload.model_copy(update={"truncation": "disabled"})
+
+    async def _fits(self, payload: Any, items: Any) -> bool:
+        from vllm.exceptions import VLLMClientError
+
+        update = {"input": items, "truncation": "disabled"}
+        try:
+            rendered = await self._rendered(payload.model_copy(update=update))
+        except (ValueError, VLLMClientError):
+            return False
+        return hasattr(rendered, "engine_input")
+
+    async def _rendered(self, payload: Any) -> Any:
+        """The prompt of a response, or an error of vLLM's."""
+        return await self.serving.openai_serving_responses.online_renderer.render_responses(
+            payload,
+            previous_messages=None,
+            previous_response_outputs=None,
+            tool_server=None,
+            skip_mm_cache=True,
+        )
 
     def _with_prompts(self, request: TextRequest, payload: Any) -> Any:
         """The payload with what this model wants before texts.
@@ -300,6 +357,11 @@ class VllmModel(LoadedModel):
         if 400 <= info.code < 500:
             return refusal(info.message, info.param, body, status=info.code)
         return RuntimeFailed(plain(info.message))
+
+
+def _is_output(item: Any) -> bool:
+    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    return kind in ("function_call_output", "custom_tool_call_output")
 
 
 def _streamed_error(text: str) -> dict[str, Any] | None:

@@ -302,6 +302,7 @@ class VllmRuntime(Runtime):
             TextOperation.CHAT: ChatCompletionRequest,
             TextOperation.COMPLETION: CompletionRequest,
             TextOperation.RESPONSES: ResponsesRequest,
+            TextOperation.INPUT_TOKENS: ResponsesRequest,
             TextOperation.MESSAGES: AnthropicMessagesRequest,
             TextOperation.COUNT_TOKENS: AnthropicCountTokensRequest,
             TextOperation.EMBEDDINGS: EmbeddingRequest,
