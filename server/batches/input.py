@@ -173,6 +173,8 @@ def _check(raw: bytes, checks: Checks) -> tuple[str, str]:
         raise _Wrong("invalid_request", "The body is a JSON object.", "body")
     if body.get("stream"):
         raise _Wrong("invalid_request", "A batch has no streams.", "body.stream")
+    if body.get("background"):
+        raise _Wrong("invalid_request", "A line runs in the background already.", "body.background")
     if str(body.get("priority") or _BATCH).lower() != _BATCH:
         message = f"Lines of a batch have the priority {_BATCH}."
         raise _Wrong("invalid_request", message, "body.priority")

@@ -214,6 +214,7 @@ async def test_a_batch_over_four_models(
         (line("x", "none"), "model_not_found", "body.model"),
         ({**line("x"), "body": {}}, "invalid_request", "body.model"),
         (line("x", stream=True), "invalid_request", "body.stream"),
+        (line("x", background=True), "invalid_request", "body.background"),
         (line("x", priority="interactive"), "invalid_request", "body.priority"),
     ],
 )
