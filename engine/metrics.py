@@ -56,8 +56,8 @@ class StatusCollector(Collector):
             "Host memory of a prefix cache that waits for its KV cache.",
             labels=("model",),
         )
-        for model_id, nbytes in status.host.prefix_bytes.items():
-            prefixes.add_metric((model_id,), nbytes)
+        for model in status.models:
+            prefixes.add_metric((model.id,), status.host.prefix_bytes.get(model.id, 0))
         yield prefixes
         resident = GaugeMetricFamily(
             "roundhouse_resident_bytes",

@@ -49,11 +49,13 @@ class TextOperation(StrEnum):
     RESPONSES = "responses"
     MESSAGES = "messages"
     COUNT_TOKENS = "count_tokens"
+    INPUT_TOKENS = "input_tokens"
     EMBEDDINGS = "embeddings"
     RERANK = "rerank"
     SCORE = "score"
     CLASSIFY = "classify"
     MODERATION = "moderation"
+    FILL_MASK = "fill_mask"
     TOKENIZE = "tokenize"
     DETOKENIZE = "detokenize"
 
@@ -65,6 +67,7 @@ READING = frozenset(
         TextOperation.SCORE,
         TextOperation.CLASSIFY,
         TextOperation.MODERATION,
+        TextOperation.FILL_MASK,
     }
 )
 """Operations that read texts and write none. Equal requests have equal answers."""
@@ -86,6 +89,9 @@ class TextRequest:
     scheduling: SchedulingOptions = SchedulingOptions()
     adapter: str | None = None
     """The LoRA of the model that answers. The engine takes it from a name `MODEL:ADAPTER`."""
+    history: int = 0
+    """Of a response: how many items of its input the server kept from earlier turns. Another model
+    may have written them."""
 
 
 class ImageOperation(StrEnum):

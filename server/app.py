@@ -2,34 +2,59 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Lifespan
 
+from engine.errors import ConfigError, EngineError
 from server.auth import Guard
+from server.batches.batches import Batches
+from server.batches.line_call import LineCalls, access_of_owner
 from server.keys.keyring import Keyring
 from server.keys.watch import KeyWatch
 from server.metrics import HttpMetrics
 from server.request_context import RequestContext
-from server.response_cache.cache import open_cache
+from server.response_cache.cache import ResponseCache, open_cache
+from server.responses.background import Background
+from server.responses.keeper import Keeper
+from server.responses.turn import Turns
+from server.router import Router
+from server.routes.batches import batches_router
+from server.routes.conversations import conversations_router
 from server.routes.docs import docs_router
 from server.routes.engine import engine_router
 from server.routes.images import images_router
 from server.routes.models import models_router
 from server.routes.probes import probes_router
+from server.routes.responses import plain_responses_router, responses_router
 from server.routes.route import route_router
+from server.routes.stored_files import stored_files_router
 from server.routes.text import text_router
+from server.routes.uploads import uploads_router
 from server.routes.usage import usage_router
+from server.routes.vector_stores import vector_stores_router
 from server.routes.videos import videos_router
 from server.routes.web import web_router
 from server.settings import ServerSettings
 from server.start import Start
+from server.stored_files.record import FileLimits
+from server.stored_files.store import FileStore
+from server.stored_files.uploads import Uploads
+from server.tracing.open import open_tracing
+from server.vector_stores.embedder import Embedder, Models
+from server.vector_stores.stores import VectorStores
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+    from server.pictures import Pictures
+
+logger = logging.getLogger(__name__)
 
 
 class Application(FastAPI):
@@ -56,10 +81,12 @@ class Application(FastAPI):
         )
         self.keyring = keyring
         self.requests = RequestContext(Guard(self.router, settings, keyring), metrics)
+        self.outermost: ASGIApp = self.requests
+        """What a request meets first: with tracing, the layer of its span."""
 
     def build_middleware_stack(self) -> ASGIApp:
         """The layers round the routes."""
-        return self.requests
+        return self.outermost
 
 
 def create_app(engine: Engine, settings: ServerSettings, start: Start | None = None) -> Application:
@@ -75,7 +102,9 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     from engine.jobs.queue import Jobs
     from engine.media.outputs import Outputs
     from engine.media.voices import VoiceStore
+    from server.pictures import Pictures
     from server.routes.files import files_router
+    from server.routes.mcp import McpEndpoint
     from server.routes.ollama import ollama_router
     from server.routes.speech import speech_router
     from server.routes.transcriptions import transcriptions_router
@@ -86,22 +115,47 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     jobs = Jobs(engine, outputs)
     voices = VoiceStore(engine.config)
     cache = open_cache(engine, settings)
+    pictures = Pictures(engine, settings)
+    kept = _Kept(engine, settings, start)
+    mcp = McpEndpoint(engine, outputs, settings, start)
+
+    files = FileStore(engine.config.data_dir, FileLimits.of(settings))
+
+    async def begin_files() -> None:
+        """Open the stored files, without which nothing starts."""
+        try:
+            await asyncio.to_thread(files.open)
+            await stores.start()
+        except ConfigError as error:
+            start.fail(error)
+        else:
+            start.begin(jobs, batches)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        start.begin(jobs)
+        await begin_files()
         watch.begin()
         try:
             if cache is not None:
                 await cache.start()
+            await kept.start()
             yield
         finally:
+            await mcp.close()
             try:
+                # First those with requests of their own.
+                await kept.stop()
+                await stores.stop()
                 await start.end()
             finally:
                 await watch.end()
+                await kept.close()
+                files.close()
+                await pictures.close()
             if cache is not None:
                 await cache.close()
+            if tracing is not None:
+                await tracing.close()
 
     metrics = HttpMetrics()
     cache_series = () if cache is None else (cache.registry,)
@@ -109,10 +163,30 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     watch = KeyWatch(engine.config.data_dir, keyring)
     watch.load()
     keyring.hand_budgets(engine.accounts.set_key_budgets)
+    memory = settings.vector_stores
+    stores = VectorStores(
+        engine.config.data_dir,
+        memory,
+        files,
+        Embedder(engine, Models(memory.embedding_model, memory.rerank_model)),
+        keyring.caller,
+    )
     app = Application(settings, keyring, metrics, lifespan)
+    batches = Batches(
+        engine,
+        files,
+        LineCalls(app, app.router, keyring, metrics),
+        settings,
+        partial(access_of_owner, keyring),
+    )
+    tracing = None
+    if settings.otlp_endpoint is not None:
+        tracing = open_tracing(settings.otlp_endpoint, engine)
+        app.outermost = tracing.layer(app.requests)
     for router in (
-        probes_router(engine, start, (metrics.registry, *cache_series)),
-        text_router(engine, settings, cache),
+        probes_router(engine, start, (metrics.registry, batches.metrics.registry, *cache_series)),
+        text_router(engine, settings, pictures, cache),
+        *kept.routers(pictures, cache),
         images_router(engine, outputs, settings, cache),
         videos_router(engine, jobs, settings),
         speech_router(engine, voices, settings, cache),
@@ -120,12 +194,67 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         voices_router(engine, voices, settings),
         models_router(engine),
         engine_router(engine, settings, cache),
-        route_router(engine, settings),
+        route_router(engine, settings, pictures),
         usage_router(engine),
         files_router(engine),
-        ollama_router(engine, settings),
+        stored_files_router(files),
+        uploads_router(Uploads(files), settings),
+        batches_router(batches, settings),
+        vector_stores_router(stores, settings),
+        ollama_router(engine, settings, pictures),
+        mcp.router(),
         web_router(),
         docs_router(engine, settings),
     ):
         app.router.routes += router.routes
     return app
+
+
+class _Kept:
+    """Responses and conversations that are kept, unless the configuration says otherwise."""
+
+    def __init__(self, engine: Engine, settings: ServerSettings, start: Start) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._ready = start.done
+        self._keeper = Keeper(
+            engine.config.data_dir, settings.responses_size, settings.responses_age
+        )
+        self._turns = Turns(self._keeper)
+        self._background = Background(engine, self._turns)
+        self._resuming: asyncio.Task[None] | None = None
+
+    def routers(self, pictures: Pictures, cache: ResponseCache | None) -> tuple[Router, ...]:
+        """What answers for them."""
+        if not self._settings.keep_responses:
+            return (plain_responses_router(self._engine, self._settings, pictures, cache),)
+        return (
+            responses_router(
+                self._engine, self._settings, pictures, cache, self._turns, self._background
+            ),
+            conversations_router(self._settings, self._keeper),
+        )
+
+    async def start(self) -> None:
+        """Open the store. Jobs of a former process go on once the engine has started."""
+        if self._settings.keep_responses:
+            await self._keeper.start()
+            self._resuming = asyncio.create_task(self._resume())
+
+    async def stop(self) -> None:
+        """Stop the jobs. The engine may be stopped then."""
+        if self._resuming is not None:
+            self._resuming.cancel()
+            await asyncio.wait((self._resuming,))
+        await self._background.stop()
+
+    async def close(self) -> None:
+        """Close the store."""
+        await self._keeper.close()
+
+    async def _resume(self) -> None:
+        await self._ready.wait()
+        try:
+            await self._background.resume()
+        except EngineError as error:
+            logger.error("responses in the background cannot go on: %s", error)

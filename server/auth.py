@@ -33,7 +33,9 @@ WEB_PATH = "/"
 WEB_FILES_PREFIX = "/web/"
 DOCS_PATH = "/docs"
 DOCS_FILES_PREFIX = "/docs/"
-"""Pages and their files hold no secret. A page requests its data with the key that it gets."""
+WELL_KNOWN_PREFIX = "/.well-known/"
+"""Pages and their files hold no secret. A page requests its data with the key that it gets.
+Clients of MCP look below `/.well-known/` for a login. The answer is 404: a key is all there is."""
 ADMIN_PREFIX = "/v1/engine/"
 PLAN_PATH = "/v1/engine/plan"
 ROUTE_PATH = "/v1/engine/route"
@@ -95,18 +97,18 @@ class Guard:
                 "admin_key_required",
             )
         if not access.may_call(path):
-            return _forbidden(f"This API key may not use {path}.", "endpoint_forbidden")
+            return forbidden_endpoint(path)
         if access.limiter is not None and is_counted(method, path):
             refusal = state["turn"].enter()
             if refusal is not None:
-                return _limited(refusal)
+                return limited(refusal)
         return None
 
     def _access(self, headers: Headers) -> Access | Failure:
         """What the presented key may do. Of several valid ones an admin's counts, or the first."""
         presented = _presented_keys(headers)
         if not presented:
-            return _unauthorized(
+            return unauthorized(
                 "No API key given. Send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'."
             )
         now = time.time()
@@ -122,7 +124,7 @@ class Guard:
             elif found is None or (access.admin and not found.admin):
                 found = access
         if found is None:
-            return _unauthorized(reason or "Incorrect API key.")
+            return unauthorized(reason or "Incorrect API key.")
         found.used_at = now
         return found
 
@@ -171,7 +173,7 @@ def is_open(method: str, path: str) -> bool:
     """Whether a request needs no key at all, even with configured keys."""
     if path in PROBES:
         return True
-    prefixes = (WEB_FILES_PREFIX, DOCS_FILES_PREFIX, IMAGE_FILES_PREFIX)
+    prefixes = (WEB_FILES_PREFIX, DOCS_FILES_PREFIX, WELL_KNOWN_PREFIX, IMAGE_FILES_PREFIX)
     return method in ("GET", "HEAD") and (
         path in (WEB_PATH, DOCS_PATH) or path.startswith(prefixes)
     )
@@ -193,7 +195,8 @@ def _hostname(url: str) -> str | None:
         return None
 
 
-def _unauthorized(message: str) -> Failure:
+def unauthorized(message: str) -> Failure:
+    """The failure for a key that opens nothing."""
     return Failure(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
 
@@ -201,7 +204,13 @@ def _forbidden(message: str, code: str) -> Failure:
     return Failure(403, message, code=code)
 
 
-def _limited(refusal: Refusal) -> Failure:
+def forbidden_endpoint(path: str) -> Failure:
+    """The failure for a key that may not call the endpoint."""
+    return _forbidden(f"This API key may not use {path}.", "endpoint_forbidden")
+
+
+def limited(refusal: Refusal) -> Failure:
+    """The failure for a key that is over a limit."""
     wait_s = max(1, math.ceil(refusal.retry_after_s))
     return Failure(
         429,

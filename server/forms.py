@@ -7,9 +7,10 @@ structure into the names, as in `image[]`, `input_reference[image_url]` and `lor
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -21,6 +22,8 @@ from server.body import read_object, stream_body
 MAX_FILES = 32
 """Twice what any endpoint takes (16 images), so an error for one too many names its field."""
 MAX_FIELDS = 256
+MAX_UPLOAD_FIELDS = 16
+"""Beside the one file of an upload."""
 
 _NAME = re.compile(r"(?P<field>[^\[\]]+)(?P<list>\[\])?(?:\[(?P<key>[^\[\]]+)\])?")
 
@@ -88,10 +91,12 @@ async def parse_form(
     *,
     text_bytes: int = 2**20,
     spool_bytes: int,
+    new_file: Callable[[], BinaryIO] | None = None,
 ) -> FormData:
     """The body as a form, which the caller closes. Files beyond `spool_bytes` are kept on disk.
 
-    A field of text may have `text_bytes`, by default Starlette's own limit.
+    A field of text may have `text_bytes`, by default Starlette's own limit. Where `new_file` is
+    given, files are written to what it makes, from their first byte.
 
     Raises:
         InvalidRequest: too long (status 413), malformed, or too many parts.
@@ -100,7 +105,7 @@ async def parse_form(
 
     """
     async with aclosing(stream_body(request, max_bytes)) as stream:
-        parser = MultiPartParser(
+        parser = _FormParser(
             request.headers,
             stream,
             max_files=max_files,
@@ -108,10 +113,54 @@ async def parse_form(
             max_part_size=text_bytes,
         )
         parser.spool_max_size = spool_bytes
+        parser.new_file = new_file
         try:
             return await parser.parse()
         except MultiPartException as error:
             raise InvalidRequest(f"The form cannot be read: {error.message}") from error
+
+
+async def read_upload(
+    request: Request, max_bytes: int, name: str, new_file: Callable[[], BinaryIO]
+) -> tuple[Fields, str]:
+    """The fields of a form with one file, and the file's name.
+
+    The file goes to what `new_file` makes, and `name` is its field. Among the fields it is there
+    without its bytes.
+
+    Raises:
+        InvalidRequest: it is no form, too long (status 413), malformed, or without that file.
+        ClientDisconnect: the client left while sending.
+        OSError: the file cannot be written.
+
+    """
+    if not is_form(request):
+        raise InvalidRequest("Send the file as multipart/form-data.", param=name, status=415)
+    form = await parse_form(
+        request, max_bytes, 1, MAX_UPLOAD_FIELDS, spool_bytes=0, new_file=new_file
+    )
+    file = form.get(name)
+    if not isinstance(file, UploadFile):
+        raise InvalidRequest(f"Missing required parameter: '{name}'.", param=name)
+    texts = FormData([item for item in form.multi_items() if item[1] is not file])
+    values = await _structured(texts)
+    if name in values:
+        raise _twice(name)
+    given = {key: value for key, value in values.items() if value != ""}
+    return Fields({**given, name: [b""]}, typed=False), file.filename or ""
+
+
+class _FormParser(MultiPartParser):
+    """Starlette's, which writes files to where they stay, if that is known."""
+
+    new_file: Callable[[], BinaryIO] | None = None
+
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        upload = self._current_part.file
+        if upload is not None and self.new_file is not None:
+            upload.file.close()
+            upload.file = self.new_file()
 
 
 async def _structured(form: FormData) -> dict[str, Any]:

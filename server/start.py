@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -13,12 +13,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class Part(Protocol):
+    """What begins after the engine and its jobs, and stops before them."""
+
+    async def start(self) -> None:
+        """Begin."""
+
+    async def stop(self) -> None:
+        """Stop. A second call does nothing."""
+
+
 class Start:
     """The engine's start as a task of its own, as the import of a runtime takes many seconds."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._jobs: Jobs | None = None
+        self._batches: Part | None = None
         self._task: asyncio.Task[None] | None = None
         self.error: Exception | None = None
         """Why the engine could not start, or None."""
@@ -26,10 +37,16 @@ class Start:
         self.done = asyncio.Event()
         """Set once the engine and its jobs have started."""
 
-    def begin(self, jobs: Jobs) -> None:
-        """Start the engine and then its jobs, in the background."""
-        self._jobs = jobs
-        self._task = asyncio.create_task(self._run(jobs))
+    def begin(self, jobs: Jobs, batches: Part) -> None:
+        """Start the engine, then its jobs and the batches, in the background."""
+        self._jobs, self._batches = jobs, batches
+        self._task = asyncio.create_task(self._run(jobs, batches))
+
+    def fail(self, error: Exception) -> None:
+        """Report that what must come before the start has failed."""
+        logger.critical("the server could not start: %s", error)
+        self.error = error
+        self.failed.set()
 
     async def drain(self, limit_s: float) -> None:
         """Keep the jobs for the next start, and let requests finish for at most `limit_s`."""
@@ -37,6 +54,8 @@ class Start:
             if self._jobs is not None:
                 # First, as the engine would wait for jobs. They can continue after the next start.
                 group.create_task(self._jobs.stop())
+            if self._batches is not None:
+                group.create_task(self._batches.stop())
             group.create_task(self._engine.drain(limit_s))
 
     async def end(self) -> None:
@@ -45,15 +64,18 @@ class Start:
             self._task.cancel()
             await asyncio.wait((self._task,))
         try:
+            if self._batches is not None:
+                await self._batches.stop()
             if self._jobs is not None:
                 await self._jobs.stop()
         finally:
             await self._engine.stop()
 
-    async def _run(self, jobs: Jobs) -> None:
+    async def _run(self, jobs: Jobs, batches: Part) -> None:
         try:
             await self._engine.start()
             await jobs.start()
+            await batches.start()
             self.done.set()
         except Exception as error:
             logger.critical("the engine could not start: %s", error)

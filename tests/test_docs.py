@@ -29,6 +29,7 @@ from engine.scheduling.scheduler_event import EventKind, SchedulerEvent
 from engine.status import BlockStatus, EngineStatus, Restarts
 from engine.usage import Usage
 from server.app import create_app
+from server.batches.metrics import BatchCounts, BatchMetrics
 from server.errors import Failure
 from server.metrics import HttpMetrics, render
 from server.response_cache.outcome import CacheMetrics
@@ -42,6 +43,7 @@ from server.schemas.audio import (
     VoiceBody,
     VoicesQuery,
 )
+from server.schemas.batches import BatchBody, BatchListQuery
 from server.schemas.engine import EventsQuery, PlanBody, RouteBody
 from server.schemas.fields import Body
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
@@ -57,10 +59,37 @@ from server.schemas.ollama import (
     OllamaPullBody,
     OllamaShowBody,
 )
+from server.schemas.responses import (
+    CompactBody,
+    ConversationBody,
+    IncludeQuery,
+    ItemsBody,
+    ItemsQuery,
+    MetadataBody,
+    ResponseQuery,
+)
 from server.schemas.scheduling_options import SchedulingBody, SchedulingHeaders
+from server.schemas.stored_files import (
+    CompleteBody,
+    FileBody,
+    FileListQuery,
+    PartBody,
+    UploadBody,
+)
 from server.schemas.usage import UsageQuery
+from server.schemas.vector_stores import (
+    AttributesBody,
+    FileBatchBody,
+    SearchBody,
+    StoreFileBody,
+    StoreFileListQuery,
+    VectorStoreBody,
+    VectorStoreChangeBody,
+    VectorStoreListQuery,
+)
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
-from server.settings import ServerSettings
+from server.settings import VECTOR_STORES, VECTOR_STORES_URL, ServerSettings
+from server.vector_store_config import VectorStoreConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -84,6 +113,7 @@ CONFIGURATION: list[tuple[str, str, type[BaseModel], dict[str, Any]]] = [
         {"model": "any", "simple": ["a"], "hard": ["b"]},
     ),
     ("`costs`", "key", CostConfig, NOTHING),
+    ("`vector_stores`", "key", VectorStoreConfig, NOTHING),
     ("`budgets`", "key", BudgetConfig, NOTHING),
     *(
         (f"Options of `{name}`", "key", runtime_class(name).Options, NEEDED.get(name, NOTHING))
@@ -95,8 +125,29 @@ CONFIGURATION: list[tuple[str, str, type[BaseModel], dict[str, Any]]] = [
 
 BODIES: dict[str, list[type[BaseModel]]] = {
     "Every request": [SchedulingBody],
+    "Responses and conversations": [
+        CompactBody,
+        ConversationBody,
+        ItemsBody,
+        MetadataBody,
+        ResponseQuery,
+        ItemsQuery,
+        IncludeQuery,
+    ],
     "Images": [GenerationBody, EditBody, VariationBody],
     "Videos": [VideoBody, VideoListQuery, VideoContentQuery],
+    "Files and uploads": [FileBody, FileListQuery, UploadBody, PartBody, CompleteBody],
+    "Batches": [BatchBody, BatchListQuery],
+    "Vector stores": [
+        VectorStoreBody,
+        VectorStoreChangeBody,
+        VectorStoreListQuery,
+        StoreFileListQuery,
+        StoreFileBody,
+        FileBatchBody,
+        AttributesBody,
+        SearchBody,
+    ],
     "Speech": [SpeechBody],
     "Transcriptions and translations": [TranscriptionBody, TranslationBody],
     "Voices": [VoiceBody, VoicesQuery],
@@ -164,7 +215,11 @@ def test_every_key_is_described_with_its_default(
         monkeypatch.delenv(variable, raising=False)
     table = [r for r in rows("configuration.md") if (r.section, r.column) == (section, column)]
     described = {code(row.cells[0])[0]: "".join(code(row.cells[1])) for row in table}
-    sections = (*LISTS, "costs") if kind is EngineConfig else ()
+    parts: dict[type[BaseModel], tuple[str, ...]] = {
+        EngineConfig: (*LISTS, "costs"),
+        ServerSettings: (VECTOR_STORES,),
+    }
+    sections = parts.get(kind, ())
     assert [*described] == [name for name in kind.model_fields if name not in sections]
     by_itself = kind.model_validate(needed)
     for name, text in described.items():
@@ -191,6 +246,7 @@ def test_every_runtime_has_its_options_described() -> None:
 
 def test_every_variable_that_is_named_is_one() -> None:
     keys = {*engine_fields(), *ServerSettings.model_fields, *CostConfig.model_fields, "config"}
+    keys.add(VECTOR_STORES_URL)
     texts = "".join(page.read_text() for page in PAGES)
     variables = set(re.findall(r"\bROUNDHOUSE_([A-Z_]+)\b", texts))
     assert "API_KEYS" in variables
@@ -277,7 +333,9 @@ def series(engine: Engine) -> dict[str, dict[str, set[str]]]:
     metrics.request_seconds.labels("any", "run").observe(0)
     http.observe("/", "GET", 200, 0.0)
     cache = CacheMetrics(lambda: Kept(0, 0))
-    text, _ = render((metrics.registry, http.registry, cache.registry), "text/plain")
+    batches = BatchMetrics(BatchCounts)
+    registries = (metrics.registry, http.registry, cache.registry, batches.registry)
+    text, _ = render(registries, "text/plain")
     found: dict[str, dict[str, set[str]]] = {}
     for family in text_string_to_metric_families(text.decode()):
         name = f"{family.name}_total" if family.type == "counter" else family.name

@@ -34,6 +34,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from operator import attrgetter
 
+from engine.requests import Priority
 from engine.scheduling.plan import (
     Load,
     Outlook,
@@ -168,7 +169,7 @@ class _Decision:
             other for other in self.models.values() if other.evictable and other not in members
         ]
         reason = ""
-        victims = least_costly(self._idle(but=members), self._deficit_bytes, self.snapshot.draining)
+        victims = self._victims_of(ticket, self._idle(but=members))
         if victims is None:
             victims = least_costly(others, self._deficit_bytes, self.snapshot.draining)
             reason = "models in use must become idle first"
@@ -382,6 +383,23 @@ class _Decision:
         """What the claim still lacks once everything that is leaving has left."""
         return self.claim_bytes - self.free_bytes - self.returning_bytes
 
+    def _victims_of(
+        self, ticket: TicketView, candidates: list[PlannedModel]
+    ) -> list[Victim] | None:
+        """The least costly victims for the ticket; None if all candidates do not suffice.
+
+        For a batch leaves first what others have not asked for the longest. Even a KV cache, which
+        costs nothing to bring back, is not taken from a model that somebody talks to.
+        """
+        deficit_bytes, draining = self._deficit_bytes, self.snapshot.draining
+        if ticket.priority == Priority.BATCH:
+            candidates = sorted(candidates, key=lambda model: model.view.used_at)
+            for count in range(1, len(candidates)):
+                chosen = least_costly(candidates[:count], deficit_bytes, draining)
+                if chosen is not None:
+                    return chosen
+        return least_costly(candidates, deficit_bytes, draining)
+
     def _victims_of_overdue(self, claimants: Sequence[PlannedModel]) -> list[Victim] | None:
         """The victims of an overdue claim; None if it must wait for now."""
         idle: list[PlannedModel] = []
@@ -450,9 +468,7 @@ class _Decision:
         members = self._of(self.claim)
         victims = self.victims
         if victims is None:
-            victims = least_costly(
-                self._idle(but=members), self._deficit_bytes, self.snapshot.draining
-            )
+            victims = self._victims_of(self.claim, self._idle(but=members))
         if victims:
             return first_idle(victims, f"making room for {' and '.join(self.claim.models)}")
         if self.claim_bytes <= self.free_bytes:

@@ -223,4 +223,5 @@ class ScheduledModel:
             leaving_bytes=sum(block.nbytes for block in self.blocks if block.name in self.leaving),
             wake_s=self.wake_seconds(parkable),
             host_bytes=self.host_bytes if self.blocks else self.expected_host_bytes,
+            used_at=self.demand.at,
         )

@@ -28,6 +28,7 @@ from engine.errors import (
 )
 from engine.memory.block import Block, Estimate
 from engine.process.faults import FAULTS
+from engine.requests import Priority
 from engine.scheduling.effects import Effects
 from engine.scheduling.eta import retry_after_s
 from engine.scheduling.lease import Lease, LeaseTimings
@@ -142,7 +143,9 @@ class Scheduler:
         serial = self._queue.add(ticket, now, model.tier)
         for name in ticket.models:
             self._models[name].waiting += 1
-            self._models[name].demand.count(now)
+            # What a batch asked for says nothing of what comes next: its model may leave first.
+            if ticket.priority is not Priority.BATCH:
+                self._models[name].demand.count(now)
         if at_once:
             with self._reporting():
                 self._grant(serial)

@@ -53,6 +53,8 @@ class ModelView:
     """Of the host copy; while the model is absent, of the copy that a load would make."""
     holds: int = 0
     """Sessions for which it must stay on the device."""
+    used_at: float = 0.0
+    """When a request that is not of a batch last asked for it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-FAMILIES = ("chat", "embeddings", "images", "videos", "speech", "transcriptions", "engine")
+FAMILIES = (
+    "chat",
+    "embeddings",
+    "images",
+    "videos",
+    "speech",
+    "transcriptions",
+    "files",
+    "vector_stores",
+    "engine",
+)
 
-_CHAT, _EMBEDDINGS, _IMAGES, _VIDEOS, _SPEECH, _TRANSCRIPTIONS, _ENGINE = (
+_CHAT, _EMBEDDINGS, _IMAGES, _VIDEOS, _SPEECH, _TRANSCRIPTIONS, _FILES, _STORES, _ENGINE = (
     frozenset({family}) for family in FAMILIES
 )
 _TEXT = _CHAT | _EMBEDDINGS
@@ -16,6 +26,8 @@ _RUNS: Mapping[str, frozenset[str]] = {
     "/v1/chat/completions": _CHAT,
     "/v1/completions": _CHAT,
     "/v1/responses": _CHAT,
+    "/v1/responses/input_tokens": _CHAT,
+    "/v1/responses/compact": _CHAT,
     "/v1/messages": _CHAT,
     "/v1/messages/count_tokens": _CHAT,
     "/v1/embeddings": _EMBEDDINGS,
@@ -27,6 +39,7 @@ _RUNS: Mapping[str, frozenset[str]] = {
     "/v1/classify": _EMBEDDINGS,
     "/classify": _EMBEDDINGS,
     "/v1/moderations": _EMBEDDINGS,
+    "/v1/fill-mask": _EMBEDDINGS,
     "/api/chat": _CHAT,
     "/api/generate": _CHAT,
     "/api/embed": _EMBEDDINGS,
@@ -46,9 +59,15 @@ _RUNS: Mapping[str, frozenset[str]] = {
 """A POST to one of these has a model run. Such requests count against the limits of a key."""
 
 _BESIDE = (
+    ("/v1/responses/", _CHAT),
+    ("/v1/conversations", _CHAT),
     ("/v1/images/", _IMAGES),
     ("/v1/videos/", _VIDEOS),
     ("/v1/audio/", _SPEECH),  # voices, and the models that speak
+    ("/v1/files", _FILES),
+    ("/v1/uploads", _FILES),
+    ("/v1/batches", _FILES),
+    ("/v1/vector_stores", _STORES),
     ("/v1/engine", _ENGINE),
     ("/api/ps", _ENGINE),
     ("/api/pull", _ENGINE),
@@ -75,4 +94,9 @@ def families_of(path: str) -> frozenset[str] | None:
 
 def is_counted(method: str, path: str) -> bool:
     """Whether the request counts against the limits of its key."""
-    return method == "POST" and path in _RUNS
+    return method == "POST" and (path in _RUNS or _is_search(path))
+
+
+def _is_search(path: str) -> bool:
+    """Whether it searches a vector store, for which a model runs."""
+    return path.startswith("/v1/vector_stores/") and path.endswith("/search")

@@ -11,8 +11,12 @@ from engine.costs.usage_store import COUNTS, GROUPS
 from engine.route_config import Preference
 from engine.scheduling.scheduler_event import EventKind
 from engine.status import EngineState, EngineStatus, Forecast, ModelStatus, ProviderStatus
+from server.batches.record import BatchState
 from server.json_schema import SchemaGenerator
 from server.openapi.operation import Schema, listing, nullable, record, reference
+from server.stored_files.record import Purpose
+from server.stored_files.uploads import UploadState
+from server.vector_stores.records import AttachmentStatus
 
 TEMPLATE = "#/components/schemas/{model}"
 
@@ -44,6 +48,19 @@ ANTHROPIC_ERROR = record(
 )
 
 OLLAMA_ERROR = record(error=STRING)
+
+_MCP_ERROR = record(code=INTEGER, message=STRING, optional={"data": {}})
+MCP_MESSAGE = record(
+    jsonrpc={"const": "2.0"},
+    optional={
+        "id": {"type": ["string", "integer", "null"]},
+        "method": STRING,
+        "params": {"type": "object"},
+        "result": {"type": "object"},
+        "error": _MCP_ERROR,
+    },
+)
+MCP_ERROR = record(jsonrpc={"const": "2.0"}, id={"type": "null"}, error=_MCP_ERROR)
 
 _TEXTS: Schema = {"type": "array", "items": STRING}
 
@@ -171,6 +188,169 @@ VIDEO = record(
     },
     position={**nullable(INTEGER), "description": "In the queue; 1 is next."},
     eta_s={**nullable(NUMBER), "description": "Seconds until it is expected to be done."},
+)
+
+_ITEMS: Schema = {"type": "array", "items": record(id=STRING, type=STRING)}
+
+RESPONSE = record(
+    id=STRING,
+    object={"const": "response"},
+    status={"enum": ["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]},
+    created_at=INTEGER,
+    model=STRING,
+    output=_ITEMS,
+    error=nullable(record(code=STRING, message=STRING)),
+    metadata={"type": "object", "additionalProperties": STRING},
+    background=BOOLEAN,
+    store=BOOLEAN,
+    previous_response_id=nullable(STRING),
+    conversation=nullable(record(id=STRING)),
+)
+
+COMPACTION = record(
+    id=STRING,
+    object={"const": "response.compaction"},
+    created_at=INTEGER,
+    output=_ITEMS,
+    usage=nullable({"type": "object"}),
+)
+
+CONVERSATION = record(
+    id=STRING,
+    object={"const": "conversation"},
+    created_at=INTEGER,
+    metadata={"type": "object", "additionalProperties": STRING},
+)
+
+ITEM_LIST = listing(
+    record(id=STRING, type=STRING), first_id=STRING, last_id=STRING, has_more=BOOLEAN
+)
+
+STORED_FILE = record(
+    id=STRING,
+    object={"const": "file"},
+    bytes=INTEGER,
+    created_at=INTEGER,
+    filename=STRING,
+    purpose={"enum": [purpose.value for purpose in Purpose]},
+    status={"const": "processed"},
+    optional={"expires_at": INTEGER},
+)
+
+UPLOAD = record(
+    id=STRING,
+    object={"const": "upload"},
+    bytes=INTEGER,
+    created_at=INTEGER,
+    expires_at=INTEGER,
+    filename=STRING,
+    purpose=STRING,
+    status={"enum": [state.value for state in UploadState]},
+    file=nullable(reference("File")),
+)
+
+BATCH = record(
+    id=STRING,
+    object={"const": "batch"},
+    endpoint=STRING,
+    input_file_id=STRING,
+    completion_window=STRING,
+    status={"enum": [state.value for state in BatchState]},
+    created_at=INTEGER,
+    expires_at=INTEGER,
+    request_counts=record(total=INTEGER, completed=INTEGER, failed=INTEGER),
+    usage=record(
+        input_tokens=INTEGER,
+        input_tokens_details=record(cached_tokens=INTEGER),
+        output_tokens=INTEGER,
+        output_tokens_details=record(reasoning_tokens=INTEGER),
+        total_tokens=INTEGER,
+    ),
+    metadata=nullable({"type": "object", "additionalProperties": STRING}),
+    optional={
+        **dict.fromkeys(
+            (
+                "in_progress_at",
+                "finalizing_at",
+                "completed_at",
+                "failed_at",
+                "expired_at",
+                "cancelling_at",
+                "cancelled_at",
+            ),
+            INTEGER,
+        ),
+        "output_file_id": STRING,
+        "error_file_id": STRING,
+        "errors": listing(
+            record(code=STRING, message=STRING, param=nullable(STRING), line=nullable(INTEGER))
+        ),
+    },
+)
+
+_STATUS: Schema = {"enum": [status.value for status in AttachmentStatus]}
+_ATTRIBUTES: Schema = {
+    "type": "object",
+    "additionalProperties": {"anyOf": [STRING, NUMBER, BOOLEAN]},
+}
+_FILE_COUNTS = record(**{status.value: INTEGER for status in AttachmentStatus}, total=INTEGER)
+
+VECTOR_STORE = record(
+    id=STRING,
+    object={"const": "vector_store"},
+    created_at=INTEGER,
+    name=STRING,
+    description=nullable(STRING),
+    usage_bytes=INTEGER,
+    file_counts=_FILE_COUNTS,
+    status={"enum": ["expired", "in_progress", "completed"]},
+    expires_at=nullable(INTEGER),
+    last_active_at=INTEGER,
+    metadata=nullable({"type": "object", "additionalProperties": STRING}),
+    optional={"expires_after": record(anchor={"const": "last_active_at"}, days=INTEGER)},
+)
+
+VECTOR_STORE_FILE = record(
+    id=STRING,
+    object={"const": "vector_store.file"},
+    created_at=INTEGER,
+    vector_store_id=STRING,
+    usage_bytes=INTEGER,
+    status=_STATUS,
+    last_error=nullable(
+        record(code={"enum": ["server_error", "unsupported_file", "invalid_file"]}, message=STRING)
+    ),
+    chunking_strategy=record(
+        type={"const": "static"},
+        static=record(max_chunk_size_tokens=INTEGER, chunk_overlap_tokens=INTEGER),
+    ),
+    attributes=_ATTRIBUTES,
+)
+
+VECTOR_STORE_FILE_BATCH = record(
+    id=STRING,
+    object={"const": "vector_store.files_batch"},
+    created_at=INTEGER,
+    vector_store_id=STRING,
+    status=_STATUS,
+    file_counts=_FILE_COUNTS,
+)
+
+SEARCH_RESULTS = record(
+    object={"const": "vector_store.search_results.page"},
+    search_query={"type": "array", "items": STRING},
+    data={
+        "type": "array",
+        "items": record(
+            file_id=STRING,
+            filename=STRING,
+            score=NUMBER,
+            attributes=_ATTRIBUTES,
+            content={"type": "array", "items": record(type={"const": "text"}, text=STRING)},
+        ),
+    },
+    has_more=BOOLEAN,
+    next_page={"type": "null"},
 )
 
 WORD = record(word=STRING, start=NUMBER, end=NUMBER)
@@ -344,6 +524,11 @@ def components() -> dict[str, Any]:
     own = {
         "object": {"const": "model"},
         "owned_by": STRING,
+        "input_modalities": {
+            **nullable({"type": "array", "items": STRING}),
+            "description": "What a request may hold: `text`, `image`, `audio`, `video`; null if"
+            " nobody knows.",
+        },
         "alias_of": {**nullable(STRING), "description": "The model's id; null if this is the id."},
         "parent": {**nullable(STRING), "description": "The id of the model that a LoRA adapts."},
     }
@@ -366,6 +551,28 @@ def components() -> dict[str, Any]:
         "ModelList": listing({"anyOf": [reference("Model"), reference("RouteModel")]}),
         "Route": ROUTE,
         "Images": IMAGES,
+        "Response": RESPONSE,
+        "Compaction": COMPACTION,
+        "Conversation": CONVERSATION,
+        "ItemList": ITEM_LIST,
+        "File": STORED_FILE,
+        "FileList": listing(reference("File"), first_id=STRING, last_id=STRING, has_more=BOOLEAN),
+        "Upload": UPLOAD,
+        "Batch": BATCH,
+        "BatchList": {
+            **listing(reference("Batch"), first_id=STRING, last_id=STRING, has_more=BOOLEAN),
+            "required": ["object", "data", "has_more"],
+        },
+        "VectorStore": VECTOR_STORE,
+        "VectorStoreList": listing(
+            reference("VectorStore"), first_id=STRING, last_id=STRING, has_more=BOOLEAN
+        ),
+        "VectorStoreFile": VECTOR_STORE_FILE,
+        "VectorStoreFileList": listing(
+            reference("VectorStoreFile"), first_id=STRING, last_id=STRING, has_more=BOOLEAN
+        ),
+        "VectorStoreFileBatch": VECTOR_STORE_FILE_BATCH,
+        "SearchResults": SEARCH_RESULTS,
         "Video": VIDEO,
         "VideoList": listing(
             reference("Video"),
@@ -395,6 +602,8 @@ def components() -> dict[str, Any]:
         "Error": ERROR,
         "AnthropicError": ANTHROPIC_ERROR,
         "OllamaError": OLLAMA_ERROR,
+        "McpMessage": MCP_MESSAGE,
+        "McpError": MCP_ERROR,
         "OllamaDetails": OLLAMA_DETAILS,
         "OllamaTags": OLLAMA_TAGS,
         "OllamaRunning": OLLAMA_RUNNING,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from engine.media.audio_output import ENCODINGS
 from server.headers import CACHE_HEADER
-from server.openapi.components import BOOLEAN, STRING
+from server.openapi.components import BOOLEAN, MCP_MESSAGE, STRING
 from server.openapi.operation import (
     BINARY,
     EVENTS,
@@ -25,6 +25,7 @@ from server.schemas.audio import (
     VoiceBody,
     VoicesQuery,
 )
+from server.schemas.batches import BatchBody, BatchListQuery
 from server.schemas.engine import EventsQuery, PlanBody, RouteBody
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
 from server.schemas.ollama import (
@@ -37,7 +38,33 @@ from server.schemas.ollama import (
     OllamaPullBody,
     OllamaShowBody,
 )
+from server.schemas.responses import (
+    CompactBody,
+    ConversationBody,
+    IncludeQuery,
+    ItemsBody,
+    ItemsQuery,
+    MetadataBody,
+    ResponseQuery,
+)
+from server.schemas.stored_files import (
+    CompleteBody,
+    FileBody,
+    FileListQuery,
+    PartBody,
+    UploadBody,
+)
 from server.schemas.usage import UsageQuery
+from server.schemas.vector_stores import (
+    AttributesBody,
+    FileBatchBody,
+    SearchBody,
+    StoreFileBody,
+    StoreFileListQuery,
+    VectorStoreBody,
+    VectorStoreChangeBody,
+    VectorStoreListQuery,
+)
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
 
 OPENAI = "https://platform.openai.com/docs/api-reference"
@@ -46,6 +73,7 @@ VLLM = "https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html"
 TOKENIZER = f"{VLLM}#tokenizer-api"
 
 OLLAMA = "https://docs.ollama.com/api"
+MCP = "https://modelcontextprotocol.io/specification/2025-11-25"
 
 MODEL = "MODEL"
 """Stands in an example for the id of a configured model."""
@@ -150,6 +178,10 @@ def _refused(summary: str) -> Methods:
     return {"post": Operation(summary=f"{summary}: refused", answers={JSON: {"type": "object"}})}
 
 
+def _deleted(kind: str) -> Schema:
+    return record(id=STRING, object={"const": kind}, deleted={"const": True})
+
+
 def _both(operation: Operation) -> Methods:
     """The operation for GET and HEAD."""
     return {"get": operation, "head": operation}
@@ -175,6 +207,52 @@ _SCORE = _text(
 )
 _CLASSIFY = _text("Labels of texts", f"{VLLM}#classification-api", task="classify", input="Hello")
 
+_FILLED: Schema = {
+    "type": "array",
+    "items": record(
+        score={"type": "number", "minimum": 0, "maximum": 1},
+        token={"type": "integer", "minimum": 0},
+        token_str=STRING,
+        sequence=STRING,
+    ),
+}
+_TEXTS: Schema = {"anyOf": [STRING, {"type": "array", "items": STRING, "minItems": 1}]}
+_FILLING: Mapping[str, Schema] = {
+    "top_k": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5},
+    "targets": _TEXTS,
+}
+_FILL_MASK: Methods = {
+    "post": Operation(
+        summary="The likeliest tokens for each mask of a text",
+        description="The answer is a list for one mask, a list of lists for several masks, and for"
+        " a list of texts a list of these. `parameters` may hold `top_k` and `targets`.",
+        answers={
+            JSON: {
+                "anyOf": [
+                    _FILLED,
+                    {"type": "array", "items": _FILLED},
+                    {
+                        "type": "array",
+                        "items": {"anyOf": [_FILLED, {"type": "array", "items": _FILLED}]},
+                    },
+                ]
+            }
+        },
+        json=record(
+            model={**STRING, "minLength": 1},
+            inputs=_TEXTS,
+            optional={**_FILLING, "parameters": {"type": "object", "properties": _FILLING}},
+        ),
+        scheduled=True,
+        headers=_CACHE,
+        link="https://huggingface.co/docs/inference-providers/tasks/fill-mask",
+        example={"model": MODEL, "inputs": "Hello, I am a <mask>."},
+        task="embed",
+    )
+}
+_VECTOR_STORES = f"{OPENAI}/vector-stores"
+
+
 OPERATIONS: Mapping[str, Methods] = {
     "/v1/chat/completions": _text(
         "Chat completion", f"{OPENAI}/chat/create", streams=True, messages=_MESSAGES
@@ -182,9 +260,94 @@ OPERATIONS: Mapping[str, Methods] = {
     "/v1/completions": _text(
         "Completion", f"{OPENAI}/completions/create", streams=True, prompt="Once"
     ),
-    "/v1/responses": _text(
-        "Response; it is not stored", f"{OPENAI}/responses/create", streams=True, input="Hello"
+    "/v1/responses": _text("Response", f"{OPENAI}/responses/create", streams=True, input="Hello"),
+    "/v1/responses/input_tokens": _text(
+        "Number of tokens of a response's input", f"{OPENAI}/responses/input-tokens", input="Hello"
     ),
+    "/v1/responses/compact": {
+        "post": Operation(
+            summary="A summary in place of earlier turns",
+            answers={JSON: reference("Compaction")},
+            json=CompactBody,
+            scheduled=True,
+            link=f"{OPENAI}/responses/compact",
+            example={"model": MODEL, "input": "Hello"},
+            task="generate",
+        )
+    },
+    "/v1/responses/{response_id}": {
+        "get": Operation(
+            summary="One response",
+            description="With `stream` the answer is events of a response in the background.",
+            answers={JSON: reference("Response"), EVENTS: STRING},
+            query=ResponseQuery,
+            link=f"{OPENAI}/responses/get",
+        ),
+        "delete": Operation(
+            summary="Delete a response",
+            description="One in the background is stopped first.",
+            answers={JSON: _deleted("response.deleted")},
+        ),
+    },
+    "/v1/responses/{response_id}/cancel": {
+        "post": Operation(
+            summary="Stop a response in the background, and keep its record",
+            answers={JSON: reference("Response")},
+        )
+    },
+    "/v1/responses/{response_id}/input_items": {
+        "get": Operation(
+            summary="The items that a response was made from, with those of earlier turns",
+            answers={JSON: reference("ItemList")},
+            query=ItemsQuery,
+        )
+    },
+    "/v1/conversations": {
+        "post": Operation(
+            summary="Create a conversation",
+            answers={JSON: reference("Conversation")},
+            json=ConversationBody,
+            link=f"{OPENAI}/conversations",
+            example={"items": [{"role": "user", "content": "Hello"}]},
+        )
+    },
+    "/v1/conversations/{conversation_id}": {
+        "get": Operation(summary="One conversation", answers={JSON: reference("Conversation")}),
+        "post": Operation(
+            summary="Replace the metadata of a conversation",
+            answers={JSON: reference("Conversation")},
+            json=MetadataBody,
+        ),
+        "delete": Operation(
+            summary="Delete a conversation",
+            description="Its responses stay.",
+            answers={JSON: _deleted("conversation.deleted")},
+        ),
+    },
+    "/v1/conversations/{conversation_id}/items": {
+        "get": Operation(
+            summary="The items of a conversation",
+            answers={JSON: reference("ItemList")},
+            query=ItemsQuery,
+        ),
+        "post": Operation(
+            summary="Add items to a conversation",
+            answers={JSON: reference("ItemList")},
+            json=ItemsBody,
+            query=IncludeQuery,
+        ),
+    },
+    "/v1/conversations/{conversation_id}/items/{item_id}": {
+        "get": Operation(
+            summary="One item of a conversation",
+            answers={JSON: {"type": "object"}},
+            query=IncludeQuery,
+        ),
+        "delete": Operation(
+            summary="Delete an item of a conversation",
+            answers={JSON: reference("Conversation")},
+        ),
+    },
     "/v1/messages": _text(
         "Anthropic's message",
         f"{ANTHROPIC}/messages",
@@ -210,6 +373,7 @@ OPERATIONS: Mapping[str, Methods] = {
     "/v1/moderations": _text(
         "Whether texts are harmful", f"{OPENAI}/moderations", task="classify", input="Hello"
     ),
+    "/v1/fill-mask": _FILL_MASK,
     "/tokenize": _text("Tokens of a text", TOKENIZER, prompt="Hello"),
     "/v1/tokenize": _text("Tokens of a text", TOKENIZER, prompt="Hello"),
     "/detokenize": _text("Text of tokens", TOKENIZER, tokens=[1, 2, 3]),
@@ -266,6 +430,199 @@ OPERATIONS: Mapping[str, Methods] = {
         "post": Operation(
             summary="Stop the job of a video and keep its record",
             answers={JSON: reference("Video")},
+        )
+    },
+    "/v1/files": {
+        "post": Operation(
+            summary="Keep a file",
+            answers={JSON: reference("File")},
+            form=FileBody,
+            link=f"{OPENAI}/files",
+        ),
+        "get": Operation(
+            summary="The files",
+            answers={JSON: reference("FileList")},
+            query=FileListQuery,
+            link=f"{OPENAI}/files",
+        ),
+    },
+    "/v1/files/{file_id}": {
+        "get": Operation(summary="One file", answers={JSON: reference("File")}),
+        "delete": Operation(
+            summary="Delete a file",
+            description="Answers 409 while something uses it.",
+            answers={JSON: record(id=STRING, object={"const": "file"}, deleted={"const": True})},
+        ),
+    },
+    "/v1/files/{file_id}/content": _both(
+        Operation(
+            summary="The bytes of a file",
+            answers={"application/octet-stream": BINARY, "application/jsonl": STRING},
+        )
+    ),
+    "/v1/uploads": {
+        "post": Operation(
+            summary="Begin a file that comes in parts",
+            answers={JSON: reference("Upload")},
+            json=UploadBody,
+            link=f"{OPENAI}/uploads",
+        )
+    },
+    "/v1/uploads/{upload_id}/parts": {
+        "post": Operation(
+            summary="Add a part",
+            answers={
+                JSON: record(
+                    id=STRING,
+                    object={"const": "upload.part"},
+                    created_at={"type": "integer"},
+                    upload_id=STRING,
+                )
+            },
+            form=PartBody,
+        )
+    },
+    "/v1/uploads/{upload_id}/complete": {
+        "post": Operation(
+            summary="Make the file from its parts",
+            answers={JSON: reference("Upload")},
+            json=CompleteBody,
+        )
+    },
+    "/v1/uploads/{upload_id}/cancel": {
+        "post": Operation(
+            summary="End an upload without a file", answers={JSON: reference("Upload")}
+        )
+    },
+    "/v1/batches": {
+        "post": Operation(
+            summary="Run the requests of a file",
+            description="They run while no other request needs the device.",
+            answers={JSON: reference("Batch")},
+            json=BatchBody,
+            link=f"{OPENAI}/batch",
+        ),
+        "get": Operation(
+            summary="The batches",
+            answers={JSON: reference("BatchList")},
+            query=BatchListQuery,
+            link=f"{OPENAI}/batch",
+        ),
+    },
+    "/v1/batches/{batch_id}": {
+        "get": Operation(summary="One batch", answers={JSON: reference("Batch")}),
+    },
+    "/v1/batches/{batch_id}/cancel": {
+        "post": Operation(
+            summary="Begin no further line of a batch, and keep the results so far",
+            answers={JSON: reference("Batch")},
+        )
+    },
+    "/v1/vector_stores": {
+        "post": Operation(
+            summary="Make a vector store",
+            answers={JSON: reference("VectorStore")},
+            json=VectorStoreBody,
+            link=_VECTOR_STORES,
+            example={"name": "Notes"},
+        ),
+        "get": Operation(
+            summary="The vector stores",
+            answers={JSON: reference("VectorStoreList")},
+            query=VectorStoreListQuery,
+            link=_VECTOR_STORES,
+        ),
+    },
+    "/v1/vector_stores/{vector_store_id}": {
+        "get": Operation(summary="One vector store", answers={JSON: reference("VectorStore")}),
+        "post": Operation(
+            summary="Change a vector store",
+            answers={JSON: reference("VectorStore")},
+            json=VectorStoreChangeBody,
+            link=_VECTOR_STORES,
+        ),
+        "delete": Operation(
+            summary="Delete a vector store",
+            description="Its files stay in `/v1/files`.",
+            answers={JSON: _deleted("vector_store.deleted")},
+        ),
+    },
+    "/v1/vector_stores/{vector_store_id}/search": {
+        "post": Operation(
+            summary="The passages that are closest to a query",
+            answers={JSON: reference("SearchResults")},
+            json=SearchBody,
+            link=f"{_VECTOR_STORES}/search",
+            example={"query": "Where is the train?"},
+        )
+    },
+    "/v1/vector_stores/{vector_store_id}/files": {
+        "post": Operation(
+            summary="Attach a file to a vector store",
+            description="It is read and embedded in the background.",
+            answers={JSON: reference("VectorStoreFile")},
+            json=StoreFileBody,
+            link=f"{_VECTOR_STORES}-files",
+        ),
+        "get": Operation(
+            summary="The files of a vector store",
+            answers={JSON: reference("VectorStoreFileList")},
+            query=StoreFileListQuery,
+            link=f"{_VECTOR_STORES}-files",
+        ),
+    },
+    "/v1/vector_stores/{vector_store_id}/files/{file_id}": {
+        "get": Operation(
+            summary="One file of a vector store", answers={JSON: reference("VectorStoreFile")}
+        ),
+        "post": Operation(
+            summary="Replace the attributes of a file",
+            answers={JSON: reference("VectorStoreFile")},
+            json=AttributesBody,
+        ),
+        "delete": Operation(
+            summary="Take a file out of a vector store",
+            description="The file stays in `/v1/files`.",
+            answers={JSON: _deleted("vector_store.file.deleted")},
+        ),
+    },
+    "/v1/vector_stores/{vector_store_id}/files/{file_id}/content": {
+        "get": Operation(
+            summary="The passages of a file",
+            answers={
+                JSON: record(
+                    object={"const": "vector_store.file_content.page"},
+                    data={"type": "array", "items": record(type={"const": "text"}, text=STRING)},
+                    has_more=BOOLEAN,
+                    next_page={"type": "null"},
+                )
+            },
+        )
+    },
+    "/v1/vector_stores/{vector_store_id}/file_batches": {
+        "post": Operation(
+            summary="Attach several files",
+            answers={JSON: reference("VectorStoreFileBatch")},
+            json=FileBatchBody,
+            link=f"{_VECTOR_STORES}-file-batches",
+        )
+    },
+    "/v1/vector_stores/{vector_store_id}/file_batches/{batch_id}": {
+        "get": Operation(
+            summary="One batch of files", answers={JSON: reference("VectorStoreFileBatch")}
+        )
+    },
+    "/v1/vector_stores/{vector_store_id}/file_batches/{batch_id}/cancel": {
+        "post": Operation(
+            summary="Cancel the files of a batch that are in progress",
+            answers={JSON: reference("VectorStoreFileBatch")},
+        )
+    },
+    "/v1/vector_stores/{vector_store_id}/file_batches/{batch_id}/files": {
+        "get": Operation(
+            summary="The files of a batch",
+            answers={JSON: reference("VectorStoreFileList")},
+            query=StoreFileListQuery,
         )
     },
     "/v1/audio/speech": {
@@ -529,6 +886,20 @@ OPERATIONS: Mapping[str, Methods] = {
     "/api/copy": _refused("Copy a model"),
     "/api/create": _refused("Make a model"),
     "/api/push": _refused("Upload a model"),
+    "/mcp": {
+        "post": Operation(
+            summary="Tools for agents, by the Model Context Protocol",
+            description=(
+                "A message of JSON-RPC. The linked page describes it; `tools/list` describes the"
+                " tools that the key may use."
+            ),
+            answers={JSON: reference("McpMessage"), EVENTS: STRING},
+            others={202: "A notification was taken."},
+            json=MCP_MESSAGE,
+            link=f"{MCP}/basic/transports",
+            example={"jsonrpc": "2.0", "id": 1, "method": "tools/list"},
+        )
+    },
     "/health": _both(
         Operation(
             summary="Whether the process is alive",

@@ -23,11 +23,15 @@ from server.settings import ServerSettings
 if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.session import Session
+    from server.pictures import Pictures
+
+RESPONSES_PATH = "/v1/responses"
+"""Answered by `responses_router`, which keeps what it answers."""
 
 TEXT_PATHS = {
     "/v1/chat/completions": TextOperation.CHAT,
     "/v1/completions": TextOperation.COMPLETION,
-    "/v1/responses": TextOperation.RESPONSES,
+    RESPONSES_PATH: TextOperation.RESPONSES,
     "/v1/messages": TextOperation.MESSAGES,
     "/v1/messages/count_tokens": TextOperation.COUNT_TOKENS,
     "/v1/embeddings": TextOperation.EMBEDDINGS,
@@ -39,6 +43,7 @@ TEXT_PATHS = {
     "/classify": TextOperation.CLASSIFY,
     "/v1/classify": TextOperation.CLASSIFY,
     "/v1/moderations": TextOperation.MODERATION,
+    "/v1/fill-mask": TextOperation.FILL_MASK,
     "/tokenize": TextOperation.TOKENIZE,
     "/v1/tokenize": TextOperation.TOKENIZE,
     "/detokenize": TextOperation.DETOKENIZE,
@@ -56,7 +61,10 @@ _STREAMING = frozenset(
 
 
 def text_router(
-    engine: Engine, settings: ServerSettings, cache: ResponseCache | None = None
+    engine: Engine,
+    settings: ServerSettings,
+    pictures: Pictures,
+    cache: ResponseCache | None = None,
 ) -> Router:
     """All routes that take a JSON object with a `model` and answer a document or a stream."""
     router = Router("text")
@@ -68,14 +76,16 @@ def text_router(
             fields, text_request = await read_text_request(
                 request, operation, settings, defaults.get(operation)
             )
+            await pictures.settle(text_request)
             streams = operation in _STREAMING and text_request.body.get("stream") is True
-            answer = partial(stream_answer, engine, text_request, _events, shows_wait=streams)
+            answer = partial(stream_answer, engine, text_request, events_of, shows_wait=streams)
             return ConnectedResponse(cached(cache, request, fields, text_request, answer))
 
         router.add(path, endpoint, ["POST"], name=operation.value)
 
     for path, operation in TEXT_PATHS.items():
-        add(path, operation)
+        if path != RESPONSES_PATH:
+            add(path, operation)
     return router
 
 
@@ -107,5 +117,6 @@ async def read_text_request(
     )
 
 
-def _events(session: Session) -> AsyncGenerator[Event, None]:
+def events_of(session: Session) -> AsyncGenerator[Event, None]:
+    """The answer of a text model: its events as they are."""
     return session.events()

@@ -18,6 +18,7 @@ import pytest
 
 from engine.requests import TextOperation
 from server.routes.text import TEXT_PATHS
+from tests.contract.openai import conforms
 from tests.server.real import START_S, STOP_S, Server, starter_config
 
 pytestmark = pytest.mark.slow
@@ -178,6 +179,65 @@ def test_completions_and_responses(sdk: openai.OpenAI) -> None:
     assert kinds[-1] in ("response.completed", "response.incomplete")
 
 
+def test_a_response_is_kept(sdk: openai.OpenAI) -> None:
+    """By a real model: what it gets, what it answers, and what is found again."""
+    told: dict[str, Any] = {"model": "tiny-qwen", "max_output_tokens": 8}
+    tool: Any = {
+        "type": "function",
+        "name": "look",
+        "parameters": {"type": "object", "properties": {}, "additionalProperties": False},
+        "strict": True,
+    }
+    first = sdk.responses.create(**told, input="hello", metadata={"a": "b"}, user="somebody")
+    called = sdk.responses.create(
+        model="tiny-qwen",
+        input="look",
+        previous_response_id=first.id,
+        tools=[tool],
+        tool_choice="required",
+        max_output_tokens=300,
+    )
+    output: Any = [
+        {"type": "function_call_output", "call_id": item.call_id, "output": "a train"}
+        for item in called.output
+        if item.type == "function_call"
+    ]
+    assert output
+    counted = sdk.responses.input_tokens.count(
+        model="tiny-qwen", input=output, previous_response_id=called.id, tools=[tool]
+    )
+    *_, last = sdk.responses.create(
+        **told, input=output, previous_response_id=called.id, tools=[tool], stream=True
+    )
+    assert last.type in ("response.completed", "response.incomplete")
+    assert last.response.usage is not None
+    assert last.response.usage.input_tokens == counted.input_tokens
+    for made in (first, called, last.response):
+        found = sdk.responses.retrieve(made.id).to_dict()
+        assert found == made.to_dict()
+        assert conforms(found, "Response")
+    page: Any = sdk.responses.input_items.list(last.response.id, order="asc")
+    assert conforms(page.to_dict(), "ResponseItemList")
+    assert page.data[0].content[0].text == "hello"
+
+
+def test_the_oldest_items_are_dropped(sdk: openai.OpenAI) -> None:
+    long: Any = [
+        {"role": "user", "content": text} for text in ("word " * 3000, "and " * 7000, "last")
+    ]
+    ask: Any = {"model": "tiny-qwen", "max_output_tokens": 4}
+    with pytest.raises(openai.BadRequestError):
+        sdk.responses.create(**ask, input=long)
+    cut = sdk.responses.create(**ask, input=long, truncation="auto")
+    rest = sdk.responses.input_tokens.count(model="tiny-qwen", input=long[1:])
+    assert cut.usage is not None
+    assert cut.usage.input_tokens == rest.input_tokens
+    assert cut.truncation == "auto"
+    too_long: Any = [{"role": "user", "content": "and " * 9000}]
+    with pytest.raises(openai.BadRequestError):
+        sdk.responses.create(**ask, input=too_long, truncation="auto")
+
+
 def test_anthropic_messages(server: Server) -> None:
     client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
     message = client.messages.create(
@@ -264,12 +324,34 @@ def test_ranking_and_moderation(server: Server, sdk: openai.OpenAI) -> None:
     assert len(found["probs"]) == 5
 
 
+def test_masks_are_filled(server: Server, sdk: openai.OpenAI) -> None:
+    body = {"model": "tiny-camembert", "inputs": "วันนี้<mask>ดีมาก ท้องฟ้า", "top_k": 3}
+    one = sdk.post("/fill-mask", body=body, cast_to=list[dict[str, Any]])
+    scores = [each["score"] for each in one]
+    assert len(scores) == 3
+    assert sorted(scores, reverse=True) == scores
+    assert all(each["token_str"] in each["sequence"] for each in one)
+    texts = [body["inputs"], "<mask>และ<mask>"]
+    asked = {"model": "tiny-camembert", "inputs": texts, "parameters": {"top_k": 1}}
+    answer = httpx.post(f"{server.url}/v1/fill-mask", json=asked).raise_for_status()
+    first, second = answer.json()
+    assert [each["token"] for each in first] == [one[0]["token"]]
+    assert [len(each) for each in second] == [1, 1]
+    vector = sdk.embeddings.create(model="tiny-camembert", input="วันนี้อากาศดี").data[0].embedding
+    assert sum(each * each for each in vector) == pytest.approx(1, abs=1e-4)
+    with pytest.raises(openai.BadRequestError) as caught:
+        sdk.post("/fill-mask", body={**body, "inputs": "ไม่มี"}, cast_to=object)
+    assert caught.value.param == "inputs"
+    assert "<mask>" in caught.value.message
+
+
 TASKS_OF = {
     TextOperation.EMBEDDINGS: "tiny-embed",
     TextOperation.RERANK: "tiny-rerank",
     TextOperation.SCORE: "tiny-rerank",
     TextOperation.CLASSIFY: "tiny-classify",
     TextOperation.MODERATION: "tiny-classify",
+    TextOperation.FILL_MASK: "tiny-camembert",
 }
 
 
@@ -282,6 +364,8 @@ def test_no_broken_body_gets_a_server_error(server: Server, path: str) -> None:
         {"messages": 3},
         {"input": None},
         {"tokens": "x"},
+        {"inputs": 3},
+        {"inputs": ["x", 3], "top_k": "x"},
         {"query": 3, "documents": ["x"]},
         {"query": "x", "documents": [3]},
         {"text_1": ["x", "y"], "text_2": ["x", "y", "z"]},

@@ -6,7 +6,7 @@ What changes is the name of the model, in both directions. Token counts are read
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ APIS: Mapping[TextOperation, tuple[Api, str]] = {
     TextOperation.CHAT: ("chat", "/chat/completions"),
     TextOperation.COMPLETION: ("completions", "/completions"),
     TextOperation.RESPONSES: ("responses", "/responses"),
+    TextOperation.INPUT_TOKENS: ("responses", "/responses/input_tokens"),
     TextOperation.EMBEDDINGS: ("embeddings", "/embeddings"),
     TextOperation.MESSAGES: ("messages", "/messages"),
     TextOperation.COUNT_TOKENS: ("messages", "/messages/count_tokens"),
@@ -100,6 +101,9 @@ def prepare_text(model: ModelConfig, request: TextRequest, options: RemoteOption
         for name in ("messages", "input"):
             if _has_image(body.get(name)):
                 raise InvalidRequest(f"{name}: the model {model.id!r} sees no images.", param=name)
+    if request.history:
+        kept = body["input"][: request.history]
+        body["input"] = [*_of_earlier_turns(kept), *body["input"][request.history :]]
     body["model"] = options.model
     streams = request.operation in STREAMING and body.get("stream") is True
     given = body.get("stream_options")
@@ -117,6 +121,18 @@ def prepare_text(model: ModelConfig, request: TextRequest, options: RemoteOption
         input_tokens=input_tokens,
         tokens=input_tokens + _most_output(body),
     )
+
+
+def _of_earlier_turns(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Items that this server kept, for a provider that has stored none of them.
+
+    A provider looks for ids of its own, and reads no thoughts but those that it encrypted.
+    """
+    return [
+        {name: each for name, each in item.items() if name != "id" or item["type"] == "reasoning"}
+        for item in items
+        if item.get("type") != "reasoning" or item.get("encrypted_content")
+    ]
 
 
 def _most_output(body: Mapping[str, Any]) -> int:

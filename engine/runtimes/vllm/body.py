@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -18,10 +18,16 @@ from engine.runtimes.vllm.refusals import invalid
 from engine.runtimes.vllm.request_fields import check_fields
 from engine.runtimes.vllm.tool_choice import narrow_to_allowed
 
-MAY_CALL = frozenset({TextOperation.CHAT, TextOperation.RESPONSES, TextOperation.MESSAGES})
+RESPONSES = frozenset({TextOperation.RESPONSES, TextOperation.INPUT_TOKENS})
+MAY_CALL = RESPONSES | {TextOperation.CHAT, TextOperation.MESSAGES}
 CHATS = frozenset({TextOperation.CHAT, TextOperation.TOKENIZE})
 WITHOUT_RUN = frozenset(
-    {TextOperation.COUNT_TOKENS, TextOperation.TOKENIZE, TextOperation.DETOKENIZE}
+    {
+        TextOperation.COUNT_TOKENS,
+        TextOperation.INPUT_TOKENS,
+        TextOperation.TOKENIZE,
+        TextOperation.DETOKENIZE,
+    }
 )
 """Operations of the tokenizer alone, which is the same with any LoRA."""
 LAZY = ("content", "tool_calls")
@@ -97,8 +103,9 @@ def prepared_body(
     budget = body.get("thinking_token_budget")
     if budget is not None and options.reasoning_parser is None:
         raise _without("thinking_token_budget", model, "reasoning_parser")
-    if request.operation is TextOperation.RESPONSES and isinstance(body.get("input"), list):
-        body["input"] = [_with_type(item) for item in body["input"]]
+    if request.operation in RESPONSES and isinstance(body.get("input"), list):
+        kept = _readable(body["input"][: request.history])
+        body["input"] = [_with_type(item) for item in (*kept, *body["input"][request.history :])]
     return body
 
 
@@ -141,6 +148,18 @@ def _holds(value: Any, wanted: Any) -> bool:
     if value is wanted or not isinstance(value, Mapping | list):
         return value is wanted
     return any(_holds(each, wanted) for each in below)
+
+
+def _readable(items: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Items of earlier turns without what their provider encrypted, which no model here reads."""
+    found: list[Mapping[str, Any]] = []
+    for item in items:
+        if item.get("type") == "reasoning" and item.get("encrypted_content"):
+            if not (item.get("content") or item.get("summary")):
+                continue
+            item = {name: each for name, each in item.items() if name != "encrypted_content"}
+        found.append(item)
+    return found
 
 
 def _with_type(item: Any) -> Any:

@@ -16,6 +16,8 @@ from engine.words import echoed
 
 CHAT, COMPLETION = TextOperation.CHAT, TextOperation.COMPLETION
 RESPONSES, MESSAGES = TextOperation.RESPONSES, TextOperation.MESSAGES
+INPUT_TOKENS = TextOperation.INPUT_TOKENS
+OF_RESPONSES = frozenset({RESPONSES, INPUT_TOKENS})
 
 IDENTIFIERS = frozenset({"metadata", "safety_identifier", "user"})
 CACHE_HINTS = frozenset({"prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"})
@@ -37,21 +39,27 @@ HARMLESS: Mapping[TextOperation, frozenset[str]] = {
 """Fields without effect on vLLM's answer. They say who asks, or hint at how to serve it faster.
 The model puts the prompt that a request names before its inputs.
 
-Nothing is stored, so `store` has no effect. `max_tool_calls` counts hosted tools; there are none.
+The server keeps responses, not the model, so `store` has no effect here. `max_tool_calls` counts
+hosted tools; there are none.
 """
 
 ONLY_STANDARD = "only {} is served here"
 NOT_HERE = "this server does not have it"
-NOT_STORED = "responses are not stored; send the earlier items in 'input'"
+NOT_STORED = "responses are not kept (server.keep_responses); send the earlier items in 'input'"
+MODEL_SAYS = "the options of the model say how it reads images"
 VLLM_ONLY: Mapping[str, str] = {
     "chat_template": "the template is the model's own",
     "ec_transfer_params": NOT_HERE,
     "kv_transfer_params": NOT_HERE,
+    "media_io_kwargs": MODEL_SAYS,
+    "mm_processor_kwargs": MODEL_SAYS,
     "prompt_embeds": NOT_HERE,
     "watermarking": NOT_HERE,
 }
 
-OF_POOLING: Mapping[str, str] = {"mm_processor_kwargs": NOT_HERE}
+OF_POOLING: Mapping[str, str] = {
+    name: MODEL_SAYS for name in ("media_io_kwargs", "mm_processor_kwargs")
+}
 
 REFUSED: Mapping[TextOperation, Mapping[str, str]] = {
     CHAT: {
@@ -86,6 +94,8 @@ REFUSED: Mapping[TextOperation, Mapping[str, str]] = {
         "thread": "messages are not stored; send all of them in 'messages'",
     },
     TextOperation.COUNT_TOKENS: {"speed": ONLY_STANDARD.format("'standard'")},
+    TextOperation.EMBEDDINGS: OF_POOLING,
+    TextOperation.TOKENIZE: OF_POOLING,
     TextOperation.RERANK: OF_POOLING,
     TextOperation.SCORE: OF_POOLING,
     TextOperation.CLASSIFY: {**OF_POOLING, "chat_template": VLLM_ONLY["chat_template"]},
@@ -151,16 +161,17 @@ def check_fields(
         InvalidRequest: naming a field that is unknown, or asks for what is not here.
 
     """
-    harmless = HARMLESS.get(operation, frozenset())
-    refused = REFUSED.get(operation, {})
+    alike = RESPONSES if operation is INPUT_TOKENS else operation
+    harmless = HARMLESS.get(alike, frozenset())
+    refused = REFUSED.get(alike, {})
     for name, value in body.items():
         if name in refused:
             if value not in (None, "", [], {}) and value not in NEUTRAL.get(name, ()):
                 raise _refusal(name, refused[name])
         elif name not in known and name not in harmless:
             raise InvalidRequest(f"Unknown parameter: {echoed(name)}.", param=name)
-    _check_tools(operation, body)
-    if operation is RESPONSES:
+    _check_tools(alike, body)
+    if operation in OF_RESPONSES:
         _check_response(body)
     if operation is TextOperation.EMBEDDINGS:
         encoding = body.get("encoding_format")

@@ -538,6 +538,23 @@ def parked(model_id: str, nbytes: int = 40, **changes: Any) -> ModelView:
 WEIGHTS_AND_CACHE = (PartView("weights", 30, 1.0), PartView("kv_cache", 10, 0.0))
 
 
+def test_a_batch_leaves_alone_what_others_asked_for_last() -> None:
+    """The KV cache of the chat would cost nothing to bring back."""
+    chat = model("chat", 50, parts=(PartView("kv_cache", 30, 0.0),), used_at=NOW - 1)
+    old = model("old", 40, used_at=NOW - 60)
+    models = [chat, old, absent("new", 40)]
+    assert decide(models, [ticket(1, "new")]).transition == Park(
+        "chat", frozenset({"kv_cache"}), "making room for new"
+    )
+    batch = ticket(2, "new", priority=2)
+    assert decide(models, [batch]).transition == Unload("old", "making room for new")
+    outlook = forecast(snapshot(models), batch)
+    assert [each.model for each in outlook.evictions] == ["old"]
+    # Where the others do not suffice, it leaves too.
+    models = [chat, model("small", 10, used_at=NOW - 60), absent("new", 80)]
+    assert [each.model for each in forecast(snapshot(models), batch).evictions] == ["chat"]
+
+
 def test_a_kv_cache_leaves_before_any_weights() -> None:
     cheap = model("a", 20, demand=0.01, parts=(PartView("weights", 20, 0.5),))
     llm = model("b", 40, parts=WEIGHTS_AND_CACHE)

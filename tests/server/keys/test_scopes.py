@@ -44,7 +44,7 @@ class TestEndpoints:
         }
         assert without == {
             "/v1/models", "/v1/models/", "/v1/models/{name:path}", "/openapi.json",
-            "/api/tags", "/api/show", "/api/version",
+            "/api/tags", "/api/show", "/api/version", "/mcp",
         }  # fmt: skip
         families = [families_of(route.path) or () for route in routes]
         assert {each for found in families for each in found} == set(FAMILIES)
@@ -58,13 +58,21 @@ class TestEndpoints:
             if is_counted(method, route.path)
         }
         families = ("/v1/engine", "/v1/models", "/v1/audio/voices", "/v1/videos/")
+        files = ("/v1/files", "/v1/uploads", "/v1/batches")
         ollama = ("/api/show", "/api/pull", "/api/copy", "/api/create", "/api/push")
+        beside = ("/v1/conversations", "/v1/responses/{response_id}/")
         posts = {
             route.path
             for route in app.routes
             if isinstance(route, ServedRoute) and "POST" in route.methods
         }
-        assert counted == {path for path in posts if not path.startswith((*families, *ollama))}
+        stores = {path for path in posts if path.startswith("/v1/vector_stores")}
+        assert stores & counted == {"/v1/vector_stores/{vector_store_id}/search"}
+        assert counted - stores == {
+            path
+            for path in posts - stores
+            if not path.startswith((*families, *files, *ollama, *beside, "/mcp"))
+        }
 
     async def test_ollamas_names_are_those_of_the_key(
         self, client: httpx.AsyncClient, add_key: AddKey, runtime: FakeRuntime

@@ -294,3 +294,37 @@ async def test_half_a_pair_of_surrogates_is_passed_on(world: World) -> None:
     (event,) = await world.run(chat(user="\ud83d"))
     assert isinstance(event, Document) and json.loads(event.body)["text"] == "\ud83d"
     assert world.upstream.requests[0].json["user"] == "\ud83d"
+
+
+async def test_turns_that_the_server_kept(world: World) -> None:
+    """No id of another provider goes on, and no thoughts that it has not encrypted itself."""
+    world.upstream.usual = answers({"id": "x", "object": "response", "output": []})
+    kept = [
+        {"type": "message", "id": "msg_1", "role": "assistant", "content": []},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"text": "hm"}]},
+        {"type": "reasoning", "id": "rs_2", "summary": [], "encrypted_content": "xyz"},
+        {"type": "function_call", "id": "fc_1", "call_id": "c", "name": "f", "arguments": "{}"},
+    ]
+    own = [
+        {"type": "reasoning", "id": "rs_3", "summary": []},
+        {"type": "function_call_output", "id": "fco_1", "call_id": "c", "output": "it"},
+    ]
+    body = {"model": "asked", "input": [*kept, *own]}
+    request = TextRequest("asked", TextOperation.RESPONSES, body, "req-1", history=len(kept))
+    await world.run(request, apis=["responses"])
+    (received,) = world.upstream.requests
+    assert received.json["input"] == [
+        {"type": "message", "role": "assistant", "content": []},
+        {"type": "reasoning", "id": "rs_2", "summary": [], "encrypted_content": "xyz"},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        *own,
+    ]
+
+
+async def test_tokens_of_a_response_are_counted_by_the_provider(world: World) -> None:
+    world.upstream.usual = answers({"object": "response.input_tokens", "input_tokens": 7})
+    (event,) = await world.run(text(TextOperation.INPUT_TOKENS, input="hi"), apis=["responses"])
+    assert isinstance(event, Document)
+    assert json.loads(event.body)["input_tokens"] == 7
+    (received,) = world.upstream.requests
+    assert received.path == "/v1/responses/input_tokens"

@@ -229,3 +229,16 @@ async def test_an_embedding_is_written_as_a_document_can_hold_it(
     operation = TextOperation.EMBEDDINGS
     assert refused(vllm_runtime, operation, encoding_format=encoding) == "encoding_format"
     prepare(vllm_runtime, operation, encoding_format="base64")
+
+
+async def test_thoughts_that_another_provider_encrypted(vllm_runtime: VllmRuntime) -> None:
+    """They come from an earlier turn that the server kept. A client's own are refused later."""
+    thought = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "xyz"}
+    readable = {**thought, "content": [{"type": "reasoning_text", "text": "hm"}]}
+    model = ModelConfig(id="m", source="starter:tiny-llama")
+    body = {"input": [thought, readable, *ASK]}
+    request = TextRequest("m", TextOperation.RESPONSES, body, "test", history=2)
+    kept, own = vllm_runtime.prepare(model, request).payload.input
+    assert kept.encrypted_content is None
+    assert kept.content[0].text == "hm"
+    assert own["content"] == "hi"

@@ -25,9 +25,8 @@ const models = {
   "openai-compatible": (name) => compatible(name),
   anthropic: (name) => anthropic(name),
 };
-// By default the second turn refers to items that OpenAI has stored. Here nothing is.
-const providerOptions = { openai: { store: false } };
-const asked = { prompt: "Hello", maxRetries: 0, providerOptions };
+// By default the second turn refers to items of the first, which the server has kept.
+const asked = { prompt: "Hello", maxRetries: 0 };
 const ends = ["stop", "length"];
 
 for (const [name, make] of Object.entries(models)) {
@@ -42,7 +41,7 @@ for (const [name, make] of Object.entries(models)) {
     assert.ok(ends.includes(await stream.finishReason));
     assert.ok((await stream.usage).outputTokens > 0);
     const again = await generateText({
-      model: make(model), maxOutputTokens: 16, maxRetries: 0, providerOptions,
+      model: make(model), maxOutputTokens: 16, maxRetries: 0,
       messages: [
         { role: "user", content: "Hello" },
         ...whole.response.messages,
@@ -119,6 +118,27 @@ for (const [name, make] of Object.entries(models)) {
     );
   });
 }
+
+test("turns of what is kept, and of what is not", async () => {
+  const first = await generateText({ ...asked, model: openai(model), maxOutputTokens: 16 });
+  const previousResponseId = first.providerMetadata.openai.responseId;
+  for (const options of [{ previousResponseId }, { previousResponseId, store: false }]) {
+    const second = await generateText({
+      ...asked, model: openai(model), maxOutputTokens: 16, providerOptions: { openai: options },
+    });
+    assert.ok(second.usage.inputTokens > first.usage.inputTokens);
+  }
+  const alone = await generateText({
+    ...asked, model: openai(model), maxOutputTokens: 16, prompt: undefined,
+    messages: [
+      { role: "user", content: "Hello" },
+      ...first.response.messages,
+      { role: "user", content: "More" },
+    ],
+    providerOptions: { openai: { store: false } },
+  });
+  assert.ok(alone.usage.inputTokens > first.usage.inputTokens);
+});
 
 for (const provider of [openai, compatible]) {
   test("embeddings", async () => {

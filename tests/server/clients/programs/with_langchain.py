@@ -109,6 +109,31 @@ def test_structured_output(method: str, responses: bool) -> None:
     assert isinstance(answer, Person)
 
 
+@pytest.mark.parametrize("automatic", [False, True])
+def test_turns_that_are_kept(automatic: bool) -> None:
+    """By the id of the response before, which LangChain also finds by itself."""
+    model = ChatOpenAI(
+        model=MODEL,
+        base_url=f"{URL}/v1",
+        api_key="none",
+        max_tokens=8,
+        use_responses_api=True,
+        use_previous_response_id=automatic,
+    )
+    messages = [("user", "Hello")]
+    counts = []
+    previous = {}
+    for _ in range(3):
+        answer = model.invoke(messages, **previous)
+        counts.append(answer.usage_metadata["input_tokens"])
+        if automatic:
+            messages += [answer, ("user", "More")]
+        else:
+            previous = {"previous_response_id": answer.response_metadata["id"]}
+            messages = [("user", "More")]
+    assert counts == sorted(set(counts)), "each turn has all before it"
+
+
 def test_responses() -> None:
     model = ChatOpenAI(
         model=MODEL, base_url=f"{URL}/v1", api_key="none", max_tokens=16, use_responses_api=True
