@@ -48,6 +48,7 @@ MAX_MESSAGE_BYTES = 2**17
 MAX_RESIDENTS_BYTES = 2**16
 """Of the names of the models to load again: some hundreds of the greatest length."""
 MAX_FAULT_CHARACTERS = 2000
+_STOPS = (signal.SIGTERM, signal.SIGINT)
 NO_RESTARTS: dict[str, Any] = {"count": 0, "reason": None, "at": None}
 
 
@@ -98,6 +99,8 @@ def become(config: SupervisorConfig, listener: socket.socket) -> int:
         ours.set_inheritable(True)
         config = replace(config, first=(child, ours.fileno()))
     arguments = [sys.executable, "-m", "server.supervision.supervisor", json.dumps(asdict(config))]
+    # The child answers probes already: a signal now waits until the supervisor handles it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     os.execv(sys.executable, arguments)
 
 
@@ -419,6 +422,7 @@ class Supervisor:
         }
         before = {number: signal.signal(number, each) for number, each in handlers.items()}
         woken = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)  # `become` blocked them
         try:
             yield
         finally:
