@@ -120,6 +120,7 @@ LANGUAGE_STARTERS: Mapping[str, Starter] = MappingProxyType(
             ),
             (
                 "tiny-idefics3",
+                "language",
                 "image-text-to-text",
                 "An Idefics 3 of 1.4 million parameters that sees pictures.",
             ),
