@@ -62,6 +62,7 @@ from engine.status import (
     ProviderStatus,
     Restarts,
 )
+from engine.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,8 @@ class Engine:
         self._models = {model.id: model for model in config.models}
         self.activity = Activity(clock)
         """When requests that are not of a batch came and ended."""
+        self.tracer: Tracer | None = None
+        """Told what happens to requests. Set before the start, if at all."""
         self.events = EventLog()
         """What the scheduler did; closed when the engine has drained."""
         self._emptied = asyncio.Event()
@@ -214,7 +217,9 @@ class Engine:
         host = HostMemory(host_bytes, pinned=device.kind == CudaDevice.kind)
         budget = self.config.memory_budget(device.kind)
         budget_bytes = budget.budget_bytes(device.total_bytes)
-        context = RuntimeContext(device, self.config.cache_dir, host, budget_bytes)
+        context = RuntimeContext(
+            device, self.config.cache_dir, host, budget_bytes, tracer=self.tracer
+        )
         for model in self.config.models:
             if model.runtime not in self._runtimes:
                 make = self._given_runtimes.get(model.runtime) or runtime_class(model.runtime)
@@ -326,22 +331,28 @@ class Engine:
             EngineError: whatever can go wrong before the first byte.
 
         """
-        self._dispatch.check_name(request.model)
-        timeout_s = request.scheduling.timeout_s
-        if timeout_s is None:
-            timeout_s = self.config.queue_timeout_s
-        deadline = Deadline(self._clock, timeout_s)
-        if request.scheduling.priority is Priority.BATCH:
-            await self._wait_started(deadline)
-            return await self._dispatch.open(request, deadline, waiting or Waiting())
-        self.activity.begin()
+        trace = None if self.tracer is None else self.tracer.request(request)
+        is_batch = request.scheduling.priority is Priority.BATCH
+        if not is_batch:
+            self.activity.begin()
         try:
+            self._dispatch.check_name(request.model)
+            timeout_s = request.scheduling.timeout_s
+            if timeout_s is None:
+                timeout_s = self.config.queue_timeout_s
+            deadline = Deadline(self._clock, timeout_s)
             await self._wait_started(deadline)
             session = await self._dispatch.open(request, deadline, waiting or Waiting())
-        except BaseException:
-            self.activity.end("")
+        except BaseException as error:
+            if not is_batch:
+                self.activity.end("")
+            if trace is not None:
+                trace.failed(error)
             raise
-        session.on_closed = self.activity.end
+        if not is_batch:
+            session.on_closed = self.activity.end
+        if trace is not None:
+            session.trace_by(trace)
         return session
 
     async def check_loaded(self, name: str) -> None:
@@ -566,6 +577,19 @@ class Engine:
         model = self.config.find(name)
         await carried_out(self._scheduler, kind, model.id, self.config.queue_timeout_s)
 
+    def inputs(self, name: str) -> frozenset[str] | None:
+        """What a request to a model or route may hold: `text`, `image`, `audio`, `video`.
+
+        None: nobody knows, as before the start. A route takes what one of its models takes.
+        """
+        if name in self.router:
+            found = [self.inputs(model.id) for model in self.router.models(name)]
+            known = [each for each in found if each is not None]
+            return frozenset().union(*known) if known and len(known) == len(found) else None
+        model, _ = self.config.find_adapter(name)
+        runtime = self._runtimes.get(model.runtime)
+        return None if runtime is None else runtime.inputs(model)
+
     async def pull(self, name: str, every_s: float) -> AsyncGenerator[FetchProgress, None]:
         """Fetch the newest files of a model; yields the progress, the last time at the end.
 
@@ -644,6 +668,8 @@ class Engine:
     def _on_event(self, event: SchedulerEvent) -> None:
         self._metrics.count(event, self._clock())
         self.events.append(event)
+        if self.tracer is not None:
+            self.tracer.moved(event.kind.value, event.model)
         if event.kind in FAILURES:
             self._recheck.set()
         level = logging.DEBUG if event.kind is EventKind.GRANT else logging.INFO

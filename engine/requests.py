@@ -55,6 +55,7 @@ class TextOperation(StrEnum):
     SCORE = "score"
     CLASSIFY = "classify"
     MODERATION = "moderation"
+    FILL_MASK = "fill_mask"
     TOKENIZE = "tokenize"
     DETOKENIZE = "detokenize"
 
@@ -66,6 +67,7 @@ READING = frozenset(
         TextOperation.SCORE,
         TextOperation.CLASSIFY,
         TextOperation.MODERATION,
+        TextOperation.FILL_MASK,
     }
 )
 """Operations that read texts and write none. Equal requests have equal answers."""

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from engine.errors import ConfigError
 from engine.rules import rule
 
-_AT_THE_TOP = ("models", "routes", "budgets", "costs")
-"""Parts of the engine's configuration that stand at the top of the file."""
+_AT_THE_TOP = ("models", "routes", "budgets", "costs", "vector_stores")
+"""Parts of the configuration of engine and server that stand at the top of the file."""
 
 
 class Section(BaseModel):

@@ -14,6 +14,7 @@ from engine.errors import EngineError
 from engine.events import Cut, Event, Progress
 from engine.run import Run
 from engine.scheduling.lease import Lease
+from engine.tracing import Granted, RequestTrace
 from engine.usage import Usage
 
 log = logging.getLogger(__name__)
@@ -86,8 +87,26 @@ class Session:
         """Settled when the run has ended."""
         self.charge: Charge | None = None
         """What the run cost, once it has ended."""
-        self._failed = False
+        self._error: BaseException | None = None
+        """Why the run failed."""
+        self._trace: RequestTrace | None = None
         self._run = Run(rest, lease)
+
+    def trace_by(self, trace: RequestTrace) -> None:
+        """Tell a trace how the request came here, and from now on what it gives."""
+        self._trace = trace
+        trace.opened(
+            Granted(
+                self.model.id,
+                self.timings.tier,
+                self.timings.fetch_ms / 1e3,
+                self.timings.queue_ms / 1e3,
+                self.timings.load_ms / 1e3,
+                self.timings.run_ms / 1e3,
+                tuple((each.model, each.code) for each in self.attempts),
+            ),
+            self.first,
+        )
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """The whole run, `first` included. Closing it cancels the work.
@@ -104,6 +123,8 @@ class Session:
             while True:
                 given = given or not isinstance(event, Progress)
                 self._run.give()
+                if self._trace is not None:
+                    self._trace.gave(event)
                 yield event
                 try:
                     following = await self._run.next()
@@ -116,8 +137,8 @@ class Session:
                 if following is None:
                     return
                 event = following
-        except Exception:
-            self._failed = True
+        except Exception as error:
+            self._error = error
             raise
         finally:
             await self.close()
@@ -143,10 +164,13 @@ class Session:
                 if self.on_closed is not None:
                     self.on_closed(self.model.id)
             self.settle()
+            if self._trace is not None:
+                trace, self._trace = self._trace, None
+                trace.ended(self.model.id, self.usage, self._error)
 
     def settle(self) -> None:
         """Settle what the run cost. It has ended; a second call changes nothing."""
         if self.reservation is not None:
             self.charge = self.reservation.settle(
-                self.usage, self.usage.device_s, served=not self._failed
+                self.usage, self.usage.device_s, served=self._error is None
             )

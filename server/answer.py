@@ -151,14 +151,14 @@ class _ShownWait:
             # Granted in time, its first event decides the kind of response.
             if status.stage is not Stage.RUNNING or self._stream.begun:
                 await self._stream.begin({})
-                await self._stream.send(_wait_comment(status, self._waiting.model))
+                await self._stream.send(f": {wait_words(status, self._waiting.model)}\n\n")
             with suppress(TimeoutError):
                 async with asyncio.timeout(PROGRESS_INTERVAL_S):
                     await self._over.wait()
 
 
-def _wait_comment(status: WaitStatus, model: str) -> str:
-    """`: queued position=3 eta=12.4s`, `: loading llama eta=2.1s`."""
+def wait_words(status: WaitStatus, model: str) -> str:
+    """`queued position=3 eta=12.4s`, `loading llama eta=2.1s`."""
     words = [status.stage.value]
     if status.stage is Stage.QUEUED:
         words.append(f"position={status.position}")
@@ -166,7 +166,7 @@ def _wait_comment(status: WaitStatus, model: str) -> str:
         words.append(model)
     if status.eta_s is not None:
         words.append(f"eta={status.eta_s:.1f}s")
-    return f": {' '.join(words)}\n\n"
+    return " ".join(words)
 
 
 def _granted_comment(headers: Mapping[str, str]) -> str:

@@ -38,6 +38,7 @@ from server.routes.stored_files import stored_files_router
 from server.routes.text import text_router
 from server.routes.uploads import uploads_router
 from server.routes.usage import usage_router
+from server.routes.vector_stores import vector_stores_router
 from server.routes.videos import videos_router
 from server.routes.web import web_router
 from server.settings import ServerSettings
@@ -45,9 +46,13 @@ from server.start import Start
 from server.stored_files.record import FileLimits
 from server.stored_files.store import FileStore
 from server.stored_files.uploads import Uploads
+from server.tracing.open import open_tracing
+from server.vector_stores.embedder import Embedder, Models
+from server.vector_stores.stores import VectorStores
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+    from server.pictures import Pictures
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +81,12 @@ class Application(FastAPI):
         )
         self.keyring = keyring
         self.requests = RequestContext(Guard(self.router, settings, keyring), metrics)
+        self.outermost: ASGIApp = self.requests
+        """What a request meets first: with tracing, the layer of its span."""
 
     def build_middleware_stack(self) -> ASGIApp:
         """The layers round the routes."""
-        return self.requests
+        return self.outermost
 
 
 def create_app(engine: Engine, settings: ServerSettings, start: Start | None = None) -> Application:
@@ -95,7 +102,9 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     from engine.jobs.queue import Jobs
     from engine.media.outputs import Outputs
     from engine.media.voices import VoiceStore
+    from server.pictures import Pictures
     from server.routes.files import files_router
+    from server.routes.mcp import McpEndpoint
     from server.routes.ollama import ollama_router
     from server.routes.speech import speech_router
     from server.routes.transcriptions import transcriptions_router
@@ -106,7 +115,9 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     jobs = Jobs(engine, outputs)
     voices = VoiceStore(engine.config)
     cache = open_cache(engine, settings)
+    pictures = Pictures(engine, settings)
     kept = _Kept(engine, settings, start)
+    mcp = McpEndpoint(engine, outputs, settings, start)
 
     files = FileStore(engine.config.data_dir, FileLimits.of(settings))
 
@@ -114,6 +125,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         """Open the stored files, without which nothing starts."""
         try:
             await asyncio.to_thread(files.open)
+            await stores.start()
         except ConfigError as error:
             start.fail(error)
         else:
@@ -129,15 +141,21 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
             await kept.start()
             yield
         finally:
+            await mcp.close()
             try:
+                # First those with requests of their own.
                 await kept.stop()
+                await stores.stop()
                 await start.end()
             finally:
                 await watch.end()
                 await kept.close()
                 files.close()
+                await pictures.close()
             if cache is not None:
                 await cache.close()
+            if tracing is not None:
+                await tracing.close()
 
     metrics = HttpMetrics()
     cache_series = () if cache is None else (cache.registry,)
@@ -145,6 +163,14 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     watch = KeyWatch(engine.config.data_dir, keyring)
     watch.load()
     keyring.hand_budgets(engine.accounts.set_key_budgets)
+    memory = settings.vector_stores
+    stores = VectorStores(
+        engine.config.data_dir,
+        memory,
+        files,
+        Embedder(engine, Models(memory.embedding_model, memory.rerank_model)),
+        keyring.caller,
+    )
     app = Application(settings, keyring, metrics, lifespan)
     batches = Batches(
         engine,
@@ -153,10 +179,14 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         settings,
         partial(access_of_owner, keyring),
     )
+    tracing = None
+    if settings.otlp_endpoint is not None:
+        tracing = open_tracing(settings.otlp_endpoint, engine)
+        app.outermost = tracing.layer(app.requests)
     for router in (
         probes_router(engine, start, (metrics.registry, batches.metrics.registry, *cache_series)),
-        text_router(engine, settings, cache),
-        *kept.routers(cache),
+        text_router(engine, settings, pictures, cache),
+        *kept.routers(pictures, cache),
         images_router(engine, outputs, settings, cache),
         videos_router(engine, jobs, settings),
         speech_router(engine, voices, settings, cache),
@@ -164,13 +194,15 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         voices_router(engine, voices, settings),
         models_router(engine),
         engine_router(engine, settings, cache),
-        route_router(engine, settings),
+        route_router(engine, settings, pictures),
         usage_router(engine),
         files_router(engine),
         stored_files_router(files),
         uploads_router(Uploads(files), settings),
         batches_router(batches, settings),
-        ollama_router(engine, settings),
+        vector_stores_router(stores, settings),
+        ollama_router(engine, settings, pictures),
+        mcp.router(),
         web_router(),
         docs_router(engine, settings),
     ):
@@ -192,12 +224,14 @@ class _Kept:
         self._background = Background(engine, self._turns)
         self._resuming: asyncio.Task[None] | None = None
 
-    def routers(self, cache: ResponseCache | None) -> tuple[Router, ...]:
+    def routers(self, pictures: Pictures, cache: ResponseCache | None) -> tuple[Router, ...]:
         """What answers for them."""
         if not self._settings.keep_responses:
-            return (plain_responses_router(self._engine, self._settings, cache),)
+            return (plain_responses_router(self._engine, self._settings, pictures, cache),)
         return (
-            responses_router(self._engine, self._settings, cache, self._turns, self._background),
+            responses_router(
+                self._engine, self._settings, pictures, cache, self._turns, self._background
+            ),
             conversations_router(self._settings, self._keeper),
         )
 

@@ -33,7 +33,9 @@ WEB_PATH = "/"
 WEB_FILES_PREFIX = "/web/"
 DOCS_PATH = "/docs"
 DOCS_FILES_PREFIX = "/docs/"
-"""Pages and their files hold no secret. A page requests its data with the key that it gets."""
+WELL_KNOWN_PREFIX = "/.well-known/"
+"""Pages and their files hold no secret. A page requests its data with the key that it gets.
+Clients of MCP look below `/.well-known/` for a login. The answer is 404: a key is all there is."""
 ADMIN_PREFIX = "/v1/engine/"
 PLAN_PATH = "/v1/engine/plan"
 ROUTE_PATH = "/v1/engine/route"
@@ -171,7 +173,7 @@ def is_open(method: str, path: str) -> bool:
     """Whether a request needs no key at all, even with configured keys."""
     if path in PROBES:
         return True
-    prefixes = (WEB_FILES_PREFIX, DOCS_FILES_PREFIX, IMAGE_FILES_PREFIX)
+    prefixes = (WEB_FILES_PREFIX, DOCS_FILES_PREFIX, WELL_KNOWN_PREFIX, IMAGE_FILES_PREFIX)
     return method in ("GET", "HEAD") and (
         path in (WEB_PATH, DOCS_PATH) or path.startswith(prefixes)
     )

@@ -13,6 +13,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.runtimes.registry import REGISTRY, runtime_class
 from server.json_schema import SchemaGenerator
 from server.settings import ServerSettings, read_cache, split_commas
+from server.vector_store_config import VectorStoreConfig
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -41,7 +42,13 @@ def config_schema() -> dict[str, Any]:
     """The schema of the whole file: `engine`, `server`, and `models` with options by runtime."""
     runtimes = {name: runtime_class(name) for name in sorted(REGISTRY)}
     options = {name: runtime.Options for name, runtime in runtimes.items()}
-    kinds: list[type[BaseModel]] = [EngineConfig, ServerSettings, ModelConfig, *options.values()]
+    kinds: list[type[BaseModel]] = [
+        EngineConfig,
+        ServerSettings,
+        VectorStoreConfig,
+        ModelConfig,
+        *options.values(),
+    ]
     references, document = models_json_schema(
         [(kind, "validation") for kind in kinds], schema_generator=_Generator
     )
@@ -57,6 +64,7 @@ def config_schema() -> dict[str, Any]:
         "description": "The options of the runtime.",
         "type": "object",
     }
+    del definitions["ServerSettings"]["properties"]["vector_stores"]
     del definitions["MemoryBudget"]  # what a budget becomes, not what it is written as
     model["allOf"] = [
         # A model without `runtime` matches the default's condition only, as that needs no key.
@@ -78,6 +86,7 @@ def config_schema() -> dict[str, Any]:
         "properties": {
             "engine": _section("EngineConfig", "How the engine shares the device among models."),
             "server": _section("ServerSettings", "Where the server listens, and who may use it."),
+            "vector_stores": _section("VectorStoreConfig", "What /v1/vector_stores use."),
             "models": {
                 "description": "The models that can be requested.",
                 "type": "array",

@@ -21,6 +21,7 @@ EXPOSED_HEADERS = (
     "www-authenticate",
     "allow",
     "content-disposition",
+    "mcp-session-id",
     *RATE_LIMIT_HEADERS,
     *ANSWER_HEADERS,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -23,10 +24,16 @@ def engine_document(status: EngineStatus) -> dict[str, Any]:
     return document
 
 
-def model_document(status: ModelStatus, name: str, *, adapter: str | None = None) -> dict[str, Any]:
+def model_document(
+    status: ModelStatus,
+    name: str,
+    *,
+    adapter: str | None = None,
+    inputs: Collection[str] | None = None,
+) -> dict[str, Any]:
     """OpenAI's model object with the id `name`, and the state of the model behind it.
 
-    With an adapter, `parent` is the id of that model.
+    With an adapter, `parent` is the id of that model. `inputs` are what a request may hold.
     """
     own = asdict(status)
     created = own.pop("created")
@@ -40,6 +47,7 @@ def model_document(status: ModelStatus, name: str, *, adapter: str | None = None
         "owned_by": OWNER,
         "alias_of": None if adapter is not None or name == status.id else status.id,
         "parent": None if adapter is None else status.id,
+        "input_modalities": None if inputs is None else sorted(inputs),
     }
 
 

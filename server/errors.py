@@ -1,4 +1,4 @@
-"""The errors that clients see: one table of statuses, and three envelopes."""
+"""The errors that clients see: one table of statuses, and four envelopes."""
 
 from __future__ import annotations
 
@@ -39,6 +39,9 @@ from engine.words import MOST_ECHOED, shortened, without_folders
 
 ANTHROPIC_PATH = "/v1/messages"
 OLLAMA_PREFIX = "/api/"
+MCP_PATH = "/mcp"
+_MCP_ERROR = -32000
+"""The first of the codes that JSON-RPC leaves to servers."""
 
 
 def is_anthropic(path: str) -> bool:
@@ -49,6 +52,11 @@ def is_anthropic(path: str) -> bool:
 def is_ollama(path: str) -> bool:
     """Whether clients of `path` read Ollama's envelope."""
     return path.startswith(OLLAMA_PREFIX)
+
+
+def is_mcp(path: str) -> bool:
+    """Whether clients of `path` read errors of JSON-RPC."""
+    return path == MCP_PATH
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +180,15 @@ class Failure:
         named = self.param is None or self.param in self.message
         return {"error": self.message if named else f"{self.param}: {self.message}"}
 
+    def mcp_document(self) -> dict[str, Any]:
+        """An error of JSON-RPC, for a request whose id was not read."""
+        data = {"type": self.type, "code": self.code, **self._more()}
+        return {
+            "jsonrpc": "2.0",
+            "id": None,
+            "error": {"code": _MCP_ERROR, "message": self.message, "data": data},
+        }
+
     def _more(self) -> dict[str, Any]:
         more = {"residency": self.residency, "details": self.details}
         return {name: value for name, value in more.items() if value is not None}
@@ -182,6 +199,8 @@ class Failure:
             document = self.anthropic_document(request_id)
         elif is_ollama(path):
             document = self.ollama_document()
+        elif is_mcp(path):
+            document = self.mcp_document()
         else:
             document = self.openai_document()
         return JSONResponse(document, self.status, dict(self.headers))

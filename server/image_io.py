@@ -26,6 +26,14 @@ That file is a tenth smaller, which pays only below 30 Mbit/s."""
 _ENDS = {"PNG": b"IEND\xaeB`\x82", "GIF": b"\0;"}
 """What is in each whole file of a format. Pillow takes a picture without it in silence."""
 
+_PLAIN_MODES = ("RGB", "L")
+_MEDIA_TYPES = {
+    "PNG": "image/png",
+    "JPEG": "image/jpeg",
+    "MPO": "image/jpeg",
+    "WEBP": "image/webp",
+}
+
 _READABLE = ("PNG", "JPEG", "WEBP", "GIF")
 """Pillow reads some fifty formats. Clients should reach as few decoders as possible."""
 
@@ -47,6 +55,8 @@ class Picture:
     """RGB, laid over white where it is transparent."""
     alpha: Image.Image | None
     """Greyscale, 0 where it is transparent; None if it is opaque everywhere."""
+    media_type: str | None = None
+    """That of its file, if a reader that follows EXIF sees the same in it as here."""
 
     @property
     def mask(self) -> Image.Image:
@@ -119,7 +129,8 @@ def _decode(upload: Upload, image: ImageFile.ImageFile) -> Picture:
     except Exception as error:  # as above: the bytes cause every error
         raise _unreadable(upload) from error
     if alpha is None or alpha.getextrema()[0] == 255:
-        return Picture(rgb, None)
+        plain = alpha is None and image.mode in _PLAIN_MODES
+        return Picture(rgb, None, _MEDIA_TYPES.get(image.format or "") if plain else None)
     over_white = Image.new("RGB", rgb.size, "white")
     over_white.paste(rgb, mask=alpha)
     return Picture(over_white, alpha)

@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 from engine.errors import InvalidRequest
 
+PORTS = {"http": 80, "https": 443}
+
 _ROOTS = ("messages", "input", "items", "system", "prompt")
 _URL_KEYS = frozenset({"image_url", "audio_url", "video_url", "file_url", "source"})
 """Keys whose value is a URL, or an object with a `url` (`source` is Anthropic's)."""
@@ -46,7 +48,7 @@ def _walk(node: Any, param: str, allowed_hosts: Sequence[str]) -> None:
 
 def _check(value: Any, param: str, allowed_hosts: Sequence[str]) -> None:
     url = value.get("url") if isinstance(value, dict) else value
-    if not isinstance(url, str) or url.startswith("data:") or _is_allowed(url, allowed_hosts):
+    if not isinstance(url, str) or url.startswith("data:") or is_allowed(url, allowed_hosts):
         return
     raise InvalidRequest(
         "Media must be given as a data: URL; this server does not fetch other URLs"
@@ -55,12 +57,20 @@ def _check(value: Any, param: str, allowed_hosts: Sequence[str]) -> None:
     )
 
 
-def _is_allowed(url: str, allowed_hosts: Sequence[str]) -> bool:
+def is_allowed(url: str, allowed_hosts: Sequence[str]) -> bool:
+    """Whether a URL leads to an allowed host, on the usual port or on the one that is named."""
     # URL parsers disagree about these, so the URL checked here might not be the URL fetched.
     if "\\" in url or not url.isprintable() or " " in url:
         return False
     try:
         parts = urlsplit(url)
+        port = parts.port
     except ValueError:
         return False
-    return parts.scheme in ("http", "https") and parts.hostname in allowed_hosts
+    host, usual = parts.hostname, PORTS.get(parts.scheme)
+    if usual is None or host is None or "@" in parts.netloc:
+        return False
+    named = f"[{host}]" if ":" in host else host
+    return (host in allowed_hosts and port in (None, usual)) or (
+        f"{named}:{port or usual}" in allowed_hosts
+    )

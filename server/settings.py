@@ -16,12 +16,13 @@ from pydantic import BeforeValidator, Field, PrivateAttr, SecretStr, field_valid
 
 from engine.config import ENV_CONFIG, EngineConfig, engine_config, engine_fields, read_sections
 from engine.cost_config import CostConfig
-from engine.errors import ConfigError
+from engine.errors import ConfigError, ModelNotFound
 from engine.runtimes.registry import RUNTIMES
 from engine.section import Section, parse_section
 from engine.units import Duration, Size
 from server.keys.keyring import ConfiguredKey
 from server.keys.record import Key, check_name, digest_of
+from server.vector_store_config import VectorStoreConfig
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +87,14 @@ CachePlace: TypeAlias = Annotated[str, BeforeValidator(read_cache), Field(repr=F
 Keys: TypeAlias = Annotated[tuple[SecretStr, ...], BeforeValidator(split_commas)]
 Hosts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(split_commas)]
 
+VECTOR_STORES = "vector_stores"
+VECTOR_STORES_URL = "vector_stores_url"
+"""The URL as a variable of the environment, behind the prefix of all of them."""
+
 ANY = "*"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s,]+")
 _PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
-_OWN_PATHS = ("/v1", "/web", "/docs")
+_OWN_PATHS = ("/v1", "/web", "/docs", "/mcp")
 """Paths that the server has itself. Behind such a prefix it could not tell which one is meant."""
 
 
@@ -126,8 +131,16 @@ class ServerSettings(Section):
     """A larger request body is refused with 413."""
     max_image_pixels: int = Field(default=2**25, gt=0)
     """Pixels that the pictures of one request may have together. With more it is refused."""
+    max_images: int = Field(default=32, gt=0)
+    """Pictures that one text request may have. A model may take fewer."""
+    max_image_bytes: Size = Field(default=20 * 2**20, gt=0)
+    """The size of one picture in a text request, also of one behind a URL."""
     allowed_media_hosts: Hosts = ()
-    """Hosts whose URLs a request may name for images, audio and video."""
+    """Hosts whose URLs a request may name for images; with `:PORT` if it is not the usual one."""
+    private_media_hosts: Hosts = ()
+    """Those of them whose names may lead to private addresses."""
+    media_timeout: Duration = Field(default=10.0, gt=0, le=600)
+    """Seconds in which a picture behind a URL must be here."""
     response_cache: CachePlace = CACHE_OFF
     """Where answers that equal requests may get are kept.
 
@@ -170,7 +183,15 @@ class ServerSettings(Section):
     """The prefix that a proxy removes from paths, such as `/ai`."""
     forwarded_allow_ips: Hosts = ()
     """Addresses or networks of proxies whose `X-Forwarded-*` headers are believed, or `*`."""
+    mcp: bool = True
+    """Serve tools for agents at `POST /mcp`. The package is imported at the first request."""
+    otlp_endpoint: str | None = None
+    """Send traces to this OpenTelemetry collector, by OTLP over HTTP: `http://HOST:4318`.
+
+    Without it `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT` and `OTEL_EXPORTER_OTLP_ENDPOINT` count.
+    """
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    vector_stores: VectorStoreConfig = VectorStoreConfig()
     # The names of the keys of the file, by key.
     _names: Mapping[str, str] = PrivateAttr(default_factory=dict)
     # Where the store of keys is; None: there is none.
@@ -185,7 +206,7 @@ class ServerSettings(Section):
             raise ValueError("a key must be printable ASCII without spaces, and not empty")
         return keys
 
-    @field_validator("allowed_media_hosts")
+    @field_validator("allowed_media_hosts", "private_media_hosts")
     @classmethod
     def _hosts_are_lower_case(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(host.lower() for host in hosts)
@@ -214,6 +235,24 @@ class ServerSettings(Section):
         if parts.query or parts.fragment:
             raise ValueError("it has no query and no fragment")
         return url.rstrip("/")
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _collector_is_an_address(cls, url: str | None) -> str | None:
+        # The message must not contain the address, as it could hold a password.
+        if url is None or not url.strip():
+            return None
+        try:
+            parts = urlsplit(url.strip())
+            fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            fits = False
+        if not fits or parts.username is not None or parts.query or parts.fragment:
+            raise ValueError(
+                "it is http:// or https:// and a host, as in http://localhost:4318; a key belongs"
+                " into OTEL_EXPORTER_OTLP_HEADERS"
+            )
+        return url.strip()
 
     @field_validator("root_path")
     @classmethod
@@ -314,7 +353,9 @@ def load_settings(
 
     """
     sections = _sections(config_path(path, environ), environ)
-    raw = {**sections["server"], **(overrides or {})}
+    raw = {**sections["server"], **(overrides or {}), VECTOR_STORES: sections[VECTOR_STORES]}
+    if raw.get("otlp_endpoint") is None and (collector := _collector(environ)) is not None:
+        raw["otlp_endpoint"] = collector
     settings = parse_section(ServerSettings, raw, "server")
     if settings.api_keys_file is not None:
         keys, admin_keys, names = _read_keys(settings.api_keys_file)
@@ -324,6 +365,7 @@ def load_settings(
         settings._names = names
     engine = engine_config(sections, RUNTIMES)
     settings._data_dir = engine.data_dir
+    _check_models(settings.vector_stores, engine)
     if not (is_loopback(settings.host) or settings.insecure or settings.has_keys):
         raise ConfigError(
             f"server.host: {settings.host} can be reached from other machines, and there is no"
@@ -347,10 +389,41 @@ def read_engine_config(path: Path, environ: Mapping[str, str]) -> EngineConfig:
 def _sections(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:
     fields = {
         "engine": engine_fields(),
-        "server": list(ServerSettings.model_fields),
+        "server": [name for name in ServerSettings.model_fields if name != VECTOR_STORES],
         "costs": [name for name in CostConfig.model_fields if name != "compare"],
+        # Of its keys only the one that may hold a password, under a longer name.
+        VECTOR_STORES: [VECTOR_STORES_URL],
     }
-    return read_sections(path, environ, fields)
+    sections = read_sections(path, environ, fields)
+    own = sections[VECTOR_STORES]
+    if VECTOR_STORES_URL in own:
+        own["url"] = own.pop(VECTOR_STORES_URL)
+    return sections
+
+
+def _check_models(config: VectorStoreConfig, engine: EngineConfig) -> None:
+    """Return if the models that vector stores use exist.
+
+    Raises:
+        ConfigError: naming the key.
+
+    """
+    for key in ("embedding_model", "rerank_model"):
+        name = getattr(config, key)
+        if name is not None:
+            try:
+                engine.find(name)
+            except ModelNotFound as error:
+                raise ConfigError(f"vector_stores.{key}: {error.message}") from None
+
+
+def _collector(environ: Mapping[str, str]) -> str | None:
+    """The collector of OpenTelemetry's own variables, unless they turn traces off."""
+    off = environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    if off or environ.get("OTEL_TRACES_EXPORTER", "").lower() == "none":
+        return None
+    names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    return next((environ[name] for name in names if environ.get(name)), None)
 
 
 def _read_keys(path: Path) -> tuple[list[str], list[str], dict[str, str]]:

@@ -77,8 +77,19 @@ from server.schemas.stored_files import (
     UploadBody,
 )
 from server.schemas.usage import UsageQuery
+from server.schemas.vector_stores import (
+    AttributesBody,
+    FileBatchBody,
+    SearchBody,
+    StoreFileBody,
+    StoreFileListQuery,
+    VectorStoreBody,
+    VectorStoreChangeBody,
+    VectorStoreListQuery,
+)
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
-from server.settings import ServerSettings
+from server.settings import VECTOR_STORES, VECTOR_STORES_URL, ServerSettings
+from server.vector_store_config import VectorStoreConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -102,6 +113,7 @@ CONFIGURATION: list[tuple[str, str, type[BaseModel], dict[str, Any]]] = [
         {"model": "any", "simple": ["a"], "hard": ["b"]},
     ),
     ("`costs`", "key", CostConfig, NOTHING),
+    ("`vector_stores`", "key", VectorStoreConfig, NOTHING),
     ("`budgets`", "key", BudgetConfig, NOTHING),
     *(
         (f"Options of `{name}`", "key", runtime_class(name).Options, NEEDED.get(name, NOTHING))
@@ -126,6 +138,16 @@ BODIES: dict[str, list[type[BaseModel]]] = {
     "Videos": [VideoBody, VideoListQuery, VideoContentQuery],
     "Files and uploads": [FileBody, FileListQuery, UploadBody, PartBody, CompleteBody],
     "Batches": [BatchBody, BatchListQuery],
+    "Vector stores": [
+        VectorStoreBody,
+        VectorStoreChangeBody,
+        VectorStoreListQuery,
+        StoreFileListQuery,
+        StoreFileBody,
+        FileBatchBody,
+        AttributesBody,
+        SearchBody,
+    ],
     "Speech": [SpeechBody],
     "Transcriptions and translations": [TranscriptionBody, TranslationBody],
     "Voices": [VoiceBody, VoicesQuery],
@@ -193,7 +215,11 @@ def test_every_key_is_described_with_its_default(
         monkeypatch.delenv(variable, raising=False)
     table = [r for r in rows("configuration.md") if (r.section, r.column) == (section, column)]
     described = {code(row.cells[0])[0]: "".join(code(row.cells[1])) for row in table}
-    sections = (*LISTS, "costs") if kind is EngineConfig else ()
+    parts: dict[type[BaseModel], tuple[str, ...]] = {
+        EngineConfig: (*LISTS, "costs"),
+        ServerSettings: (VECTOR_STORES,),
+    }
+    sections = parts.get(kind, ())
     assert [*described] == [name for name in kind.model_fields if name not in sections]
     by_itself = kind.model_validate(needed)
     for name, text in described.items():
@@ -220,6 +246,7 @@ def test_every_runtime_has_its_options_described() -> None:
 
 def test_every_variable_that_is_named_is_one() -> None:
     keys = {*engine_fields(), *ServerSettings.model_fields, *CostConfig.model_fields, "config"}
+    keys.add(VECTOR_STORES_URL)
     texts = "".join(page.read_text() for page in PAGES)
     variables = set(re.findall(r"\bROUNDHOUSE_([A-Z_]+)\b", texts))
     assert "API_KEYS" in variables

@@ -33,7 +33,12 @@ THIS = Path(__file__).relative_to(ROOT).as_posix()
 """Names that stand only in strings of this file are those that it looks for."""
 PROGRAM = ("engine", "server")
 FOLDERS = (*PROGRAM, "tests", "scripts", "configs", "constraints", "docs")
-SECTIONS = {"engine": "EngineConfig", "server": "ServerSettings", "costs": "CostConfig"}
+SECTIONS = {
+    "engine": "EngineConfig",
+    "server": "ServerSettings",
+    "costs": "CostConfig",
+    "vector_stores": "VectorStoreConfig",
+}
 """The sections of the configuration, and the classes of their keys: `engine.memory`."""
 
 MAX_WORDS = 40

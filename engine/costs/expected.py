@@ -180,7 +180,9 @@ def _text_size(request: TextRequest) -> _TextSize:
     prompt_bytes = _prompt_bytes(body)
     if request.operation in READING:
         compared = next((body[name] for name in _COMPARED if name in body), None)
-        prompts = _prompts(body.get("input") if compared is None else compared)
+        if compared is None:
+            compared = body.get("input", body.get("inputs"))
+        prompts = _prompts(compared)
         # A reranker reads the one text anew with each of the others.
         again = _prompt_bytes({name: body[name] for name in _READ_AGAIN if name in body})
         return _TextSize(prompt_bytes + again * (prompts - 1), prompts, 0, 0)

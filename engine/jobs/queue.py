@@ -228,6 +228,8 @@ class Jobs:
             )
         job_id = f"video_{uuid.uuid4().hex}"
         request = replace(await self._engine.resolve(request), request_id=job_id)
+        if self._engine.tracer is not None:
+            self._engine.tracer.submitted(job_id)
         model = self._engine.config.find(request.model)
         request = replace(request, model=model.id)
         prepared = await self._check(request)

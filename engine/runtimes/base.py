@@ -28,6 +28,7 @@ from engine.requests import Request
 from engine.runtimes.recognised import Recognised
 from engine.section import Section
 from engine.status import ProviderStatus
+from engine.tracing import Tracer
 from engine.usage import Usage
 
 
@@ -102,6 +103,8 @@ class RuntimeContext:
     """Where master copies go; None: there are none, and no model can be parked."""
     budget_bytes: int | None = None
     """What all models together may use of the device; None: nobody has said."""
+    tracer: Tracer | None = None
+    """Told of requests to providers."""
 
 
 class Runtime(ABC):
@@ -306,6 +309,13 @@ class Runtime(ABC):
 
         """
         raise NotImplementedError(f"{self.name} has no parkable blocks")
+
+    def inputs(self, model: ModelConfig) -> frozenset[str] | None:  # noqa: ARG002 - few can tell
+        """What a request to a model of text may hold: `text`, `image`, `audio`, `video`. Quick.
+
+        None: nobody knows, as while its files are not here.
+        """
+        return None
 
     def voices(self, model: ModelConfig) -> tuple[Voice, ...]:  # noqa: ARG002 - few have any
         """The voices of a speech model, read from its files. Called off the event loop.

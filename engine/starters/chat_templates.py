@@ -109,3 +109,30 @@ QWEN_TEMPLATE = """\
 {%- endif %}
 """
 """ChatML; tools in Hermes' way, as Qwen 2.5 does: calls and results between XML tags."""
+
+IDEFICS_TEMPLATE = """\
+{{- '<|im_start|>' }}
+{%- for message in messages %}
+    {{- message['role'] | capitalize + ':' }}
+    {%- if message['content'] is string %}
+        {{- ' ' + message['content'] }}
+    {%- else %}
+        {{- ' ' if message['content'] and message['content'][0]['type'] == 'text' }}
+        {%- for part in message['content'] %}
+            {%- if part['type'] == 'text' %}
+                {{- part['text'] }}
+            {%- elif part['type'] == 'image' %}
+                {{- '<image>' }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<end_of_utterance>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- 'Assistant:' }}
+{%- endif %}
+"""
+"""SmolVLM's turns: a picture stands where its part stands among the texts. It has no tools.
+
+vLLM hands the parts of a message on only to a template with a plain loop over its content.
+"""

@@ -1,4 +1,4 @@
-"""The starter models that read and write text: a Llama, a Qwen 2, and three of BERT's kind."""
+"""The starter models that read and write text: three that write, and three of BERT's kind."""
 
 from __future__ import annotations
 
@@ -17,8 +17,17 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
-from engine.starters.chat_templates import LLAMA_TEMPLATE, QWEN_TEMPLATE
+from engine.starters.chat_templates import IDEFICS_TEMPLATE, LLAMA_TEMPLATE, QWEN_TEMPLATE
 from engine.starters.json_text import write_json
+from engine.starters.sight import (
+    END,
+    IMAGE,
+    IMAGE_TOKENS,
+    SHUFFLE,
+    VISION_CONFIG,
+    vision_tensors,
+    write_processor,
+)
 from engine.starters.tensors import RandomTensors, Tensors, write_tensors
 
 VOCABULARY_SIZE = 512
@@ -54,7 +63,7 @@ class _DecoderShape:
 
 
 @dataclass(frozen=True, slots=True)
-class _EncoderShape:
+class EncoderShape:
     """The sizes of a BERT."""
 
     hidden: int = 128
@@ -98,7 +107,7 @@ def _write_tiny_llama(folder: Path) -> None:
         max_length=shape.positions,
         chat_template=LLAMA_TEMPLATE,
     )
-    _write_model(folder, config, tensors)
+    write_model(folder, config, tensors)
     write_json(folder / "generation_config.json", ids)
 
 
@@ -127,14 +136,65 @@ def _write_tiny_qwen(folder: Path) -> None:
         max_length=shape.positions,
         chat_template=QWEN_TEMPLATE,
     )
-    _write_model(folder, config, tensors)
+    write_model(folder, config, tensors)
     write_json(folder / "generation_config.json", ids)
+
+
+def _write_tiny_idefics3(folder: Path) -> None:
+    pad, start = "<|endoftext|>", "<|im_start|>"
+    tokenizer = _tokenizer([pad, start, *IMAGE_TOKENS])
+    shape = _DecoderShape(hidden=192, intermediate=384, layers=3, heads=6, kv_heads=2)
+    ids = {
+        "bos_token_id": tokenizer.token_to_id(start),
+        "eos_token_id": tokenizer.token_to_id(END),
+        "pad_token_id": tokenizer.token_to_id(pad),
+    }
+    text = _decoder_config(shape, tokenizer)
+    config = {
+        "architectures": ["Idefics3ForConditionalGeneration"],
+        "model_type": "idefics3",
+        "dtype": "float32",
+        **ids,
+        "image_token_id": tokenizer.token_to_id(IMAGE),
+        "scale_factor": SHUFFLE,
+        "tie_word_embeddings": False,
+        "text_config": {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            **text,
+            **ids,
+            "head_dim": shape.head_dim,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "rope_theta": 500000.0,
+        },
+        "vision_config": VISION_CONFIG,
+    }
+    weights = RandomTensors(seed=9)
+    decoder = _decoder_tensors(weights, shape, tokenizer, END, qkv_bias=False)
+    tensors = {
+        f"model.text_model.{name.removeprefix('model.')}"
+        if name.startswith("model.")
+        else name: each
+        for name, each in decoder.items()
+    }
+    tensors |= vision_tensors(weights, shape.hidden)
+    _write_tokenizer(
+        folder,
+        tokenizer,
+        {"bos_token": start, "eos_token": END, "pad_token": pad},
+        max_length=shape.positions,
+        chat_template=IDEFICS_TEMPLATE,
+    )
+    write_model(folder, config, tensors)
+    write_json(folder / "generation_config.json", ids)
+    write_processor(folder)
 
 
 def _write_tiny_embed(folder: Path) -> None:
     # Any leading part of a random vector is as good an embedding as the whole. So a request
     # may choose its `dimensions`.
-    shape = _EncoderShape()
+    shape = EncoderShape()
     own = {"architectures": ["BertModel"], "is_matryoshka": True}
     _write_bert(folder, shape, own, RandomTensors(seed=3))
     _write_sentence_transformer(folder, shape.hidden, shape.positions)
@@ -142,7 +202,7 @@ def _write_tiny_embed(folder: Path) -> None:
 
 def _write_tiny_rerank(folder: Path) -> None:
     own = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
-    _write_bert(folder, _EncoderShape(positions=2048), own, RandomTensors(seed=7), labels=1)
+    _write_bert(folder, EncoderShape(positions=2048), own, RandomTensors(seed=7), labels=1)
 
 
 def _write_tiny_classify(folder: Path) -> None:
@@ -153,20 +213,20 @@ def _write_tiny_classify(folder: Path) -> None:
         "label2id": {label: index for index, label in enumerate(labels)},
         "problem_type": "single_label_classification",
     }
-    shape = _EncoderShape(positions=2048)
+    shape = EncoderShape(positions=2048)
     _write_bert(folder, shape, own, RandomTensors(seed=8), labels=len(labels))
 
 
 def _write_bert(
     folder: Path,
-    shape: _EncoderShape,
+    shape: EncoderShape,
     own: Mapping[str, Any],
     weights: RandomTensors,
     labels: int = 0,
 ) -> None:
     """Write a BERT, with a head for `labels` if there are any."""
     pad, cls, sep = "[PAD]", "[CLS]", "[SEP]"
-    hidden, intermediate, positions = shape.hidden, shape.intermediate, shape.positions
+    hidden, positions = shape.hidden, shape.positions
     tokenizer = _tokenizer([pad, cls, sep])
     tokenizer.post_processor = TemplateProcessing(
         single=f"{cls} $A {sep}",
@@ -179,7 +239,7 @@ def _write_bert(
         "dtype": "float32",
         "vocab_size": tokenizer.get_vocab_size(),
         "hidden_size": hidden,
-        "intermediate_size": intermediate,
+        "intermediate_size": shape.intermediate,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "max_position_embeddings": positions,
@@ -197,22 +257,9 @@ def _write_bert(
         # Small, so that texts with the same words are near each other, whatever their order.
         "embeddings.position_embeddings.weight": weights.normal(positions, hidden, std=0.1),
         "embeddings.token_type_embeddings.weight": weights.normal(2, hidden, std=0.1),
-        **_layer_norm("embeddings.LayerNorm", hidden),
+        **layer_norm("embeddings.LayerNorm", hidden),
     }
-    for index in range(shape.layers):
-        layer = f"encoder.layer.{index}"
-        for part, outputs, inputs in (
-            ("attention.self.query", hidden, hidden),
-            ("attention.self.key", hidden, hidden),
-            ("attention.self.value", hidden, hidden),
-            ("attention.output.dense", hidden, hidden),
-            ("intermediate.dense", intermediate, hidden),
-            ("output.dense", hidden, intermediate),
-        ):
-            tensors[f"{layer}.{part}.weight"] = weights.linear(outputs, inputs)
-            tensors[f"{layer}.{part}.bias"] = np.zeros(outputs, np.float32)
-        tensors |= _layer_norm(f"{layer}.attention.output.LayerNorm", hidden)
-        tensors |= _layer_norm(f"{layer}.output.LayerNorm", hidden)
+    tensors |= encoder_layers(weights, shape)
     tensors["pooler.dense.weight"] = weights.linear(hidden, hidden)
     tensors["pooler.dense.bias"] = np.zeros(hidden, np.float32)
     if labels:
@@ -227,7 +274,28 @@ def _write_bert(
         {"cls_token": cls, "sep_token": sep, "pad_token": pad},
         max_length=positions,
     )
-    _write_model(folder, config, tensors)
+    write_model(folder, config, tensors)
+
+
+def encoder_layers(weights: RandomTensors, shape: EncoderShape) -> Tensors:
+    """The layers of a BERT, whose names the other families have, too."""
+    hidden, intermediate = shape.hidden, shape.intermediate
+    tensors: Tensors = {}
+    for index in range(shape.layers):
+        layer = f"encoder.layer.{index}"
+        for part, outputs, inputs in (
+            ("attention.self.query", hidden, hidden),
+            ("attention.self.key", hidden, hidden),
+            ("attention.self.value", hidden, hidden),
+            ("attention.output.dense", hidden, hidden),
+            ("intermediate.dense", intermediate, hidden),
+            ("output.dense", hidden, intermediate),
+        ):
+            tensors[f"{layer}.{part}.weight"] = weights.linear(outputs, inputs)
+            tensors[f"{layer}.{part}.bias"] = np.zeros(outputs, np.float32)
+        tensors |= layer_norm(f"{layer}.attention.output.LayerNorm", hidden)
+        tensors |= layer_norm(f"{layer}.output.LayerNorm", hidden)
+    return tensors
 
 
 def _tokenizer(specials: Sequence[str], tags: Sequence[str] = ()) -> Tokenizer:
@@ -323,7 +391,8 @@ def _head(
     return head
 
 
-def _layer_norm(name: str, width: int) -> Tensors:
+def layer_norm(name: str, width: int) -> Tensors:
+    """One that changes nothing yet."""
     return {
         f"{name}.weight": np.ones(width, np.float32),
         f"{name}.bias": np.zeros(width, np.float32),
@@ -353,7 +422,8 @@ def _write_tokenizer(
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
-def _write_model(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
+def write_model(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
+    """Write the configuration and the weights."""
     write_json(folder / "config.json", config)
     write_tensors(folder / "model.safetensors", tensors)
 
@@ -387,6 +457,7 @@ WRITERS: Mapping[str, Callable[[Path], None]] = MappingProxyType(
     {
         "tiny-llama": _write_tiny_llama,
         "tiny-qwen": _write_tiny_qwen,
+        "tiny-idefics3": _write_tiny_idefics3,
         "tiny-embed": _write_tiny_embed,
         "tiny-rerank": _write_tiny_rerank,
         "tiny-classify": _write_tiny_classify,

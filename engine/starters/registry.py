@@ -104,32 +104,49 @@ def _starter(
 
 LANGUAGE_STARTERS: Mapping[str, Starter] = MappingProxyType(
     {
-        name: _starter(name, "language", pipeline, summary)
-        for name, pipeline, summary in (
+        name: _starter(name, module, pipeline, summary)
+        for name, module, pipeline, summary in (
             (
                 "tiny-llama",
+                "language",
                 "text-generation",
                 "A Llama of 2.6 million parameters that calls tools in Llama 3's way.",
             ),
             (
                 "tiny-qwen",
+                "language",
                 "text-generation",
                 "A Qwen 2 of 1.2 million parameters that calls tools in Hermes' way.",
             ),
             (
+                "tiny-idefics3",
+                "language",
+                "image-text-to-text",
+                "An Idefics 3 of 1.4 million parameters that sees pictures.",
+            ),
+            (
                 "tiny-embed",
+                "language",
                 "sentence-similarity",
                 "A BERT of 1.4 million parameters that turns a text into 128 numbers.",
             ),
             (
                 "tiny-rerank",
+                "language",
                 "text-ranking",
                 "A BERT of 0.6 million parameters that scores a query and a document.",
             ),
             (
                 "tiny-classify",
+                "language",
                 "text-classification",
                 "A BERT of 0.6 million parameters that gives a text one of five labels.",
+            ),
+            (
+                "tiny-camembert",
+                "camembert",
+                "fill-mask",
+                "A CamemBERT of 0.4 million parameters that reads Thai and fills masks.",
             ),
         )
     }

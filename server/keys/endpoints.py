@@ -12,10 +12,11 @@ FAMILIES = (
     "speech",
     "transcriptions",
     "files",
+    "vector_stores",
     "engine",
 )
 
-_CHAT, _EMBEDDINGS, _IMAGES, _VIDEOS, _SPEECH, _TRANSCRIPTIONS, _FILES, _ENGINE = (
+_CHAT, _EMBEDDINGS, _IMAGES, _VIDEOS, _SPEECH, _TRANSCRIPTIONS, _FILES, _STORES, _ENGINE = (
     frozenset({family}) for family in FAMILIES
 )
 _TEXT = _CHAT | _EMBEDDINGS
@@ -38,6 +39,7 @@ _RUNS: Mapping[str, frozenset[str]] = {
     "/v1/classify": _EMBEDDINGS,
     "/classify": _EMBEDDINGS,
     "/v1/moderations": _EMBEDDINGS,
+    "/v1/fill-mask": _EMBEDDINGS,
     "/api/chat": _CHAT,
     "/api/generate": _CHAT,
     "/api/embed": _EMBEDDINGS,
@@ -65,6 +67,7 @@ _BESIDE = (
     ("/v1/files", _FILES),
     ("/v1/uploads", _FILES),
     ("/v1/batches", _FILES),
+    ("/v1/vector_stores", _STORES),
     ("/v1/engine", _ENGINE),
     ("/api/ps", _ENGINE),
     ("/api/pull", _ENGINE),
@@ -91,4 +94,9 @@ def families_of(path: str) -> frozenset[str] | None:
 
 def is_counted(method: str, path: str) -> bool:
     """Whether the request counts against the limits of its key."""
-    return method == "POST" and path in _RUNS
+    return method == "POST" and (path in _RUNS or _is_search(path))
+
+
+def _is_search(path: str) -> bool:
+    """Whether it searches a vector store, for which a model runs."""
+    return path.startswith("/v1/vector_stores/") and path.endswith("/search")

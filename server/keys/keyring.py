@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from engine.caller import Caller
+from engine.caller import NOBODY, Caller
 from engine.config import EngineConfig
 from engine.cost_config import BudgetConfig
 from server.keys.access import Access
@@ -75,6 +75,16 @@ class Keyring:
         """What the key of that name may do, or might once; None if there is none."""
         every = [*self._stored.values(), *(access for _, access in self._configured)]
         return next((access for access in every if access.caller.name == name), None)
+
+    def caller(self, name: str) -> Caller | None:
+        """The caller of the key of this name; None: there is none, or it opens nothing any more.
+
+        For work that goes on when its request has ended, also after a restart.
+        """
+        if not name and not self:
+            return NOBODY
+        found = self.named(name)
+        return None if found is None or found.ended(time.time()) else found.caller
 
     def replace(self, keys: Collection[Key]) -> None:
         """Take these instead of the present keys of the store. Requests that run go on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from engine.errors import InvalidRequest
 from engine.runtimes.registry import options_of
@@ -45,11 +45,17 @@ class Abilities:
         return cls(
             tools=options.tool_call_parser is not None,
             thinking=getattr(options, "reasoning_parser", None) is not None,
-            vision=None if facts is None else facts.sees,
+            vision=None if facts is None else facts.sees and _may_see(options),
             template=template or (None if facts is None else bool(facts.template)),
             continues=True,
             context=getattr(options, "max_model_len", None) or (facts.context if facts else None),
         )
+
+
+def _may_see(options: Any) -> bool:
+    """Whether the options allow images."""
+    most = getattr(options, "limit_mm_per_prompt", None)
+    return most is None or bool(most.get("image"))
 
 
 class AbilityReader:

@@ -23,6 +23,8 @@ from server.schemas.ollama import (
 CHAT_LIMIT = "max_completion_tokens"
 COMPLETION_LIMIT = "max_tokens"
 _HEAD = re.compile(r"\w+")
+_PICTURE = re.compile(r"messages\[(\d+)\]\.content\[(\d+)\]\.image_url")
+"""The pictures of a message are its first parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class Translated:
 
     def renamed(self, error: InvalidRequest) -> InvalidRequest:
         """The error, with the name of the field that the client sent."""
+        error = _of_picture(error, self.names.get("messages") != "messages")
         head = _HEAD.match(error.param or "")
         name = self.names.get(head[0]) if head else None
         if head is None or name is None or error.param is None:
@@ -41,6 +44,17 @@ class Translated:
         other = error.reworded(re.sub(rf"\b{head[0]}\b", name, error.message, count=1))
         other.param = name + error.param[head.end() :]
         return other
+
+
+def _of_picture(error: InvalidRequest, prompt: bool) -> InvalidRequest:
+    """The error with the place of a picture in Ollama's `images`, if it names one."""
+    match = _PICTURE.match(error.param or "")
+    if match is None:
+        return error
+    name = f"images[{match[2]}]" if prompt else f"messages[{match[1]}].images[{match[2]}]"
+    other = error.reworded(error.message.replace(match[0], name))
+    other.param = name
+    return other
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from server.json_schema import SchemaGenerator
 from server.openapi.operation import Schema, listing, nullable, record, reference
 from server.stored_files.record import Purpose
 from server.stored_files.uploads import UploadState
+from server.vector_stores.records import AttachmentStatus
 
 TEMPLATE = "#/components/schemas/{model}"
 
@@ -47,6 +48,19 @@ ANTHROPIC_ERROR = record(
 )
 
 OLLAMA_ERROR = record(error=STRING)
+
+_MCP_ERROR = record(code=INTEGER, message=STRING, optional={"data": {}})
+MCP_MESSAGE = record(
+    jsonrpc={"const": "2.0"},
+    optional={
+        "id": {"type": ["string", "integer", "null"]},
+        "method": STRING,
+        "params": {"type": "object"},
+        "result": {"type": "object"},
+        "error": _MCP_ERROR,
+    },
+)
+MCP_ERROR = record(jsonrpc={"const": "2.0"}, id={"type": "null"}, error=_MCP_ERROR)
 
 _TEXTS: Schema = {"type": "array", "items": STRING}
 
@@ -274,6 +288,71 @@ BATCH = record(
     },
 )
 
+_STATUS: Schema = {"enum": [status.value for status in AttachmentStatus]}
+_ATTRIBUTES: Schema = {
+    "type": "object",
+    "additionalProperties": {"anyOf": [STRING, NUMBER, BOOLEAN]},
+}
+_FILE_COUNTS = record(**{status.value: INTEGER for status in AttachmentStatus}, total=INTEGER)
+
+VECTOR_STORE = record(
+    id=STRING,
+    object={"const": "vector_store"},
+    created_at=INTEGER,
+    name=STRING,
+    description=nullable(STRING),
+    usage_bytes=INTEGER,
+    file_counts=_FILE_COUNTS,
+    status={"enum": ["expired", "in_progress", "completed"]},
+    expires_at=nullable(INTEGER),
+    last_active_at=INTEGER,
+    metadata=nullable({"type": "object", "additionalProperties": STRING}),
+    optional={"expires_after": record(anchor={"const": "last_active_at"}, days=INTEGER)},
+)
+
+VECTOR_STORE_FILE = record(
+    id=STRING,
+    object={"const": "vector_store.file"},
+    created_at=INTEGER,
+    vector_store_id=STRING,
+    usage_bytes=INTEGER,
+    status=_STATUS,
+    last_error=nullable(
+        record(code={"enum": ["server_error", "unsupported_file", "invalid_file"]}, message=STRING)
+    ),
+    chunking_strategy=record(
+        type={"const": "static"},
+        static=record(max_chunk_size_tokens=INTEGER, chunk_overlap_tokens=INTEGER),
+    ),
+    attributes=_ATTRIBUTES,
+)
+
+VECTOR_STORE_FILE_BATCH = record(
+    id=STRING,
+    object={"const": "vector_store.files_batch"},
+    created_at=INTEGER,
+    vector_store_id=STRING,
+    status=_STATUS,
+    file_counts=_FILE_COUNTS,
+)
+
+SEARCH_RESULTS = record(
+    object={"const": "vector_store.search_results.page"},
+    search_query={"type": "array", "items": STRING},
+    data={
+        "type": "array",
+        "items": record(
+            file_id=STRING,
+            filename=STRING,
+            score=NUMBER,
+            attributes=_ATTRIBUTES,
+            content={"type": "array", "items": record(type={"const": "text"}, text=STRING)},
+        ),
+    },
+    has_more=BOOLEAN,
+    next_page={"type": "null"},
+)
+
 WORD = record(word=STRING, start=NUMBER, end=NUMBER)
 
 SEGMENT = record(
@@ -445,6 +524,11 @@ def components() -> dict[str, Any]:
     own = {
         "object": {"const": "model"},
         "owned_by": STRING,
+        "input_modalities": {
+            **nullable({"type": "array", "items": STRING}),
+            "description": "What a request may hold: `text`, `image`, `audio`, `video`; null if"
+            " nobody knows.",
+        },
         "alias_of": {**nullable(STRING), "description": "The model's id; null if this is the id."},
         "parent": {**nullable(STRING), "description": "The id of the model that a LoRA adapts."},
     }
@@ -479,6 +563,16 @@ def components() -> dict[str, Any]:
             **listing(reference("Batch"), first_id=STRING, last_id=STRING, has_more=BOOLEAN),
             "required": ["object", "data", "has_more"],
         },
+        "VectorStore": VECTOR_STORE,
+        "VectorStoreList": listing(
+            reference("VectorStore"), first_id=STRING, last_id=STRING, has_more=BOOLEAN
+        ),
+        "VectorStoreFile": VECTOR_STORE_FILE,
+        "VectorStoreFileList": listing(
+            reference("VectorStoreFile"), first_id=STRING, last_id=STRING, has_more=BOOLEAN
+        ),
+        "VectorStoreFileBatch": VECTOR_STORE_FILE_BATCH,
+        "SearchResults": SEARCH_RESULTS,
         "Video": VIDEO,
         "VideoList": listing(
             reference("Video"),
@@ -508,6 +602,8 @@ def components() -> dict[str, Any]:
         "Error": ERROR,
         "AnthropicError": ANTHROPIC_ERROR,
         "OllamaError": OLLAMA_ERROR,
+        "McpMessage": MCP_MESSAGE,
+        "McpError": MCP_ERROR,
         "OllamaDetails": OLLAMA_DETAILS,
         "OllamaTags": OLLAMA_TAGS,
         "OllamaRunning": OLLAMA_RUNNING,

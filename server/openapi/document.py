@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute
 
 from engine.config import EngineConfig
 from server.auth import is_admin, is_open
-from server.errors import is_anthropic, is_ollama
+from server.errors import is_anthropic, is_mcp, is_ollama
 from server.json_schema import SchemaGenerator
 from server.openapi.components import TEMPLATE, components
 from server.openapi.operation import BINARY, JSON, Operation, Schema, nullable, reference
@@ -86,7 +86,7 @@ def openapi_document(
                     "description": "An error. Its status says what kind of error.",
                     "content": {JSON: {"schema": reference(name)}},
                 }
-                for name in ("Error", "AnthropicError", "OllamaError")
+                for name in ("Error", "AnthropicError", "OllamaError", "McpError")
             },
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
@@ -191,6 +191,8 @@ class _Builder:
             error = "AnthropicError"
         elif is_ollama(self._path):
             error = "OllamaError"
+        elif is_mcp(self._path):
+            error = "McpError"
         answers = {} if self._method == "HEAD" else self._operation.answers
         content = {media_type: {"schema": schema} for media_type, schema in answers.items()}
         success = {"description": self._operation.summary, "content": content}

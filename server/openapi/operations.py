@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from engine.media.audio_output import ENCODINGS
 from server.headers import CACHE_HEADER
-from server.openapi.components import BOOLEAN, STRING
+from server.openapi.components import BOOLEAN, MCP_MESSAGE, STRING
 from server.openapi.operation import (
     BINARY,
     EVENTS,
@@ -55,6 +55,16 @@ from server.schemas.stored_files import (
     UploadBody,
 )
 from server.schemas.usage import UsageQuery
+from server.schemas.vector_stores import (
+    AttributesBody,
+    FileBatchBody,
+    SearchBody,
+    StoreFileBody,
+    StoreFileListQuery,
+    VectorStoreBody,
+    VectorStoreChangeBody,
+    VectorStoreListQuery,
+)
 from server.schemas.videos import VideoBody, VideoContentQuery, VideoListQuery
 
 OPENAI = "https://platform.openai.com/docs/api-reference"
@@ -63,6 +73,7 @@ VLLM = "https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html"
 TOKENIZER = f"{VLLM}#tokenizer-api"
 
 OLLAMA = "https://docs.ollama.com/api"
+MCP = "https://modelcontextprotocol.io/specification/2025-11-25"
 
 MODEL = "MODEL"
 """Stands in an example for the id of a configured model."""
@@ -196,6 +207,52 @@ _SCORE = _text(
 )
 _CLASSIFY = _text("Labels of texts", f"{VLLM}#classification-api", task="classify", input="Hello")
 
+_FILLED: Schema = {
+    "type": "array",
+    "items": record(
+        score={"type": "number", "minimum": 0, "maximum": 1},
+        token={"type": "integer", "minimum": 0},
+        token_str=STRING,
+        sequence=STRING,
+    ),
+}
+_TEXTS: Schema = {"anyOf": [STRING, {"type": "array", "items": STRING, "minItems": 1}]}
+_FILLING: Mapping[str, Schema] = {
+    "top_k": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5},
+    "targets": _TEXTS,
+}
+_FILL_MASK: Methods = {
+    "post": Operation(
+        summary="The likeliest tokens for each mask of a text",
+        description="The answer is a list for one mask, a list of lists for several masks, and for"
+        " a list of texts a list of these. `parameters` may hold `top_k` and `targets`.",
+        answers={
+            JSON: {
+                "anyOf": [
+                    _FILLED,
+                    {"type": "array", "items": _FILLED},
+                    {
+                        "type": "array",
+                        "items": {"anyOf": [_FILLED, {"type": "array", "items": _FILLED}]},
+                    },
+                ]
+            }
+        },
+        json=record(
+            model={**STRING, "minLength": 1},
+            inputs=_TEXTS,
+            optional={**_FILLING, "parameters": {"type": "object", "properties": _FILLING}},
+        ),
+        scheduled=True,
+        headers=_CACHE,
+        link="https://huggingface.co/docs/inference-providers/tasks/fill-mask",
+        example={"model": MODEL, "inputs": "Hello, I am a <mask>."},
+        task="embed",
+    )
+}
+_VECTOR_STORES = f"{OPENAI}/vector-stores"
+
+
 OPERATIONS: Mapping[str, Methods] = {
     "/v1/chat/completions": _text(
         "Chat completion", f"{OPENAI}/chat/create", streams=True, messages=_MESSAGES
@@ -316,6 +373,7 @@ OPERATIONS: Mapping[str, Methods] = {
     "/v1/moderations": _text(
         "Whether texts are harmful", f"{OPENAI}/moderations", task="classify", input="Hello"
     ),
+    "/v1/fill-mask": _FILL_MASK,
     "/tokenize": _text("Tokens of a text", TOKENIZER, prompt="Hello"),
     "/v1/tokenize": _text("Tokens of a text", TOKENIZER, prompt="Hello"),
     "/detokenize": _text("Text of tokens", TOKENIZER, tokens=[1, 2, 3]),
@@ -458,6 +516,113 @@ OPERATIONS: Mapping[str, Methods] = {
         "post": Operation(
             summary="Begin no further line of a batch, and keep the results so far",
             answers={JSON: reference("Batch")},
+        )
+    },
+    "/v1/vector_stores": {
+        "post": Operation(
+            summary="Make a vector store",
+            answers={JSON: reference("VectorStore")},
+            json=VectorStoreBody,
+            link=_VECTOR_STORES,
+            example={"name": "Notes"},
+        ),
+        "get": Operation(
+            summary="The vector stores",
+            answers={JSON: reference("VectorStoreList")},
+            query=VectorStoreListQuery,
+            link=_VECTOR_STORES,
+        ),
+    },
+    "/v1/vector_stores/{vector_store_id}": {
+        "get": Operation(summary="One vector store", answers={JSON: reference("VectorStore")}),
+        "post": Operation(
+            summary="Change a vector store",
+            answers={JSON: reference("VectorStore")},
+            json=VectorStoreChangeBody,
+            link=_VECTOR_STORES,
+        ),
+        "delete": Operation(
+            summary="Delete a vector store",
+            description="Its files stay in `/v1/files`.",
+            answers={JSON: _deleted("vector_store.deleted")},
+        ),
+    },
+    "/v1/vector_stores/{vector_store_id}/search": {
+        "post": Operation(
+            summary="The passages that are closest to a query",
+            answers={JSON: reference("SearchResults")},
+            json=SearchBody,
+            link=f"{_VECTOR_STORES}/search",
+            example={"query": "Where is the train?"},
+        )
+    },
+    "/v1/vector_stores/{vector_store_id}/files": {
+        "post": Operation(
+            summary="Attach a file to a vector store",
+            description="It is read and embedded in the background.",
+            answers={JSON: reference("VectorStoreFile")},
+            json=StoreFileBody,
+            link=f"{_VECTOR_STORES}-files",
+        ),
+        "get": Operation(
+            summary="The files of a vector store",
+            answers={JSON: reference("VectorStoreFileList")},
+            query=StoreFileListQuery,
+            link=f"{_VECTOR_STORES}-files",
+        ),
+    },
+    "/v1/vector_stores/{vector_store_id}/files/{file_id}": {
+        "get": Operation(
+            summary="One file of a vector store", answers={JSON: reference("VectorStoreFile")}
+        ),
+        "post": Operation(
+            summary="Replace the attributes of a file",
+            answers={JSON: reference("VectorStoreFile")},
+            json=AttributesBody,
+        ),
+        "delete": Operation(
+            summary="Take a file out of a vector store",
+            description="The file stays in `/v1/files`.",
+            answers={JSON: _deleted("vector_store.file.deleted")},
+        ),
+    },
+    "/v1/vector_stores/{vector_store_id}/files/{file_id}/content": {
+        "get": Operation(
+            summary="The passages of a file",
+            answers={
+                JSON: record(
+                    object={"const": "vector_store.file_content.page"},
+                    data={"type": "array", "items": record(type={"const": "text"}, text=STRING)},
+                    has_more=BOOLEAN,
+                    next_page={"type": "null"},
+                )
+            },
+        )
+    },
+    "/v1/vector_stores/{vector_store_id}/file_batches": {
+        "post": Operation(
+            summary="Attach several files",
+            answers={JSON: reference("VectorStoreFileBatch")},
+            json=FileBatchBody,
+            link=f"{_VECTOR_STORES}-file-batches",
+        )
+    },
+    "/v1/vector_stores/{vector_store_id}/file_batches/{batch_id}": {
+        "get": Operation(
+            summary="One batch of files", answers={JSON: reference("VectorStoreFileBatch")}
+        )
+    },
+    "/v1/vector_stores/{vector_store_id}/file_batches/{batch_id}/cancel": {
+        "post": Operation(
+            summary="Cancel the files of a batch that are in progress",
+            answers={JSON: reference("VectorStoreFileBatch")},
+        )
+    },
+    "/v1/vector_stores/{vector_store_id}/file_batches/{batch_id}/files": {
+        "get": Operation(
+            summary="The files of a batch",
+            answers={JSON: reference("VectorStoreFileList")},
+            query=StoreFileListQuery,
         )
     },
     "/v1/audio/speech": {
@@ -721,6 +886,20 @@ OPERATIONS: Mapping[str, Methods] = {
     "/api/copy": _refused("Copy a model"),
     "/api/create": _refused("Make a model"),
     "/api/push": _refused("Upload a model"),
+    "/mcp": {
+        "post": Operation(
+            summary="Tools for agents, by the Model Context Protocol",
+            description=(
+                "A message of JSON-RPC. The linked page describes it; `tools/list` describes the"
+                " tools that the key may use."
+            ),
+            answers={JSON: reference("McpMessage"), EVENTS: STRING},
+            others={202: "A notification was taken."},
+            json=MCP_MESSAGE,
+            link=f"{MCP}/basic/transports",
+            example={"jsonrpc": "2.0", "id": 1, "method": "tools/list"},
+        )
+    },
     "/health": _both(
         Operation(
             summary="Whether the process is alive",

@@ -35,7 +35,7 @@ def models_router(engine: Engine) -> Router:
         return {
             "object": "list",
             "data": [
-                model_document(model, name)
+                model_document(model, name, inputs=engine.inputs(model.id))
                 for model in engine.status().models
                 for name in (model.id, *model.aliases)
                 if access.may_use(name)
@@ -52,7 +52,8 @@ def models_router(engine: Engine) -> Router:
         model, adapter = engine.config.find_adapter(name)
         if adapter is not None:
             name = f"{model.id}:{adapter}"
-        return model_document(engine.model_status(model.id), name, adapter=adapter)
+        inputs = engine.inputs(model.id)
+        return model_document(engine.model_status(model.id), name, adapter=adapter, inputs=inputs)
 
     return router
 
@@ -60,7 +61,12 @@ def models_router(engine: Engine) -> Router:
 def _adapters(engine: Engine, access: Access) -> list[dict[str, Any]]:
     """Each adapter of a language model as a model of its own."""
     return [
-        model_document(engine.model_status(model.id), f"{model.id}:{name}", adapter=name)
+        model_document(
+            engine.model_status(model.id),
+            f"{model.id}:{name}",
+            adapter=name,
+            inputs=engine.inputs(model.id),
+        )
         for model in engine.config.models
         for name in engine.loras.adapters(model)
         if access.may_use(f"{model.id}:{name}")

@@ -50,6 +50,7 @@ from server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+    from server.pictures import Pictures
 
 SPOKEN_VERSION = "0.13.0"
 """The version of Ollama whose API this is. Programs ask, and refuse one that is too old."""
@@ -62,7 +63,7 @@ REFUSED = {
 """Routes of Ollama that are refused, and why."""
 
 
-def ollama_router(engine: Engine, settings: ServerSettings) -> Router:
+def ollama_router(engine: Engine, settings: ServerSettings, pictures: Pictures) -> Router:
     """`/api/…`."""
     router = Router("ollama")
     reader = AbilityReader(engine)
@@ -79,8 +80,14 @@ def ollama_router(engine: Engine, settings: ServerSettings) -> Router:
         scheduling = take_scheduling_options(request, fields)
         return fields, str(named), Sender(request.state.request_id, scheduling)
 
-    def respond(translated: Translated, named: str, shape: Shape, *, streams: bool) -> Response:
-        check_media_urls(translated.request.body, settings.allowed_media_hosts)
+    async def respond(
+        translated: Translated, named: str, shape: Shape, *, streams: bool
+    ) -> Response:
+        try:
+            check_media_urls(translated.request.body, settings.allowed_media_hosts)
+            await pictures.settle(translated.request)
+        except InvalidRequest as error:
+            raise translated.renamed(error) from None
         reply = Reply(named, shape)
         return ConnectedResponse(partial(send_answer, engine, translated, reply, streams=streams))
 
@@ -102,7 +109,7 @@ def ollama_router(engine: Engine, settings: ServerSettings) -> Router:
             return respond_without(sender, body.model, empty)
         abilities = await asyncio.to_thread(reader.abilities, body.model)
         translated = chat_request(body, abilities, sender)
-        return respond(translated, named, Shape.CHAT, streams=body.stream)
+        return await respond(translated, named, Shape.CHAT, streams=body.stream)
 
     @router.post("/api/generate")
     async def ollama_generate(request: Request) -> Response:
@@ -114,7 +121,7 @@ def ollama_router(engine: Engine, settings: ServerSettings) -> Router:
             return respond_without(sender, body.model, empty)
         abilities = await asyncio.to_thread(reader.abilities, body.model)
         translated = generate_request(body, abilities, sender)
-        return respond(translated, named, Shape.GENERATE, streams=body.stream)
+        return await respond(translated, named, Shape.GENERATE, streams=body.stream)
 
     @router.post("/api/embed")
     async def ollama_embed(request: Request) -> Response:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request, Response
 from starlette.types import Send
 
-from engine.errors import InvalidRequest, RuntimeFailed
+from engine.errors import EngineError, InvalidRequest, RuntimeFailed
 from engine.events import Document, Event
 from engine.requests import Priority, SchedulingOptions, TextOperation, TextRequest
 from server.answer import stream_answer, whole_answer
@@ -20,6 +20,7 @@ from server.connection import ConnectedResponse
 from server.forms import Fields, read_json
 from server.keys.access import access_of
 from server.media import check_media_urls
+from server.pictures import Pictures
 from server.response_cache.cache import ResponseCache, cached
 from server.responses.background import Background
 from server.responses.compaction import TASK, compaction_item
@@ -58,7 +59,7 @@ def items_document(page: Page) -> dict[str, Any]:
 
 
 def plain_responses_router(
-    engine: Engine, settings: ServerSettings, cache: ResponseCache | None
+    engine: Engine, settings: ServerSettings, pictures: Pictures, cache: ResponseCache | None
 ) -> Router:
     """`POST /v1/responses` of a server that keeps nothing."""
     router = Router("text")
@@ -66,6 +67,7 @@ def plain_responses_router(
     @router.post(RESPONSES_PATH)
     async def responses(request: Request) -> Response:
         fields, text_request = await read_text_request(request, TextOperation.RESPONSES, settings)
+        await pictures.settle(text_request)
         answer = partial(
             stream_answer,
             engine,
@@ -81,6 +83,7 @@ def plain_responses_router(
 def responses_router(
     engine: Engine,
     settings: ServerSettings,
+    pictures: Pictures,
     cache: ResponseCache | None,
     turns: Turns,
     background: Background,
@@ -96,13 +99,7 @@ def responses_router(
         model = model_name(fields.values.get("model"))
         check_media_urls(fields.values, settings.allowed_media_hosts)
         turn = await turns.begin(fields.values, scheduling.caller.name, reader_of(request))
-        try:
-            # Also what was kept: the hosts that are allowed now count.
-            check_media_urls(turn.body, settings.allowed_media_hosts)
-        except BaseException:
-            turns.release(turn)
-            raise
-        return turn, TextRequest(
+        text_request = TextRequest(
             model=model,
             operation=operation,
             body=turn.body,
@@ -110,6 +107,17 @@ def responses_router(
             scheduling=scheduling,
             history=turn.history,
         )
+        try:
+            # Also what was kept: the hosts that are allowed now count.
+            check_media_urls(turn.body, settings.allowed_media_hosts)
+            await pictures.settle(text_request)
+        except EngineError as error:
+            turns.release(turn)
+            raise turn.own_error(error) from error
+        except BaseException:
+            turns.release(turn)
+            raise
+        return turn, text_request
 
     @router.post(RESPONSES_PATH)
     async def create(request: Request) -> Response:

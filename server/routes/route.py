@@ -15,6 +15,7 @@ from engine.requests import Request as EngineRequest
 from server.auth import ROUTE_PATH
 from server.forms import Fields, read_json
 from server.image_io import decode_pictures
+from server.media import check_media_urls
 from server.router import Router
 from server.routes.text import TEXT_PATHS
 from server.schemas.audio import SpeechBody
@@ -27,6 +28,7 @@ from server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+    from server.pictures import Pictures
 
 _MEDIA: dict[str, tuple[type[GenerationBody | VideoBody | SpeechBody], Priority]] = {
     "/v1/images/generations": (GenerationBody, Priority.NORMAL),
@@ -35,14 +37,18 @@ _MEDIA: dict[str, tuple[type[GenerationBody | VideoBody | SpeechBody], Priority]
 }
 
 
-def route_router(engine: Engine, settings: ServerSettings) -> Router:
+def route_router(engine: Engine, settings: ServerSettings, pictures: Pictures) -> Router:
     """`POST /v1/engine/route`: the models for a request that came now. Nothing is run."""
     router = Router("engine")
 
     @router.post(ROUTE_PATH)
     async def route(request: Request) -> dict[str, Any]:
         asked = RouteBody.of(await read_json(request, settings.max_body_bytes))
-        choice = await engine.route(await _request_of(request, asked, settings))
+        wanted = await _request_of(request, asked, settings)
+        if isinstance(wanted, TextRequest):
+            check_media_urls(wanted.body, settings.allowed_media_hosts)
+            await pictures.settle(wanted)
+        choice = await engine.route(wanted)
         return {
             "object": "engine.route",
             "route": choice.route,

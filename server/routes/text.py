@@ -23,6 +23,7 @@ from server.settings import ServerSettings
 if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.session import Session
+    from server.pictures import Pictures
 
 RESPONSES_PATH = "/v1/responses"
 """Answered by `responses_router`, which keeps what it answers."""
@@ -42,6 +43,7 @@ TEXT_PATHS = {
     "/classify": TextOperation.CLASSIFY,
     "/v1/classify": TextOperation.CLASSIFY,
     "/v1/moderations": TextOperation.MODERATION,
+    "/v1/fill-mask": TextOperation.FILL_MASK,
     "/tokenize": TextOperation.TOKENIZE,
     "/v1/tokenize": TextOperation.TOKENIZE,
     "/detokenize": TextOperation.DETOKENIZE,
@@ -59,7 +61,10 @@ _STREAMING = frozenset(
 
 
 def text_router(
-    engine: Engine, settings: ServerSettings, cache: ResponseCache | None = None
+    engine: Engine,
+    settings: ServerSettings,
+    pictures: Pictures,
+    cache: ResponseCache | None = None,
 ) -> Router:
     """All routes that take a JSON object with a `model` and answer a document or a stream."""
     router = Router("text")
@@ -71,6 +76,7 @@ def text_router(
             fields, text_request = await read_text_request(
                 request, operation, settings, defaults.get(operation)
             )
+            await pictures.settle(text_request)
             streams = operation in _STREAMING and text_request.body.get("stream") is True
             answer = partial(stream_answer, engine, text_request, events_of, shows_wait=streams)
             return ConnectedResponse(cached(cache, request, fields, text_request, answer))

@@ -94,6 +94,8 @@ class FileStore:
         self.folder = data_dir / FOLDER
         self._data_dir = data_dir
         self._database: Database | None = None
+        self.on_deleted: list[Callable[[str], None]] = []
+        """Called with the id of a file that somebody deleted, on the thread of that call."""
 
     def open(self) -> None:
         """Open the records, and remove bytes without one.
@@ -345,6 +347,8 @@ class FileStore:
                 raise Conflict(f"The file {file_id} is in use by {held[0]}.")
             connection.execute("DELETE FROM files WHERE id = ?", (file_id,))
         (self.folder / file_id).unlink(missing_ok=True)
+        for notify in self.on_deleted:
+            notify(file_id)
 
     def hold(self, file_id: str, holder: str) -> None:
         """Keep a file from being deleted, also over restarts, until `holder` releases it.

@@ -324,12 +324,34 @@ def test_ranking_and_moderation(server: Server, sdk: openai.OpenAI) -> None:
     assert len(found["probs"]) == 5
 
 
+def test_masks_are_filled(server: Server, sdk: openai.OpenAI) -> None:
+    body = {"model": "tiny-camembert", "inputs": "วันนี้<mask>ดีมาก ท้องฟ้า", "top_k": 3}
+    one = sdk.post("/fill-mask", body=body, cast_to=list[dict[str, Any]])
+    scores = [each["score"] for each in one]
+    assert len(scores) == 3
+    assert sorted(scores, reverse=True) == scores
+    assert all(each["token_str"] in each["sequence"] for each in one)
+    texts = [body["inputs"], "<mask>และ<mask>"]
+    asked = {"model": "tiny-camembert", "inputs": texts, "parameters": {"top_k": 1}}
+    answer = httpx.post(f"{server.url}/v1/fill-mask", json=asked).raise_for_status()
+    first, second = answer.json()
+    assert [each["token"] for each in first] == [one[0]["token"]]
+    assert [len(each) for each in second] == [1, 1]
+    vector = sdk.embeddings.create(model="tiny-camembert", input="วันนี้อากาศดี").data[0].embedding
+    assert sum(each * each for each in vector) == pytest.approx(1, abs=1e-4)
+    with pytest.raises(openai.BadRequestError) as caught:
+        sdk.post("/fill-mask", body={**body, "inputs": "ไม่มี"}, cast_to=object)
+    assert caught.value.param == "inputs"
+    assert "<mask>" in caught.value.message
+
+
 TASKS_OF = {
     TextOperation.EMBEDDINGS: "tiny-embed",
     TextOperation.RERANK: "tiny-rerank",
     TextOperation.SCORE: "tiny-rerank",
     TextOperation.CLASSIFY: "tiny-classify",
     TextOperation.MODERATION: "tiny-classify",
+    TextOperation.FILL_MASK: "tiny-camembert",
 }
 
 
@@ -342,6 +364,8 @@ def test_no_broken_body_gets_a_server_error(server: Server, path: str) -> None:
         {"messages": 3},
         {"input": None},
         {"tokens": "x"},
+        {"inputs": 3},
+        {"inputs": ["x", 3], "top_k": "x"},
         {"query": 3, "documents": ["x"]},
         {"query": "x", "documents": [3]},
         {"text_1": ["x", "y"], "text_2": ["x", "y", "z"]},

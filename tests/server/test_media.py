@@ -7,7 +7,7 @@ import pytest
 from engine.errors import InvalidRequest
 from server.media import check_media_urls
 
-ALLOWED = ("images.example",)
+ALLOWED = ("images.example", "media.example:8443", "[::1]:80")
 
 
 def chat(part: dict[str, Any]) -> dict[str, Any]:
@@ -64,6 +64,11 @@ def test_foreign_url_is_refused_and_named(body: dict[str, Any], param: str) -> N
         "http://evil @images.example/a",
         "http://[images.example/a",
         " data:image/png;base64,AA",
+        "https://images.example:8443/a",
+        "http://images.example:443/a",
+        "https://images.example:x/a",
+        "https://user@images.example/a",
+        "http://images.example:6379/a",
     ],
 )
 def test_urls_that_only_look_allowed(url: str) -> None:
@@ -77,6 +82,8 @@ def test_urls_that_only_look_allowed(url: str) -> None:
         chat({"image_url": {"url": "data:image/png;base64,AA"}}),
         chat({"image_url": {"url": "https://images.example/a.png"}}),
         chat({"image_url": {"url": "HTTPS://Images.Example:443/a.png"}}),
+        chat({"image_url": "https://media.example:8443/a.png"}),
+        chat({"image_url": "http://[::1]/a.png"}),
         chat({"type": "image", "source": {"type": "base64", "data": "AA"}}),
         chat({"type": "text", "text": FOREIGN}),
         chat({"type": "tool_use", "input": {"image_url": FOREIGN}}),

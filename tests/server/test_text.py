@@ -34,6 +34,7 @@ ROUTES = {
     "/classify": TextOperation.CLASSIFY,
     "/v1/classify": TextOperation.CLASSIFY,
     "/v1/moderations": TextOperation.MODERATION,
+    "/v1/fill-mask": TextOperation.FILL_MASK,
     "/tokenize": TextOperation.TOKENIZE,
     "/v1/tokenize": TextOperation.TOKENIZE,
     "/detokenize": TextOperation.DETOKENIZE,

@@ -30,6 +30,7 @@ from engine.runtimes.remote.reply import Reply
 from engine.runtimes.remote.target import Target
 from engine.runtimes.remote.transport import new_client
 from engine.status import ProviderModelStatus, ProviderStatus
+from engine.tracing import AttemptTrace, Tracer
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +85,10 @@ class Answer(Generic[FirstT]):
         first: FirstT,
         passage: Passage,
         taken: Taken,
+        trace: AttemptTrace | None,
     ) -> None:
         self.first = first
+        self._trace = trace
         self.reply = reply
         self._provider = provider
         self._call = call
@@ -114,6 +117,8 @@ class Answer(Generic[FirstT]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
+        if self._trace is not None:
+            self._trace.ended(error)
         try:
             if isinstance(error, ProviderFailed):
                 self._passage.failed()
@@ -146,9 +151,11 @@ class Provider:
         name: str,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        tracer: Tracer | None = None,
     ) -> None:
         """`clock` gives monotonic seconds. `sleep` waits for a retry or a limit."""
         self.name = name
+        self._tracer = tracer
         self.breaker = Breaker(clock)
         self.outcomes: Counter[str] = Counter()
         self.retries = 0
@@ -233,6 +240,10 @@ class Provider:
         turn: _Turn,
     ) -> Answer[FirstT]:
         request = self._request(call, turn)
+        trace = None
+        if self._tracer is not None and not call.is_foreign:
+            trace = self._tracer.attempt(self.name, call.target.model_id, turn.attempt)
+            request.headers.update(trace.headers)
         options, latency = call.target.options, call.target.latencies[call.kind]
         least_s = options.least_timeout_s * (1.0 if call.streams else WHOLE_FACTOR)
         limit_s = latency.timeout_s(least_s, options.timeout_s)
@@ -243,11 +254,15 @@ class Provider:
                 assert self._client is not None
                 response = await self._client.send(request, stream=True)
                 reply = Reply(response, self.name, options.max_answer)
+                if trace is not None:
+                    trace.answered(response.status_code)
                 call.target.limits.read(response.headers)
                 if not response.is_success:
                     raise await self._refusal(response, reply)
                 first = await start(reply)
         except BaseException as error:
+            if trace is not None:
+                trace.ended(error)
             if reply is not None:
                 await reply.close()
             if isinstance(error, TimeoutError):
@@ -261,7 +276,7 @@ class Provider:
         self.first_byte.add(seconds)
         passage.answered()
         reply.idle_s = options.idle_timeout_s
-        return Answer(self, call, reply, first, passage, taken)
+        return Answer(self, call, reply, first, passage, taken, trace)
 
     def _request(self, call: Call, turn: _Turn) -> httpx.Request:
         assert self._client is not None

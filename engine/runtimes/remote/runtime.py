@@ -103,6 +103,13 @@ class RemoteRuntime(Runtime):
                 )
         return Prepared(request, payload)
 
+    def inputs(self, model: ModelConfig) -> frozenset[str] | None:
+        """What the options say of images."""
+        sees = model.options_as(RemoteOptions).vision
+        if sees is None or model.task != "generate":
+            return None
+        return frozenset({"text", "image"} if sees else {"text"})
+
     def estimate(self, model: ModelConfig) -> Estimate:  # noqa: ARG002 - the same for all
         """Nothing, at once."""
         return Estimate(blocks=(), load_seconds=0.0)
@@ -126,7 +133,12 @@ class RemoteRuntime(Runtime):
         name = provider_of(model.id, options)
         provider = self._providers.get(name)
         if provider is None:
-            provider = self._providers[name] = (self._new_provider or Provider)(name)
+            provider = (
+                Provider(name, tracer=self.context.tracer)
+                if self._new_provider is None
+                else self._new_provider(name)
+            )
+            self._providers[name] = provider
         try:
             target = provider.target(model.id)  # what is known of it outlives an unload
             if target is None or target.options != options:

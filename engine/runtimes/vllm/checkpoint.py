@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.errors import LoadFailed
 from engine.files.safetensors_header import DTYPE_BYTES, tensor_shapes, tensor_sizes, weight_bytes
 from engine.runtimes.vllm.options import VllmOptions
+
+ENCODER_TOKENS = 1024
+"""Tokens of images that one step encodes at most, unless a single image has more. An encoder sees
+up to sixteen patches for a token. With vLLM's own bound, that of the text, its activations may take
+as much as the weights, and one step holds up the streams of all models."""
+
+IMAGE_TOKENS = 2048
+"""Of the largest image, before the load has asked the model's processor."""
+
+MASKED = frozenset(
+    {"BertForMaskedLM", "CamembertForMaskedLM", "RobertaForMaskedLM", "XLMRobertaForMaskedLM"}
+)
+"""Architectures that embed texts, and whose head fills masks."""
+
+_MASKED_HEADS = ("lm_head.", "cls.predictions.")
+
+MASKS_AT_ONCE = 16
+"""Masks whose logits are computed at once."""
+
+_POSITIONS_AFTER_PADDING = frozenset({"camembert", "roberta", "xlm-roberta"})
+"""Values of `model_type` whose first position is the one after the padding token's number."""
 
 
 class Checkpoint:
@@ -47,15 +69,24 @@ class Checkpoint:
         """
         return DTYPE_BYTES.get(dtype, 2)
 
+    @property
+    def fills_masks(self) -> bool:
+        """Whether it has the head of a masked language model, which is kept beside its encoder."""
+        return fills_masks(self.config) and any(map(is_of_masked_head, self.tensors))
+
     def weight_bytes(self, dtype: str, task: str) -> int:
         """Bytes of all weights at their run-time dtype; quantised ones stay as they are.
 
-        Only a model that generates keeps the matrix that gives the logits.
+        Only a model that generates keeps the matrix that gives the logits. A masked one keeps what
+        is before that matrix, which is its embedding once more.
         """
+        masked, tied = self.fills_masks, self.config.get("tie_word_embeddings", True)
         kept = {
             name: size
             for name, size in self.tensors.items()
-            if task == "generate" or not name.startswith("lm_head.")
+            if task == "generate"
+            or (masked and not (tied and name.endswith(".decoder.weight")))
+            or not (masked or name.startswith("lm_head."))
         }
         return weight_bytes(
             kept, self.item_bytes(dtype), as_stored="quantization_config" in self.config
@@ -96,7 +127,7 @@ class Checkpoint:
 
     def max_model_len(self, options: VllmOptions) -> int:
         """The configured context length, otherwise the checkpoint's."""
-        return options.max_model_len or int(self.text_config.get("max_position_embeddings", 2048))
+        return options.max_model_len or position_count(self.text_config) or 2048
 
     def lora_bytes(self, options: VllmOptions, dtype: str) -> int:
         """LoRAs of a batch × rank × (inputs + outputs) × bytes per element, of all matrices.
@@ -115,15 +146,73 @@ class Checkpoint:
     def workspace_bytes(self, options: VllmOptions, dtype: str, task: str) -> int:
         """Activations of the largest step: a full batch's hidden and MLP states, float32 logits.
 
-        Only a model that generates gives logits.
+        Only a model that generates gives logits, or one that fills masks.
         """
         config = self.text_config
-        tokens = options.max_num_batched_tokens or max(2048, self.max_model_len(options))
+        tokens = self._step_tokens(options)
         hidden = int(config.get("hidden_size", 0))
         intermediate = int(config.get("intermediate_size") or 4 * hidden)
         vocabulary = int(config.get("vocab_size", 0)) if task == "generate" else 0
         activations = tokens * (4 * hidden + 2 * intermediate) * self.item_bytes(dtype)
-        return activations + options.max_num_seqs * vocabulary * 4
+        logits = options.max_num_seqs * vocabulary * 4
+        if self.fills_masks:
+            # Logits and probabilities.
+            logits = MASKS_AT_ONCE * int(config.get("vocab_size", 0)) * 4 * 2
+        return activations + logits
+
+    def media_bytes(self, options: VllmOptions, dtype: str, item_tokens: int | None = None) -> int:
+        """What images take beside the weights: activations of the encoder, and what it made.
+
+        `item_tokens` are those of the largest image. Before the load they are unknown.
+        """
+        largest = min(self.max_model_len(options), item_tokens or IMAGE_TOKENS)
+        encoded = max(min(ENCODER_TOKENS, self._step_tokens(options)), largest)
+        kept = max(self._step_tokens(options), largest)
+        hidden = int(self.text_config.get("hidden_size", 0))
+        # Qwen 3 VL hands on what several layers of the encoder made.
+        levels = 1 + len(self._vision.get("deepstack_visual_indexes") or ())
+        activations = encoded * self._patches_per_token * self._patch_elements
+        return (activations + kept * hidden * levels) * self.item_bytes(dtype)
+
+    def _step_tokens(self, options: VllmOptions) -> int:
+        return options.max_num_batched_tokens or max(2048, self.max_model_len(options))
+
+    @property
+    def _vision(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.config.get("vision_config") or {}
+        return found
+
+    @property
+    def _patch_elements(self) -> int:
+        """Numbers that are held of one patch: hidden and MLP states, and its pixels.
+
+        These are there as they wait, in a batch, as the encoder casts them, and as its mask.
+        """
+        vision = self._vision
+        hidden = int(vision.get("hidden_size") or vision.get("embed_dim") or 1024)
+        wide = int(vision.get("intermediate_size") or hidden * int(vision.get("mlp_ratio") or 4))
+        size = vision.get("patch_size") or 14
+        side = int(size if not isinstance(size, list) else size[0])
+        return 4 * hidden + 2 * wide + 4 * 3 * side * side
+
+    @property
+    def _patches_per_token(self) -> int:
+        """Patches that become one token of the language model."""
+        config, vision = self.config, self._vision
+        side = (
+            config.get("scale_factor")
+            or vision.get("spatial_merge_size")
+            or config.get("spatial_merge_size")
+            or config.get("downsample_factor")
+        )
+        if side:
+            return max(1, int(side) ** 2)
+        if ratio := config.get("downsample_ratio"):
+            return max(1, round(1 / float(ratio) ** 2))
+        size, patch = vision.get("image_size"), vision.get("patch_size")
+        if config.get("mm_tokens_per_image") and isinstance(size, int) and isinstance(patch, int):
+            return max(1, (size // patch) ** 2 // int(config["mm_tokens_per_image"]))
+        return 1
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -138,3 +227,41 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise LoadFailed(f"{folder.name}: cannot read the checkpoint: {error}") from error
     return config
+
+
+def fills_masks(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is of a masked language model that is served with its head."""
+    return not MASKED.isdisjoint(map(str, config.get("architectures") or ()))
+
+
+def is_of_masked_head(name: str) -> bool:
+    """Whether a weight of a masked language model is of its head."""
+    return name.startswith(_MASKED_HEADS)
+
+
+def position_count(config: Mapping[str, Any]) -> int | None:
+    """Tokens for which a model has positions; None: its configuration does not say."""
+    count = config.get("max_position_embeddings")
+    if not isinstance(count, int):
+        return None
+    if config.get("model_type") not in _POSITIONS_AFTER_PADDING:
+        return count
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        return count
+    padding = config.get("pad_token_id")
+    return count - 1 - (padding if isinstance(padding, int) else 1)
+
+
+def tokenizer_length(folder: Path) -> int | None:
+    """Tokens that a tokenizer says its model takes; None: it says nothing of use."""
+    try:
+        document = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return said_length(document)
+
+
+def said_length(tokenizer_config: Any) -> int | None:
+    """The length in a `tokenizer_config.json`. Beyond a billion it stands for none."""
+    said = tokenizer_config.get("model_max_length") if isinstance(tokenizer_config, dict) else None
+    return int(said) if isinstance(said, int | float) and 1 <= said < 1e9 else None

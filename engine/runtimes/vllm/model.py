@@ -7,6 +7,7 @@ model.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
@@ -20,18 +21,21 @@ from engine.requests import TextOperation, TextRequest
 from engine.runtimes.base import LoadedModel, Prepared
 from engine.runtimes.common.torch_errors import torch_error
 from engine.runtimes.vllm.body import WITHOUT_RUN
+from engine.runtimes.vllm.fill_mask import MaskFiller
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.pooling_answers import moderation_document, rerank_document
-from engine.runtimes.vllm.pooling_body import LIMITS, check_format
+from engine.runtimes.vllm.pooling_body import DOCUMENTS, LIMITS, QUERIES, check_format
 from engine.runtimes.vllm.prompts import DOCUMENT, QUERY, Prompts, prefixed
 from engine.runtimes.vllm.refusals import plain, refusal
 from engine.runtimes.vllm.rerank_format import RerankFormat
 from engine.runtimes.vllm.stream_pace import PACE, READ_BY_PARSER
+from engine.runtimes.vllm.wangchanberta import as_trained
 from engine.usage import COUNTED, Usage
 
 if TYPE_CHECKING:
     from engine.runtimes.vllm.adapters import Adapters
     from engine.runtimes.vllm.core_client import CoreClient
+    from engine.runtimes.vllm.media_memory import MediaMemory
     from engine.runtimes.vllm.park import ModelMemory
 
 
@@ -47,6 +51,17 @@ whole strings only, and few events need to be parsed."""
 ASKED, ASKED_OF = ("query", "queries"), ("documents", "items")
 """Fields by which a query is compared with documents. `text_1` and `text_2` have no such roles."""
 
+_PAIRS = (*QUERIES, *DOCUMENTS)
+READ: Mapping[TextOperation, Sequence[str]] = {
+    TextOperation.EMBEDDINGS: ("input",),
+    TextOperation.RERANK: _PAIRS,
+    TextOperation.SCORE: _PAIRS,
+    TextOperation.CLASSIFY: ("input",),
+    TextOperation.MODERATION: ("input",),
+    TextOperation.FILL_MASK: ("inputs",),
+}
+"""The fields with the texts that a model reads."""
+
 
 class VllmModel(LoadedModel):
     """One `AsyncLLM` and the serving objects built on it."""
@@ -58,6 +73,8 @@ class VllmModel(LoadedModel):
         options: VllmOptions,
         prompts: Prompts = Prompts(),  # noqa: B008 - frozen
         rerank_format: RerankFormat | None = None,
+        *,
+        as_wangchanberta: bool = False,
     ) -> None:
         self.llm = llm
         self.client: CoreClient = llm.engine_core
@@ -65,12 +82,17 @@ class VllmModel(LoadedModel):
         self.serving: Any = None
         self.adapters: Adapters | None = None
         """None: it was loaded without room for LoRAs."""
+        self.media: MediaMemory | None = None
+        """None: it takes text only."""
         self.runs = 0
         """Answers under way."""
         self._options = options
         self._prompts = prompts
         self._format = rerank_format
         """Of a reranker."""
+        self._as_wangchanberta = as_wangchanberta
+        """Whether texts are rewritten before they are tokens."""
+        self._filler: MaskFiller | None = None
 
     @property
     def max_concurrency(self) -> int:
@@ -88,8 +110,9 @@ class VllmModel(LoadedModel):
 
     @property
     def host_bytes(self) -> int:
-        """Host memory of the weights' master copies, and of LoRAs."""
-        return self.memory.host_bytes + (self.adapters.host_bytes if self.adapters else 0)
+        """Host memory of the weights' master copies, of LoRAs, and of images that are ready."""
+        adapters = self.adapters.host_bytes if self.adapters else 0
+        return self.memory.host_bytes + adapters + (self.media.host_bytes if self.media else 0)
 
     async def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
         """Answer through vLLM's serving class for the operation."""
@@ -103,7 +126,9 @@ class VllmModel(LoadedModel):
         try:
             async with self._adapter_of(request):
                 payload = self._with_prompts(request, prepared.payload)
-                answer = await self._answer(request.operation, payload)
+                if self._as_wangchanberta:
+                    payload = await asyncio.to_thread(self._rewritten, request.operation, payload)
+                answer = await self._answer(request, payload)
                 if not hasattr(answer, "__aiter__"):
                     yield Document(self._document(answer, request, prepared.usage))
                     return
@@ -157,9 +182,9 @@ class VllmModel(LoadedModel):
             return False
         return self._options.reasoning_parser is not None or bool(getattr(payload, "tools", None))
 
-    async def _answer(self, operation: TextOperation, payload: Any) -> Any:
+    async def _answer(self, request: TextRequest, payload: Any) -> Any:
         serving = self.serving
-        match operation:
+        match request.operation:
             case TextOperation.CHAT:
                 return await serving.openai_serving_chat.create_chat_completion(payload)
             case TextOperation.COMPLETION:
@@ -179,6 +204,11 @@ class VllmModel(LoadedModel):
                 return await serving.serving_scores(payload)
             case TextOperation.CLASSIFY | TextOperation.MODERATION:
                 return await serving.serving_classification(payload)
+            case TextOperation.FILL_MASK:
+                loras = serving.openai_serving_models.lora_requests
+                return await self._mask_filler().answer(
+                    payload, f"fill-mask-{request.request_id}", loras.get(payload.model)
+                )
             case TextOperation.TOKENIZE:
                 return await serving.serving_tokenization.create_tokenize(payload, None)
             case TextOperation.DETOKENIZE:
@@ -252,10 +282,34 @@ class VllmModel(LoadedModel):
                 inputs = getattr(payload, "input", None)
                 if prompt:
                     inputs = prefixed(inputs, prompt, request.body)
-                    return payload.model_copy(update={"input": inputs})
+                    payload = payload.model_copy(update={"input": inputs})
             case TextOperation.RERANK | TextOperation.SCORE:
-                return self._with_pair_prompts(request, payload)
+                payload = self._with_pair_prompts(request, payload)
         return payload
+
+    def _rewritten(self, operation: TextOperation, payload: Any) -> Any:
+        """The payload with its texts as WangchanBERTa was trained to read them."""
+        mask = self._mask_filler().mask if operation is TextOperation.FILL_MASK else None
+        update = {
+            name: texts
+            for name in READ.get(operation, ())
+            if (texts := _as_trained(getattr(payload, name, None), mask)) is not None
+        }
+        return payload.model_copy(update=update)
+
+    def _mask_filler(self) -> MaskFiller:
+        """What fills masks, made when the first request asks for it.
+
+        Raises:
+            InvalidRequest: the model cannot.
+
+        """
+        if self._filler is None:
+            filler = MaskFiller(self.llm)
+            if not filler.mask:
+                raise InvalidRequest("The model's tokenizer has no mask.", param="model")
+            self._filler = filler
+        return self._filler
 
     def _with_pair_prompts(self, request: TextRequest, payload: Any) -> Any:
         pair = self._format or RerankFormat()
@@ -316,6 +370,8 @@ class VllmModel(LoadedModel):
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
         body = request.body
+        if isinstance(answer, bytes):
+            return answer
         if isinstance(answer, ErrorResponse):
             raise self._refusal(answer, body)
         if hasattr(answer, "body"):  # the pooling classes return a finished response
@@ -362,6 +418,15 @@ class VllmModel(LoadedModel):
 def _is_output(item: Any) -> bool:
     kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
     return kind in ("function_call_output", "custom_tool_call_output")
+
+
+def _as_trained(value: Any, mask: str | None) -> Any:
+    """A text or texts, rewritten; None of anything else."""
+    if isinstance(value, str):
+        return as_trained(value, mask)
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return [as_trained(each, mask) for each in value]
+    return None
 
 
 def _streamed_error(text: str) -> dict[str, Any] | None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, StringConstraints, model_validator
 
 from engine.section import Section
 from engine.units import Size
+
+Medium = Literal["image", "video", "audio"]
+"""What a prompt may hold beside text."""
 
 LoraName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
 """A colon would end the name of the model in `MODEL:LORA`."""
@@ -22,6 +25,10 @@ class ModerationOptions(Section):
     """The category for each label of the model, OpenAI's or one of your own; null is harmless."""
     threshold: float = Field(default=0.5, gt=0, le=1)
     """The score from which a category is flagged."""
+
+
+def _sixteen_images() -> Mapping[Medium, int]:
+    return {"image": 16}
 
 
 class VllmOptions(Section):
@@ -52,6 +59,18 @@ class VllmOptions(Section):
 
     They go over those of `config_sentence_transformers.json`.
     """
+    pooling: Literal["mean", "cls", "last"] | None = None
+    """How the vectors of tokens become one embedding; None asks the checkpoint.
+
+    A masked language model whose files do not say takes the mean, as sentence-transformers does.
+    """
+    normalize: bool | None = None
+    """Whether embeddings have length 1. None asks the checkpoint; one that does not say does."""
+    preprocessing: Literal["auto", "wangchanberta", "none"] = "auto"
+    """What is done to texts before the tokenizer; `auto` asks the tokenizer.
+
+    `wangchanberta`: as WangchanBERTa was trained: lower case, and `<_>` for a space.
+    """
     is_matryoshka: bool | None = None
     """Whether a request may choose the `dimensions` of an embedding; None asks the checkpoint."""
     matryoshka_dimensions: tuple[Annotated[int, Field(ge=1)], ...] | None = None
@@ -64,6 +83,17 @@ class VllmOptions(Section):
     """
     moderation: ModerationOptions | None = None
     """How a classifier answers `/v1/moderations`; None: it does not."""
+    limit_mm_per_prompt: Mapping[
+        Literal["image", "video", "audio"], Annotated[int, Field(ge=0)]
+    ] = Field(default_factory=_sixteen_images)
+    """How many images, videos and recordings a request may have, if the model takes such a thing.
+
+    Kinds that are not named are refused.
+    """
+    mm_processor_cache: Size = Field(default=128 * 2**20, ge=0)
+    """Bytes of images and the like that are kept, ready for the model; 0 keeps none."""
+    mm_processor_kwargs: Mapping[str, Any] | None = None
+    """What the model's processor of images is given, as `{size: {longest_edge: 1024}}`."""
     seed: int = 0
     revision: str | None = None
     loras: Path | None = None
@@ -82,6 +112,11 @@ class VllmOptions(Section):
         if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
             raise ValueError(f"max_cpu_loras must be at least max_loras ({self.max_loras})")
         return self
+
+    @property
+    def media_counts(self) -> Mapping[str, int]:
+        """`limit_mm_per_prompt` with those that it does not name."""
+        return {kind: self.limit_mm_per_prompt.get(kind, 0) for kind in get_args(Medium)}
 
     @property
     def takes_loras(self) -> bool:

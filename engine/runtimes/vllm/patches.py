@@ -21,6 +21,8 @@ from engine.runtimes.vllm import adapter_ops, loader  # noqa: F401 - registers t
 from engine.runtimes.vllm.answers import answer_messages, write_chunks_unchecked
 from engine.runtimes.vllm.executor import GatedWorker
 from engine.runtimes.vllm.forced_calls import bind_forced_calls
+from engine.runtimes.vllm.masked_models import register_masked_models
+from engine.runtimes.vllm.media_memory import keep_inputs_once
 from engine.runtimes.vllm.output_collector import keep_outputs_apart
 from engine.runtimes.vllm.park import note_packed_layers
 from engine.runtimes.vllm.request_state import pace_streams
@@ -63,6 +65,7 @@ def patch_vllm() -> None:
         functools.cache(AnthropicServingMessages._detect_merge_inline_system)
     )
     scale_out_factories.init_scale_out_state = _leave_alone
+    keep_inputs_once()
     note_packed_layers()
     pace_streams()
     keep_outputs_apart()
@@ -70,6 +73,7 @@ def patch_vllm() -> None:
     answer_messages()
     write_chunks_unchecked()
     prepare_structured_output()
+    register_masked_models()
     GATE.state.register(
         "vllm.workspace",
         lambda: workspace._manager,

@@ -1,4 +1,4 @@
-"""The documents of rerank, score, classify and moderation, made into those of vLLM's schemas.
+"""The documents of rerank, score, classify, moderation and fill-mask, made into those of schemas.
 
 A rerank may be Cohere's, Jina's or vLLM's own. They agree on the query, its documents and how many
 results there are.
@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.errors import InvalidRequest
 from engine.requests import TextOperation
+from engine.runtimes.vllm.fill_mask import flat_body
 from engine.words import echoed
 
 MOST_TEXTS = 10_000
@@ -40,6 +41,11 @@ def pooling_body(operation: TextOperation, body: Mapping[str, Any]) -> dict[str,
             return _scored(operation, body)
         case TextOperation.MODERATION:
             return _moderated(body)
+        case TextOperation.FILL_MASK:
+            given = flat_body(body)
+            if isinstance(given.get("inputs"), list):
+                given["inputs"] = _texts(given["inputs"], "inputs")
+            return given
     return dict(body)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.files.hub.repository import Repository
 from engine.runtimes.recognised import Recognised
+from engine.runtimes.vllm.checkpoint import position_count, said_length
 
 MAX_MODEL_LEN = 8192
 """Tokens that a new entry allows at most. By default there is room for four requests of the
@@ -44,9 +45,12 @@ def recognise_language_model(repository: Repository) -> Recognised | None:
         return None
     text: Mapping[str, Any] = config.get("text_config") or config
     options: dict[str, Any] = {}
-    positions = text.get("max_position_embeddings")
-    if isinstance(positions, int):
-        options["max_model_len"] = min(positions, MAX_MODEL_LEN)
+    positions = position_count(text)
+    if positions is not None:
+        said = None
+        if positions != text["max_position_embeddings"] and TOKENIZER_CONFIG in repository.paths:
+            said = said_length(repository.json(TOKENIZER_CONFIG))
+        options["max_model_len"] = min(positions, said or positions, MAX_MODEL_LEN)
     architectures = [str(name) for name in config["architectures"]]
     if task := _scoring_task(repository, architectures):
         return Recognised("vllm", task, options)

@@ -46,15 +46,20 @@ hosted tools; there are none.
 ONLY_STANDARD = "only {} is served here"
 NOT_HERE = "this server does not have it"
 NOT_STORED = "responses are not kept (server.keep_responses); send the earlier items in 'input'"
+MODEL_SAYS = "the options of the model say how it reads images"
 VLLM_ONLY: Mapping[str, str] = {
     "chat_template": "the template is the model's own",
     "ec_transfer_params": NOT_HERE,
     "kv_transfer_params": NOT_HERE,
+    "media_io_kwargs": MODEL_SAYS,
+    "mm_processor_kwargs": MODEL_SAYS,
     "prompt_embeds": NOT_HERE,
     "watermarking": NOT_HERE,
 }
 
-OF_POOLING: Mapping[str, str] = {"mm_processor_kwargs": NOT_HERE}
+OF_POOLING: Mapping[str, str] = {
+    name: MODEL_SAYS for name in ("media_io_kwargs", "mm_processor_kwargs")
+}
 
 REFUSED: Mapping[TextOperation, Mapping[str, str]] = {
     CHAT: {
@@ -89,6 +94,8 @@ REFUSED: Mapping[TextOperation, Mapping[str, str]] = {
         "thread": "messages are not stored; send all of them in 'messages'",
     },
     TextOperation.COUNT_TOKENS: {"speed": ONLY_STANDARD.format("'standard'")},
+    TextOperation.EMBEDDINGS: OF_POOLING,
+    TextOperation.TOKENIZE: OF_POOLING,
     TextOperation.RERANK: OF_POOLING,
     TextOperation.SCORE: OF_POOLING,
     TextOperation.CLASSIFY: {**OF_POOLING, "chat_template": VLLM_ONLY["chat_template"]},

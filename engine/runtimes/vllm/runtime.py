@@ -38,9 +38,10 @@ from engine.files.hub.selection import HubSource
 from engine.files.lora_folder import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
 from engine.files.safetensors_header import DTYPE_BYTES, tensor_shapes
 from engine.files.source import starter_source
+from engine.media.attachments import Kind
 from engine.memory.block import Block, Estimate
 from engine.memory.device import CudaDevice
-from engine.model_folder import WANTED_FILES, present_folder
+from engine.model_folder import WANTED_FILES, PresentFolders, present_folder
 from engine.process.gate import GATE
 from engine.requests import Request, TextOperation, TextRequest
 from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
@@ -56,8 +57,22 @@ from engine.runtimes.vllm.body import (
     schema_fields,
     settle_messages,
 )
-from engine.runtimes.vllm.checkpoint import Checkpoint, read_config
+from engine.runtimes.vllm.checkpoint import (
+    ENCODER_TOKENS,
+    Checkpoint,
+    position_count,
+    read_config,
+    tokenizer_length,
+)
 from engine.runtimes.vllm.dtype import run_dtype
+from engine.runtimes.vllm.fill_mask import FillMaskBody
+from engine.runtimes.vllm.modalities import (
+    TEXT,
+    check_attachments,
+    folder_senses,
+    limits,
+    senses,
+)
 from engine.runtimes.vllm.model import VllmModel
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.pooling_body import check_format
@@ -67,12 +82,14 @@ from engine.runtimes.vllm.recognition import CLASSIFIES, recognise_language_mode
 from engine.runtimes.vllm.refusals import invalid, refusal
 from engine.runtimes.vllm.rerank_format import RerankFormat, rerank_format
 from engine.runtimes.vllm.tool_choice import check_chosen_tool
+from engine.runtimes.vllm.wangchanberta import reads_space_symbol
 from engine.runtimes.vllm.warm_up import warm_up_requests
 from engine.section import Section
 
 if TYPE_CHECKING:
     from engine.runtimes.vllm.core_thread import CoreThread
     from engine.runtimes.vllm.kept_prefixes import Kept, KeptPrefixes
+    from engine.runtimes.vllm.media_memory import MediaMemory
     from engine.runtimes.vllm.park import ModelMemory, Packing
 
 log = logging.getLogger(__name__)
@@ -117,9 +134,16 @@ CLASSIFY_OPERATIONS = frozenset({TextOperation.CLASSIFY, TextOperation.MODERATIO
 ANTHROPIC_OPERATIONS = frozenset({TextOperation.MESSAGES, TextOperation.COUNT_TOKENS})
 OPERATIONS: Mapping[str, frozenset[TextOperation]] = {
     "generate": frozenset(TextOperation)
-    - {TextOperation.EMBEDDINGS, *SCORE_OPERATIONS, *CLASSIFY_OPERATIONS},
-    # Two embeddings have a cosine, so such a model ranks, too.
-    "embed": TOKENIZER_OPERATIONS | SCORE_OPERATIONS | {TextOperation.EMBEDDINGS},
+    - {
+        TextOperation.EMBEDDINGS,
+        TextOperation.FILL_MASK,
+        *SCORE_OPERATIONS,
+        *CLASSIFY_OPERATIONS,
+    },
+    # Two embeddings have a cosine, so such a model ranks, too. A masked one fills masks.
+    "embed": TOKENIZER_OPERATIONS
+    | SCORE_OPERATIONS
+    | {TextOperation.EMBEDDINGS, TextOperation.FILL_MASK},
     "rerank": TOKENIZER_OPERATIONS | SCORE_OPERATIONS,
     "classify": TOKENIZER_OPERATIONS | CLASSIFY_OPERATIONS,
 }
@@ -153,6 +177,9 @@ class VllmRuntime(Runtime):
         """Prefixes of models that have been unloaded, by model."""
         self._checked: dict[tuple[str, str], Any] = {}
         """Model and name of each LoRA that fits, with what was looked at."""
+        self._senses = PresentFolders(context.cache_dir, folder_senses, ("config.json",))
+        self._heads: dict[Path, bool] = {}
+        """Whether a folder's checkpoint fills masks."""
         self._warm = False
         self._series = CollectorRegistry()
         self.metrics = self._series
@@ -310,6 +337,7 @@ class VllmRuntime(Runtime):
             TextOperation.SCORE: ScoreRequest,
             TextOperation.CLASSIFY: ClassificationRequest,
             TextOperation.MODERATION: ClassificationRequest,
+            TextOperation.FILL_MASK: FillMaskBody,
             TextOperation.TOKENIZE: TokenizeRequest,
             TextOperation.DETOKENIZE: DetokenizeRequest,
         }
@@ -413,6 +441,20 @@ class VllmRuntime(Runtime):
             payload.chat_template_kwargs = {"enable_thinking": True, **given}
         return Prepared(request=request, payload=payload)
 
+    def inputs(self, model: ModelConfig) -> frozenset[str] | None:
+        """Text, and what its files and options say beside."""
+        allowed = self._allowed(model)
+        return None if allowed is None else frozenset({TEXT, *(each.value for each in allowed)})
+
+    def _allowed(self, model: ModelConfig) -> Mapping[Kind, int] | None:
+        """How many of what beside text a request may have; None while the files are not here."""
+        options = model.options_as(VllmOptions)
+        try:
+            found = self._senses.get(model.source, options.revision)
+        except LoadFailed:
+            return None  # the load will say so
+        return None if found is None else limits(options, found)
+
     def _check_by_files(self, model: ModelConfig, request: TextRequest) -> None:
         """Refuse what the model's options or files rule out. Files that are not here rule nothing.
 
@@ -421,6 +463,9 @@ class VllmRuntime(Runtime):
 
         """
         body, options = request.body, model.options_as(VllmOptions)
+        allowed = self._allowed(model)
+        if allowed is not None:
+            check_attachments(body, allowed, model.id)
         if request.operation is TextOperation.MODERATION and options.moderation is None:
             raise InvalidRequest(
                 f"The model {model.id!r} has no 'moderation' in its options.", param="model"
@@ -430,6 +475,12 @@ class VllmRuntime(Runtime):
             if any(body.get(name) is not None for name in PROMPT_FIELDS):
                 with suppress(LoadFailed):
                     read_prompts(self._folder(model), options).chosen(body)
+        if request.operation is TextOperation.FILL_MASK:
+            with suppress(LoadFailed):
+                if not self._fills_masks(model):
+                    raise InvalidRequest(
+                        f"The model {model.id!r} has no head that fills masks.", param="model"
+                    )
         if request.operation in SCORE_OPERATIONS:
             with suppress(LoadFailed):
                 pair = self._rerank_format(model)
@@ -438,6 +489,13 @@ class VllmRuntime(Runtime):
                     templated=pair.template is not None,
                     takes_instruction=pair.takes_instruction,
                 )
+
+    def _fills_masks(self, model: ModelConfig) -> bool:
+        """Whether the model's files have the head. They are read once."""
+        folder = self._folder(model)
+        if folder not in self._heads:
+            self._heads[folder] = Checkpoint(folder).fills_masks
+        return self._heads[folder]
 
     def _rerank_format(self, model: ModelConfig) -> RerankFormat:
         """How a reranker reads a pair. Other models read each text alone."""
@@ -511,8 +569,20 @@ class VllmRuntime(Runtime):
             "weights": checkpoint.weight_bytes(dtype, model.task),
             "kv_cache": kv_bytes,
             "loras": checkpoint.lora_bytes(options, dtype),
-            "workspace": checkpoint.workspace_bytes(options, dtype, model.task),
+            "workspace": checkpoint.workspace_bytes(options, dtype, model.task)
+            + self._media_bytes(model, checkpoint),
         }
+
+    def _media_bytes(
+        self, model: ModelConfig, checkpoint: Checkpoint, item_tokens: int | None = None
+    ) -> int:
+        """What images and the like take on the device beside the weights."""
+        options = model.options_as(VllmOptions)
+        if not limits(options, senses(checkpoint.config)):
+            return 0
+        on_cpu = self.context.device.kind == "cpu"
+        ready_bytes = options.mm_processor_cache if on_cpu else 0  # otherwise in host memory
+        return ready_bytes + checkpoint.media_bytes(options, self._dtype(model), item_tokens)
 
     async def load(self, model: ModelConfig, on_failure: Callable[[str], None]) -> LoadedModel:
         """Build the engine on the loading thread and its serving objects on the loop."""
@@ -567,13 +637,19 @@ class VllmRuntime(Runtime):
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        expected = self._expected(model, Checkpoint(self._folder(model)))
+        checkpoint = Checkpoint(self._folder(model))
+        expected = self._expected(model, checkpoint)
         stamp = self._prefix_stamp(model)
         with GATE.exclusive():  # faster: Python during a step slows both down fivefold
             arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(
                 self._command_line(model, expected["kv_cache"])
             )
             config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+            if config.model_config.is_multimodal_model:
+                scheduler = config.scheduler_config
+                scheduler.max_num_encoder_input_tokens = min(
+                    scheduler.max_num_encoder_input_tokens, ENCODER_TOKENS
+                )
             compiles = not config.model_config.enforce_eager
             if compiles:
                 prepare_to_compile()
@@ -591,8 +667,15 @@ class VllmRuntime(Runtime):
                 stat_loggers=[self._stat_logger] if self._warm else None,
             )
         llm.output_processor.stream_interval = ADAPTIVE
+        options = model.options_as(VllmOptions)
+        media: MediaMemory | None = None
         try:
             worker = llm.engine_core.core.model_executor.driver_worker.worker
+            if budget := getattr(worker.model_runner, "mm_budget", None):
+                media = self._open_media(llm, options)
+                largest = max(budget.mm_max_toks_per_item.values(), default=0)
+                expected["workspace"] += self._media_bytes(model, checkpoint, largest)
+                expected["workspace"] -= self._media_bytes(model, checkpoint)
             memory = self._take_over(worker, packed, expected)
             try:
                 llm.engine_core.prefixes = self._kept_prefixes(model, config, worker, stamp)
@@ -601,11 +684,15 @@ class VllmRuntime(Runtime):
                 raise
         except BaseException:
             llm.shutdown()
+            if media is not None:
+                media.close()
             raise
-        options = model.options_as(VllmOptions)
         prompts = read_prompts(self._folder(model), options)
         pair = self._rerank_format(model) if model.task == "rerank" else None
-        loaded = VllmModel(llm, memory, options, prompts, pair)
+        loaded = VllmModel(
+            llm, memory, options, prompts, pair, as_wangchanberta=self._as_wangchanberta(model)
+        )
+        loaded.media = media
         if options.takes_loras:
             from engine.runtimes.vllm.adapters import Adapters
 
@@ -619,6 +706,23 @@ class VllmRuntime(Runtime):
                 self.context.host,
             )
         return loaded, arguments
+
+    def _open_media(self, llm: Any, options: VllmOptions) -> MediaMemory:
+        from engine.runtimes.vllm.media_memory import MediaMemory
+
+        on_cpu = self.context.device.kind == "cpu"
+        host = None if on_cpu else self.context.host
+        media = MediaMemory(llm, options.mm_processor_cache, host)
+        media.warm_up()
+        return media
+
+    def _as_wangchanberta(self, model: ModelConfig) -> bool:
+        """Whether the model's texts are rewritten as WangchanBERTa's were."""
+        chosen = model.options_as(VllmOptions).preprocessing
+        if chosen != "auto":
+            return chosen == "wangchanberta"
+        folder = self._folder(model)
+        return read_config(folder).get("model_type") == "camembert" and reads_space_symbol(folder)
 
     def _take_over(self, worker: Any, packed: Packing, expected: dict[str, int]) -> ModelMemory:
         if self.context.device.kind == "cpu":
@@ -740,8 +844,11 @@ class VllmRuntime(Runtime):
         overrides = {**_matryoshka(options), **pair.overrides}
         if overrides:
             line += ["--hf-overrides", json.dumps(overrides)]
+        pooler = _pooler(options)
+        if pooler and model.task == "embed":
+            line += ["--pooler-config", json.dumps(pooler)]
         for flag, value in (
-            ("--max-model-len", options.max_model_len),
+            ("--max-model-len", self._max_model_len(model)),
             ("--max-num-batched-tokens", options.max_num_batched_tokens),
             ("--quantization", options.quantization),
             ("--reasoning-parser", options.reasoning_parser),
@@ -749,6 +856,11 @@ class VllmRuntime(Runtime):
         ):
             if value is not None:
                 line += [flag, str(value)]
+        if senses(read_config(self._folder(model))):
+            line += ["--limit-mm-per-prompt", json.dumps(options.media_counts)]
+            line += ["--mm-processor-cache-gb", str(options.mm_processor_cache / 2**30)]
+            if options.mm_processor_kwargs:
+                line += ["--mm-processor-kwargs", json.dumps(dict(options.mm_processor_kwargs))]
         if options.chat_template_kwargs:
             kwargs = json.dumps(dict(options.chat_template_kwargs))
             line += ["--default-chat-template-kwargs", kwargs]
@@ -757,6 +869,27 @@ class VllmRuntime(Runtime):
             line += ["--max-lora-rank", str(options.max_lora_rank)]
             line += ["--max-cpu-loras", str(options.host_loras)]
         return line
+
+    def _max_model_len(self, model: ModelConfig) -> int | None:
+        """The length for vLLM; None: it asks the checkpoint, and finds the right one.
+
+        vLLM takes all positions of a RoBERTa for usable. A text with more tokens than there are
+        would read beyond the end of a matrix.
+
+        Raises:
+            LoadFailed: the options ask for more than there are.
+
+        """
+        folder, asked = self._folder(model), model.options_as(VllmOptions).max_model_len
+        config = read_config(folder)
+        usable, said = position_count(config), config.get("max_position_embeddings")
+        if usable is None or usable == said:
+            return asked
+        if asked is not None and asked > usable:
+            raise LoadFailed(
+                f"{model.id}: options.max_model_len: the model has {usable} positions, not {asked}"
+            )
+        return asked or min(usable, tokenizer_length(folder) or usable)
 
     async def _serve(self, loaded: VllmModel, arguments: Any) -> None:
         from engine.runtimes.vllm.serving import serving_objects
@@ -786,6 +919,8 @@ class VllmRuntime(Runtime):
         del llm, handler
         if loaded.adapters is not None:
             loaded.adapters.close()
+        if loaded.media is not None:
+            loaded.media.close()
         loaded.memory.close()
         await loop.run_in_executor(self._loader, self._collect)
 
@@ -798,6 +933,8 @@ class VllmRuntime(Runtime):
         """
         assert isinstance(loaded, VllmModel)
         await self._set_aside(loaded, blocks)
+        if loaded.media is not None:
+            await loaded.media.forget()
         prefixes = loaded.client.prefixes
 
         def leave() -> None:
@@ -884,6 +1021,16 @@ def _matryoshka(options: VllmOptions) -> dict[str, Any]:
         said["is_matryoshka"] = options.is_matryoshka
     if options.matryoshka_dimensions is not None:
         said["matryoshka_dimensions"] = list(options.matryoshka_dimensions)
+    return said
+
+
+def _pooler(options: VllmOptions) -> dict[str, Any]:
+    """What the options say of how an embedding is made, over what the checkpoint says."""
+    said: dict[str, Any] = {}
+    if options.pooling is not None:
+        said["seq_pooling_type"] = options.pooling.upper()
+    if options.normalize is not None:
+        said["use_activation"] = options.normalize
     return said
 
 

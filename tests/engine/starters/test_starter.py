@@ -25,8 +25,10 @@ from engine.starters.language import VOCABULARY_SIZE
 from engine.starters.registry import FORMAT, LANGUAGE_STARTERS, Starter, ensure_starter
 from tests.conftest import StarterDir
 
-DECODERS = ("tiny-llama", "tiny-qwen")
+SEEING = "tiny-idefics3"
+DECODERS = ("tiny-llama", "tiny-qwen", SEEING)
 CLASSIFIERS = ("tiny-rerank", "tiny-classify")
+BYTE_LEVEL = (*DECODERS, "tiny-embed", *CLASSIFIERS)
 
 TOOLS = [
     {
@@ -79,6 +81,13 @@ def with_write(write: Callable[[Path], None]) -> Starter:
     return dataclasses.replace(LANGUAGE_STARTERS["tiny-embed"], write=write)
 
 
+def writing_class(name: str) -> Any:
+    """transformers' class for a starter that writes."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if name == SEEING else AutoModelForCausalLM
+
+
 @pytest.fixture(scope="session")
 def tokenizer_of(starter_dir: StarterDir) -> Any:
     """Loads a starter model's tokenizer as any user of transformers would, once."""
@@ -113,14 +122,16 @@ def test_the_weights_are_of_the_declared_type_and_vocabulary(
     name: str, starter_dir: StarterDir, tokenizer_of: Any
 ) -> None:
     config = json.loads((starter_dir(name) / "config.json").read_text(encoding="utf-8"))
-    assert config["vocab_size"] == len(tokenizer_of(name)) == VOCABULARY_SIZE
+    text = config.get("text_config", config)
+    assert text["vocab_size"] == len(tokenizer_of(name))
+    assert name not in BYTE_LEVEL or text["vocab_size"] == VOCABULARY_SIZE
     with safe_open(starter_dir(name) / "model.safetensors", framework="np") as file:
         assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F32"}  # noqa: SIM118
         assert file.metadata() == {"format": "pt"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LANGUAGE_STARTERS)
+@pytest.mark.parametrize("name", BYTE_LEVEL)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_survives_the_tokenizer(name: str, tokenizer_of: Any, text: str) -> None:
     """Qwen's, as the real one does, reads text in its canonical composition (NFC)."""
@@ -147,18 +158,32 @@ def test_each_tokenizer_frames_a_text_as_its_kind_does(tokenizer_of: Any) -> Non
     assert framed == {
         "tiny-llama": "<|begin_of_text|>hello",
         "tiny-qwen": "hello",
+        "tiny-idefics3": "hello",
         **dict.fromkeys(("tiny-embed", "tiny-rerank", "tiny-classify"), "[CLS]hello[SEP]"),
+        "tiny-camembert": "<s> hello</s>",
     }
+
+
+@pytest.mark.slow
+def test_camembert_reads_thai_whose_spaces_have_a_symbol(tokenizer_of: Any) -> None:
+    tokenizer = tokenizer_of("tiny-camembert")
+    text = "รถไฟออกจากสถานี<_>ถึงเชียงใหม่ตอนเย็น"
+    tokens = tokenizer(text).input_ids
+    assert tokens.count(tokenizer.convert_tokens_to_ids("<_>")) == 1
+    assert tokenizer.unk_token_id not in tokens
+    assert tokenizer("<mask>").input_ids[1] == tokenizer.mask_token_id == len(tokenizer) - 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LANGUAGE_STARTERS)
 def test_transformers_finds_every_weight_it_wants(name: str, starter_dir: StarterDir) -> None:
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-    kind = AutoModelForCausalLM if name in DECODERS else AutoModel
+    kind = writing_class(name) if name in DECODERS else AutoModel
     if name in CLASSIFIERS:
         kind = AutoModelForSequenceClassification
+    if name == "tiny-camembert":
+        kind = AutoModelForMaskedLM
     _, info = kind.from_pretrained(starter_dir(name), output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
@@ -168,9 +193,7 @@ def test_transformers_finds_every_weight_it_wants(name: str, starter_dir: Starte
 def test_greedy_text_is_varied_and_readable(
     name: str, starter_dir: StarterDir, tokenizer_of: Any
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(starter_dir(name))
+    model = writing_class(name).from_pretrained(starter_dir(name))
     tokenizer = tokenizer_of(name)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt"
@@ -238,7 +261,7 @@ def test_template_of_a_plain_message(name: str, expected: str, tokenizer_of: Any
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"starter:nope: .*tiny-embed, tiny-llama, tiny-qwen"):
+    with pytest.raises(ConfigError, match=r"starter:nope: .*tiny-embed, tiny-idefics3, tiny-llama"):
         ensure_starter("nope", tmp_path)
     assert not list(tmp_path.iterdir())
 

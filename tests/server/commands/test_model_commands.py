@@ -473,6 +473,44 @@ class TestRecognition:
                 3,
             ),
             (
+                # 514 rows, of which RoBERTa's kind uses 512; the tokenizer says less.
+                "a/wangchanberta",
+                {
+                    **json_files(
+                        config={
+                            "architectures": ["CamembertForMaskedLM"],
+                            "model_type": "camembert",
+                            "pad_token_id": 1,
+                            "max_position_embeddings": 514,
+                        },
+                        tokenizer_config={"model_max_length": 416},
+                    ),
+                    "model.safetensors": b"123",
+                },
+                "vllm",
+                "embed",
+                {"max_model_len": 416},
+                3,
+            ),
+            (
+                "a/roberta",
+                {
+                    **json_files(
+                        config={
+                            "architectures": ["RobertaForMaskedLM"],
+                            "model_type": "roberta",
+                            "pad_token_id": 1,
+                            "max_position_embeddings": 514,
+                        }
+                    ),
+                    "model.safetensors": b"123",
+                },
+                "vllm",
+                "embed",
+                {"max_model_len": 512},
+                3,
+            ),
+            (
                 "a/cross-encoder",
                 {
                     **json_files(

@@ -18,7 +18,8 @@ from engine.runtimes.registry import REGISTRY, runtime_class
 from engine.units import MemoryBudget, parse_duration, parse_size
 from server.commands import cli
 from server.json_schema import SchemaGenerator, field_docstrings
-from server.settings import ServerSettings
+from server.settings import VECTOR_STORES, ServerSettings
+from server.vector_store_config import VectorStoreConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SCHEMA_FILE = CONFIGS / "schema.json"
@@ -129,7 +130,7 @@ def test_a_bound_of_the_bytes_is_one_of_the_schema(accepts: Callable[[Any], bool
     assert not accepts({**with_model(), "server": {"hang_s": 0.5}})
 
 
-KINDS: list[type[BaseModel]] = [EngineConfig, ServerSettings, ModelConfig]
+KINDS: list[type[BaseModel]] = [EngineConfig, ServerSettings, ModelConfig, VectorStoreConfig]
 KINDS += [runtime_class(name).Options for name in sorted(REGISTRY)]
 
 
@@ -138,7 +139,7 @@ def test_every_key_is_there_with_its_docstring(
     kind: type[BaseModel], schema: dict[str, Any]
 ) -> None:
     properties = schema["$defs"][kind.__name__]["properties"]
-    assert properties.keys() == kind.model_fields.keys() - {"models"}
+    assert properties.keys() == kind.model_fields.keys() - {"models", VECTOR_STORES}
     assert not schema["$defs"][kind.__name__]["additionalProperties"]
     texts = field_docstrings(kind)
     assert texts.keys() <= kind.model_fields.keys()

@@ -44,7 +44,7 @@ class TestEndpoints:
         }
         assert without == {
             "/v1/models", "/v1/models/", "/v1/models/{name:path}", "/openapi.json",
-            "/api/tags", "/api/show", "/api/version",
+            "/api/tags", "/api/show", "/api/version", "/mcp",
         }  # fmt: skip
         families = [families_of(route.path) or () for route in routes]
         assert {each for found in families for each in found} == set(FAMILIES)
@@ -66,8 +66,12 @@ class TestEndpoints:
             for route in app.routes
             if isinstance(route, ServedRoute) and "POST" in route.methods
         }
-        assert counted == {
-            path for path in posts if not path.startswith((*families, *files, *ollama, *beside))
+        stores = {path for path in posts if path.startswith("/v1/vector_stores")}
+        assert stores & counted == {"/v1/vector_stores/{vector_store_id}/search"}
+        assert counted - stores == {
+            path
+            for path in posts - stores
+            if not path.startswith((*families, *files, *ollama, *beside, "/mcp"))
         }
 
     async def test_ollamas_names_are_those_of_the_key(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 from collections.abc import AsyncGenerator
 from datetime import datetime
@@ -25,7 +24,8 @@ from server.settings import ServerSettings
 from tests.server.fake import FakeRuntime, fake_engine
 from tests.server.test_connection import TIMEOUT_S
 
-PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQD3A0FDAAAAAElFTkSuQmCC"
+"""One red pixel."""
 HELLO = [{"role": "user", "content": "Hello"}]
 CHAT: dict[str, Any] = {"model": "small", "messages": HELLO}
 USAGE = {"prompt_tokens": 7, "completion_tokens": 2}

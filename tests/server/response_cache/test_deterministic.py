@@ -61,6 +61,7 @@ FUNCTION = {"type": "function", "function": {"name": "f"}}
         (text(TextOperation.EMBEDDINGS, input="a"), True),
         (text(TextOperation.RERANK, query="a", documents=["b"]), True),
         (text(TextOperation.MODERATION, input="a"), True),
+        (text(TextOperation.FILL_MASK, inputs="a"), True),
         (text(TextOperation.TOKENIZE, prompt="a", temperature=0), False),
         (text(TextOperation.COUNT_TOKENS, temperature=0), False),
         (speech(), False),

@@ -18,6 +18,7 @@ import pytest
 import pytest_asyncio
 import torch
 from kokoro import KModel, KPipeline
+from misaki import en
 from numpy.typing import NDArray
 
 from engine.config import EngineConfig, ModelConfig
@@ -265,6 +266,12 @@ async def test_words_are_timed_from_the_beginning(engine: Engine) -> None:
 )
 async def test_english_phonemes(phonemizer: Phonemizer, text: str, phonemes: str) -> None:
     assert phonemes_of(phonemizer, text) == [phonemes]
+
+
+@pytest.mark.parametrize("british", [False, True])
+async def test_the_lexicon_is_the_librarys(phonemizer: Phonemizer, british: bool) -> None:
+    ours = phonemizer._english["en-gb" if british else "en-us"].lexicon
+    assert vars(ours) == vars(en.Lexicon(british))
 
 
 async def test_words_of_two_pronunciations(phonemizer: Phonemizer) -> None:

@@ -52,6 +52,7 @@ def test_what_is_not_used_is_not_imported_until_it_is() -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     left_out = {"torch._inductor.compile_fx", "torch._inductor.lowering", "scipy", "sklearn"}
     assert not {"opentelemetry", *left_out} & {*found["loaded"]}
+    assert "llguidance.torch" in found["loaded"]  # the first structured answer would compile it
     assert found["available"] == [True, True]
     assert found["resampled"] == 50
     assert found["known"]

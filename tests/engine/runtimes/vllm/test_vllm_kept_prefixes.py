@@ -225,6 +225,8 @@ async def test_a_failure_half_way_leaves_a_cold_cache_and_no_byte(
     await vllm_runtime.wake(loaded, EVERYTHING)
     assert host.used_bytes == loaded.host_bytes
     monkeypatch.undo()
+    pool = loaded.client.core.scheduler.kv_cache_manager.block_pool
+    assert len(pool.cached_block_hash_to_block) == 0
     assert await asked(vllm_runtime, model, loaded, PREFIX) == (cold, 0)
     await swap(vllm_runtime, loaded)
     text, cached = await asked(vllm_runtime, model, loaded, PREFIX)
