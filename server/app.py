@@ -13,17 +13,22 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Lifespan
 
 from engine.errors import ConfigError, EngineError
+from engine.requests import TextRequest
+from server.answer import stream_answer
 from server.auth import Guard
 from server.batches.batches import Batches
 from server.batches.line_call import LineCalls, access_of_owner
+from server.file_search.file_search import FileSearch
+from server.keys.access import EVERYTHING
 from server.keys.keyring import Keyring
 from server.keys.watch import KeyWatch
 from server.metrics import HttpMetrics
 from server.request_context import RequestContext
 from server.response_cache.cache import ResponseCache, open_cache
 from server.responses.background import Background
+from server.responses.exchange import Answer
 from server.responses.keeper import Keeper
-from server.responses.turn import Turns
+from server.responses.turn import Turn, Turns
 from server.router import Router
 from server.routes.batches import batches_router
 from server.routes.conversations import conversations_router
@@ -35,7 +40,7 @@ from server.routes.probes import probes_router
 from server.routes.responses import plain_responses_router, responses_router
 from server.routes.route import route_router
 from server.routes.stored_files import stored_files_router
-from server.routes.text import text_router
+from server.routes.text import events_of, text_router
 from server.routes.uploads import uploads_router
 from server.routes.usage import usage_router
 from server.routes.vector_stores import vector_stores_router
@@ -116,7 +121,6 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     voices = VoiceStore(engine.config)
     cache = open_cache(engine, settings)
     pictures = Pictures(engine, settings)
-    kept = _Kept(engine, settings, start)
     mcp = McpEndpoint(engine, outputs, settings, start)
     files = FileStore(engine.config.data_dir, FileLimits.of(settings))
 
@@ -168,6 +172,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         Embedder(engine, Models(memory.embedding_model, memory.rerank_model)),
         keyring.caller,
     )
+    kept = _Kept(engine, settings, start, FileSearch(stores), keyring)
     app = Application(settings, keyring, metrics, lifespan)
     batches = Batches(
         engine,
@@ -210,7 +215,14 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
 class _Kept:
     """Responses and conversations that are kept, unless the configuration says otherwise."""
 
-    def __init__(self, engine: Engine, settings: ServerSettings, start: Start) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: ServerSettings,
+        start: Start,
+        file_search: FileSearch,
+        keyring: Keyring,
+    ) -> None:
         self._engine = engine
         self._settings = settings
         self._ready = start.done
@@ -218,7 +230,9 @@ class _Kept:
             engine.config.data_dir, settings.responses_size, settings.responses_age
         )
         self._turns = Turns(self._keeper)
-        self._background = Background(engine, self._turns)
+        self._file_search = file_search
+        self._keyring = keyring
+        self._background = Background(engine, self._turns, self._answer)
         self._resuming: asyncio.Task[None] | None = None
 
     def routers(self, pictures: Pictures, cache: ResponseCache | None) -> tuple[Router, ...]:
@@ -227,7 +241,13 @@ class _Kept:
             return (plain_responses_router(self._engine, self._settings, pictures, cache),)
         return (
             responses_router(
-                self._engine, self._settings, pictures, cache, self._turns, self._background
+                self._engine,
+                self._settings,
+                pictures,
+                cache,
+                self._turns,
+                self._background,
+                self._file_search,
             ),
             conversations_router(self._settings, self._keeper),
         )
@@ -248,6 +268,18 @@ class _Kept:
     async def close(self) -> None:
         """Close the store."""
         await self._keeper.close()
+
+    def _answer(self, turn: Turn, request: TextRequest) -> Answer:
+        """The answer to a request in the background, with what its key may do now."""
+        name = request.scheduling.caller.name
+        access = None
+        if self._keyring.caller(name) is not None:
+            access = self._keyring.named(name) or EVERYTHING
+
+        def ask(asked: TextRequest) -> Answer:
+            return partial(stream_answer, self._engine, asked, events_of, shows_wait=False)
+
+        return self._file_search.answer(turn, request, ask, access)
 
     async def _resume(self) -> None:
         await self._ready.wait()

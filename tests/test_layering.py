@@ -30,6 +30,7 @@ LAYERS = (
     ("server.mcp",),
     ("server.tracing",),
     ("server.ollama",),
+    ("server.file_search",),
     ("server.schemas",),
     ("server.responses",),
     ("server.response_cache",),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from starlette.types import Message, Send
 
@@ -22,11 +21,10 @@ from engine.errors import (
     QueueFull,
     ShuttingDown,
 )
-from engine.events import Event
 from engine.requests import Priority, SchedulingOptions, TextOperation, TextRequest
-from server.answer import stream_answer
-from server.responses.exchange import Exchange
+from server.responses.exchange import Answer, Exchange
 from server.responses.fields import KeepingFields
+from server.responses.file_searches import Searches
 from server.responses.records import CANCELLED, FAILED, IN_PROGRESS, QUEUED, Kept
 from server.responses.store import ResponseStore, is_unfinished
 from server.responses.stream_reader import ENDED, blocks_of, document_of, type_of
@@ -35,7 +33,6 @@ from server.sse import EventStream, event_frame
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +46,9 @@ LONGEST_PAUSE_S = 30.0
 """Before a job is tried again that found the engine busy."""
 HEARTBEAT_S = 15.0
 """Proxies close a connection that is silent for longer (60 s is common)."""
+
+
+Answers: TypeAlias = Callable[[Turn, TextRequest], Answer]
 
 
 @dataclass(slots=True, eq=False)
@@ -95,8 +95,10 @@ class _Run:
 class Background:
     """The jobs of all callers. Lives on one event loop."""
 
-    def __init__(self, engine: Engine, turns: Turns) -> None:
+    def __init__(self, engine: Engine, turns: Turns, answers: Answers) -> None:
+        """`answers` gives the answer to a request, with the tools of the server's own."""
         self._engine = engine
+        self._answers = answers
         self._turns = turns
         self._keeper = turns.keeper
         self._runs: dict[str, _Run] = {}
@@ -272,10 +274,7 @@ class Background:
                 run.attempts += 1
                 if not await self._note(run, IN_PROGRESS):
                     return None
-                answer = partial(
-                    stream_answer, self._engine, run.request, _events, shows_wait=False
-                )
-                exchange = Exchange(self._turns, turn, answer)
+                exchange = Exchange(self._turns, turn, self._answers(turn, run.request))
                 try:
                     await exchange.attempt(run.take)
                     return exchange.ended or turn.failed(RuntimeError("no response"))
@@ -314,7 +313,7 @@ class Background:
         if run.streams:
             last = {
                 "type": f"response.{document['status']}",
-                "response": document,
+                "response": run.turn.shown(document),
                 "sequence_number": len(run.events),
             }
             text = event_frame(last).data
@@ -348,10 +347,6 @@ async def _following(run: _Run, begin: int) -> AsyncGenerator[str, None]:
             yield ": still here\n\n"
 
 
-def _events(session: Session) -> AsyncGenerator[Event, None]:
-    return session.events()
-
-
 def _job_of(turn: Turn, request: TextRequest) -> dict[str, Any]:
     """What another process needs to go on with the job, as JSON."""
     scheduling = {**asdict(request.scheduling), "priority": int(request.scheduling.priority)}
@@ -362,6 +357,8 @@ def _job_of(turn: Turn, request: TextRequest) -> dict[str, Any]:
         "history": turn.history,
         "inputs": turn.inputs,
         "echo": turn.echo,
+        "searches": asdict(turn.searches),
+        "hosted": turn.hosted,
         "store": turn.fields.store,
         "scheduling": scheduling,
     }
@@ -387,6 +384,9 @@ def _turn_of(kept: Kept, job: dict[str, Any]) -> tuple[Turn, TextRequest]:
         history=job["history"],
         body=job["body"],
         echo=job["echo"],
+        # A job of an earlier version has neither.
+        searches=Searches(**job.get("searches", {})),
+        hosted=job.get("hosted"),
     )
     given = dict(job["scheduling"])
     scheduling = SchedulingOptions(

@@ -60,9 +60,7 @@ class Exchange:
     async def attempt(self, send: Send) -> Response | None:
         """The same, and the turn keeps its conversation.
 
-        This is where a tool of the server's own would run: between `_answer`, whose output has the
-        call, and `end`, which keeps the items. It would answer once more with the result of the
-        tool behind the input, and pass on the events of both answers as those of one response.
+        A tool of the server's own runs within `_answer`: see `server.file_search`.
 
         Raises:
             EngineError: see `run`.
@@ -91,6 +89,9 @@ class Exchange:
 
     async def end(self, document: Mapping[str, Any]) -> dict[str, Any]:
         """Keep the response as it ended, and return it as its client gets it."""
+        return self._turn.shown(await self._kept(document))
+
+    async def _kept(self, document: Mapping[str, Any]) -> dict[str, Any]:
         settled = self._turn.settled(document)
         self.ended = settled
         turn, keeper = self._turn, self._turns.keeper

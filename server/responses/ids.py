@@ -19,6 +19,7 @@ _OF_ITEMS: Mapping[str, str] = {
     "custom_tool_call": "ctc",
     "custom_tool_call_output": "ctco",
     "compaction": "cmp",
+    "file_search_call": "fs",
 }
 
 

@@ -20,13 +20,14 @@ TYPES = frozenset(
         "compaction",
         "custom_tool_call",
         "custom_tool_call_output",
+        "file_search_call",
         "function_call",
         "function_call_output",
         "message",
         "reasoning",
     }
 )
-"""Types of items that a conversation may be given. All others belong to hosted tools."""
+"""Types of items that a conversation may be given. All others belong to tools that are not here."""
 
 CALLS = frozenset({"custom_tool_call", "function_call"})
 OUTPUTS = frozenset({"custom_tool_call_output", "function_call_output"})
@@ -35,6 +36,7 @@ _REQUIRED: Mapping[str, tuple[str, ...]] = {
     "compaction": ("encrypted_content",),
     "custom_tool_call": ("call_id", "name", "input"),
     "custom_tool_call_output": ("call_id", "output"),
+    "file_search_call": ("id", "queries", "status"),
     "function_call": ("call_id", "name", "arguments"),
     "function_call_output": ("call_id", "output"),
     "message": ("role", "content"),
@@ -165,8 +167,9 @@ def check_item(item: Any, place: str) -> None:
             raise _wrong(f"{place}.{name}", "it is a text")
     if kind == "message":
         _check_message(item, place)
-    if kind == "reasoning" and not isinstance(item["summary"], list):
-        raise _wrong(f"{place}.summary", "it is a list")
+    for name in ("queries", "results", "summary"):
+        if item.get(name) is not None and not isinstance(item[name], list):
+            raise _wrong(f"{place}.{name}", "it is a list")
 
 
 def _check_message(item: Mapping[str, Any], place: str) -> None:

@@ -16,6 +16,7 @@ from server.responses.errors import (
     no_item,
 )
 from server.responses.fields import ECHOED, OURS, KeepingFields, input_of, keeping_fields
+from server.responses.file_searches import FUNCTION, KIND, RESULTS, Searches, shown_output
 from server.responses.ids import RESPONSE, new_id
 from server.responses.items import (
     REFERENCE,
@@ -61,6 +62,10 @@ class Turn:
     """What the model gets."""
     echo: dict[str, Any] = field(default_factory=dict)
     """What every document of the response says."""
+    searches: Searches = field(default_factory=Searches)
+    """The searches of files in the model's input."""
+    hosted: dict[str, Any] | None = None
+    """The tool `file_search` as the request has it, in JSON; None: it has none."""
 
     def settled(self, document: Mapping[str, Any], *, stored: bool | None = None) -> dict[str, Any]:
         """A document of the response as its client gets it, with all fields that OpenAI requires.
@@ -80,11 +85,28 @@ class Turn:
             if settled.get(name) is None:
                 settled.pop(name, None)
         settled.setdefault("text", {"format": {"type": "text"}})
-        settled["tools"] = [_without_nulls(each, TOOL_NULLS) for each in settled.get("tools") or ()]
+        settled["tools"] = [
+            _without_nulls(each, TOOL_NULLS) for each in self._own_tools(settled.get("tools") or ())
+        ]
         settled["output"] = [answered_item(each) for each in settled.get("output") or ()]
         if settled.get("status") == COMPLETED:
             settled.setdefault("completed_at", int(time.time()))
         return settled
+
+    def shown(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """A document as the client gets it: without the passages that it did not ask for."""
+        with_results = self.hosted is not None and bool(self.hosted["results"])
+        return shown_output(document, with_results=with_results)
+
+    def _own_tools(self, tools: Sequence[Any]) -> list[Any]:
+        """The tools of the request, in the place of what its model has."""
+        if self.hosted is None:
+            return [*tools]
+        own: list[Any] = []
+        for tool in tools:
+            is_ours = isinstance(tool, Mapping) and tool.get("name") == FUNCTION
+            own += (each for _, each in self.hosted["tools"]) if is_ours else [tool]
+        return own
 
     def bare(self, status: str) -> dict[str, Any]:
         """The document of a response without an answer of the model."""
@@ -212,8 +234,14 @@ class Turns:
         given = await self._resolved(given, reader)
         earlier = for_model(history)
         check_answered(earlier, given)
-        own = [expanded(item) for item in given]
+        searches = Searches()
+        earlier = searches.for_model(earlier)
+        given = await self._with_results(given, reader)
+        own = searches.for_model(expanded(item) for item in given)
         model_body = {name: value for name, value in body.items() if name not in OURS}
+        if isinstance(body.get("include"), list):
+            # No model has them.
+            model_body["include"] = [each for each in body["include"] if each != RESULTS]
         if earlier or isinstance(body.get("input"), list):
             model_body["input"] = [*earlier, *own]
         keeps = fields.store and self.keeper.opened
@@ -234,6 +262,7 @@ class Turns:
             inputs=[kept_item(item) for item in given if isinstance(item, Mapping)],
             history=len(earlier),
             body=model_body,
+            searches=searches,
             echo={
                 **{name: body[name] for name in ECHOED if body.get(name) is not None},
                 "id": response_id,
@@ -288,6 +317,19 @@ class Turns:
         for index, item in enumerate(given):
             resolved += for_model([found[str(named[index])]]) if index in named else [item]
         return resolved
+
+    async def _with_results(self, given: list[Any], reader: str | None) -> list[Any]:
+        """The items, each search with its passages. Clients send it back as they got it."""
+        ids = [
+            str(item.get("id"))
+            for item in given
+            if kind_of(item) == KIND and item.get("results") is None
+        ]
+        if not ids:
+            return given
+        found = await self.keeper.read(ResponseStore.find_items, ids, reader)
+        kept = {name: item for name, item in found.items() if item.get("type") == KIND}
+        return [kept.get(item.get("id"), item) if kind_of(item) == KIND else item for item in given]
 
     def _free(self, conversation: str | None) -> None:
         if conversation is not None:

@@ -11,6 +11,7 @@ from server.forms import read_json
 from server.keys.access import access_of
 from server.media import check_media_urls
 from server.responses.fields import metadata_of
+from server.responses.file_searches import RESULTS, shown
 from server.responses.ids import CONVERSATION, new_id
 from server.responses.items import kept_item
 from server.responses.keeper import Keeper
@@ -91,22 +92,26 @@ def conversations_router(settings: ServerSettings, keeper: Keeper) -> Router:
             query.after,
             query.order,
         )
-        return items_document(page)
+        return items_document(page, query.include)
 
     @router.post("/v1/conversations/{conversation_id}/items")
     async def add_items(conversation_id: str, request: Request) -> dict[str, Any]:
-        IncludeQuery.of(query_with_include(request))
+        query = IncludeQuery.of(query_with_include(request))
         fields = await read_json(request, settings.max_body_bytes)
         check_media_urls(fields.values, settings.allowed_media_hosts)
         body = ItemsBody.of(fields)
         items = [kept_item(item) for item in body.checked_items()]
         await keeper.write(ResponseStore.add_items, conversation_id, reader_of(request), items)
-        return items_document(Page(items, has_more=False))
+        return items_document(Page(items, has_more=False), query.include)
 
     @router.get("/v1/conversations/{conversation_id}/items/{item_id}")
     async def retrieve_item(conversation_id: str, item_id: str, request: Request) -> dict[str, Any]:
-        IncludeQuery.of(query_with_include(request))
-        return await keeper.read(ResponseStore.member, conversation_id, item_id, reader_of(request))
+        query = IncludeQuery.of(query_with_include(request))
+        item: dict[str, Any] = shown(
+            await keeper.read(ResponseStore.member, conversation_id, item_id, reader_of(request)),
+            with_results=RESULTS in query.include,
+        )
+        return item
 
     @router.delete("/v1/conversations/{conversation_id}/items/{item_id}")
     async def delete_item(conversation_id: str, item_id: str, request: Request) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from engine.events import Document, Event
 from engine.requests import Priority, SchedulingOptions, TextOperation, TextRequest
 from server.answer import stream_answer, whole_answer
 from server.connection import ConnectedResponse
+from server.file_search.file_search import FileSearch
+from server.file_search.tool import refuse_hosted
 from server.forms import Fields, read_json
 from server.keys.access import access_of
 from server.media import check_media_urls
@@ -24,7 +26,8 @@ from server.pictures import Pictures
 from server.response_cache.cache import ResponseCache, cached
 from server.responses.background import Background
 from server.responses.compaction import TASK, compaction_item
-from server.responses.exchange import Exchange
+from server.responses.exchange import Answer, Exchange
+from server.responses.file_searches import RESULTS, shown, shown_output
 from server.responses.ids import RESPONSE, new_id
 from server.responses.records import Page
 from server.responses.store import ResponseStore
@@ -46,12 +49,12 @@ def reader_of(request: Request) -> str | None:
     return None if access.admin else access.caller.name
 
 
-def items_document(page: Page) -> dict[str, Any]:
-    """OpenAI's list of items."""
+def items_document(page: Page, include: Collection[str]) -> dict[str, Any]:
+    """OpenAI's list of items, with what `include` names."""
     ids = [item["id"] for item in page.items]
     return {
         "object": "list",
-        "data": page.items,
+        "data": [shown(item, with_results=RESULTS in include) for item in page.items],
         "first_id": ids[0] if ids else "",
         "last_id": ids[-1] if ids else "",
         "has_more": page.has_more,
@@ -67,6 +70,7 @@ def plain_responses_router(
     @router.post(RESPONSES_PATH)
     async def responses(request: Request) -> Response:
         fields, text_request = await read_text_request(request, TextOperation.RESPONSES, settings)
+        refuse_hosted(text_request.body)
         await pictures.settle(text_request)
         answer = partial(
             stream_answer,
@@ -87,6 +91,7 @@ def responses_router(
     cache: ResponseCache | None,
     turns: Turns,
     background: Background,
+    file_search: FileSearch,
 ) -> Router:
     """Create, retrieve, cancel and delete responses; their items; token counts and summaries."""
     router = Router("responses")
@@ -98,7 +103,10 @@ def responses_router(
         """The turn, which the caller must release, and the engine's request for it."""
         model = model_name(fields.values.get("model"))
         check_media_urls(fields.values, settings.allowed_media_hosts)
+        hosted = await file_search.check(fields.values, access_of(request))
         turn = await turns.begin(fields.values, scheduling.caller.name, reader_of(request))
+        if hosted is not None:
+            turn = hosted.offered(turn)
         text_request = TextRequest(
             model=model,
             operation=operation,
@@ -132,10 +140,13 @@ def responses_router(
             if not streams:
                 return json_response(document)
             return ConnectedResponse(partial(send_events, turn.id, reader_of(request), None))
-        once = partial(stream_answer, engine, text_request, events_of, shows_wait=streams)
+
+        def ask(asked: TextRequest) -> Answer:
+            once = partial(stream_answer, engine, asked, events_of, shows_wait=streams)
+            return cached(cache, request, Fields(dict(asked.body), fields.typed), asked, once)
+
         try:
-            of_model = Fields(turn.body, fields.typed)
-            answer = cached(cache, request, of_model, text_request, once)
+            answer = file_search.answer(turn, text_request, ask, access_of(request))
         except BaseException:
             turns.release(turn)
             raise
@@ -203,7 +214,8 @@ def responses_router(
             )
         if query.starting_after is not None:
             raise InvalidRequest("starting_after: it needs 'stream'.", param="starting_after")
-        return json_response(await keeper.read(ResponseStore.document, response_id, reader))
+        document = await keeper.read(ResponseStore.document, response_id, reader)
+        return json_response(shown_output(document, with_results=RESULTS in query.include))
 
     @router.delete("/v1/responses/{response_id}")
     async def delete(response_id: str, request: Request) -> dict[str, Any]:
@@ -212,7 +224,8 @@ def responses_router(
 
     @router.post("/v1/responses/{response_id}/cancel")
     async def cancel(response_id: str, request: Request) -> dict[str, Any]:
-        return await background.cancel(response_id, reader_of(request))
+        document = await background.cancel(response_id, reader_of(request))
+        return shown_output(document, with_results=False)
 
     @router.get("/v1/responses/{response_id}/input_items")
     async def input_items(response_id: str, request: Request) -> dict[str, Any]:
@@ -225,7 +238,7 @@ def responses_router(
             query.after,
             query.order,
         )
-        return items_document(page)
+        return items_document(page, query.include)
 
     return router
 

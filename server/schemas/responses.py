@@ -18,8 +18,8 @@ from server.schemas.fields import Body
 MAX_ITEMS = 20
 """Items that one request may add to a conversation. OpenAI's limit."""
 
-INCLUDED = ("message.input_image.image_url", "message.output_text.logprobs",
-            "reasoning.encrypted_content")  # fmt: skip
+INCLUDED = ("file_search_call.results", "message.input_image.image_url",
+            "message.output_text.logprobs", "reasoning.encrypted_content")  # fmt: skip
 """What items may be asked to include. They have it if the model gave it."""
 
 _LISTED = re.compile(r"include(\[\d*\])?")

@@ -343,13 +343,9 @@ class VectorStores:
             EngineError: there is no such store, or its models cannot be used.
 
         """
-        found = await self._do(lambda: self._records.store(viewer, store, param=param))
-        self._check_alive(found)
-        model = self._embedder.find(found.model).id
-        access.check_model(model)
-        ranker = self._embedder.rerank_model if search.ranks else None
-        if ranker is not None:
-            access.check_model(ranker)
+        found, model, ranker = await self._searchable(
+            viewer, access, store, ranks=search.ranks, param=param
+        )
         vectors = await self._embedder.queries(model, search.queries, access.caller)
         most = search.most if ranker is None else max(RANKED, search.most)
         results = await asyncio.to_thread(self._nearest, found, vectors, most, search.filter)
@@ -357,6 +353,30 @@ class VectorStores:
             results = await self._ranked(results, search.queries, access.caller)
         kept = [each for each in results if each.score >= search.least_score]
         return kept[: search.most]
+
+    async def check(
+        self, viewer: Viewer, access: Access, store: str, *, ranks: bool, param: str
+    ) -> None:
+        """Return if the caller may search a store. `param` names it. No model is asked.
+
+        Raises:
+            EngineError: there is no such store, it has expired, or its models cannot be used.
+
+        """
+        await self._searchable(viewer, access, store, ranks=ranks, param=param)
+
+    async def _searchable(
+        self, viewer: Viewer, access: Access, store: str, *, ranks: bool, param: str | None
+    ) -> tuple[VectorStore, str, str | None]:
+        """A store with the ids of the models that embed and rank for it."""
+        found = await self._do(lambda: self._records.store(viewer, store, param=param))
+        self._check_alive(found)
+        model = self._embedder.find(found.model).id
+        access.check_model(model)
+        ranker = self._embedder.rerank_model if ranks else None
+        if ranker is not None:
+            access.check_model(ranker)
+        return found, model, ranker
 
     async def _ranked(
         self, results: Sequence[Found], queries: Sequence[str], caller: Caller

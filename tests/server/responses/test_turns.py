@@ -100,7 +100,7 @@ async def test_input_items_are_paged(sdk: Sdk, model: Model) -> None:
         await sdk.responses.input_items.list(second.id, after="msg_none")
     assert caught.value.param == "after"
     with pytest.raises(openai.BadRequestError) as refused:
-        await sdk.responses.input_items.list(second.id, include=["file_search_call.results"])
+        await sdk.responses.input_items.list(second.id, include=["web_search_call.action.sources"])
     assert refused.value.param == "include"
     await sdk.responses.input_items.list(second.id, include=["message.output_text.logprobs"])
     with pytest.raises(openai.BadRequestError) as limited:
