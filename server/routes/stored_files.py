@@ -97,8 +97,8 @@ def stored_files_router(files: FileStore) -> Router:
     return router
 
 
-def check_filename(name: str) -> str:
-    """The name of an uploaded file without folders.
+def check_filename(name: str, param: str = "file") -> str:
+    """The name of an uploaded file without folders. The field `param` gave it.
 
     Raises:
         InvalidRequest: it has none, or one that is too long.
@@ -106,6 +106,6 @@ def check_filename(name: str) -> str:
     """
     name = name.replace("\\", "/").rpartition("/")[2]
     if not name or len(name) > MAX_NAME_CHARS or not name.isprintable():
-        message = f"The file needs a name of at most {MAX_NAME_CHARS} printable characters."
-        raise InvalidRequest(message, param="file")
+        rule = f"the file needs a name of at most {MAX_NAME_CHARS} printable characters."
+        raise InvalidRequest(f"{param}: {rule}", param=param)
     return name

@@ -248,6 +248,11 @@ async def test_uploads_that_go_wrong(url: str, sdk: openai.AsyncOpenAI, tmp_path
             filename="c", purpose="user_data", bytes=2**30, mime_type="text/plain"
         )
     assert refused.value.status_code == 413
+    with pytest.raises(openai.BadRequestError) as nameless:
+        await sdk.uploads.create(
+            filename="a\0b", purpose="user_data", bytes=4, mime_type="text/plain"
+        )
+    assert nameless.value.param == "filename"
 
 
 class Clock:
