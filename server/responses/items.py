@@ -29,6 +29,18 @@ TYPES = frozenset(
 )
 """Types of items that a conversation may be given. All others belong to tools that are not here."""
 
+PARTS: Mapping[str, str | None] = {
+    "input_file": None,
+    "input_image": None,
+    "input_text": "text",
+    "output_text": "text",
+    "reasoning_text": "text",
+    "refusal": "refusal",
+    "summary_text": "text",
+    "text": "text",
+}
+"""Types of the parts of a message, each with the text that it must have."""
+
 CALLS = frozenset({"custom_tool_call", "function_call"})
 OUTPUTS = frozenset({"custom_tool_call_output", "function_call_output"})
 
@@ -135,7 +147,8 @@ def check_answered(history: Sequence[Item], own: Sequence[Any]) -> None:
 
     """
     every = [*history, *(item for item in own if isinstance(item, Mapping))]
-    answered = {item.get("call_id") for item in every if item.get("type") in OUTPUTS}
+    outputs = [item.get("call_id") for item in every if kind_of(item) in OUTPUTS]
+    answered = {each for each in outputs if isinstance(each, str)}
     for item in history:
         if item.get("type") in CALLS and item.get("call_id") not in answered:
             raise InvalidRequest(
@@ -182,8 +195,22 @@ def _check_message(item: Mapping[str, Any], place: str) -> None:
     if not isinstance(content, list):
         raise _wrong(f"{place}.content", "it is a text or a list of parts")
     for index, part in enumerate(content):
-        if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
-            raise _wrong(f"{place}.content[{index}].type", "the field is required, a text")
+        _check_part(part, f"{place}.content[{index}]")
+
+
+def _check_part(part: Any, place: str) -> None:
+    """Check a part of a message, so that no later turn of the conversation fails by it."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if not isinstance(kind, str):
+        raise _wrong(f"{place}.type", "the field is required, a text")
+    if kind not in PARTS:
+        raise _wrong(f"{place}.type", f"{echoed(kind)} is none of {', '.join(sorted(PARTS))}")
+    field = PARTS[kind]
+    if field is not None and not isinstance(part.get(field), str):
+        raise _wrong(f"{place}.{field}", "the field is required, a text")
+    for name in ("image_url", "file_id", "file_url", "file_data", "filename", "detail"):
+        if part.get(name) is not None and not isinstance(part[name], str):
+            raise _wrong(f"{place}.{name}", "it is a text")
 
 
 def _wrong(param: str, rule: str) -> InvalidRequest:

@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import Request, Response
-from fastapi.responses import FileResponse
 from PIL.Image import Image
 
 from engine.errors import RuntimeFailed
@@ -21,6 +20,7 @@ from engine.events import Event, Frame, ImageResult, PartialImage
 from server.answer import stream_answer, whole_answer
 from server.auth import IMAGE_FILES_PREFIX
 from server.connection import ConnectedResponse
+from server.file_answer import FileAnswer
 from server.forms import read_fields
 from server.image_io import Picture, decode_pictures, encode_picture
 from server.public_address import base_url
@@ -84,7 +84,7 @@ def images_router(
     @router.route(IMAGE_FILES_PREFIX + "{name}", "GET", "HEAD")
     async def image_file(name: str) -> Response:
         path = await asyncio.to_thread(outputs.path, name)
-        return FileResponse(path, headers={"cache-control": "private"})
+        return FileAnswer(path, headers={"cache-control": "private"})
 
     return router
 

@@ -6,9 +6,9 @@ import asyncio
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.responses import FileResponse
 
 from engine.errors import InvalidRequest
+from server.file_answer import FileAnswer
 from server.forms import query_fields, read_upload
 from server.router import Router
 from server.schemas.stored_files import MAX_NAME_CHARS, FileBody, FileListQuery, file_document
@@ -81,7 +81,7 @@ def stored_files_router(files: FileStore) -> Router:
     @router.route("/v1/files/{file_id}/content", "GET", "HEAD")
     async def content(file_id: str, request: Request) -> Response:
         file = await asyncio.to_thread(files.get, viewer_of(request), file_id)
-        return FileResponse(
+        return FileAnswer(
             files.path(file),
             # Never the type of what was uploaded: a browser would run its scripts as this server's.
             media_type=_MEDIA_TYPES.get(file.purpose, "application/octet-stream"),
@@ -97,8 +97,8 @@ def stored_files_router(files: FileStore) -> Router:
     return router
 
 
-def check_filename(name: str) -> str:
-    """The name of an uploaded file without folders.
+def check_filename(name: str, param: str = "file") -> str:
+    """The name of an uploaded file without folders. The field `param` gave it.
 
     Raises:
         InvalidRequest: it has none, or one that is too long.
@@ -106,6 +106,6 @@ def check_filename(name: str) -> str:
     """
     name = name.replace("\\", "/").rpartition("/")[2]
     if not name or len(name) > MAX_NAME_CHARS or not name.isprintable():
-        message = f"The file needs a name of at most {MAX_NAME_CHARS} printable characters."
-        raise InvalidRequest(message, param="file")
+        rule = f"the file needs a name of at most {MAX_NAME_CHARS} printable characters."
+        raise InvalidRequest(f"{param}: {rule}", param=param)
     return name

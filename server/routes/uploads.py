@@ -34,7 +34,7 @@ def uploads_router(uploads: Uploads, settings: ServerSettings) -> Router:
             uploads.create,
             viewer_of(request).name,
             Purpose(body.purpose),
-            check_filename(body.filename),
+            check_filename(body.filename, "filename"),
             body.mime_type,
             body.bytes,
             body.expires_after,

@@ -7,10 +7,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
-from fastapi.responses import FileResponse
 
 from engine.errors import ModelNotFound
 from engine.requests import Priority
+from server.file_answer import FileAnswer
 from server.forms import query_fields, read_fields
 from server.headers import weights_header
 from server.image_io import decode_pictures
@@ -74,7 +74,7 @@ def videos_router(engine: Engine, jobs: Jobs, settings: ServerSettings) -> Route
         path = await asyncio.to_thread(jobs.content, video_id, query.variant)
         # `private`: a response that needed a key must not stay in a shared cache.
         headers = {"cache-control": "private", **headers_of(jobs.get(video_id))}
-        return FileResponse(path, headers=headers)
+        return FileAnswer(path, headers=headers)
 
     @router.delete("/v1/videos/{video_id}")
     async def delete(video_id: str) -> dict[str, Any]:

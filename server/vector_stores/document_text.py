@@ -10,8 +10,11 @@ from pathlib import Path
 
 from server.vector_stores.html_text import html_text
 
-PDF_TIMEOUT_S = 120
-"""For the text of one PDF."""
+READ_TIMEOUT_S = 120
+"""For the text of one file that is read apart."""
+
+MAX_HTML_CHARS = 16_384
+"""A longer page is read apart, in a process of its own."""
 
 MAX_TEXT_CHARS = 50_000_000
 """Of one file. A small PDF may unfold to any size."""
@@ -57,7 +60,7 @@ def document_text(path: Path, name: str) -> str:
         lowered = name.lower()
         begin = text[:200].lstrip().lower()
         if lowered.endswith(_HTML_NAMES) or begin.startswith(_HTML_MARKS):
-            text = html_text(text)
+            text = _html_text(text)
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
     if not text.strip():
         raise UnreadableFile("invalid_file", "The file has no text.")
@@ -84,25 +87,41 @@ def _unsupported() -> UnreadableFile:
 
 
 def _pdf_text(path: Path) -> str:
-    """The text of a PDF, read in a process of its own.
+    """The text of a PDF. The library is Python: here it would also hold up the event loop."""
+    return _read_apart("PDF", "server.vector_stores.pdf_text", str(path.resolve()))
 
-    A PDF may be made to take all memory or to take for ever, and the library is Python: here it
-    would also hold up the event loop.
+
+def _html_text(page: str) -> str:
+    """The text of an HTML page. Python's parser takes for ever with one made of `<a<a<a`."""
+    if len(page) <= MAX_HTML_CHARS:
+        return html_text(page)
+    return _read_apart("HTML", "server.vector_stores.html_text", page=page.encode())
+
+
+def _read_apart(kind: str, program: str, *arguments: str, page: bytes = b"") -> str:
+    """The text of a file, read in a process of its own.
+
+    A file may be made to take all memory or to take for ever.
     """
     # Not the rest of the environment, which may hold keys.
     environ = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     environ |= {"PYTHONPATH": str(_ROOT), "PYTHONIOENCODING": "utf-8:replace"}
-    command = [sys.executable, "-m", "server.vector_stores.pdf_text", str(path.resolve())]
+    command = [sys.executable, "-m", program, *arguments]
     try:
         done = subprocess.run(
-            command, env=environ, capture_output=True, timeout=PDF_TIMEOUT_S, check=False
+            command,
+            env=environ,
+            input=page,
+            capture_output=True,
+            timeout=READ_TIMEOUT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise UnreadableFile(
-            "invalid_file", f"Its text could not be read in {PDF_TIMEOUT_S} seconds."
+            "invalid_file", f"Its text could not be read in {READ_TIMEOUT_S} seconds."
         ) from None
     if done.returncode != 0:
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
         reason = lines[-1] if lines and done.returncode == 1 else "it takes too much memory"
-        raise UnreadableFile("invalid_file", f"The PDF cannot be read: {reason[:200]}")
+        raise UnreadableFile("invalid_file", f"The {kind} cannot be read: {reason[:200]}")
     return done.stdout.decode("utf-8", "replace")

@@ -1,9 +1,15 @@
-"""The text of an HTML page, as a reader sees it."""
+"""The text of an HTML page, as a reader sees it.
+
+As a program it reads the page from its input, apart from the server.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 from html.parser import HTMLParser
+
+from server.vector_stores.process_limits import limit_this_process
 
 _SKIPPED = frozenset({"script", "style", "template", "noscript", "svg", "math"})
 _PARAGRAPHS = frozenset(
@@ -72,3 +78,18 @@ class _Reader(HTMLParser):
         if self._skipped or tag not in _BLOCKS:
             return
         self.pieces.append("\n\n" if tag in _PARAGRAPHS else "\n")
+
+
+def main() -> int:
+    """Write the text of the page that is the input."""
+    limit_this_process()
+    try:
+        sys.stdout.write(html_text(sys.stdin.buffer.read().decode()))
+    except MemoryError:
+        print("it takes too much memory", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

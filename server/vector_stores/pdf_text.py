@@ -7,20 +7,17 @@ time end it.
 from __future__ import annotations
 
 import logging
-import resource
 import sys
 
-MAX_MEMORY_BYTES = 2 * 2**30
-MAX_CPU_S = 120
-"""The server that waits may be gone: then this ends the process."""
+from server.vector_stores.process_limits import limit_this_process
+
 MAX_PAGES = 10_000
 MAX_CHARS = 60_000_000
 
 
 def main(path: str) -> int:
     """Write the text, page by page."""
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S))
+    limit_this_process()
     logging.disable(logging.CRITICAL)
     try:
         from pypdf import PdfReader

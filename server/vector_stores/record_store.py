@@ -379,12 +379,12 @@ class RecordStore:
         )  # fmt: skip
         return [_attachment(row) for row in rows], more
 
-    def pending(self) -> list[int]:
-        """The numbers of the files that are in progress, oldest first."""
+    def pending(self) -> list[tuple[int, str]]:
+        """The files in progress, oldest first: their numbers, and the keys that attached them."""
         rows = self._rows(
-            "SELECT number FROM attachments WHERE status = 'in_progress' ORDER BY number"
+            "SELECT number, caller FROM attachments WHERE status = 'in_progress' ORDER BY number"
         )
-        return [row[0] for row in rows]
+        return [(row[0], row[1]) for row in rows]
 
     def complete(self, number: int, nbytes: int) -> bool:
         """Note that the passages of a file are there. False: it is in progress no more."""

@@ -33,6 +33,7 @@ from server.vector_store_config import SQLITE, VectorStoreConfig
 from server.vector_stores.chunking import Chunking, passages
 from server.vector_stores.document_text import UnreadableFile, document_text
 from server.vector_stores.embedder import Embedder
+from server.vector_stores.fair_queue import FairQueue
 from server.vector_stores.filters import Attributes, Filter
 from server.vector_stores.held_vectors import HeldVectors
 from server.vector_stores.record_store import RecordStore, new_batch_id, new_store_id
@@ -114,7 +115,7 @@ class VectorStores:
         self._records_: RecordStore | None = None
         self._held: HeldVectors | None = None
         self._opening = threading.Lock()
-        self._queue: asyncio.Queue[int] = asyncio.Queue()
+        self._queue = FairQueue()
         self._tasks: list[asyncio.Task[None]] = []
         self._attributes: OrderedDict[str, Mapping[int, Attributes]] = OrderedDict()
         self._attributes_lock = threading.Lock()
@@ -127,8 +128,8 @@ class VectorStores:
 
         """
         self._records_ = await asyncio.to_thread(RecordStore, self._data_dir)
-        for number in await asyncio.to_thread(self._records.pending):
-            self._queue.put_nowait(number)
+        for number, caller in await asyncio.to_thread(self._records.pending):
+            self._queue.put(caller, number)
         self._tasks = [asyncio.create_task(self._index_all()) for _ in range(INDEXERS)]
         self._tasks.append(asyncio.create_task(self._sweep()))
         self._files.on_deleted.append(self.on_file_deleted)
@@ -491,7 +492,7 @@ class VectorStores:
         attached = await asyncio.to_thread(attach)
         self._forget_attributes(store.id)
         for each in attached:
-            self._queue.put_nowait(each.number)
+            self._queue.put(caller, each.number)
         return attached
 
     async def _index_all(self) -> None:

@@ -95,6 +95,10 @@ def prepared_body(
     narrow_to_allowed(body)
     if not isinstance(body.get("messages", []), list):
         raise InvalidRequest("messages: it is a list.", param="messages")
+    if not isinstance(body.get("tools"), list | None):
+        raise InvalidRequest("tools: it is a list.", param="tools")
+    if body.get("truncation", "") is None:
+        del body["truncation"]  # OpenAI has it as null, and vLLM's own answer does not
     if request.operation in CHATS:
         check_messages(body.get("messages"))
     chooses = request.operation in MAY_CALL and body.get("tool_choice") not in NO_CALLS

@@ -97,6 +97,15 @@ async def test_wrong_items_are_named(sdk: Sdk, model: Model) -> None:
         ([{"role": "user"}], "items[0].content"),
         ([{"role": "user", "content": 5}], "items[0].content"),
         ([{"role": "user", "content": [{"text": "x"}]}], "items[0].content[0].type"),
+        ([{"role": "user", "content": [{"type": "x"}]}], "items[0].content[0].type"),
+        (
+            [{"role": "user", "content": [{"type": "input_text", "text": 5}]}],
+            "items[0].content[0].text",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "input_image", "image_url": {}}]}],
+            "items[0].content[0].image_url",
+        ),
         ([{"role": "robot", "content": "x"}], "items[0].role"),
         ([{"type": "web_search_call", "id": "x"}], "items[0].type"),
         ([{"type": "function_call", "name": "x", "arguments": "{}"}], "items[0].call_id"),
@@ -159,6 +168,9 @@ async def test_a_call_without_its_output(sdk: Sdk, model: Model) -> None:
     with pytest.raises(openai.BadRequestError, match="No tool output found"):
         await ask(sdk, "never mind", conversation=made.id)
     output = {"type": "function_call_output", "call_id": turn.output[0].call_id, "output": "it"}
+    for wrong in ({**output, "call_id": []}, {**output, "type": [None]}, {**output, "type": {}}):
+        with pytest.raises(openai.BadRequestError, match="No tool output found"):
+            await ask(sdk, [wrong], conversation=made.id)
     await ask(sdk, [output], conversation=made.id, tools=[TOOL])
     await ask(sdk, "two", conversation=made.id)
 

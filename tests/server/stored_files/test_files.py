@@ -104,6 +104,25 @@ async def test_a_page_that_was_uploaded_is_no_page(sdk: openai.AsyncOpenAI) -> N
     assert headers["x-content-type-options"] == "nosniff"
 
 
+async def test_ranges(url: str, sdk: openai.AsyncOpenAI) -> None:
+    file = await upload(sdk, b"0123456789")
+    async with httpx.AsyncClient(headers={"authorization": "Bearer one"}) as client:
+
+        async def part(wanted: str) -> httpx.Response:
+            return await client.get(f"{url}/v1/files/{file}/content", headers={"range": wanted})
+
+        assert ((some := await part("bytes=2-4")).status_code, some.text) == (206, "234")
+        assert (await part("bytes=-3")).text == "789"
+        for none in ("bytes=4-2", "bytes=x", "lines=0-1", "bytes", "bytes="):
+            whole = await part(none)
+            assert (whole.status_code, whole.text) == (200, "0123456789"), none
+        for beyond in ("bytes=10-", "bytes=-0", f"bytes={10**30}-"):
+            refused = await part(beyond)
+            assert refused.status_code == 416
+            assert refused.headers["content-range"] == "bytes */10"
+            assert "'range'" in refused.json()["error"]["message"]
+
+
 async def test_lists(sdk: openai.AsyncOpenAI) -> None:
     ids = [await upload(sdk, name=f"{number}.jsonl") for number in range(5)]
     other = (await sdk.files.create(file=("a.txt", b"a"), purpose="user_data")).id
@@ -248,6 +267,11 @@ async def test_uploads_that_go_wrong(url: str, sdk: openai.AsyncOpenAI, tmp_path
             filename="c", purpose="user_data", bytes=2**30, mime_type="text/plain"
         )
     assert refused.value.status_code == 413
+    with pytest.raises(openai.BadRequestError) as nameless:
+        await sdk.uploads.create(
+            filename="a\0b", purpose="user_data", bytes=4, mime_type="text/plain"
+        )
+    assert nameless.value.param == "filename"
 
 
 class Clock:

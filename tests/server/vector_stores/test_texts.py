@@ -82,7 +82,7 @@ def test_a_pdf_that_takes_for_ever_is_given_up(
     endless = tmp_path / "endless"
     endless.write_text("#!/bin/sh\nexec sleep 600\n")
     endless.chmod(0o700)
-    monkeypatch.setattr(module, "PDF_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(module, "READ_TIMEOUT_S", 0.2)
     monkeypatch.setattr(sys, "executable", str(endless))
     with pytest.raises(UnreadableFile, match="could not be read in"):
         document_text(kept(tmp_path, pdf("text")), "a.pdf")
@@ -97,6 +97,20 @@ def test_a_pdf_that_takes_all_memory_is_given_up(
     monkeypatch.setattr(sys, "executable", str(killed))
     with pytest.raises(UnreadableFile, match="too much memory"):
         document_text(kept(tmp_path, pdf("text")), "a.pdf")
+
+
+def test_a_page_that_takes_for_ever_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "READ_TIMEOUT_S", 0.5)
+    with pytest.raises(UnreadableFile, match="could not be read in"):
+        document_text(kept(tmp_path, b"<p>text" + b"<!--" * 50_000), "a.html")
+
+
+def test_a_long_page_reads_as_a_short_one(tmp_path: Path) -> None:
+    page = PAGE + "<p>ไทย é 💩</p>" * 2000
+    assert len(page) > module.MAX_HTML_CHARS
+    assert document_text(kept(tmp_path, page.encode()), "a.html") == html_text(page)
 
 
 def words(text: str) -> Tokens:

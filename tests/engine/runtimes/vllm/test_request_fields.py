@@ -120,6 +120,19 @@ async def test_a_value_that_asks_for_nothing_is_taken(
     prepare(vllm_runtime, operation, **fields)
 
 
+async def test_a_null_that_no_answer_may_repeat_is_the_default(vllm_runtime: VllmRuntime) -> None:
+    payload = prepare(vllm_runtime, TextOperation.RESPONSES, truncation=None)
+    assert payload.truncation == "disabled"
+
+
+@pytest.mark.parametrize("operation", [TextOperation.CHAT, TextOperation.RESPONSES])
+@pytest.mark.parametrize("tools", [True, 0, 1.5, "x"])
+async def test_tools_that_are_no_list(
+    vllm_runtime: VllmRuntime, operation: TextOperation, tools: Any
+) -> None:
+    assert refused(vllm_runtime, operation, tools=tools) == "tools"
+
+
 async def test_what_hosted_tools_would_include_is_named(vllm_runtime: VllmRuntime) -> None:
     operation = TextOperation.RESPONSES
     include = ["reasoning.encrypted_content", "message.output_text.logprobs"]
