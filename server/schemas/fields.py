@@ -113,7 +113,9 @@ def _read_picture(value: Any) -> bytes | str:
     value = single(value)
     if isinstance(value, dict):
         if "file_id" in value:
-            raise ValueError("this server keeps no files; send a data: URL as image_url")
+            raise ValueError(
+                "pictures are not read from stored files; send a data: URL as image_url"
+            )
         value = value.get("image_url") if value.keys() == {"image_url"} else value
     if not isinstance(value, bytes | str):
         raise ValueError("a picture is one uploaded file, a data: URL or base64")
