@@ -241,6 +241,7 @@ class Engine:
     async def drain(self, limit_s: float) -> None:
         """Refuse new work and wait for what runs, `limit_s` seconds at most."""
         self.state = EngineState.DRAINING
+        self._started.set()  # who waits for the start is refused now
         self._preloading.stop()
         self._fetcher.stop()  # what waits for files would be refused when they are here
         self._scheduler.on_drain()

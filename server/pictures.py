@@ -183,8 +183,8 @@ def _read(attachment: Attachment) -> _Found:
         content = value.get("url") if value.get("type") == "url" else value.get("data")
         if value.get("type") not in ("url", "base64"):
             raise InvalidRequest(
-                f"{param}.type: {echoed(value.get('type'))} is none of 'base64', 'url'; this"
-                " server keeps no files.",
+                f"{param}.type: {echoed(value.get('type'))} is none of 'base64', 'url';"
+                " pictures are not read from stored files.",
                 param=f"{param}.type",
             )
     elif isinstance(value, dict):
@@ -196,7 +196,10 @@ def _read(attachment: Attachment) -> _Found:
         raise InvalidRequest(f"{named}: {echoed(detail)} is none of {known}.", param=named)
     if part.get("file_id") is not None:
         place = f"{attachment.place}.file_id"
-        raise InvalidRequest(f"{place}: this server keeps no files.", param=place)
+        raise InvalidRequest(
+            f"{place}: pictures are not read from stored files; send a data: URL as image_url.",
+            param=place,
+        )
     if not isinstance(content, str) or not content:
         raise InvalidRequest(f"{param}: the picture is missing.", param=param)
     return _Found(attachment, content, detail == "low")
@@ -210,10 +213,13 @@ def _put_back(attachment: Attachment, media_type: str, content: str) -> None:
     elif isinstance(value, dict):
         value["url"] = url
         value.pop("detail", None)  # it was followed
+    elif part.get("type") == "image_url":
+        part[attachment.field] = {"url": url}  # some clients write the URL alone
+        part.pop("detail", None)
     else:
         part[attachment.field] = url
-        if "detail" in part:
-            part["detail"] = "auto"
+        if "type" in part:
+            part["detail"] = "auto"  # vLLM wants it in the output of a tool
 
 
 def _is_url(content: str) -> bool:

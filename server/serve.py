@@ -114,6 +114,12 @@ def run(
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         server = _Server(config, early)
         runner.run(_serve(server, engine, start, app, listener, settings, heartbeat))
+        if start.cut_short and start.error is None:
+            logger.info("stopped before it was ready")
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # Not the runner's end: that waits for the thread that imports, for a minute or more.
+            os._exit(0)
     if start.error is not None:
         raise start.error
     logger.info("stopped")

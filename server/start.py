@@ -33,6 +33,8 @@ class Start:
         self._task: asyncio.Task[None] | None = None
         self.error: Exception | None = None
         """Why the engine could not start, or None."""
+        self.cut_short = False
+        """Whether it was cancelled. A thread of it may go on for long: an import cannot stop."""
         self.failed = asyncio.Event()
         self.done = asyncio.Event()
         """Set once the engine and its jobs have started."""
@@ -61,7 +63,7 @@ class Start:
     async def end(self) -> None:
         """Cancel a start under way, and stop the jobs and the engine."""
         if self._task is not None:
-            self._task.cancel()
+            self.cut_short = self._task.cancel()
             await asyncio.wait((self._task,))
         try:
             if self._batches is not None:

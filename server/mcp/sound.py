@@ -12,6 +12,8 @@ from server.mcp.tool import Call, Schema, Tool, ToolFailure, as_text, fields_of,
 from server.schemas.audio import SpeechBody, TranscriptionBody
 
 _FORMATS = ("mp3", "wav", "flac", "opus", "aac")
+WAV_HEADER = 44
+"""Bytes before the samples in what the server writes."""
 """Those whose files say what they are."""
 
 _SPEECH: Schema = {
@@ -41,11 +43,21 @@ async def _speak(call: Call) -> CallToolResult:
     if suffix not in _FORMATS:
         raise ToolFailure(f"response_format: it is one of {', '.join(_FORMATS)}.")
     answer = await call.post("/v1/audio/speech", document)
-    url = await keep(call.outputs, answer.body, f".{suffix}", call.files_url)
-    structured = {"model": document["model"], "url": url, "bytes": len(answer.body)}
+    audio = _with_length(answer.body) if suffix == "wav" else answer.body
+    url = await keep(call.outputs, audio, f".{suffix}", call.files_url)
+    structured = {"model": document["model"], "url": url, "bytes": len(audio)}
     media_type = answer.headers["content-type"].partition(";")[0]
-    contents = sound_contents(call, url, answer.body, media_type)
+    contents = sound_contents(call, url, audio, media_type)
     return result(as_text(structured), structured, *contents)
+
+
+def _with_length(wav: bytes) -> bytes:
+    """The file with its sizes. Its header was sent before anybody knew them, and says 4 GiB."""
+    if wav[36:44] != b"data\xff\xff\xff\xff":
+        return wav
+    sizes = len(wav) - 8, len(wav) - WAV_HEADER
+    riff, data = (each.to_bytes(4, "little") for each in sizes)
+    return wav[:4] + riff + wav[8:40] + data + wav[WAV_HEADER:]
 
 
 async def _transcribe(call: Call) -> CallToolResult:

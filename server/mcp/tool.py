@@ -138,7 +138,12 @@ class Call:
 
     def _default_model(self) -> str:
         names = self.tool.models(self.engine, access_of(self.request))
-        configured = [name for name in names if name not in self.engine.router]
+        # A provider's model is always there, and maybe costs: it is no reason to prefer it.
+        configured = [
+            name
+            for name in names
+            if name not in self.engine.router and self.engine.config.find(name).runtime != "remote"
+        ]
         there = (name for name in configured if self.engine.model_status(name).tier == "device")
         return next(there, names[0])
 

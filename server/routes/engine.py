@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
 
-from engine.errors import InvalidRequest
+from engine.errors import InvalidRequest, ModelForbidden, ModelNotFound
 from engine.requests import Priority
 from server.auth import PLAN_PATH
 from server.connection import ConnectedResponse
@@ -46,8 +46,16 @@ def engine_router(
     @router.post(PLAN_PATH)
     async def plan(request: Request) -> dict[str, Any]:
         body = PlanBody.of(await read_json(request, settings.max_body_bytes))
-        for name in (body.model, *body.further_models):
-            access_of(request).check_model(name)
+        access = access_of(request)
+        access.check_model(body.model)
+        engine.config.find(body.model)
+        for index, name in enumerate(body.further_models):
+            try:
+                access.check_model(name)
+                engine.config.find(name)
+            except (ModelForbidden, ModelNotFound) as error:
+                error.param = f"further_models[{index}]"
+                raise
         forecast = await engine.plan(
             body.model,
             further_models=body.further_models,

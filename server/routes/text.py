@@ -13,6 +13,7 @@ from engine.requests import TextOperation, TextRequest
 from server.answer import stream_answer
 from server.connection import ConnectedResponse
 from server.forms import Fields, read_json
+from server.keys.access import access_of
 from server.media import check_media_urls
 from server.response_cache.cache import ResponseCache, cached
 from server.router import Router
@@ -101,11 +102,15 @@ async def read_text_request(
 
     Raises:
         InvalidRequest: naming the wrong field or header.
+        ModelForbidden: the key may not use the model.
 
     """
     fields = await read_json(request, settings.max_body_bytes)
     model = fields.values.get("model")
-    model = model_name(default_model if model is None else model)
+    if model is None and default_model is not None:
+        model = default_model
+        access_of(request).check_model(model)  # of a model in the body, the options see to it
+    model = model_name(model)
     check_media_urls(fields.values, settings.allowed_media_hosts)
     scheduling = take_scheduling_options(request, fields)
     return fields, TextRequest(

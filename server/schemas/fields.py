@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Self, TypeAlias
 
 from pydantic import (
@@ -54,8 +54,24 @@ class Body(BaseModel):
             return cls.model_validate(values, strict=fields.typed)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            param = _path(first["loc"])
+            param = _path(_sent(first["loc"], values))
             raise InvalidRequest(_describe(first, param), param=param) from error
+
+
+def _sent(location: Sequence[int | str], values: Any) -> list[int | str]:
+    """The parts of a path that are the client's, without branches of unions as pydantic names."""
+    path: list[int | str] = []
+    for index, part in enumerate(location):
+        if isinstance(values, Mapping):
+            if part not in values and index < len(location) - 1:
+                continue
+            values = values.get(part)
+        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
+            values = values[part]
+        else:
+            continue
+        path.append(part)
+    return path
 
 
 def _path(location: Iterable[int | str]) -> str:
@@ -113,7 +129,9 @@ def _read_picture(value: Any) -> bytes | str:
     value = single(value)
     if isinstance(value, dict):
         if "file_id" in value:
-            raise ValueError("this server keeps no files; send a data: URL as image_url")
+            raise ValueError(
+                "pictures are not read from stored files; send a data: URL as image_url"
+            )
         value = value.get("image_url") if value.keys() == {"image_url"} else value
     if not isinstance(value, bytes | str):
         raise ValueError("a picture is one uploaded file, a data: URL or base64")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -11,6 +13,9 @@ from engine.requests import TextRequest
 from engine.runtimes.registry import REGISTRY
 from server.commands.cli import main
 from tests.server.fake import FakeRuntime
+
+NEVER_STARTS = "TESTS_RUNTIME_NEVER_STARTS"
+"""The variable with which the import of the runtime goes on for ever."""
 
 
 async def wait_for_pipe(request: TextRequest) -> AsyncGenerator[Event, None]:
@@ -29,6 +34,11 @@ class PipedRuntime(FakeRuntime):
     def __init__(self, *args: object) -> None:
         super().__init__()
         self.answer = wait_for_pipe
+
+    def start(self) -> None:
+        if NEVER_STARTS in os.environ:
+            threading.Event().wait()
+        super().start()
 
 
 if __name__ == "__main__":

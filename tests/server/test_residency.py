@@ -412,6 +412,14 @@ class TestPlan:
         assert plan["reason"]
         assert state(engine, "small") is ModelState.ABSENT
 
+    async def test_which_of_several_models_is_unknown(self, client: httpx.AsyncClient) -> None:
+        body = {"model": "small", "further_models": ["other", "nobody"]}
+        answer = await client.post(PLAN, json=body)
+        assert answer.status_code == 404
+        assert answer.json()["error"]["param"] == "further_models[1]"
+        answer = await client.post(PLAN, json={**body, "model": "nobody"})
+        assert answer.json()["error"]["param"] == "model"
+
     async def test_who_leaves(self, client: httpx.AsyncClient, engine: Engine) -> None:
         await client.post(CHAT, json={"model": "other"})
         plan = (await client.post(PLAN, json={"model": "small"})).json()

@@ -87,7 +87,7 @@ def prepare_text(model: ModelConfig, request: TextRequest, options: RemoteOption
         InvalidRequest: the provider or the model does not have what the request asks for.
 
     """
-    api, path = APIS[request.operation]
+    api, path = APIS.get(request.operation, (None, ""))
     embeds = model.task == "embed"
     served = request.operation in EMBEDS if embeds else request.operation not in EMBEDS
     if not served or api not in options.apis:

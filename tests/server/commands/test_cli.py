@@ -22,6 +22,7 @@ from engine.errors import ConfigError
 from server.commands import cli, terminal
 from server.settings import ServerSettings
 from tests.server.fake import FakeRuntime
+from tests.server.serve_fake import NEVER_STARTS
 
 CHAT = "/v1/chat/completions"
 TIMEOUT_S = 60
@@ -168,6 +169,24 @@ class TestProcess:
                 with pytest.raises(httpx.RemoteProtocolError):
                     await anext(texts)
             assert await server.exit_code() == 0
+
+    @pytest.mark.parametrize("arguments", [(), ("--no-supervisor",)])
+    async def test_a_start_under_way_delays_no_stop(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+    ) -> None:
+        """The import of vLLM takes a minute on a slow disk, and nothing can stop it."""
+        monkeypatch.setenv(NEVER_STARTS, "1")
+        async with served(tmp_path, *arguments) as server:
+            await server.becomes("starting")
+            body = {"model": "small", "stream": True}
+            async with server.client.stream("POST", CHAT, json=body) as answer:
+                lines = answer.aiter_lines()
+                assert (await anext(lines)).startswith(": starting")
+                server.process.send_signal(signal.SIGTERM)
+                assert "shutting_down" in "".join([line async for line in lines])
+            assert await server.exit_code() == 0
+            said = (await server.process.communicate())[1].decode()
+            assert "Traceback" not in said and "it does not end" not in said
 
     async def test_second_ctrl_c_leaves_at_once(self, tmp_path: Path) -> None:
         async with (

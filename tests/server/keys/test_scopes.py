@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import openai
@@ -17,10 +19,11 @@ from engine.errors import ConfigError
 from server.app import Application, create_app
 from server.auth import is_open
 from server.keys.endpoints import FAMILIES, families_of, is_counted
+from server.keys.record import Key, digest_of, new_secret
 from server.keys.store import FILE_NAME, KeyStore
 from server.router import ServedRoute
 from server.settings import ServerSettings
-from tests.server.fake import FakeRuntime
+from tests.server.fake import FakeRuntime, fake_engine
 from tests.server.keys.conftest import AddKey, Bearer, eventually, until
 
 CHAT = "/v1/chat/completions"
@@ -175,6 +178,30 @@ class TestModels:
         assert (await client.get(f"/v1/models/{model}", headers=key)).status_code == 200
         caller = runtime.requests[-1].scheduling.caller
         assert (caller.name, caller.tier) == ("alice", "gold")
+
+    async def test_a_model_that_the_request_leaves_out_is_no_way_around(
+        self, tmp_path: Path, runtime: FakeRuntime, settings: ServerSettings
+    ) -> None:
+        """A moderation may name none. Then the first classifier answers, if the key allows it."""
+        judge = {"id": "judge", "source": "none", "runtime": "fake", "task": "classify"}
+        engine = fake_engine(runtime, tmp_path, models=[judge])
+        bob, carol = new_secret(), new_secret()
+        with closing(KeyStore(engine.config.data_dir)) as store:
+            store.add(Key(name="bob", digest=digest_of(bob), created_at=1, models=("other",)))
+            store.add(Key(name="carol", digest=digest_of(carol), created_at=1, models=("judge",)))
+        app = create_app(engine, settings)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(
+                transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8000"
+            ) as client,
+        ):
+            asked = "/v1/moderations", {"input": "x"}
+            answer = await client.post(asked[0], json=asked[1], headers={"x-api-key": bob})
+            assert error_of(answer) == (403, "model_forbidden", "model")
+            assert runtime.requests == []
+            answer = await client.post(asked[0], json=asked[1], headers={"x-api-key": carol})
+            assert answer.status_code == 200
 
     async def test_only_those_are_listed(self, client: httpx.AsyncClient, key: Bearer) -> None:
         listed = (await client.get("/v1/models", headers=key)).json()["data"]

@@ -108,6 +108,8 @@ def engine(runtime: FakeRuntime, tmp_path: Path) -> Engine:
         for task in TASKS
     ]
     models.append({**models[3], "id": "second-image"})
+    address = {"source": "http://127.0.0.1:9/v1", "options": {"model": "a"}}
+    models.append({"id": "cloud", "runtime": "remote", **address})
     return fake_engine(runtime, tmp_path, models=models)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import wave
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -95,7 +96,7 @@ async def test_what_is_there(connect: Connect, mode: str) -> None:
         assert by_id["image"]["tier"] == "disk"
         status = await structured(client, "engine_status", {})
         assert (status["free_bytes"], status["capacity_bytes"]) == (4000, 10_000)
-        assert [model["id"] for model in status["loaded"]] == ["generate"]
+        assert [model["id"] for model in status["loaded"]] == ["generate", "cloud"]
         plan = await structured(client, "plan_model", {"model": "image"})
         assert plan["fits"] and [each["model"] for each in plan["evictions"]] == ["generate"]
 
@@ -131,6 +132,14 @@ class TestImages:
             assert (await structured(client, "generate_image", made))["model"] == "second-image"
             again = await structured(client, "generate_image", {"prompt": "a"})
             assert again["model"] == "second-image"
+
+    async def test_a_provider_is_not_preferred_as_one_that_is_loaded(
+        self, connect: Connect, runtime: FakeRuntime
+    ) -> None:
+        """It is always there, and maybe costs. The first model of the configuration answers."""
+        async with connect() as client:
+            answer = await structured(client, "chat", {"prompt": "a"})
+        assert answer["model"] == "generate"
 
     async def test_what_is_too_long_is_shown_smaller(self, connect: Connect) -> None:
         async with connect() as client:
@@ -207,6 +216,8 @@ class TestSound:
             assert isinstance(sound, AudioContent) and sound.mime_type == "audio/wav"
             audio = base64.b64decode(sound.data)
             assert audio.startswith(b"RIFF") and isinstance(link, ResourceLink)
+            with wave.open(io.BytesIO(audio)) as opened:  # it believes the header
+                assert opened.getnframes() == (len(audio) - 44) // 2 > 0
             file = await got(link.uri)
             assert file.content == audio and "wav" in file.headers["content-type"]
             for given in (link.uri, sound.data):

@@ -343,7 +343,8 @@ class TestErrors:
             ),
             ("/api/chat", {"options": {"speed": 1}}, "options.speed"),
             ("/api/chat", {"format": "xml"}, "format"),
-            ("/api/chat", {"think": "much"}, "think"),
+            ("/api/chat", {"think": "much"}, "'think'"),  # not a branch of its type
+            ("/api/chat", {"format": 5}, "'format'"),
             ("/api/chat", {"truncate": True}, "truncate"),
             ("/api/chat", {"anything": 1}, "anything"),
             ("/api/chat", {"keep_alive": "soon"}, "keep_alive"),

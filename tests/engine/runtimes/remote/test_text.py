@@ -262,6 +262,8 @@ async def test_a_document_in_the_place_of_a_stream(world: World) -> None:
         ("generate", TextOperation.TOKENIZE, {}),
         ("generate", TextOperation.RESPONSES, {"apis": ["chat"]}),
         ("image", TextOperation.CHAT, {}),
+        ("generate", TextOperation.RERANK, {}),
+        ("embed", TextOperation.FILL_MASK, {}),
     ],
 )
 def test_what_the_provider_does_not_have_is_refused(
