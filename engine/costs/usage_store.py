@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -278,6 +279,8 @@ class UsageStore:
 
 
 def _connect(path: Path | None) -> sqlite3.Connection:
+    if path is not None:  # SQLite's other files take the mode of this one
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     connection = sqlite3.connect(
         path or ":memory:",
         timeout=_BUSY_TIMEOUT_S,

@@ -155,7 +155,7 @@ class JobStore:
                     " Give one of them a folder of its own: engine.data_dir in the configuration,"
                     " or the variable ROUNDHOUSE_DATA_DIR"
                 ) from error
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, (OSError, sqlite3.Error)):
                 raise ConfigError(
                     f"engine.data_dir: {path} cannot be used: {error}. It was left as it is:"
                     " repair it, put a backup in its place, or move it away to start without its"
@@ -254,6 +254,8 @@ class JobStore:
 
 
 def _connect(path: Path, connections: list[sqlite3.Connection]) -> sqlite3.Connection:
+    # Prompts are nobody else's. SQLite's other files take the mode of this one.
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     # Each connection is used by one thread at a time, though opened and closed on another.
     connection = sqlite3.connect(
         path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False

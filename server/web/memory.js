@@ -26,7 +26,7 @@ export function showMemory(engine) {
   const times = oursBytes < scaleBytes * ENLARGED_BELOW ? scaleBytes / oursBytes : 1;
   const enlarged = [
     [byId("device-enlarged"), byId("device-enlarged-title"), ours, "What models have"],
-    [byId("host-enlarged"), byId("host-enlarged-title"), host, "The copies"],
+    [byId("host-enlarged"), byId("host-enlarged-title"), host, "Copies and prefix caches"],
   ];
   for (const [bar, title, parts, what] of enlarged) {
     bar.hidden = title.hidden = times === 1 || parts.length === 0;

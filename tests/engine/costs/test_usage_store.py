@@ -194,3 +194,10 @@ def test_a_newer_file_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFix
         store.add(row(), counts(cost=1.0))
         assert costs(store) == {(): 1.0}
     assert "a newer version" in caplog.text
+
+
+def test_only_the_owner_may_read_the_file(tmp_path: Path) -> None:
+    with opened(tmp_path):
+        files = [*tmp_path.glob(f"{FILE_NAME}*")]
+        assert files
+        assert [file.name for file in files if file.stat().st_mode & 0o077] == []

@@ -1091,3 +1091,19 @@ async def test_a_job_for_a_loaded_model_only(jobs: Jobs, engine: Engine) -> None
     await engine.load("film")
     job = await jobs.submit(ask(scheduling=scheduling))
     assert (await jobs.ended(job.id)).state is JobState.COMPLETED
+
+
+def test_only_the_owner_may_read_the_jobs(tmp_path: Path) -> None:
+    store = JobStore(tmp_path)
+    try:
+        files = [*tmp_path.glob("jobs*")]
+        assert len(files) > 1
+        assert [file.name for file in files if file.stat().st_mode & 0o077] == []
+    finally:
+        store.close()
+
+
+def test_a_folder_in_the_place_of_the_jobs_is_named(tmp_path: Path) -> None:
+    (tmp_path / "jobs.sqlite3").mkdir()
+    with pytest.raises(ConfigError, match=r"jobs\.sqlite3 cannot be used"):
+        JobStore(tmp_path)
