@@ -9,6 +9,7 @@ import asyncio
 import base64
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
@@ -23,11 +24,21 @@ from openai.types import Batch
 from pydantic import SecretStr
 
 from engine.engine import Engine
-from engine.errors import InvalidRequest, LoadFailed, Overloaded
+from engine.errors import (
+    BudgetExceeded,
+    InvalidRequest,
+    LoadFailed,
+    Overloaded,
+    RuntimeFailed,
+)
 from engine.events import Document, Event, Heard, Segment, Speech
 from engine.requests import Priority, SpeechRequest, TextRequest, TranscriptionRequest
 from server.app import create_app
 from server.batches.input import MAX_ERRORS
+from server.batches.line_runner import MAX_ATTEMPTS
+from server.batches.record import Batch as Record
+from server.batches.record import BatchState, Line, Outcome, Tokens
+from server.batches.store import BatchStore
 from server.settings import ServerSettings
 from server.start import Start
 from tests.contract.openai import conforms
@@ -514,3 +525,106 @@ async def test_an_alias_is_the_model(sdk: openai.AsyncOpenAI, runtime: FakeRunti
     runtime.answer = echo
     batch = await ended(sdk, await submit(sdk, line("a", "gpt-4o"), line("b", "m0")))
     assert batch.request_counts is not None and batch.request_counts.completed == 2
+
+
+async def test_a_model_that_is_there_goes_first(
+    url: str, sdk: openai.AsyncOpenAI, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But no batch waits for ever for that."""
+    for late_s, expected in ((3600.0, ["m1", "m1", "m0"]), (-10.0, ["m2", "m0", "m2"])):
+        monkeypatch.setattr("server.batches.lanes.LATE_S", late_s)
+        runtime.requests.clear()
+        loaded, other = expected[0], "m0"
+        await sdk.chat.completions.create(model=loaded, messages=[])
+        async with client_of(url, "admin") as admin:
+            await admin.post(f"/engine/models/{other}/unload", cast_to=httpx.Response)
+        await ended(sdk, await submit(sdk, line("a", other), line("b", loaded)))
+        assert [request.model for request in runtime.requests] == expected
+
+
+async def test_lines_that_a_death_interrupted_run_alone(tmp_path: Path) -> None:
+    runtime, gate = FakeRuntime(), Gate()
+    runtime.answer = gate
+    folder = tmp_path / "data"
+    async with served(engine_of(runtime, tmp_path)) as url, client_of(url) as sdk:
+        batch = await submit(sdk, *(line(f"{n}", user=f"{n}") for n in range(6)))
+        await asyncio.wait_for(gate.began.wait(), LIMIT_S)
+        assert attempts_of(folder)[0] == 1, "noted before it runs"
+    assert attempts_of(folder) == [0] * 6, "a stop costs no attempt"
+    store = BatchStore(folder)
+    lines = store.waiting("m0", [1])
+    store.begin(lines[:2])
+    for _ in range(MAX_ATTEMPTS):
+        store.begin(lines[5:])
+    store.close()
+
+    later, running, beside = FakeRuntime(), 0, dict[str, int]()
+
+    async def answer(request: TextRequest) -> AsyncGenerator[Event, None]:
+        nonlocal running
+        running += 1
+        await asyncio.sleep(0.02)
+        beside[request.body["user"]] = running
+        running -= 1
+        async for event in chat(request):
+            yield event
+
+    later.answer = answer
+    async with served(engine_of(later, tmp_path)) as url, client_of(url) as sdk:
+        batch = await ended(sdk, batch)
+        errors = await read(sdk, batch.error_file_id)
+    assert len(later.requests) == 5
+    assert [*errors] == ["5"] and errors["5"]["error"]["code"] == "runtime_failed"
+    assert [beside["0"], beside["1"]] == [1, 1]
+
+
+def attempts_of(folder: Path) -> list[int]:
+    store = BatchStore(folder)
+    try:
+        return [each.attempts for each in store.waiting("m0", [1])]
+    finally:
+        store.close()
+
+
+async def test_what_fails_is_tried_again_a_few_times(
+    sdk: openai.AsyncOpenAI, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.batches.line_runner.BACKOFF_S", 0.01)
+    tries: Counter[str] = Counter()
+
+    async def answer(request: TextRequest) -> AsyncGenerator[Event, None]:
+        kind = request.body["user"]
+        tries[kind] += 1
+        if kind == "always" or (kind == "once" and tries[kind] == 1):
+            raise RuntimeFailed("It broke.")
+        if kind == "spent":
+            raise BudgetExceeded("Nothing is left.", retry_after_s=1.0)
+        async for event in chat(request):
+            yield event
+
+    runtime.answer = answer
+    lines = [line(kind, user=kind) for kind in ("always", "once", "spent", "good")]
+    batch = await ended(sdk, await submit(sdk, *lines))
+    assert tries == {"always": MAX_ATTEMPTS, "once": 2, "spent": 1, "good": 1}
+    errors = await read(sdk, batch.error_file_id)
+    statuses = {name: each["response"]["status_code"] for name, each in errors.items()}
+    assert statuses == {"always": 500, "spent": 429}
+
+
+def test_a_line_has_one_result(tmp_path: Path) -> None:
+    store = BatchStore(tmp_path)
+    made = store.insert(
+        Record(
+            id="batch_1", owner="me", endpoint=CHAT, input_file_id="file-1",
+            completion_window="24h", metadata=None, state=BatchState.VALIDATING,
+            created_at=1, expires_at=2, output_expires_s=None,
+        )
+    )  # fmt: skip
+    first = Line(made.sequence, 1, "a", "m0", 0, 1)
+    assert store.begin_lines(made, [first], 1).total == 1
+    tokens = Tokens(4, 3, 2, 1)
+    for ok in (True, False):
+        found = store.finish(first, Outcome(ok, b"one\n", tokens))
+        assert (found.completed, found.failed, found.tokens) == (1, 0, tokens)
+    assert b"".join(store.results(found, ok=True)) == b"one\n"
+    store.close()

@@ -364,9 +364,10 @@ async def test_what_was_in_progress_goes_on_after_a_restart(
     models = [model.model_dump() for model in engine.config.models]
     second = fake_engine(again, tmp_path, models=models)
     async with listening(create_app(second, settings)) as url, sdk_of(url) as client:
-        done = await client.vector_stores.files.poll(
-            file, vector_store_id=store.id, poll_interval_ms=10
-        )
+        async with asyncio.timeout(60):
+            done = await client.vector_stores.files.poll(
+                file, vector_store_id=store.id, poll_interval_ms=10
+            )
         assert done.status == "completed"
         found = await client.vector_stores.search(store.id, query="trains")
         assert [each.content[0].text for each in found.data] == [TRAINS]
