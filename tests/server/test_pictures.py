@@ -450,7 +450,7 @@ async def test_pictures_that_are_not_there(client: httpx.AsyncClient) -> None:
     items = {"model": "small", "input": [{"role": "user", "content": [named]}]}
     param, message = await error_of(client, items, RESPONSES)
     assert param == "input[0].content[0].file_id" and "keeps no files" in message
-    param, message = await error_of(client, asking(""))
+    param, message = await error_of(client, chat({"type": "image_url", "image_url": {}}))
     assert param == PARAM and "missing" in message
     source = {"type": "file", "file_id": "file-1"}
     answer = await client.post(MESSAGES, json=chat({"type": "image", "source": source}))

@@ -45,6 +45,7 @@ def test_what_does_not_fit_even_without_spares_drops_none() -> None:
     assert host.spare_bytes() == {} and host.unused_bytes == 0
     host.unreserve(3 * MIB)
     host.free(slab)
+    assert host.used_bytes == 0
 
 
 def test_a_spare_is_taken_once_and_ends_with_the_memory() -> None:
