@@ -574,7 +574,8 @@ async def test_a_key_uses_its_own_models_only(engine: Engine, tmp_path: Path) ->
             await stores.attach(viewer, none, store.id, [(file.id, None, {})], "file_id")
         for access in (none, words):
             with pytest.raises(ModelForbidden, match="words" if access is none else "ranker"):
-                await stores.search(viewer, access, store.id, Search(["a"], 1))
+                async with asyncio.timeout(30):
+                    await stores.search(viewer, access, store.id, Search(["a"], 1))
         await stores.attach(viewer, every, store.id, [(file.id, None, {})], "file_id")
         async with asyncio.timeout(60):
             while True:
