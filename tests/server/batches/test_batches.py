@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import json
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ from engine.errors import (
     BudgetExceeded,
     InvalidRequest,
     LoadFailed,
+    NoSpaceLeft,
     Overloaded,
     RuntimeFailed,
 )
@@ -41,6 +43,8 @@ from server.batches.record import BatchState, Line, Outcome, Tokens
 from server.batches.store import BatchStore
 from server.settings import ServerSettings
 from server.start import Start
+from server.stored_files.record import FileLimits, Purpose, Viewer
+from server.stored_files.store import FileStore
 from tests.contract.openai import conforms
 from tests.server.fake import FakeRuntime, echo, fake_engine, listening
 
@@ -180,7 +184,8 @@ async def test_a_batch_over_four_models(
     sdk: openai.AsyncOpenAI, url: str, runtime: FakeRuntime
 ) -> None:
     lines = [line(f"l{n}", f"m{n % 4}") for n in range(40)]
-    batch = await submit(sdk, *lines, metadata={"of": "me"})
+    kept = {"anchor": "created_at", "seconds": 3600}
+    batch = await submit(sdk, *lines, metadata={"of": "me"}, output_expires_after=kept)
     assert batch.status == "validating" and batch.metadata == {"of": "me"}
     batch = await ended(sdk, batch)
     assert batch.status == "completed" and batch.errors is None
@@ -204,6 +209,7 @@ async def test_a_batch_over_four_models(
     assert {request.scheduling.priority for request in runtime.requests} == {Priority.BATCH}
     output = await sdk.files.retrieve(batch.output_file_id or "")
     assert (output.purpose, output.filename) == ("batch_output", f"{batch.id}_output.jsonl")
+    assert output.expires_at == output.created_at + 3600
     async with httpx.AsyncClient(base_url=url, headers={"x-api-key": "admin"}) as plain:
         metrics = (await plain.get("/metrics")).text
     assert 'roundhouse_batch_lines_done_total{result="completed"} 40.0' in metrics
@@ -628,3 +634,84 @@ def test_a_line_has_one_result(tmp_path: Path) -> None:
         assert (found.completed, found.failed, found.tokens) == (1, 0, tokens)
     assert b"".join(store.results(found, ok=True)) == b"one\n"
     store.close()
+
+
+async def test_a_start_goes_on_with_every_state(tmp_path: Path) -> None:
+    """Also with what only a kill leaves. Its key may be gone by then."""
+    runtime, gate = FakeRuntime(), Gate()
+    runtime.answer = gate
+    folder = tmp_path / "data"
+    async with served(engine_of(runtime, tmp_path)) as url, client_of(url) as sdk:
+        cancelling, running = [await submit(sdk, line(name)) for name in "ab"]
+        for batch in (cancelling, running):
+            await begun(sdk, batch)
+        file = (await sdk.files.create(file=("a", jsonl(line("c"))), purpose="batch")).id
+        left = (await sdk.files.create(file=("a", b"x"), purpose="batch")).id
+    store, files = BatchStore(folder), FileStore(folder, FileLimits())
+    files.open()
+    files.hold(left, "batch_gone")
+    viewer = Viewer("", sees_all=True)
+    record = store.get(viewer, cancelling.id)
+    new = dataclasses.replace(
+        record, id="batch_new", state=BatchState.VALIDATING, input_file_id=file, total=0
+    )
+    store.insert(new)
+    states = (BatchState.IN_PROGRESS,)
+    store.move(record, BatchState.CANCELLING, record.created_at, only_from=states)
+    store.close()
+    files.close()
+    later = FakeRuntime()
+    later.answer = chat
+    nobody = SETTINGS.model_copy(update={"api_keys": ()})
+    async with (
+        served(engine_of(later, tmp_path), nobody) as url,
+        client_of(url, "admin") as admin,
+    ):
+        assert (await ended(admin, cancelling)).status == "cancelled"
+        running = await ended(admin, running)
+        error = (await read(admin, running.error_file_id))["b"]["response"]
+        assert error["status_code"] == 401
+        made = await ended(admin, await admin.batches.retrieve("batch_new"))
+        assert made.status == "failed", "a key that is gone may use no model"
+        await admin.files.delete(left)
+    assert not later.requests
+
+
+async def test_a_full_disk_is_waited_for(
+    sdk: openai.AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.batches.batches.RETRY_S", 0.01)
+    create, tries = FileStore.create, 0
+
+    def full_once(self: FileStore, owner: str, purpose: Purpose, *args: Any, **more: Any) -> Any:
+        nonlocal tries
+        if purpose is Purpose.BATCH_OUTPUT:
+            tries += 1
+            if tries == 1:
+                raise NoSpaceLeft("Nothing is left.")
+        return create(self, owner, purpose, *args, **more)
+
+    monkeypatch.setattr(FileStore, "create", full_once)
+    batch = await ended(sdk, await submit(sdk, line("a")))
+    assert (batch.status, tries) == ("completed", 2)
+
+
+async def test_the_bounds(
+    engine: Engine, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results are worth more than the bound of files."""
+    monkeypatch.setattr("server.batches.batches.MAX_UNFINISHED", 1)
+    settings = SETTINGS.model_copy(update={"max_file_bytes": 150})
+    gate = Gate()
+    runtime.answer = gate
+    async with served(engine, settings) as url, client_of(url) as sdk:
+        first = await submit(sdk, line("a"))
+        with pytest.raises(openai.RateLimitError, match="unfinished"):
+            await submit(sdk, line("a"))
+        async with client_of(url, "two") as other:
+            await submit(other, line("a"))
+        gate.may_end.set()
+        first = await ended(sdk, first)
+        assert first.status == "completed"
+        assert (await sdk.files.retrieve(first.output_file_id or "")).bytes > 150
+        await submit(sdk, line("a"))
