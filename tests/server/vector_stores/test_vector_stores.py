@@ -542,6 +542,8 @@ async def test_embeddings_are_used_as_they_belong(
         assert best.content[0].text.startswith("alpha")
         assert 0.99 < best.score <= 1, "of several queries the best counts"
         assert all(0 <= each.score <= 1 for each in rest)
+    found = await client.vector_stores.search(store.id, query="alpha omega")
+    assert all(0.5 < each.score < 0.9 for each in found.data)
     found = await client.vector_stores.search(store.id, query=word)
     assert {each.score for each in found.data if "alpha" in each.content[0].text} == {0}
     runtime.answer = nothing
