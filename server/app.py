@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -118,11 +118,10 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     pictures = Pictures(engine, settings)
     kept = _Kept(engine, settings, start)
     mcp = McpEndpoint(engine, outputs, settings, start)
-
     files = FileStore(engine.config.data_dir, FileLimits.of(settings))
 
-    async def begin_files() -> None:
-        """Open the stored files, without which nothing starts."""
+    async def begin() -> None:
+        """Open the stored files, without which nothing starts, and start the rest."""
         try:
             await asyncio.to_thread(files.open)
             await stores.start()
@@ -130,32 +129,30 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
             start.fail(error)
         else:
             start.begin(jobs, batches)
+        watch.begin()
+        if cache is not None:
+            await cache.start()
+        await kept.start()
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        await begin_files()
-        watch.begin()
-        try:
-            if cache is not None:
-                await cache.start()
-            await kept.start()
-            yield
-        finally:
-            await mcp.close()
-            try:
-                # First those with requests of their own.
-                await kept.stop()
-                await stores.stop()
-                await start.end()
-            finally:
-                await watch.end()
-                await kept.close()
-                files.close()
-                await pictures.close()
-            if cache is not None:
-                await cache.close()
+        async with AsyncExitStack() as ends:
+            # The last is called first, and each whatever became of the others.
             if tracing is not None:
-                await tracing.close()
+                ends.push_async_callback(tracing.close)
+            if cache is not None:
+                ends.push_async_callback(cache.close)
+            ends.push_async_callback(pictures.close)
+            ends.callback(files.close)
+            ends.push_async_callback(kept.close)
+            ends.push_async_callback(watch.end)
+            ends.push_async_callback(start.end)
+            # These have requests of their own.
+            ends.push_async_callback(stores.stop)
+            ends.push_async_callback(kept.stop)
+            ends.push_async_callback(mcp.close)
+            await begin()
+            yield
 
     metrics = HttpMetrics()
     cache_series = () if cache is None else (cache.registry,)

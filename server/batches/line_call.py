@@ -112,7 +112,7 @@ class LineCalls:
             "content-type": content_type,
             "content-length": str(len(body)),
             "x-request-id": request_id,
-            f"{HEADER_PREFIX}priority": Priority.BATCH.name.lower(),
+            HEADER_PREFIX + "priority": Priority.BATCH.name.lower(),
         }
         scope = {
             "type": "http",

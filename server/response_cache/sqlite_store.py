@@ -20,7 +20,7 @@ from server.response_cache.store import MAX_ENTRY_BYTES, MAX_PENDING_BYTES, NOTH
 
 log = logging.getLogger(__name__)
 
-FILE_NAME = "responses.sqlite3"
+FILE_NAME = "response-cache.sqlite3"
 
 APPLICATION_ID = 0x52484331
 """`PRAGMA application_id` of the file. Another program's database is never touched."""

@@ -67,7 +67,13 @@ class Turn:
 
         `stored` is False if it could not be kept, though it should be.
         """
-        settled = {"error": None, "incomplete_details": None, "instructions": None, **document}
+        settled = {
+            "error": None,
+            "incomplete_details": None,
+            "instructions": None,
+            "status": COMPLETED,  # some providers leave it out
+            **document,
+        }
         settled |= self.echo
         settled["store"] = self.keeps if stored is None else stored
         for name in VALUE_OR_NOTHING:

@@ -140,10 +140,13 @@ def recording(seconds: float = 4.0) -> bytes:
     return file.getvalue()
 
 
+DATABASES = ("jobs.", "batches.", "files.", "uploads.", "responses.", "vector", "usage.", "keys.")
+
+
 def files_in(folder: Path) -> set[Path]:
-    """All but the database of jobs, which is being opened while the first requests come."""
+    """All but the databases, which are being opened while the first requests come."""
     found = {path for path in folder.rglob("*") if path.is_file()}
-    return {path for path in found if not path.name.startswith("jobs.")}
+    return {path for path in found if not path.name.startswith(DATABASES)}
 
 
 @pytest.mark.parametrize("audio_format", FORMATS)

@@ -189,7 +189,7 @@ async def test_errors_of_http_wear_the_envelope(
         ),
         ("POST", f"/v1{CHAT}", None, f"Did you mean {CHAT}?"),
         ("POST", f"{CHAT}/", None, f"Did you mean {CHAT}?"),
-        ("GET", "/v1/files", None, "Nothing is served at GET /v1/files."),
+        ("GET", "/v1/evals", None, "Nothing is served at GET /v1/evals."),
         ("GET", f"/{'x' * 5000}", None, "xxx…. GET"),
     ],
 )

@@ -37,6 +37,9 @@ GIVEN: dict[str, Any] = {
     "body": {"model": "m"},
     "items": [{"role": "user", "content": "hi"}],
     "metadata": {"a": "b"},
+    "attributes": {"a": "b"},
+    "query": "where",
+    "file_id": "file-1",
 }
 WRONG: list[Any] = [
     5, -1, 1.5, "zz", [], ["a"] * 40, [1], {}, {"x": 1}, True, "x" * 600_000,

@@ -8,47 +8,41 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import logging
 import os
-import pkgutil
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from prometheus_client.registry import CollectorRegistry
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from engine.config import ModelConfig, is_service_link
+from engine.config import ModelConfig
 from engine.errors import (
     EngineError,
     InvalidRequest,
     LoadFailed,
-    ModelNotFound,
     OutOfDeviceMemory,
     reason,
 )
 from engine.files.hub.repository import Repository
 from engine.files.hub.selection import HubSource
-from engine.files.lora_folder import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
-from engine.files.safetensors_header import DTYPE_BYTES, tensor_shapes
+from engine.files.safetensors_header import DTYPE_BYTES
 from engine.files.source import starter_source
 from engine.media.attachments import Kind
-from engine.memory.block import Block, Estimate
+from engine.memory.block import Estimate
 from engine.memory.device import CudaDevice
-from engine.model_folder import WANTED_FILES, PresentFolders, present_folder
+from engine.model_folder import WANTED_FILES, PresentFolders
 from engine.process.gate import GATE
 from engine.requests import Request, TextOperation, TextRequest
 from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.common.compute_thread import ComputeThread
 from engine.runtimes.common.torch_errors import is_out_of_memory
 from engine.runtimes.recognised import Recognised
-from engine.runtimes.vllm.adapter_files import AdapterFiles
 from engine.runtimes.vllm.body import (
     check_numbers,
     lazily_read,
@@ -57,32 +51,32 @@ from engine.runtimes.vllm.body import (
     schema_fields,
     settle_messages,
 )
-from engine.runtimes.vllm.checkpoint import (
-    ENCODER_TOKENS,
-    Checkpoint,
-    position_count,
-    read_config,
-    tokenizer_length,
+from engine.runtimes.vllm.checkpoint import ENCODER_TOKENS, Checkpoint
+from engine.runtimes.vllm.library import import_vllm
+from engine.runtimes.vllm.lora_folders import (
+    LoraFolders,
+    check_lora,
+    folder_of_loras,
+    lora_names,
+    lora_source,
+    loras_in_folder,
 )
-from engine.runtimes.vllm.dtype import run_dtype
-from engine.runtimes.vllm.fill_mask import FillMaskBody
 from engine.runtimes.vllm.modalities import (
     TEXT,
     check_attachments,
     folder_senses,
     limits,
-    senses,
 )
 from engine.runtimes.vllm.model import VllmModel
+from engine.runtimes.vllm.model_files import ModelFiles
+from engine.runtimes.vllm.operations import ANTHROPIC_OPERATIONS, OPERATIONS, SCORE_OPERATIONS
 from engine.runtimes.vllm.options import VllmOptions
 from engine.runtimes.vllm.pooling_body import check_format
 from engine.runtimes.vllm.prompts import FIELDS as PROMPT_FIELDS
 from engine.runtimes.vllm.prompts import check_choice, read_prompts
-from engine.runtimes.vllm.recognition import CLASSIFIES, recognise_language_model
+from engine.runtimes.vllm.recognition import recognise_language_model
 from engine.runtimes.vllm.refusals import invalid, refusal
-from engine.runtimes.vllm.rerank_format import RerankFormat, rerank_format
 from engine.runtimes.vllm.tool_choice import check_chosen_tool
-from engine.runtimes.vllm.wangchanberta import reads_space_symbol
 from engine.runtimes.vllm.warm_up import warm_up_requests
 from engine.section import Section
 
@@ -94,60 +88,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ENVIRONMENT = {
-    # Otherwise the CPU platform forces a worker process.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # Otherwise vLLM pins the whole process to the cores of its first engine.
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    # FlashInfer's is compiled in the step that first needs it, while every stream waits.
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-}
-"""Set before vLLM is imported. The operator's own values stay."""
-
-LEAST_KV_BYTES = 64 * 2**20
-
-PORT_VARIABLE = "VLLM_PORT"
-"""Kubernetes sets it to `tcp://…` for a Service called `vllm`, and vLLM fails on that."""
-
 ALIVE_POLL_S = 0.2
 """Interval between checks of a thread that does not answer."""
 
-LAZY_MODULES = (
-    "compressed_tensors.quantization",
-    "vllm.engine.arg_utils",
-    "vllm.entrypoints.generate.api_router",
-    "vllm.entrypoints.launchers.cli_args",
-    "vllm.entrypoints.pooling.factories",
-    "vllm.entrypoints.scale_out.factories",
-    "vllm.model_executor.warmup.kernel_warmup",
-)
-"""Modules that vLLM imports only at the first load: 50 MB, and seconds that belong to the start."""
-
 SLOTS = frozenset({"weights", "loras"})
 """Blocks with the slots of LoRAs: a block of their own on a CPU, part of the weights on CUDA."""
-
-TOKENIZER_OPERATIONS = frozenset({TextOperation.TOKENIZE, TextOperation.DETOKENIZE})
-SCORE_OPERATIONS = frozenset({TextOperation.RERANK, TextOperation.SCORE})
-CLASSIFY_OPERATIONS = frozenset({TextOperation.CLASSIFY, TextOperation.MODERATION})
-ANTHROPIC_OPERATIONS = frozenset({TextOperation.MESSAGES, TextOperation.COUNT_TOKENS})
-OPERATIONS: Mapping[str, frozenset[TextOperation]] = {
-    "generate": frozenset(TextOperation)
-    - {
-        TextOperation.EMBEDDINGS,
-        TextOperation.FILL_MASK,
-        *SCORE_OPERATIONS,
-        *CLASSIFY_OPERATIONS,
-    },
-    # Two embeddings have a cosine, so such a model ranks, too. A masked one fills masks.
-    "embed": TOKENIZER_OPERATIONS
-    | SCORE_OPERATIONS
-    | {TextOperation.EMBEDDINGS, TextOperation.FILL_MASK},
-    "rerank": TOKENIZER_OPERATIONS | SCORE_OPERATIONS,
-    "classify": TOKENIZER_OPERATIONS | CLASSIFY_OPERATIONS,
-}
-"""What the models of each task can do."""
 
 SERVING = {
     "embed": "serving_embedding",
@@ -175,8 +120,7 @@ class VllmRuntime(Runtime):
         self._stat_logger: Any = None
         self._left: dict[str, Kept] = {}
         """Prefixes of models that have been unloaded, by model."""
-        self._checked: dict[tuple[str, str], Any] = {}
-        """Model and name of each LoRA that fits, with what was looked at."""
+        self._loras = LoraFolders(context.cache_dir, self._folder_of)
         self._senses = PresentFolders(context.cache_dir, folder_senses, ("config.json",))
         self._heads: dict[Path, bool] = {}
         """Whether a folder's checkpoint fills masks."""
@@ -189,7 +133,7 @@ class VllmRuntime(Runtime):
         """The model's own repository, and those of LoRAs."""
         options = model.options_as(VllmOptions)
         own = HubSource(model.source, WANTED_FILES, options.revision)
-        return (own, *map(_lora_source, options.lora_sources.values()))
+        return (own, *map(lora_source, options.lora_sources.values()))
 
     @classmethod
     def check(cls, model: ModelConfig) -> None:
@@ -200,75 +144,27 @@ class VllmRuntime(Runtime):
     @classmethod
     def lora_folder(cls, model: ModelConfig) -> Path | None:
         """The folder that the options name."""
-        folder = model.options_as(VllmOptions).loras
-        return None if folder is None else folder.expanduser()
+        return folder_of_loras(model)
 
     @classmethod
     def lora_files(cls, model: ModelConfig) -> Mapping[str, Path]:
         """The folders of LoRAs in that folder."""
-        return peft_folders(cls.lora_folder(model))
+        return loras_in_folder(model)
 
     @classmethod
     def lora_names(cls, model: ModelConfig) -> tuple[str, ...]:
         """Those of the folder, and those that the options name one by one."""
-        return cls.adapters(model)
+        return lora_names(model)
 
     @classmethod
     def adapters(cls, model: ModelConfig) -> tuple[str, ...]:
         """Any LoRA of the model."""
-        options = model.options_as(VllmOptions)
-        if not options.takes_loras:
-            return ()
-        return tuple({**options.lora_sources, **cls.lora_files(model)})
+        return lora_names(model)
 
     @classmethod
     def check_lora(cls, model: ModelConfig, folder: Path, cache_dir: Path) -> None:
         """Check its files, against those of the model if they are here."""
-        options = model.options_as(VllmOptions)
-        base = present_folder(model.source, cache_dir, revision=options.revision)
-        shapes = None if base is None else tensor_shapes(sorted(base.glob("*.safetensors")))
-        AdapterFiles(folder).check(options, shapes or None)
-
-    def _adapter_folder(self, model: ModelConfig, name: str) -> Path:
-        """The folder of a LoRA.
-
-        Raises:
-            ModelNotFound: there is none of that name.
-
-        """
-        own = self.lora_files(model).get(name)
-        if own is not None:
-            return own
-        source = model.options_as(VllmOptions).lora_sources.get(name)
-        if source is None:
-            raise ModelNotFound(f"The model '{model.id}:{name}' does not exist.", param="model")
-        return self._folder_of(_lora_source(source))
-
-    def _check_adapter(self, model: ModelConfig, name: str) -> None:
-        """Return if a LoRA fits the model, as far as the files are here.
-
-        Raises:
-            ModelNotFound: there is none of that name.
-            InvalidRequest: with the reason.
-
-        """
-        try:
-            folder = self._adapter_folder(model, name)
-        except LoadFailed:
-            return  # its files are still to be fetched
-        stamps = [folder / each for each in (PEFT_WEIGHTS, PEFT_CONFIG)]
-        try:
-            stamp = (model, *((each.stat().st_ino, each.stat().st_mtime_ns) for each in stamps))
-        except OSError:
-            stamp = None
-        key = (model.id, name)
-        if stamp is None or self._checked.get(key) != stamp:
-            try:
-                self.check_lora(model, folder, self.context.cache_dir)
-            except InvalidRequest as error:
-                raise InvalidRequest(f"{name}: {error.message}", param="model") from error
-            if stamp is not None:
-                self._checked[key] = stamp
+        check_lora(model, folder, cache_dir)
 
     async def forget_lora(self, loaded: LoadedModel, name: str) -> None:
         """Take it out of host memory, and out of vLLM."""
@@ -283,64 +179,12 @@ class VllmRuntime(Runtime):
 
     def start(self) -> None:
         """Import vLLM (some ten seconds) and replace its process-wide parts by ours."""
-        if is_service_link("vllm", PORT_VARIABLE, os.environ.get(PORT_VARIABLE, "")):
-            del os.environ[PORT_VARIABLE]
-        for variable, value in ENVIRONMENT.items():
-            os.environ.setdefault(variable, value)
-        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
-        from pydantic import TypeAdapter
-
-        from engine.runtimes.vllm.imports import sparing_imports
-
-        with sparing_imports(eager=self.context.device.kind == "cpu"):
-            from engine.runtimes.vllm import core_client, core_thread, metrics, patches
-            from vllm import tool_parsers
-            from vllm.entrypoints.anthropic.protocol import (
-                AnthropicCountTokensRequest,
-                AnthropicMessagesRequest,
-            )
-            from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-            from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-            from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-            from vllm.entrypoints.pooling.classify.protocol import ClassificationRequest
-            from vllm.entrypoints.pooling.embed.protocol import EmbeddingRequest
-            from vllm.entrypoints.pooling.scoring.protocol import RerankRequest, ScoreRequest
-            from vllm.entrypoints.serve.tokenize.protocol import (
-                DetokenizeRequest,
-                TokenizeRequest,
-            )
-            from vllm.v1.engine.core_client import EngineCoreClient
-
-            for module in LAZY_MODULES:
-                import_module(module)
-        # What a model writes in place of a call is an answer like any other, not a server's error.
-        # vLLM sets the level of all loggers below its own again and again.
-        for parser in pkgutil.iter_modules(tool_parsers.__path__, f"{tool_parsers.__name__}."):
-            logging.getLogger(parser.name).disabled = True
-        self._stat_logger = metrics.stat_logger(self._series)
-        patches.patch_vllm()
-        self._cores = cores = core_thread.CoreThread(self._omp_threads())
-
-        def make_client(vllm_config: Any, executor_class: Any, log_stats: bool, **_: Any) -> Any:
-            return core_client.CoreClient(cores, vllm_config, executor_class, log_stats=log_stats)
-
-        EngineCoreClient.make_async_mp_client = staticmethod(make_client)
-        schemas: dict[TextOperation, Any] = {
-            TextOperation.CHAT: ChatCompletionRequest,
-            TextOperation.COMPLETION: CompletionRequest,
-            TextOperation.RESPONSES: ResponsesRequest,
-            TextOperation.INPUT_TOKENS: ResponsesRequest,
-            TextOperation.MESSAGES: AnthropicMessagesRequest,
-            TextOperation.COUNT_TOKENS: AnthropicCountTokensRequest,
-            TextOperation.EMBEDDINGS: EmbeddingRequest,
-            TextOperation.RERANK: RerankRequest,
-            TextOperation.SCORE: ScoreRequest,
-            TextOperation.CLASSIFY: ClassificationRequest,
-            TextOperation.MODERATION: ClassificationRequest,
-            TextOperation.FILL_MASK: FillMaskBody,
-            TextOperation.TOKENIZE: TokenizeRequest,
-            TextOperation.DETOKENIZE: DetokenizeRequest,
-        }
+        library = import_vllm(self.context.device.kind)
+        self._stat_logger = library.metrics.stat_logger(self._series)
+        library.patch_vllm()
+        self._cores = cores = library.core_thread.CoreThread(self._omp_threads())
+        library.make_clients(cores)
+        schemas = library.schemas
         self._schemas = {each: TypeAdapter(schema) for each, schema in schemas.items()}
         self._fields = {each: schema_fields(schema) for each, schema in schemas.items()}
         self._numbers = {each: number_fields(schema) for each, schema in schemas.items()}
@@ -412,7 +256,7 @@ class VllmRuntime(Runtime):
                 param="model",
             )
         if request.adapter is not None:
-            self._check_adapter(model, request.adapter)
+            self._loras.check(model, request.adapter)
         self._check_by_files(model, request)
         body = prepared_body(request, model, self._fields[request.operation])
         check_numbers(body, self._numbers[request.operation])
@@ -483,12 +327,21 @@ class VllmRuntime(Runtime):
                     )
         if request.operation in SCORE_OPERATIONS:
             with suppress(LoadFailed):
-                pair = self._rerank_format(model)
+                pair = self._files(model).rerank_format
                 check_format(
                     body,
                     templated=pair.template is not None,
                     takes_instruction=pair.takes_instruction,
                 )
+
+    def _files(self, model: ModelConfig) -> ModelFiles:
+        """The model's files.
+
+        Raises:
+            LoadFailed: they are not here.
+
+        """
+        return ModelFiles(model, self._folder(model), self.context.device.kind)
 
     def _fills_masks(self, model: ModelConfig) -> bool:
         """Whether the model's files have the head. They are read once."""
@@ -497,97 +350,18 @@ class VllmRuntime(Runtime):
             self._heads[folder] = Checkpoint(folder).fills_masks
         return self._heads[folder]
 
-    def _rerank_format(self, model: ModelConfig) -> RerankFormat:
-        """How a reranker reads a pair. Other models read each text alone."""
-        if model.task != "rerank":
-            return RerankFormat()
-        return rerank_format(read_config(self._folder(model)), model.options_as(VllmOptions))
-
-    def _check_labels(self, model: ModelConfig, checkpoint: Checkpoint) -> None:
-        """Refuse a model whose labels do not fit its task, or its moderation.
-
-        A label that nobody mapped would be flagged, or never, by chance.
-
-        Raises:
-            LoadFailed: with the labels in words.
-
-        """
-        config, options = checkpoint.config, model.options_as(VllmOptions)
-        classifies = any(str(each).endswith(CLASSIFIES) for each in config["architectures"])
-        count = len(checkpoint.labels)
-        if model.task == "rerank" and classifies and count != 1:
-            raise LoadFailed(f"{model.id}: a reranker has one label, this one has {count}")
-        if options.moderation is None:
-            return
-        labels, mapped = set(checkpoint.labels), options.moderation.categories.keys()
-        for names, said in (
-            (labels - mapped, "it has no category for"),
-            (mapped - labels, "the model has no label"),
-        ):
-            if names:
-                listed = ", ".join(sorted(map(repr, names)))
-                raise LoadFailed(f"{model.id}: moderation.categories: {said} {listed}")
-
     def weight_files(self, model: ModelConfig) -> Sequence[Path]:
         """All safetensors of the folder."""
-        return sorted(self._folder(model).glob("*.safetensors"))
+        return self._files(model).weights
 
     def estimate(self, model: ModelConfig) -> Estimate:
         """Sum the safetensors headers; fetch the files first if they are on a hub."""
-        checkpoint = Checkpoint(self._folder(model))
-        self._check_labels(model, checkpoint)
-        expected = self._expected(model, checkpoint)
-        dtype = self._dtype(model)
-        expected["weights"] += checkpoint.rotary_bytes(dtype)
-        if self.context.device.kind == "cpu" and model.task == "generate":
-            # A CPU kernel may keep its own form of the matrix that gives the logits beside it.
-            expected["weights"] += checkpoint.embedding_bytes(dtype)
-        if self._rerank_format(model).overrides:
-            # vLLM makes one label of two rows of the output embedding. It is whole until then.
-            expected["weights"] += checkpoint.embedding_bytes(dtype)
-        nbytes = sum(expected.values())
-        parkable = self.context.host is not None
-        blocks = tuple(
-            Block(name, size, parkable, scratch=name != "weights")
-            for name, size in expected.items()
-            if size
-        )
-        # Disk at 1 GB/s and a second of building. The first measured load replaces it.
-        return Estimate(blocks=blocks, load_seconds=1.0 + nbytes / 1e9)
-
-    def _dtype(self, model: ModelConfig) -> str:
-        return run_dtype(model, self.context.device.kind)
-
-    def _expected(self, model: ModelConfig, checkpoint: Checkpoint) -> dict[str, int]:
-        """Bytes of each block by the files and the options."""
-        options, dtype = model.options_as(VllmOptions), self._dtype(model)
-        kv_bytes = options.kv_cache or 0
-        if not kv_bytes and checkpoint.has_kv_cache(model.task):
-            tokens = 4 * checkpoint.max_model_len(options)
-            kv_bytes = tokens * checkpoint.kv_bytes_per_token(dtype)
-        return {
-            "weights": checkpoint.weight_bytes(dtype, model.task),
-            "kv_cache": kv_bytes,
-            "loras": checkpoint.lora_bytes(options, dtype),
-            "workspace": checkpoint.workspace_bytes(options, dtype, model.task)
-            + self._media_bytes(model, checkpoint),
-        }
-
-    def _media_bytes(
-        self, model: ModelConfig, checkpoint: Checkpoint, item_tokens: int | None = None
-    ) -> int:
-        """What images and the like take on the device beside the weights."""
-        options = model.options_as(VllmOptions)
-        if not limits(options, senses(checkpoint.config)):
-            return 0
-        on_cpu = self.context.device.kind == "cpu"
-        ready_bytes = options.mm_processor_cache if on_cpu else 0  # otherwise in host memory
-        return ready_bytes + checkpoint.media_bytes(options, self._dtype(model), item_tokens)
+        return self._files(model).estimate(parkable=self.context.host is not None)
 
     async def load(self, model: ModelConfig, on_failure: Callable[[str], None]) -> LoadedModel:
         """Build the engine on the loading thread and its serving objects on the loop."""
         loop = asyncio.get_running_loop()
-        await asyncio.to_thread(self._check_configured, model)
+        await asyncio.to_thread(self._loras.check_configured, model)
         try:
             loaded, arguments = await loop.run_in_executor(self._loader, self._build, model)
         except Exception as error:
@@ -611,22 +385,6 @@ class VllmRuntime(Runtime):
         loaded.client.on_failure = failed
         return loaded
 
-    def _check_configured(self, model: ModelConfig) -> None:
-        """Refuse a model whose options name a LoRA that it cannot serve.
-
-        One in the folder is refused when a request asks for it: the others are served.
-
-        Raises:
-            LoadFailed: naming the LoRA.
-
-        """
-        for name, source in model.options_as(VllmOptions).lora_sources.items():
-            folder = self._folder_of(_lora_source(source))
-            try:
-                self.check_lora(model, folder, self.context.cache_dir)
-            except InvalidRequest as error:
-                raise LoadFailed(f"options.lora_sources.{name}: {error.message}") from error
-
     def _build(self, model: ModelConfig) -> tuple[VllmModel, Any]:
         from engine.runtimes.vllm.executor import GatedExecutor
         from engine.runtimes.vllm.imports import compiling_late, prepare_to_compile
@@ -637,12 +395,11 @@ class VllmRuntime(Runtime):
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        checkpoint = Checkpoint(self._folder(model))
-        expected = self._expected(model, checkpoint)
-        stamp = self._prefix_stamp(model)
+        files = self._files(model)
+        expected, stamp = files.expected(), files.stamp()
         with GATE.exclusive():  # faster: Python during a step slows both down fivefold
             arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(
-                self._command_line(model, expected["kv_cache"])
+                files.command_line(expected["kv_cache"])
             )
             config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
             if config.model_config.is_multimodal_model:
@@ -674,8 +431,7 @@ class VllmRuntime(Runtime):
             if budget := getattr(worker.model_runner, "mm_budget", None):
                 media = self._open_media(llm, options)
                 largest = max(budget.mm_max_toks_per_item.values(), default=0)
-                expected["workspace"] += self._media_bytes(model, checkpoint, largest)
-                expected["workspace"] -= self._media_bytes(model, checkpoint)
+                expected["workspace"] += files.media_bytes(largest) - files.media_bytes()
             memory = self._take_over(worker, packed, expected)
             try:
                 llm.engine_core.prefixes = self._kept_prefixes(model, config, worker, stamp)
@@ -687,10 +443,10 @@ class VllmRuntime(Runtime):
             if media is not None:
                 media.close()
             raise
-        prompts = read_prompts(self._folder(model), options)
-        pair = self._rerank_format(model) if model.task == "rerank" else None
+        prompts = read_prompts(files.folder, options)
+        pair = files.rerank_format if model.task == "rerank" else None
         loaded = VllmModel(
-            llm, memory, options, prompts, pair, as_wangchanberta=self._as_wangchanberta(model)
+            llm, memory, options, prompts, pair, as_wangchanberta=files.as_wangchanberta
         )
         loaded.media = media
         if options.takes_loras:
@@ -701,8 +457,8 @@ class VllmRuntime(Runtime):
                 loaded.client,
                 worker.model_runner.lora_manager,
                 options.host_loras,
-                DTYPE_BYTES.get(self._dtype(model), 2),
-                partial(self._adapter_folder, model),
+                DTYPE_BYTES.get(files.dtype, 2),
+                partial(self._loras.find, model),
                 self.context.host,
             )
         return loaded, arguments
@@ -715,14 +471,6 @@ class VllmRuntime(Runtime):
         media = MediaMemory(llm, options.mm_processor_cache, host)
         media.warm_up()
         return media
-
-    def _as_wangchanberta(self, model: ModelConfig) -> bool:
-        """Whether the model's texts are rewritten as WangchanBERTa's were."""
-        chosen = model.options_as(VllmOptions).preprocessing
-        if chosen != "auto":
-            return chosen == "wangchanberta"
-        folder = self._folder(model)
-        return read_config(folder).get("model_type") == "camembert" and reads_space_symbol(folder)
 
     def _take_over(self, worker: Any, packed: Packing, expected: dict[str, int]) -> ModelMemory:
         if self.context.device.kind == "cpu":
@@ -737,12 +485,6 @@ class VllmRuntime(Runtime):
         # The steps have a stream of their own, which knows nothing of the load's.
         self.context.device.synchronize()
         return memory
-
-    def _prefix_stamp(self, model: ModelConfig) -> Any:
-        """What tells one reading of the files from another."""
-        files = (*self.weight_files(model), self._folder(model) / "config.json")
-        stats = [(path, path.stat()) for path in files]
-        return (model, *((str(p), s.st_ino, s.st_size, s.st_mtime_ns) for p, s in stats))
 
     def _kept_prefixes(
         self, model: ModelConfig, config: Any, worker: Any, stamp: Any
@@ -810,86 +552,6 @@ class VllmRuntime(Runtime):
             from engine.runtimes.vllm.kept_prefixes import give_back
 
             give_back(self._left.popitem()[1], self.context.host)
-
-    def _command_line(self, model: ModelConfig, kv_bytes: int) -> list[str]:
-        options = model.options_as(VllmOptions)
-        on_cpu = self.context.device.kind == "cpu"
-        eager = on_cpu if options.enforce_eager is None else options.enforce_eager
-        line = [
-            "--model", str(self._folder(model)),
-            "--served-model-name", model.id,
-            "--dtype", self._dtype(model),
-            "--seed", str(options.seed),
-            "--max-num-seqs", str(options.max_num_seqs),
-            "--load-format", "roundhouse",
-            "--runner", "generate" if model.task == "generate" else "pooling",
-            # vLLM only checks that this share of the GPU is free. The ledger has done that.
-            "--gpu-memory-utilization", "0.001",
-            "--no-enable-log-requests",
-            "--enable-prompt-tokens-details",
-            "--no-use-tqdm-on-load",
-        ]  # fmt: skip
-        if not on_cpu:
-            # Without a size vLLM would measure what is free, and clear the graphs of all engines.
-            kv_bytes = kv_bytes or LEAST_KV_BYTES
-        if kv_bytes:
-            line += ["--kv-cache-memory-bytes", str(kv_bytes)]
-        if eager:
-            line.append("--enforce-eager")
-        if not on_cpu:
-            line += ["--worker-cls", "engine.runtimes.vllm.cuda_memory.ParkingWorker"]
-        if options.tool_call_parser:
-            line += ["--enable-auto-tool-choice", "--tool-call-parser", options.tool_call_parser]
-        pair = self._rerank_format(model)
-        overrides = {**_matryoshka(options), **pair.overrides}
-        if overrides:
-            line += ["--hf-overrides", json.dumps(overrides)]
-        pooler = _pooler(options)
-        if pooler and model.task == "embed":
-            line += ["--pooler-config", json.dumps(pooler)]
-        for flag, value in (
-            ("--max-model-len", self._max_model_len(model)),
-            ("--max-num-batched-tokens", options.max_num_batched_tokens),
-            ("--quantization", options.quantization),
-            ("--reasoning-parser", options.reasoning_parser),
-            ("--chat-template", pair.template or options.chat_template),
-        ):
-            if value is not None:
-                line += [flag, str(value)]
-        if senses(read_config(self._folder(model))):
-            line += ["--limit-mm-per-prompt", json.dumps(options.media_counts)]
-            line += ["--mm-processor-cache-gb", str(options.mm_processor_cache / 2**30)]
-            if options.mm_processor_kwargs:
-                line += ["--mm-processor-kwargs", json.dumps(dict(options.mm_processor_kwargs))]
-        if options.chat_template_kwargs:
-            kwargs = json.dumps(dict(options.chat_template_kwargs))
-            line += ["--default-chat-template-kwargs", kwargs]
-        if options.takes_loras:
-            line += ["--enable-lora", "--max-loras", str(options.max_loras)]
-            line += ["--max-lora-rank", str(options.max_lora_rank)]
-            line += ["--max-cpu-loras", str(options.host_loras)]
-        return line
-
-    def _max_model_len(self, model: ModelConfig) -> int | None:
-        """The length for vLLM; None: it asks the checkpoint, and finds the right one.
-
-        vLLM takes all positions of a RoBERTa for usable. A text with more tokens than there are
-        would read beyond the end of a matrix.
-
-        Raises:
-            LoadFailed: the options ask for more than there are.
-
-        """
-        folder, asked = self._folder(model), model.options_as(VllmOptions).max_model_len
-        config = read_config(folder)
-        usable, said = position_count(config), config.get("max_position_embeddings")
-        if usable is None or usable == said:
-            return asked
-        if asked is not None and asked > usable:
-            raise LoadFailed(
-                f"{model.id}: options.max_model_len: the model has {usable} positions, not {asked}"
-            )
-        return asked or min(usable, tokenizer_length(folder) or usable)
 
     async def _serve(self, loaded: VllmModel, arguments: Any) -> None:
         from engine.runtimes.vllm.serving import serving_objects
@@ -1007,31 +669,6 @@ class VllmRuntime(Runtime):
         if self._cores is not None:
             await asyncio.to_thread(self._cores.stop)
         self._loader.shutdown()
-
-
-def _lora_source(source: str) -> HubSource:
-    """The files of a LoRA."""
-    return HubSource(source, (PEFT_CONFIG, PEFT_WEIGHTS))
-
-
-def _matryoshka(options: VllmOptions) -> dict[str, Any]:
-    """What the options say of the `dimensions` of embeddings, over what the checkpoint says."""
-    said: dict[str, Any] = {}
-    if options.is_matryoshka is not None:
-        said["is_matryoshka"] = options.is_matryoshka
-    if options.matryoshka_dimensions is not None:
-        said["matryoshka_dimensions"] = list(options.matryoshka_dimensions)
-    return said
-
-
-def _pooler(options: VllmOptions) -> dict[str, Any]:
-    """What the options say of how an embedding is made, over what the checkpoint says."""
-    said: dict[str, Any] = {}
-    if options.pooling is not None:
-        said["seq_pooling_type"] = options.pooling.upper()
-    if options.normalize is not None:
-        said["use_activation"] = options.normalize
-    return said
 
 
 def _load_failed(error: Exception) -> EngineError:

@@ -92,7 +92,7 @@ def fresh(runtime: FakeRuntime) -> Fresh:
 
 @pytest.fixture
 def cache_file(tmp_path: Path) -> Path:
-    return tmp_path / "cache" / "responses.sqlite3"
+    return tmp_path / "cache" / "response-cache.sqlite3"
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import anthropic
 import httpx
 import openai
 import pytest
+from PIL import Image
 from pydantic import SecretStr
 
 from engine.engine import Engine
@@ -24,6 +25,7 @@ from server.settings import ServerSettings
 from tests.server.fake import FakeRuntime, fake_engine, listening
 from tests.server.response_cache.conftest import Caller, Fresh, serving, until
 from tests.server.test_connection import Stuck, wait_for
+from tests.server.test_pictures import file_of, host, response
 
 CHAT = "/v1/chat/completions"
 CACHE = "x-roundhouse-cache"
@@ -83,10 +85,6 @@ NOT_KEPT = {
     "chat at the model's own temperature": of_json(CHAT, messages=HELLO),
     "warm chat": of_json(CHAT, messages=HELLO, temperature=0.1),
     "chat with a wrong temperature": of_json(CHAT, messages=HELLO, temperature=False),
-    "stored response": of_json("/v1/responses", input="hello", temperature=0, store=True),
-    "next response": of_json(
-        "/v1/responses", input="hello", temperature=0, previous_response_id="resp_1"
-    ),
     "hosted tool": of_json(
         CHAT, messages=HELLO, temperature=0, tools=[{"type": "web_search_preview"}]
     ),
@@ -223,18 +221,27 @@ async def test_a_large_upload_is_not_kept(
     assert CACHE not in (await caller.post(path, **request)).headers
 
 
-async def test_media_behind_a_url_may_change(
+async def test_an_image_behind_a_url_counts_by_its_content(
     engine: Engine, cache_file: Path, fresh: Fresh
 ) -> None:
-    settings = ServerSettings(
-        response_cache=str(cache_file), allowed_media_hosts=("media.example.com",)
-    )
-    part = {"type": "image_url", "image_url": {"url": "https://media.example.com/a.png"}}
-    ask = {**ASK, "messages": [{"role": "user", "content": [part]}]}
-    async with serving(engine, settings) as caller:
-        assert CACHE not in (await caller.post(CHAT, json=ask)).headers
-        part["image_url"] = {"url": "data:image/png;base64,AAAA"}
-        assert (await caller.post(CHAT, json=ask)).headers[CACHE] == "miss"
+    pictures = [file_of(Image.new("RGB", (4, 4), each)) for each in ("red", "red", "blue")]
+
+    async def show(_path: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(response(pictures.pop(0)))
+
+    async with host(show) as (address, _):
+        settings = ServerSettings(
+            response_cache=str(cache_file),
+            allowed_media_hosts=(address,),
+            private_media_hosts=(address,),
+        )
+        part = {"type": "image_url", "image_url": {"url": f"http://{address}/a.png"}}
+        ask = {**ASK, "messages": [{"role": "user", "content": [part]}]}
+        async with serving(engine, settings) as caller:
+            assert (await caller.post(CHAT, json=ask)).headers[CACHE] == "miss"
+            await caller.until(1)
+            for state in ("hit", "miss"):
+                assert (await caller.post(CHAT, json=ask)).headers[CACHE] == state
 
 
 class TestTheHeader:
@@ -463,7 +470,7 @@ class TestOff:
         assert await caller.status() == {"store": "off"}
         assert (await caller.client.delete("/v1/engine/cache")).json() == {"removed_entries": 0}
         assert "response_cache" not in (await caller.client.get("/metrics")).text
-        assert not files_below(tmp_path, "responses*")
+        assert not files_below(tmp_path, "response-cache*")
 
 
 async def test_metrics(caller: Caller) -> None:
@@ -538,7 +545,7 @@ class TestBadFiles:
         self, engine: Engine, tmp_path: Path, fresh: Fresh
     ) -> None:
         write(tmp_path / "file", "")
-        settings = ServerSettings(response_cache=str(tmp_path / "file" / "responses.sqlite3"))
+        settings = ServerSettings(response_cache=str(tmp_path / "file" / "response-cache.sqlite3"))
         async with serving(engine, settings) as caller:
             assert CACHE not in (await caller.post(CHAT, json=ASK)).headers
 

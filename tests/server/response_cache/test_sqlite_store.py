@@ -34,7 +34,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "folder" / "responses.sqlite3"
+    return tmp_path / "folder" / "response-cache.sqlite3"
 
 
 def key(number: int) -> bytes:

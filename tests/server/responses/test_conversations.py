@@ -13,7 +13,7 @@ from server.settings import ServerSettings
 from tests.contract.openai import conforms
 from tests.server.responses.conftest import LIMIT_S, Model, Sdk, Serving, client_of
 from tests.server.responses.test_turns import TOOL, ask, streamed
-from tests.server.test_pictures import RED, data_url, host, response
+from tests.server.test_pictures import RED, host, response
 
 HELLO: dict[str, Any] = {"type": "message", "role": "user", "content": "hello"}
 
@@ -175,26 +175,25 @@ async def test_it_outlives_a_restart(serving: Serving, model: Model) -> None:
 async def test_media_behind_urls(serving: Serving, model: Model) -> None:
     """Nobody has the server fetch a URL by an item that it keeps."""
 
-    async def handle(_path: str, writer: asyncio.StreamWriter) -> None:
+    async def show(_path: str, writer: asyncio.StreamWriter) -> None:
         writer.write(response(RED))
 
-    async with host(handle) as (address, asked):
+    async with host(show) as (address, _):
         part = {"type": "input_image", "image_url": f"http://{address}/a.png", "detail": "auto"}
         item = {"role": "user", "content": [part]}
-        allowed = ServerSettings(allowed_media_hosts=(address,))
+        allowed = ServerSettings(allowed_media_hosts=(address,), private_media_hosts=(address,))
         async with serving(allowed) as url, client_of(url) as sdk:
             made = await sdk.conversations.create(items=[item])
             await ask(sdk, "one", conversation=made.id)
-        assert model.bodies[-1]["input"][0]["content"][0]["image_url"] == data_url(RED)
-        asked.clear()
-        async with serving() as url, client_of(url) as sdk:
-            for refused in (
-                sdk.conversations.create(items=[item]),
-                sdk.conversations.items.create(made.id, items=[item]),
-                ask(sdk, "two", conversation=made.id),
-                ask(sdk, "again, as the conversation is not locked", conversation=made.id),
-            ):
-                with pytest.raises(openai.BadRequestError, match="data: URL"):
-                    await refused
-        assert not asked
+            kept = await sdk.conversations.items.list(made.id, order="asc")
+            assert kept.data[0].content[0].image_url == part["image_url"]
+    async with serving() as url, client_of(url) as sdk:
+        for refused in (
+            sdk.conversations.create(items=[item]),
+            sdk.conversations.items.create(made.id, items=[item]),
+            ask(sdk, "two", conversation=made.id),
+            ask(sdk, "again, as the conversation is not locked", conversation=made.id),
+        ):
+            with pytest.raises(openai.BadRequestError, match="data: URL"):
+                await refused
     assert len(model.requests) == 1

@@ -16,6 +16,10 @@ import pytest
 from engine.runtimes.common.import_indexes import FOLDER, kept_indexes
 from engine.runtimes.common.late_imports import late_module
 
+pytestmark = pytest.mark.slow
+"""Its own library is called transformers, and no quick test may load that."""
+
+
 UTILS = """
 import os
 scans = []

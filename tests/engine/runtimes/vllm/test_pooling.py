@@ -472,7 +472,7 @@ async def test_what_a_rerank_cannot_be_is_named(
         ({}, "input"),
         ({"input": []}, "input"),
         ({"input": [3]}, "input[0]"),
-        ({"input": [{"type": "image_url", "image_url": {"url": "data:x"}}]}, "input[0]"),
+        ({"input": [{"type": "image_url", "image_url": {"url": "data:x"}}]}, "input[0].image_url"),
         ({"input": "x", "dimensions": 3}, "dimensions"),
     ],
 )

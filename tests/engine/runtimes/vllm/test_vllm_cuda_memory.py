@@ -262,7 +262,7 @@ def test_the_worker_takes_the_place_of_vllms_own(
 
     device: Any = SimpleNamespace(kind="cuda")
     runtime = VllmRuntime(RuntimeContext(device, tmp_path))
-    line = runtime._command_line(ModelConfig(id="m", source="starter:tiny-llama"), 1)
+    line = runtime._files(ModelConfig(id="m", source="starter:tiny-llama")).command_line(1)
     found = resolve_obj_by_qualname(line[line.index("--worker-cls") + 1])
     assert issubclass(found, Worker)
     assert "_maybe_get_memory_pool_context" in vars(Worker)

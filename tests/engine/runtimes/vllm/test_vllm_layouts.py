@@ -56,7 +56,7 @@ def built(runtime: VllmRuntime, model: ModelConfig) -> Iterator[tuple[Any, Any, 
     # The command line of the runtime, but for what needs a tokenizer, which the layout has not.
     plain = {**model.options, "reasoning_parser": None, "tool_call_parser": None}
     model = model.model_copy(update={"options": plain})
-    line = [*runtime._command_line(model, 2**24), "--skip-tokenizer-init"]
+    line = [*runtime._files(model).command_line(2**24), "--skip-tokenizer-init"]
     with GATE.exclusive():
         arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(line)
         config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()

@@ -504,7 +504,7 @@ async def test_the_automatic_dtype_is_the_one_estimated_and_loaded(
     checkpoint = Checkpoint(vllm_runtime._folder(model))
     numbers = sum(count for _, count in checkpoint.tensors.values())
     item_bytes = {"float32": 4, "bfloat16": 2}[dtype]
-    assert vllm_runtime._expected(model, checkpoint)["weights"] == numbers * item_bytes
+    assert vllm_runtime._files(model).expected()["weights"] == numbers * item_bytes
     loaded = await load(vllm_runtime, model)
     worker = loaded.client.core.model_executor.driver_worker.worker
     parameters = worker.model_runner.model.parameters()
