@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import copy
 import gzip
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,13 +18,17 @@ import pytest
 from PIL import Image
 
 from engine.config import ModelConfig
+from engine.errors import InvalidRequest
+from engine.requests import TextOperation, TextRequest
 from engine.runtimes.remote import transport
 from server.app import create_app
+from server.pictures import Pictures
 from server.settings import ServerSettings
 from tests.server.fake import FakeRuntime, fake_engine
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 PARAM = "messages[0].content[0].image_url"
+LIMIT_S = 30.0
 
 
 def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -116,6 +122,9 @@ async def test_a_plain_picture_reaches_the_model_byte_for_byte(
         answer = await client.post(CHAT, json=asking(data_url(content, kind), detail="high"))
         assert answer.status_code == 200
         assert sent(runtime) == {"type": "image_url", "image_url": {"url": data_url(content, kind)}}
+    small = file_of(Image.new("RGB", (40, 30), "teal"), "JPEG", quality=20)
+    await client.post(CHAT, json=asking(data_url(small, "jpeg"), detail="low"))
+    assert sent(runtime)["image_url"] == {"url": data_url(small, "jpeg")}
 
 
 async def test_the_url_of_a_picture_may_stand_alone(
@@ -332,10 +341,13 @@ async def test_a_host_that_sends_nothing_holds_nobody_up(
         serving(tmp_path, runtime, allowed_media_hosts=[address], **settings) as client,
     ):
         waiting = asyncio.create_task(error_of(client, asking(f"http://{address}/a")))
-        await asked.wait()
-        assert (await client.post(CHAT, json=chat())).status_code == 200
-        param, message = await waiting
-        done.set()
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                await asked.wait()
+                assert (await client.post(CHAT, json=chat())).status_code == 200
+                param, message = await waiting
+        finally:
+            done.set()
         assert param == PARAM
         assert "server.media_timeout" in message
 
@@ -374,3 +386,83 @@ async def test_ollama_names_its_own_fields(client: httpx.AsyncClient) -> None:
     assert "picture cannot be read" in answer.text
     body = {"model": "small", "prompt": "what", "images": [good, good], "stream": False}
     assert (await client.post("/api/generate", json=body)).status_code != 400
+
+
+async def test_so_many_are_fetched_at_a_time(
+    tmp_path: Path, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.picture_fetch.AT_ONCE", 2)
+    open_now, most = 0, 0
+    third = asyncio.Event()
+
+    async def handle(_path: str, writer: asyncio.StreamWriter) -> None:
+        nonlocal open_now, most
+        open_now += 1
+        most = max(most, open_now)
+        if open_now > 2:
+            third.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(third.wait(), 0.05)
+        open_now -= 1
+        writer.write(response(RED))
+
+    async with (
+        host(handle) as (address, asked),
+        serving(tmp_path, runtime, allowed_media_hosts=[address]) as client,
+    ):
+        part = {"type": "image_url", "image_url": {"url": f"http://{address}/a.png"}}
+        answer = await client.post(CHAT, json=chat(*(copy.deepcopy(part) for _ in range(4))))
+        assert answer.status_code == 200, answer.text
+    assert (len(asked), most) == (4, 2)
+
+
+async def test_pictures_behind_urls_are_bounded_together(
+    tmp_path: Path, runtime: FakeRuntime
+) -> None:
+    noise = file_of(Image.effect_noise((64, 64), 50))
+
+    async def handle(_path: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(response(noise))
+
+    settings = {"max_body_bytes": len(noise) * 3 // 2}
+    async with (
+        host(handle) as (address, _),
+        serving(tmp_path, runtime, allowed_media_hosts=[address], **settings) as client,
+    ):
+        part = {"type": "image_url", "image_url": {"url": f"http://{address}/a.png"}}
+        assert (await client.post(CHAT, json=chat(part))).status_code == 200
+        param, message = await error_of(client, chat(part, part))
+        assert param is not None and param.endswith("image_url")
+        assert "server.max_body_bytes" in message
+
+
+async def test_what_only_a_provider_answers_is_left_as_it_is(
+    tmp_path: Path, runtime: FakeRuntime
+) -> None:
+    """It reads the picture itself. With a fallback here, it is read here."""
+    far = {"runtime": "remote", "source": "http://127.0.0.1:9", "options": {"model": "theirs"}}
+    models = [
+        {"id": "small", "runtime": "fake", "source": "none"},
+        {"id": "far", **far},
+        {"id": "near", **far, "fallbacks": ["small"]},
+    ]
+    pictures = Pictures(fake_engine(runtime, tmp_path, models=models), ServerSettings())
+    body = asking("data:image/png;base64,AAAA", detail="low")
+    kept = copy.deepcopy(body)
+    await pictures.settle(TextRequest("far", TextOperation.CHAT, body, "a"))
+    assert body == kept
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        await pictures.settle(TextRequest("near", TextOperation.CHAT, body, "a"))
+
+
+async def test_pictures_that_are_not_there(client: httpx.AsyncClient) -> None:
+    named = {"type": "input_image", "file_id": "file-1"}
+    items = {"model": "small", "input": [{"role": "user", "content": [named]}]}
+    param, message = await error_of(client, items, RESPONSES)
+    assert param == "input[0].content[0].file_id" and "keeps no files" in message
+    param, message = await error_of(client, chat({"type": "image_url", "image_url": {}}))
+    assert param == PARAM and "missing" in message
+    source = {"type": "file", "file_id": "file-1"}
+    answer = await client.post(MESSAGES, json=chat({"type": "image", "source": source}))
+    assert answer.status_code == 400
+    assert "source.type" in answer.text and "'file' is none of" in answer.text

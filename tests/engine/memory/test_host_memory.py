@@ -45,6 +45,7 @@ def test_what_does_not_fit_even_without_spares_drops_none() -> None:
     assert host.spare_bytes() == {} and host.unused_bytes == 0
     host.unreserve(3 * MIB)
     host.free(slab)
+    assert host.used_bytes == 0
 
 
 def test_a_spare_is_taken_once_and_ends_with_the_memory() -> None:
@@ -57,3 +58,48 @@ def test_a_spare_is_taken_once_and_ends_with_the_memory() -> None:
     host.free(slab)
     host.close()
     assert host.used_bytes == 0 and host.spare_bytes() == {}
+
+
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Page-locked memory of a machine without a GPU; the sizes that were allocated."""
+    import torch
+
+    made: list[int] = []
+    empty = torch.empty
+
+    def allocate(nbytes: int, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        made.append(nbytes)
+        return empty(nbytes, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    memory = torch.accelerator.memory
+    monkeypatch.setattr(memory, "empty_host_cache", lambda: made.append(0), raising=False)
+    return made
+
+
+def test_page_locked_slabs_are_used_again(pinned: list[int]) -> None:
+    host = HostMemory(8 * MIB, pinned=True)
+    slab = host.allocate(MIB + 1)
+    assert slab.numel() == host.rounded(MIB + 1) == 2 * MIB, "a power of two"
+    host.free(slab)
+    assert host.used_bytes == 0
+    assert host.allocate(2 * MIB) is slab and pinned == [2 * MIB]
+    dropped = host.make_spare("a", [slab])
+    host.reserve(7 * MIB)  # the slab of the spare is idle now, and its room is wanted
+    assert host.take_spare(dropped) == [] and pinned == [2 * MIB, 0]
+    host.unreserve(7 * MIB)
+    host.allocate(2 * MIB)
+    assert pinned == [2 * MIB, 0, 2 * MIB]
+
+
+def test_an_allocation_that_fails_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(nbytes: int) -> None:
+        raise MemoryError(nbytes)
+
+    monkeypatch.setattr("engine.memory.host_memory.host_slab", fail)
+    host = HostMemory(4 * MIB, pinned=False)
+    with pytest.raises(MemoryError):
+        host.allocate(MIB)
+    assert host.used_bytes == 0

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
@@ -23,13 +25,26 @@ from openai.types import Batch
 from pydantic import SecretStr
 
 from engine.engine import Engine
-from engine.errors import InvalidRequest, LoadFailed, Overloaded
+from engine.errors import (
+    BudgetExceeded,
+    InvalidRequest,
+    LoadFailed,
+    NoSpaceLeft,
+    Overloaded,
+    RuntimeFailed,
+)
 from engine.events import Document, Event, Heard, Segment, Speech
 from engine.requests import Priority, SpeechRequest, TextRequest, TranscriptionRequest
 from server.app import create_app
 from server.batches.input import MAX_ERRORS
+from server.batches.line_runner import MAX_ATTEMPTS
+from server.batches.record import Batch as Record
+from server.batches.record import BatchState, Line, Outcome, Tokens
+from server.batches.store import BatchStore
 from server.settings import ServerSettings
 from server.start import Start
+from server.stored_files.record import FileLimits, Purpose, Viewer
+from server.stored_files.store import FileStore
 from tests.contract.openai import conforms
 from tests.server.fake import FakeRuntime, echo, fake_engine, listening
 
@@ -169,7 +184,8 @@ async def test_a_batch_over_four_models(
     sdk: openai.AsyncOpenAI, url: str, runtime: FakeRuntime
 ) -> None:
     lines = [line(f"l{n}", f"m{n % 4}") for n in range(40)]
-    batch = await submit(sdk, *lines, metadata={"of": "me"})
+    kept = {"anchor": "created_at", "seconds": 3600}
+    batch = await submit(sdk, *lines, metadata={"of": "me"}, output_expires_after=kept)
     assert batch.status == "validating" and batch.metadata == {"of": "me"}
     batch = await ended(sdk, batch)
     assert batch.status == "completed" and batch.errors is None
@@ -193,6 +209,7 @@ async def test_a_batch_over_four_models(
     assert {request.scheduling.priority for request in runtime.requests} == {Priority.BATCH}
     output = await sdk.files.retrieve(batch.output_file_id or "")
     assert (output.purpose, output.filename) == ("batch_output", f"{batch.id}_output.jsonl")
+    assert output.expires_at == output.created_at + 3600
     async with httpx.AsyncClient(base_url=url, headers={"x-api-key": "admin"}) as plain:
         metrics = (await plain.get("/metrics")).text
     assert 'roundhouse_batch_lines_done_total{result="completed"} 40.0' in metrics
@@ -514,3 +531,187 @@ async def test_an_alias_is_the_model(sdk: openai.AsyncOpenAI, runtime: FakeRunti
     runtime.answer = echo
     batch = await ended(sdk, await submit(sdk, line("a", "gpt-4o"), line("b", "m0")))
     assert batch.request_counts is not None and batch.request_counts.completed == 2
+
+
+async def test_a_model_that_is_there_goes_first(
+    url: str, sdk: openai.AsyncOpenAI, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But no batch waits for ever for that."""
+    for late_s, expected in ((3600.0, ["m1", "m1", "m0"]), (-10.0, ["m2", "m0", "m2"])):
+        monkeypatch.setattr("server.batches.lanes.LATE_S", late_s)
+        runtime.requests.clear()
+        loaded, other = expected[0], "m0"
+        await sdk.chat.completions.create(model=loaded, messages=[])
+        async with client_of(url, "admin") as admin:
+            await admin.post(f"/engine/models/{other}/unload", cast_to=httpx.Response)
+        await ended(sdk, await submit(sdk, line("a", other), line("b", loaded)))
+        assert [request.model for request in runtime.requests] == expected
+
+
+async def test_lines_that_a_death_interrupted_run_alone(tmp_path: Path) -> None:
+    runtime, gate = FakeRuntime(), Gate()
+    runtime.answer = gate
+    folder = tmp_path / "data"
+    async with served(engine_of(runtime, tmp_path)) as url, client_of(url) as sdk:
+        batch = await submit(sdk, *(line(f"{n}", user=f"{n}") for n in range(6)))
+        await asyncio.wait_for(gate.began.wait(), LIMIT_S)
+        assert attempts_of(folder)[0] == 1, "noted before it runs"
+    assert attempts_of(folder) == [0] * 6, "a stop costs no attempt"
+    store = BatchStore(folder)
+    lines = store.waiting("m0", [1])
+    store.begin(lines[:2])
+    for _ in range(MAX_ATTEMPTS):
+        store.begin(lines[5:])
+    store.close()
+
+    later, running, beside = FakeRuntime(), 0, dict[str, int]()
+
+    async def answer(request: TextRequest) -> AsyncGenerator[Event, None]:
+        nonlocal running
+        running += 1
+        await asyncio.sleep(0.02)
+        beside[request.body["user"]] = running
+        running -= 1
+        async for event in chat(request):
+            yield event
+
+    later.answer = answer
+    async with served(engine_of(later, tmp_path)) as url, client_of(url) as sdk:
+        batch = await ended(sdk, batch)
+        errors = await read(sdk, batch.error_file_id)
+    assert len(later.requests) == 5
+    assert [*errors] == ["5"] and errors["5"]["error"]["code"] == "runtime_failed"
+    assert [beside["0"], beside["1"]] == [1, 1]
+
+
+def attempts_of(folder: Path) -> list[int]:
+    store = BatchStore(folder)
+    try:
+        return [each.attempts for each in store.waiting("m0", [1])]
+    finally:
+        store.close()
+
+
+async def test_what_fails_is_tried_again_a_few_times(
+    sdk: openai.AsyncOpenAI, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.batches.line_runner.BACKOFF_S", 0.01)
+    tries: Counter[str] = Counter()
+
+    async def answer(request: TextRequest) -> AsyncGenerator[Event, None]:
+        kind = request.body["user"]
+        tries[kind] += 1
+        if kind == "always" or (kind == "once" and tries[kind] == 1):
+            raise RuntimeFailed("It broke.")
+        if kind == "spent":
+            raise BudgetExceeded("Nothing is left.", retry_after_s=1.0)
+        async for event in chat(request):
+            yield event
+
+    runtime.answer = answer
+    lines = [line(kind, user=kind) for kind in ("always", "once", "spent", "good")]
+    batch = await ended(sdk, await submit(sdk, *lines))
+    assert tries == {"always": MAX_ATTEMPTS, "once": 2, "spent": 1, "good": 1}
+    errors = await read(sdk, batch.error_file_id)
+    statuses = {name: each["response"]["status_code"] for name, each in errors.items()}
+    assert statuses == {"always": 500, "spent": 429}
+
+
+def test_a_line_has_one_result(tmp_path: Path) -> None:
+    store = BatchStore(tmp_path)
+    made = store.insert(
+        Record(
+            id="batch_1", owner="me", endpoint=CHAT, input_file_id="file-1",
+            completion_window="24h", metadata=None, state=BatchState.VALIDATING,
+            created_at=1, expires_at=2, output_expires_s=None,
+        )
+    )  # fmt: skip
+    first = Line(made.sequence, 1, "a", "m0", 0, 1)
+    assert store.begin_lines(made, [first], 1).total == 1
+    tokens = Tokens(4, 3, 2, 1)
+    for ok in (True, False):
+        found = store.finish(first, Outcome(ok, b"one\n", tokens))
+        assert (found.completed, found.failed, found.tokens) == (1, 0, tokens)
+    assert b"".join(store.results(found, ok=True)) == b"one\n"
+    store.close()
+
+
+async def test_a_start_goes_on_with_every_state(tmp_path: Path) -> None:
+    """Also with what only a kill leaves. Its key may be gone by then."""
+    runtime, gate = FakeRuntime(), Gate()
+    runtime.answer = gate
+    folder = tmp_path / "data"
+    async with served(engine_of(runtime, tmp_path)) as url, client_of(url) as sdk:
+        cancelling, running = [await submit(sdk, line(name)) for name in "ab"]
+        for batch in (cancelling, running):
+            await begun(sdk, batch)
+        file = (await sdk.files.create(file=("a", jsonl(line("c"))), purpose="batch")).id
+        left = (await sdk.files.create(file=("a", b"x"), purpose="batch")).id
+    store, files = BatchStore(folder), FileStore(folder, FileLimits())
+    files.open()
+    files.hold(left, "batch_gone")
+    viewer = Viewer("", sees_all=True)
+    record = store.get(viewer, cancelling.id)
+    new = dataclasses.replace(
+        record, id="batch_new", state=BatchState.VALIDATING, input_file_id=file, total=0
+    )
+    store.insert(new)
+    states = (BatchState.IN_PROGRESS,)
+    store.move(record, BatchState.CANCELLING, record.created_at, only_from=states)
+    store.close()
+    files.close()
+    later = FakeRuntime()
+    later.answer = chat
+    nobody = SETTINGS.model_copy(update={"api_keys": ()})
+    async with (
+        served(engine_of(later, tmp_path), nobody) as url,
+        client_of(url, "admin") as admin,
+    ):
+        assert (await ended(admin, cancelling)).status == "cancelled"
+        running = await ended(admin, running)
+        error = (await read(admin, running.error_file_id))["b"]["response"]
+        assert error["status_code"] == 401
+        made = await ended(admin, await admin.batches.retrieve("batch_new"))
+        assert made.status == "failed", "a key that is gone may use no model"
+        await admin.files.delete(left)
+    assert not later.requests
+
+
+async def test_a_full_disk_is_waited_for(
+    sdk: openai.AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.batches.batches.RETRY_S", 0.01)
+    create, tries = FileStore.create, 0
+
+    def full_once(self: FileStore, owner: str, purpose: Purpose, *args: Any, **more: Any) -> Any:
+        nonlocal tries
+        if purpose is Purpose.BATCH_OUTPUT:
+            tries += 1
+            if tries == 1:
+                raise NoSpaceLeft("Nothing is left.")
+        return create(self, owner, purpose, *args, **more)
+
+    monkeypatch.setattr(FileStore, "create", full_once)
+    batch = await ended(sdk, await submit(sdk, line("a")))
+    assert (batch.status, tries) == ("completed", 2)
+
+
+async def test_the_bounds(
+    engine: Engine, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results are worth more than the bound of files."""
+    monkeypatch.setattr("server.batches.batches.MAX_UNFINISHED", 1)
+    settings = SETTINGS.model_copy(update={"max_file_bytes": 150})
+    gate = Gate()
+    runtime.answer = gate
+    async with served(engine, settings) as url, client_of(url) as sdk:
+        first = await submit(sdk, line("a"))
+        with pytest.raises(openai.RateLimitError, match="unfinished"):
+            await submit(sdk, line("a"))
+        async with client_of(url, "two") as other:
+            await submit(other, line("a"))
+        gate.may_end.set()
+        first = await ended(sdk, first)
+        assert first.status == "completed"
+        assert (await sdk.files.retrieve(first.output_file_id or "")).bytes > 150
+        await submit(sdk, line("a"))

@@ -16,7 +16,7 @@ import yaml
 
 from tests.server.real import ROOT, Server, free_port
 
-LINES = 200
+LINES = 100
 LIMIT_S = 120.0
 
 

@@ -317,11 +317,15 @@ class TestWaits:
         async with connect(mode=mode) as client:
             first = asyncio.create_task(client.call_tool("chat", {"prompt": "a"}))
             await eventually(lambda: bool(runtime.requests))
-            # No room beside the first: it waits for its end.
-            result = await client.call_tool(
-                "generate_image", {"prompt": "a"}, progress_callback=on_progress
-            )
-            await first
+            try:
+                async with asyncio.timeout(30):
+                    # No room beside the first: it waits for its end.
+                    result = await client.call_tool(
+                        "generate_image", {"prompt": "a"}, progress_callback=on_progress
+                    )
+            finally:
+                release.set()
+                await first
         assert not result.is_error
         assert any(message and "queued position=1" in message for _, _, message in told)
         seconds = [done for done, _, _ in told]

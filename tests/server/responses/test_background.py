@@ -9,15 +9,17 @@ from typing import Any
 
 import openai
 import pytest
+from pydantic import SecretStr
 
 from engine.errors import BudgetExceeded, InvalidRequest, QueueFull, RuntimeFailed
 from engine.events import Event
 from engine.requests import TextRequest
 from server.responses import background
 from server.responses.store import ResponseStore
+from server.settings import ServerSettings
 from tests.contract.openai import conforms
 from tests.server.fake import FakeRuntime
-from tests.server.responses.conftest import LIMIT_S, Model, Sdk, Serving, client_of
+from tests.server.responses.conftest import LIMIT_S, Model, Sdk, Serving, client_of, texts_of
 from tests.server.responses.test_turns import ask
 
 FINAL = ("completed", "failed", "cancelled", "incomplete")
@@ -209,6 +211,43 @@ async def test_it_goes_on_after_a_restart(serving: Serving, model: Model) -> Non
         assert (found.status, found.output_text) == ("completed", "answer 2")
         page = await sdk.conversations.items.list(conversation.id, order="asc")
         assert [item.content[0].text for item in page.data] == ["one", "answer 2"]
+
+
+async def test_a_restart_keeps_whose_a_job_is(serving: Serving, model: Model) -> None:
+    keys = ServerSettings(api_keys=(SecretStr("key-a"), SecretStr("key-b")))
+    async with serving(keys) as url, client_of(url, "key-a") as sdk:
+        first = await ask(sdk, "one")
+        conversation = await sdk.conversations.create()
+        model.go_on.clear()
+        made = await begin(sdk, "two", previous_response_id=first.id, stream=True)
+        async for event in made:
+            if event.type == "response.in_progress":
+                break
+        await made.close()
+        response_id = event.response.id
+        turn = await begin(sdk, "three", conversation=conversation.id)
+        await reached(sdk, turn.id, "in_progress")
+        callers = {request.scheduling.caller for request in model.requests}
+        async with client_of(url, "key-b") as other:
+            with pytest.raises(openai.NotFoundError):
+                await other.responses.retrieve(response_id, stream=True)
+    assert len(callers) == 1
+    before = len(model.requests)
+    async with serving(keys) as url, client_of(url, "key-a") as sdk:
+        for each in (response_id, turn.id):
+            await reached(sdk, each, "in_progress")
+        with pytest.raises(openai.BadRequestError) as locked:
+            await ask(sdk, "four", conversation=conversation.id)
+        assert locked.value.code == "conversation_locked"
+        model.go_on.set()
+        assert (await ended(sdk, response_id)).status == "completed"
+        assert (await ended(sdk, turn.id)).status == "completed"
+    again = model.requests[before:]
+    assert {request.scheduling.caller for request in again} == callers
+    assert {(*texts_of(each.body["input"]), each.history) for each in again} == {
+        ("one", "answer 1", "two", 2),
+        ("three", 0),
+    }
 
 
 async def test_a_job_that_ends_the_process_again_and_again(

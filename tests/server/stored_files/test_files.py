@@ -20,11 +20,14 @@ import pytest
 from pydantic import SecretStr
 
 from engine.engine import Engine
-from engine.errors import InvalidRequest, NoSpaceLeft, NotFound
+from engine.errors import Conflict, InvalidRequest, NoSpaceLeft, NotFound
+from engine.files.atomic import remove_leftovers
 from server.app import create_app
 from server.settings import ServerSettings
 from server.stored_files.record import FileLimits, Purpose, Viewer
 from server.stored_files.store import FILE_NAME, FOLDER, FileStore
+from server.stored_files.unfinished import Unfinished
+from server.stored_files.uploads import UPLOAD_AGE_S, Uploads, UploadState
 from tests.contract.openai import conforms
 from tests.server.fake import listening
 
@@ -365,4 +368,94 @@ def test_a_stream_is_read_after_its_file_was_deleted(tmp_path: Path) -> None:
     store.delete(ME, made.id)
     with stream:
         assert isinstance(stream, io.BufferedReader) and stream.read() == b"whole"
+    store.close()
+
+
+def part_of(store: FileStore, data: bytes) -> Unfinished:
+    part = store.begin()
+    part.write(data)
+    return part
+
+
+def test_an_upload_that_is_left_ends(tmp_path: Path) -> None:
+    clock = Clock()
+    store = store_of(tmp_path, clock)
+    uploads = Uploads(store)
+    assert store.folder.stat().st_mode & 0o777 == 0o700
+    upload = uploads.create("me", Purpose.USER_DATA, "a", "text/plain", 4, 10)
+    uploads.add_part(ME, upload.id, part_of(store, b"ab"))
+    clock.now += UPLOAD_AGE_S
+    assert uploads.get(ME, upload.id).state is UploadState.EXPIRED
+    late = part_of(store, b"cd")
+    with pytest.raises(Conflict, match="expired"):
+        uploads.add_part(ME, upload.id, late)
+    late.discard()
+    assert len(os.listdir(store.folder)) == 1
+    store.prune()
+    assert os.listdir(store.folder) == [] and store.database.rows("SELECT id FROM parts") == []
+    assert uploads.get(ME, upload.id).state is UploadState.EXPIRED
+    clock.now += 86_400
+    store.prune()
+    with pytest.raises(NotFound):
+        uploads.get(ME, upload.id)
+    store.close()
+
+
+def test_parts_count_as_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_of(tmp_path, storage_bytes_per_key=10)
+    uploads = Uploads(store)
+    with pytest.raises(NoSpaceLeft):
+        uploads.create("me", Purpose.USER_DATA, "a", "text/plain", 11)
+    first, second = (uploads.create("me", Purpose.USER_DATA, "a", "text/plain", 8) for _ in "ab")
+    part = uploads.add_part(ME, first.id, part_of(store, b"x" * 7))
+    for attempt in (
+        lambda: uploads.add_part(ME, second.id, part_of(store, b"x" * 4)),
+        lambda: store.create("me", Purpose.BATCH, "a", [b"x" * 4]),
+    ):
+        with pytest.raises(NoSpaceLeft, match="7 B of your 10 B"):
+            attempt()
+        assert os.listdir(store.folder) == [part.id]
+    monkeypatch.setattr("server.stored_files.uploads.MAX_PARTS", 1)
+    with pytest.raises(InvalidRequest, match="1 parts at most"):
+        uploads.add_part(ME, first.id, part_of(store, b"x"))
+    assert os.listdir(store.folder) == [part.id]
+    store.close()
+
+
+def test_an_upload_ends_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_of(tmp_path)
+    uploads = Uploads(store)
+    kept, cut = (uploads.create("me", Purpose.BATCH, "a", "text/plain", 2, 10) for _ in "ab")
+    parts = [uploads.add_part(ME, each.id, part_of(store, b"ab")).id for each in (kept, cut)]
+    _, file = uploads.complete(ME, kept.id, parts[:1], None)
+    assert file.expires_at == file.created_at + 10
+    adopt = store.adopt
+
+    def cancelled_meanwhile(*args: Any, **more: Any) -> Any:
+        uploads.cancel(ME, cut.id)
+        return adopt(*args, **more)
+
+    monkeypatch.setattr(store, "adopt", cancelled_meanwhile)
+    with pytest.raises(Conflict, match="cancelled"):
+        uploads.complete(ME, cut.id, parts[1:], None)
+    assert os.listdir(store.folder) == [file.id]
+    assert store.database.rows("SELECT id FROM parts") == []
+    assert [each.id for each in store.list(ME)[0]] == [file.id]
+    store.close()
+
+
+def test_what_is_being_written_is_no_leftover(tmp_path: Path) -> None:
+    store = store_of(tmp_path)
+    written = part_of(store, b"a")
+    remove_leftovers(store.folder)
+    assert written.path.exists()
+    written.file.close()
+    remove_leftovers(store.folder)
+    assert not written.path.exists()
+    full = store.begin()
+    path = full.path
+    full.file.close()
+    with pytest.raises(NoSpaceLeft), Path("/dev/full").open("wb", buffering=0) as full.file:
+        full.write(b"a")
+    path.unlink()
     store.close()

@@ -8,7 +8,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 from mcp.client.client import Client
 from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from pydantic import SecretStr
 
 from engine.config import ModelConfig
@@ -30,7 +32,7 @@ from engine.runtimes.base import Prepared
 from engine.usage import Usage
 from server.app import create_app
 from server.settings import ServerSettings, load_settings
-from server.tracing import export
+from server.tracing import export, spans
 from tests.engine.runtimes.remote.upstream import answers, upstream
 from tests.server.fake import FakeRuntime, fake_engine, listening
 from tests.server.tracing.collector import Collector, collecting
@@ -260,6 +262,14 @@ async def test_a_job_is_in_the_trace_of_its_request(engine: Engine, collector: C
     assert "GET /v1/videos/{video_id}" in collector_names
 
 
+def test_so_many_jobs_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spans, "MOST_REMEMBERED", 2)
+    tracer = spans.SpanTracer(trace.NoOpTracer(), lambda _: None)  # type: ignore[arg-type, return-value]
+    for job in "abc":
+        tracer.submitted(job)
+    assert [*tracer._submitted] == ["b", "c"]
+
+
 async def test_a_tool_is_in_the_trace_of_its_call(engine: Engine, collector: Collector) -> None:
     settings = ServerSettings(otlp_endpoint=collector.url)
     async with (
@@ -285,6 +295,22 @@ class TestCollectorIsDown:
         assert [each.levelname for each in lines] == ["WARNING"]
         assert not [each for each in caplog.records if each.name.startswith("opentelemetry")]
         assert collector.spans == []
+
+    def test_each_change_is_one_line(self, caplog: pytest.LogCaptureFixture) -> None:
+        states = [False, False, True, True, False, True]
+
+        class Unsteady(SpanExporter):
+            def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+                if states.pop(0):
+                    return SpanExportResult.SUCCESS
+                raise OSError("no collector")
+
+        reporting = export._Reporting(Unsteady(), "host")
+        with caplog.at_level(logging.INFO):
+            while states:
+                reporting.export([])
+        levels = [each.levelname for each in caplog.records]
+        assert levels == ["WARNING", "INFO", "WARNING", "INFO"]
 
     async def test_a_stop_does_not_wait_for_long(
         self, engine: Engine, collector: Collector, monkeypatch: pytest.MonkeyPatch

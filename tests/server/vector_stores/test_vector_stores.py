@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,21 @@ import openai
 import pytest
 from pydantic import SecretStr
 
+from engine.caller import Caller
 from engine.engine import Engine
-from engine.requests import Priority, TextOperation
+from engine.errors import ModelForbidden
+from engine.events import Document, Event
+from engine.requests import Priority, TextOperation, TextRequest
 from server.app import create_app
+from server.keys.access import Access
 from server.settings import ServerSettings
+from server.stored_files.record import FileLimits, Purpose, Viewer
+from server.stored_files.store import FileStore
 from server.vector_store_config import VectorStoreConfig
+from server.vector_stores.embedder import Embedder, Models
+from server.vector_stores.records import AttachmentStatus
 from server.vector_stores.sqlite_backend import SqliteBackend
+from server.vector_stores.stores import Search, VectorStores
 from tests.contract.openai import conforms
 from tests.server.fake import fake_engine, listening
 from tests.server.vector_stores.conftest import EmbeddingRuntime, embedding, sdk_of
@@ -364,9 +374,10 @@ async def test_what_was_in_progress_goes_on_after_a_restart(
     models = [model.model_dump() for model in engine.config.models]
     second = fake_engine(again, tmp_path, models=models)
     async with listening(create_app(second, settings)) as url, sdk_of(url) as client:
-        done = await client.vector_stores.files.poll(
-            file, vector_store_id=store.id, poll_interval_ms=10
-        )
+        async with asyncio.timeout(60):
+            done = await client.vector_stores.files.poll(
+                file, vector_store_id=store.id, poll_interval_ms=10
+            )
         assert done.status == "completed"
         found = await client.vector_stores.search(store.id, query="trains")
         assert [each.content[0].text for each in found.data] == [TRAINS]
@@ -487,3 +498,95 @@ async def test_a_postgres_that_is_down_hides_its_password(engine: Engine) -> Non
         assert "pw" not in done.last_error.message
         with pytest.raises(openai.InternalServerError, match="cannot be used at this moment"):
             await client.vector_stores.search(store.id, query="x")
+
+
+@pytest.mark.parametrize("config", [{"max_bytes": 700}])
+async def test_the_bound_of_all_passages(client: Client) -> None:
+    store = await client.vector_stores.create()
+    states = []
+    for text in (TRAINS, BREAD, TRAINS):
+        done = await client.vector_stores.files.upload_and_poll(
+            vector_store_id=store.id, file=("a.txt", text.encode()), poll_interval_ms=10
+        )
+        states.append((done.status, done.last_error and done.last_error.message))
+    refused = ("failed", "The server has no room for further passages.")
+    assert states == [("completed", None), ("completed", None), refused]
+    assert len((await client.vector_stores.search(store.id, query="a")).data) == 2
+
+
+async def test_embeddings_are_used_as_they_belong(
+    client: Client, runtime: EmbeddingRuntime
+) -> None:
+    async def backwards(request: TextRequest) -> AsyncGenerator[Event, None]:
+        vectors = [1000 * embedding(text) for text in request.body["input"]]
+        data = [{"index": i, "embedding": each.tolist()} for i, each in enumerate(vectors)]
+        yield Document(json.dumps({"data": data[::-1]}).encode())
+
+    async def nothing(request: TextRequest) -> AsyncGenerator[Event, None]:
+        data = [{"index": 0, "embedding": [0.0] * len(embedding("a"))}]
+        yield Document(json.dumps({"data": data}).encode())
+
+    runtime.answer = backwards
+    store = await client.vector_stores.create()
+    sizes: Any = {"max_chunk_size_tokens": 100, "chunk_overlap_tokens": 0}
+    done = await client.vector_stores.files.create_and_poll(
+        file_id=await upload(client, "alpha " * 100 + "\n\n" + "omega " * 100),
+        vector_store_id=store.id,
+        chunking_strategy={"type": "static", "static": sizes},
+        poll_interval_ms=10,
+    )
+    assert done.status == "completed", done.last_error
+    word = next(each for each in map(str, range(100)) if embedding(each) @ embedding("alpha") < 0)
+    for query in (["alpha"], ["alpha", word], [word, "alpha"]):
+        best, *rest = (await client.vector_stores.search(store.id, query=query)).data
+        assert best.content[0].text.startswith("alpha")
+        assert 0.99 < best.score <= 1, "of several queries the best counts"
+        assert all(0 <= each.score <= 1 for each in rest)
+    found = await client.vector_stores.search(store.id, query="alpha omega")
+    assert all(0.5 < each.score < 0.9 for each in found.data)
+    found = await client.vector_stores.search(store.id, query=word)
+    assert {each.score for each in found.data if "alpha" in each.content[0].text} == {0}
+    runtime.answer = nothing
+    failed = await client.vector_stores.files.upload_and_poll(
+        vector_store_id=store.id, file=("a.txt", TRAINS.encode()), poll_interval_ms=10
+    )
+    assert failed.last_error is not None
+    assert "no usable embeddings" in failed.last_error.message
+
+
+async def test_a_key_uses_its_own_models_only(engine: Engine, tmp_path: Path) -> None:
+    files = FileStore(tmp_path, FileLimits())
+    files.open()
+    file = files.create("me", Purpose.ASSISTANTS, "a.txt", [TRAINS.encode()])
+    embedder = Embedder(engine, Models("words", "ranker"))
+    stores = VectorStores(tmp_path, VectorStoreConfig(), files, embedder, lambda _name: None)
+    await stores.start()
+    try:
+        viewer = Viewer("me")
+        every, none, words = (
+            Access(Caller("me"), admin=False, models=models)
+            for models in (None, frozenset[str](), frozenset({"words"}))
+        )
+        new: dict[str, Any] = {"name": "a", "description": None, "metadata": None, "files": []}
+        new |= {"expires_days": None, "chunking": None}
+        with pytest.raises(ModelForbidden):
+            await stores.create(viewer, none, **new)
+        store = await stores.create(viewer, every, **new)
+        with pytest.raises(ModelForbidden):
+            await stores.attach(viewer, none, store.id, [(file.id, None, {})], "file_id")
+        for access in (none, words):
+            with pytest.raises(ModelForbidden, match="words" if access is none else "ranker"):
+                async with asyncio.timeout(30):
+                    await stores.search(viewer, access, store.id, Search(["a"], 1))
+        await stores.attach(viewer, every, store.id, [(file.id, None, {})], "file_id")
+        async with asyncio.timeout(60):
+            while True:
+                found = await stores.attachment(viewer, store.id, file.id)
+                if found.error is not None:
+                    break
+                await asyncio.sleep(0.01)
+        assert found.status is AttachmentStatus.FAILED
+        assert "'me', which attached the file, is gone" in found.error[1]
+    finally:
+        await stores.stop()
+        files.close()

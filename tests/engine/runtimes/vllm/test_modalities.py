@@ -11,10 +11,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from engine.catalog.recognition import recognise
+from engine.errors import InvalidRequest
 from engine.files.hub.listing import list_folder
 from engine.media.attachments import Kind
 from engine.runtimes.vllm.checkpoint import ENCODER_TOKENS, IMAGE_TOKENS, Checkpoint
-from engine.runtimes.vllm.modalities import limits, senses
+from engine.runtimes.vllm.modalities import check_attachments, limits, senses
 from engine.runtimes.vllm.options import VllmOptions
 from tests.conftest import StarterDir
 
@@ -87,3 +88,50 @@ def test_a_folder_of_a_model_that_sees_is_a_language_model(starter_dir: StarterD
     assert entry.get("runtime", "vllm") == "vllm"
     assert entry.get("task", "generate") == "generate"
     assert entry["options"] == {"max_model_len": 8192}
+
+
+PNG = "data:image/png;base64,AAAA"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": PNG}},
+        {"type": "image_url", "image_url": {"url": PNG.replace("data", "DATA")}},
+        {"type": "input_image", "image_url": PNG},
+        {"type": "image", "source": {"type": "base64", "data": "AAAA"}},
+        {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
+        {"type": "input_audio", "input_audio": "AAAA"},
+    ],
+)
+def test_what_is_in_the_request_itself_is_taken(part: dict[str, Any]) -> None:
+    check_attachments({"messages": [{"content": [part]}]}, {Kind.IMAGE: 1, Kind.AUDIO: 1}, "m")
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "reason"),
+    [
+        ({"type": "image_url", "image_url": {"url": "http://a/"}}, "image_url", "data: URL"),
+        ({"type": "image_url", "image_url": "file:///etc/passwd"}, "image_url", "data: URL"),
+        ({"type": "image", "source": {"type": "url", "url": "http://a/"}}, "source", "data: URL"),
+        ({"type": "image_url", "image_url": {"url": PNG}, "uuid": "a"}, "uuid", "under a name"),
+        ({"type": "image_url", "image_url": None, "uuid": "a"}, "uuid", "under a name"),
+        ({"type": "image_embeds", "image_embeds": {}}, "image_embeds", "takes no embeddings"),
+        ({"type": "video_url", "video_url": {"url": "data:,a"}}, "video_url", "takes no video"),
+    ],
+)
+def test_what_vllm_would_look_up_is_refused(part: dict[str, Any], field: str, reason: str) -> None:
+    with pytest.raises(InvalidRequest, match=reason) as raised:
+        check_attachments({"messages": [{"content": [part]}]}, {Kind.IMAGE: 9}, "m")
+    assert raised.value.param == f"messages[0].content[0].{field}"
+
+
+def test_so_many_of_each_kind() -> None:
+    image = {"type": "image_url", "image_url": {"url": PNG}}
+    body = {"messages": [{"content": [image, image]}, {"content": [image]}]}
+    check_attachments(body, {Kind.IMAGE: 3}, "m")
+    with pytest.raises(InvalidRequest, match="may have 2 of kind 'image'") as raised:
+        check_attachments(body, {Kind.IMAGE: 2}, "m")
+    assert raised.value.param == "messages[1].content[0].image_url"
+    with pytest.raises(InvalidRequest, match="takes no image, only text"):
+        check_attachments(body, {}, "m")
