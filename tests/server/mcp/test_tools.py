@@ -288,6 +288,14 @@ class TestErrors:
             for name, arguments in (("generate_image", {"prompt": "a"}), ("speak", {"input": "a"})):
                 assert "on fire" in refused(await client.call_tool(name, arguments))
 
+    async def test_a_result_that_is_too_long(
+        self, connect: Connect, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("server.mcp.protocol.MAX_RESULT_CHARS", 100)
+        async with connect() as client:
+            result = await client.call_tool("list_models", {})
+        assert result.is_error and "too long" in text_of(result)
+
     async def test_an_unknown_tool(self, connect: Connect) -> None:
         async with connect() as client:
             with pytest.raises(MCPError, match="There is no tool 'nothing'"):
@@ -330,6 +338,29 @@ class TestWaits:
         assert any(message and "queued position=1" in message for _, _, message in told)
         seconds = [done for done, _, _ in told]
         assert seconds == sorted(seconds) and seconds[0] > 0
+
+    async def test_a_long_run_is_not_silent(
+        self, connect: Connect, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("server.mcp.tool.PROGRESS_INTERVAL_S", 0.01)
+        monkeypatch.setattr("server.mcp.tool.HEARTBEAT_S", 0.01)
+        release, told = asyncio.Event(), 0
+
+        async def slow(request: Request) -> AsyncGenerator[Event, None]:
+            await release.wait()
+            async for event in work(request):
+                yield event
+
+        async def on_progress(_done: float, _total: float | None, message: str | None) -> None:
+            nonlocal told
+            told += message == "running"
+            if told >= 3:
+                release.set()
+
+        runtime.answer = slow
+        async with connect() as client, asyncio.timeout(30):
+            result = await client.call_tool("chat", {"prompt": "a"}, progress_callback=on_progress)
+        assert not result.is_error
 
     @pytest.mark.parametrize("mode", MODES)
     async def test_a_cancelled_call_gives_its_lease_back(
