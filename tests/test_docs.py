@@ -31,6 +31,7 @@ from engine.usage import Usage
 from server.app import create_app
 from server.batches.metrics import BatchCounts, BatchMetrics
 from server.errors import Failure
+from server.file_search.tool import FileSearchTool
 from server.metrics import HttpMetrics, render
 from server.response_cache.outcome import CacheMetrics
 from server.response_cache.store import Kept
@@ -286,7 +287,8 @@ def kinds(base: type[Any]) -> Iterator[type[Any]]:
 def test_no_request_is_left_out() -> None:
     described = {body for bodies in BODIES.values() for body in bodies}
     bases = {AnswerBody, ImageBody, OllamaBody, RecordingBody}
-    assert set(kinds(Body)) - described == {*bases, SchedulingHeaders}
+    # The tool is described in vector-stores.md.
+    assert set(kinds(Body)) - described == {*bases, SchedulingHeaders, FileSearchTool}
 
 
 def test_every_error_is_described_with_its_status() -> None:

@@ -444,7 +444,9 @@ def test_an_upload_ends_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     store.close()
 
 
-def test_what_is_being_written_is_no_leftover(tmp_path: Path) -> None:
+def test_what_is_being_written_is_no_leftover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = store_of(tmp_path)
     written = part_of(store, b"a")
     remove_leftovers(store.folder)
@@ -455,7 +457,9 @@ def test_what_is_being_written_is_no_leftover(tmp_path: Path) -> None:
     full = store.begin()
     path = full.path
     full.file.close()
-    with pytest.raises(NoSpaceLeft), Path("/dev/full").open("wb", buffering=0) as full.file:
-        full.write(b"a")
+    with Path("/dev/full").open("r+b", buffering=0) as device:
+        monkeypatch.setattr(full, "file", device)
+        with pytest.raises(NoSpaceLeft):
+            full.write(b"a")
     path.unlink()
     store.close()
