@@ -340,7 +340,7 @@ class TestWaits:
             async for event in work(request):
                 yield event
 
-        async def on_progress(_done: float, _total: float | None, message: str | None) -> None:
+        async def on_progress(progress: float, total: float | None, message: str | None) -> None:
             nonlocal told
             told += message == "running"
             if told >= 3:

@@ -121,7 +121,7 @@ async def test_an_answer_is_given_where_it_cannot_be_kept(
 async def test_a_write_is_done_though_its_caller_leaves(tmp_path: Path) -> None:
     keeper = Keeper(tmp_path, 2**30, 1e9)
     await keeper.start()
-    gate, ran = threading.Event(), []  # type: ignore[var-annotated]
+    gate, ran = threading.Event(), []
     blocking = asyncio.create_task(keeper.write(lambda _store: gate.wait(LIMIT_S)))
     waiting = asyncio.create_task(keeper.write(lambda _store: ran.append(1)))
     await asyncio.sleep(0)

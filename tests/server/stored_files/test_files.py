@@ -431,7 +431,10 @@ def test_what_is_being_written_is_no_leftover(tmp_path: Path) -> None:
     full = store.begin()
     path = full.path
     full.file.close()
-    with pytest.raises(NoSpaceLeft), Path("/dev/full").open("wb", buffering=0) as full.file:
+    opened = Path("/dev/full").open("r+b", buffering=0)  # noqa: SIM115 - the file closes it
+    full.file = opened  # type: ignore[assignment]
+    with pytest.raises(NoSpaceLeft):
         full.write(b"a")
+    full.file.close()
     path.unlink()
     store.close()
