@@ -95,7 +95,7 @@ def said(**message: Any) -> dict[str, Any]:
         (
             MESSAGES,
             {"max_tokens": 9, **said(content=[{"type": "document", "source": {}}])},
-            "messages[0].content[0].type",
+            "messages[0].content[0].source",
             "",
         ),
         (
