@@ -459,7 +459,7 @@ async def test_pictures_that_are_not_there(client: httpx.AsyncClient) -> None:
     named = {"type": "input_image", "file_id": "file-1"}
     items = {"model": "small", "input": [{"role": "user", "content": [named]}]}
     param, message = await error_of(client, items, RESPONSES)
-    assert param == "input[0].content[0].file_id" and "keeps no files" in message
+    assert param == "input[0].content[0].file_id" and "stored files" in message
     param, message = await error_of(client, chat({"type": "image_url", "image_url": {}}))
     assert param == PARAM and "missing" in message
     source = {"type": "file", "file_id": "file-1"}
