@@ -21,11 +21,12 @@ class Database:
     What a transaction writes is on disk when it ends.
     """
 
-    def __init__(self, path: Path, tables: Sequence[str]) -> None:
+    def __init__(self, path: Path, tables: Sequence[str], what: str = "the record") -> None:
         """Open or create the file.
 
         `tables` are the statements that make it from nothing, and then those of each further
-        version. So their number is the version, `PRAGMA user_version` of the file.
+        version. So their number is the version, `PRAGMA user_version` of the file. `what` has no
+        room on a full disk.
 
         Raises:
             ConfigError: it is damaged, newer than this program, or cannot be used. It is left as
@@ -33,6 +34,7 @@ class Database:
 
         """
         self._lock = threading.RLock()
+        self._what = what
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             # SQLite's other files take the mode of this one.
@@ -61,8 +63,14 @@ class Database:
 
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """What a query finds."""
+        with self.reading() as connection:
+            return connection.execute(query, values).fetchall()
+
+    @contextlib.contextmanager
+    def reading(self) -> Generator[sqlite3.Connection, None, None]:
+        """The connection, for several queries that no other thread comes between."""
         with self._lock:
-            return self._connection.execute(query, values).fetchall()
+            yield self._connection
 
     @contextlib.contextmanager
     def writing(self) -> Generator[sqlite3.Connection, None, None]:
@@ -81,7 +89,7 @@ class Database:
             except BaseException as error:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
-                if (full := NoSpaceLeft.of(error, "the record")) is not None:
+                if (full := NoSpaceLeft.of(error, self._what)) is not None:
                     raise full from error
                 raise
 

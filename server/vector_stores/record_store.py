@@ -6,18 +6,16 @@ ends the record, and forgotten once it is done there, so that a kill between the
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import secrets
 import sqlite3
-import threading
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.errors import ConfigError, NoSpaceLeft, NotFound
+from engine.errors import NoSpaceLeft, NotFound
 from engine.words import echoed
+from server.database import Database
 from server.stored_files.record import Viewer
 from server.vector_stores.chunking import Chunking
 from server.vector_stores.records import (
@@ -31,15 +29,9 @@ from server.vector_stores.records import (
 
 FILE_NAME = "vector_stores.sqlite3"
 
-SCHEMA_VERSION = 1
-"""`PRAGMA user_version` of the file. A new version adds its step to `_migrate`."""
-
-_BUSY_TIMEOUT_S = 5.0
-
 Order = Literal["asc", "desc"]
 
-_TABLES = f"""
-BEGIN;
+_TABLES = """
 CREATE TABLE stores (
     sequence       INTEGER PRIMARY KEY AUTOINCREMENT,
     id             TEXT NOT NULL UNIQUE,
@@ -84,8 +76,6 @@ CREATE TABLE removals (
     store      TEXT NOT NULL,
     attachment INTEGER
 ) STRICT;
-PRAGMA user_version = {SCHEMA_VERSION};
-COMMIT;
 """
 
 _STORE = "id, owner, name, description, model, created_at, last_active_at, expires_days, metadata"
@@ -112,33 +102,11 @@ class RecordStore:
                 it is.
 
         """
-        path = folder / FILE_NAME
-        self._lock = threading.RLock()
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # SQLite's other files take the mode of this one.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._connection = sqlite3.connect(
-                path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
-            )
-        except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"engine.data_dir: {path}: {error}") from error
-        try:
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = FULL")
-            self._migrate(path)
-        except BaseException as error:
-            self._connection.close()
-            if isinstance(error, sqlite3.Error):
-                raise ConfigError(
-                    f"engine.data_dir: {path} cannot be used: {error}. It was left as it is."
-                ) from error
-            raise
+        self._database = Database(folder / FILE_NAME, (_TABLES,), "the vector store")
 
     def close(self) -> None:
         """Close the file."""
-        with self._lock:
-            self._connection.close()
+        self._database.close()
 
     # Stores.
 
@@ -149,7 +117,7 @@ class RecordStore:
             NoSpaceLeft: the owner has `most` stores.
 
         """
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             ((count,),) = connection.execute(
                 "SELECT count(*) FROM stores WHERE owner = ?", (store.owner,)
             ).fetchall()
@@ -165,7 +133,7 @@ class RecordStore:
 
     def change_store(self, store: VectorStore) -> None:
         """Replace the record of a store, if it still has one."""
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             connection.execute(
                 f"UPDATE stores SET ({_STORE}) = (?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE id = ?",
                 (*_store_row(store), store.id),
@@ -173,7 +141,7 @@ class RecordStore:
 
     def touch(self, store: str, now: int) -> None:
         """Note that a store was used."""
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             connection.execute("UPDATE stores SET last_active_at = ? WHERE id = ?", (now, store))
 
     def store(self, viewer: Viewer, store: str, *, param: str | None = None) -> VectorStore:
@@ -183,7 +151,7 @@ class RecordStore:
             NotFound: there is none that the viewer sees.
 
         """
-        rows = self._rows(f"SELECT {_STORE} FROM stores WHERE id = ?", store)
+        rows = self._database.rows(f"SELECT {_STORE} FROM stores WHERE id = ?", store)
         found = _store(rows[0]) if rows else None
         if found is None or not viewer.sees(found.owner):
             raise NotFound(f"There is no vector store {echoed(store)}.", param=param)
@@ -222,7 +190,7 @@ class RecordStore:
 
     def delete_store(self, store: str) -> None:
         """Forget a store with its files and batches, and note that its vectors must go."""
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             for table in ("attachments", "batches"):
                 connection.execute(f"DELETE FROM {table} WHERE store = ?", (store,))
             connection.execute("DELETE FROM stores WHERE id = ?", (store,))
@@ -230,7 +198,7 @@ class RecordStore:
 
     def expire(self, now: int) -> None:
         """Detach the files of the stores that have expired."""
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             expired = connection.execute(
                 "SELECT id FROM stores WHERE last_active_at + expires_days * 86400 <= ?"
                 " AND EXISTS (SELECT 1 FROM attachments WHERE store = stores.id)",
@@ -244,7 +212,7 @@ class RecordStore:
     def counts(self, stores: Collection[str]) -> Mapping[str, Counts]:
         """The files of these stores."""
         marks = ", ".join("?" * len(stores))
-        rows = self._rows(
+        rows = self._database.rows(
             "SELECT store, status, count(*), sum(nbytes) FROM attachments"
             f" WHERE store IN ({marks}) GROUP BY store, status",
             *stores,
@@ -255,7 +223,7 @@ class RecordStore:
 
     def nbytes(self) -> int:
         """The bytes of all stores."""
-        ((nbytes,),) = self._rows("SELECT coalesce(sum(nbytes), 0) FROM attachments")
+        ((nbytes,),) = self._database.rows("SELECT coalesce(sum(nbytes), 0) FROM attachments")
         return int(nbytes)
 
     # Files.
@@ -278,7 +246,7 @@ class RecordStore:
 
         """
         numbers: list[int] = []
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             if not connection.execute("SELECT 1 FROM stores WHERE id = ?", (store.id,)).fetchall():
                 raise NotFound(f"There is no vector store {echoed(store.id)}.")
             if batch is not None:
@@ -323,7 +291,7 @@ class RecordStore:
             NotFound: it has no such file.
 
         """
-        rows = self._rows(
+        rows = self._database.rows(
             f"SELECT {_ATTACHMENT} FROM attachments WHERE store = ? AND file = ?", store, file
         )
         if not rows:
@@ -332,12 +300,12 @@ class RecordStore:
 
     def by_numbers(self, numbers: Collection[int]) -> Mapping[int, Attachment]:
         """Attachments by their numbers. One that is gone is missing."""
-        with self._lock:
-            return self._by_numbers(self._connection, numbers)
+        with self._database.reading() as connection:
+            return self._by_numbers(connection, numbers)
 
     def completed(self, store: str) -> list[tuple[int, Mapping[str, Any]]]:
         """The numbers and attributes of the files that a search may find."""
-        rows = self._rows(
+        rows = self._database.rows(
             "SELECT number, attributes FROM attachments WHERE store = ? AND status = 'completed'",
             store,
         )
@@ -381,14 +349,14 @@ class RecordStore:
 
     def pending(self) -> list[tuple[int, str]]:
         """The files in progress, oldest first: their numbers, and the keys that attached them."""
-        rows = self._rows(
+        rows = self._database.rows(
             "SELECT number, caller FROM attachments WHERE status = 'in_progress' ORDER BY number"
         )
         return [(row[0], row[1]) for row in rows]
 
     def complete(self, number: int, nbytes: int) -> bool:
         """Note that the passages of a file are there. False: it is in progress no more."""
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             cursor = connection.execute(
                 "UPDATE attachments SET status = 'completed', nbytes = ?"
                 " WHERE number = ? AND status = 'in_progress'",
@@ -398,7 +366,7 @@ class RecordStore:
 
     def fail(self, number: int, code: str, message: str) -> None:
         """Note why a file failed, if it is still in progress."""
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             connection.execute(
                 "UPDATE attachments SET status = 'failed', error_code = ?, error_message = ?"
                 " WHERE number = ? AND status = 'in_progress'",
@@ -407,7 +375,7 @@ class RecordStore:
 
     def set_attributes(self, number: int, attributes: Mapping[str, Any]) -> None:
         """Replace the attributes of a file."""
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             connection.execute(
                 "UPDATE attachments SET attributes = ? WHERE number = ?",
                 (json.dumps(attributes), number),
@@ -415,12 +383,12 @@ class RecordStore:
 
     def detach(self, store: str, file: str) -> None:
         """Forget a file of a store, and note that its passages must go."""
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             self._detach(connection, "store = ? AND file = ?", (store, file))
 
     def detach_everywhere(self, file: str) -> None:
         """Forget a file in all stores, and note that its passages must go."""
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             self._detach(connection, "file = ?", (file,))
 
     # Batches.
@@ -432,14 +400,14 @@ class RecordStore:
             NotFound: the store has no such batch.
 
         """
-        rows = self._rows(
+        rows = self._database.rows(
             "SELECT id, store, created_at, cancelled FROM batches WHERE id = ? AND store = ?",
             batch,
             store,
         )
         if not rows:
             raise NotFound(f"The vector store has no file batch {echoed(batch)}.")
-        files = self._rows(
+        files = self._database.rows(
             "SELECT status, count(*), sum(nbytes) FROM attachments WHERE batch = ? GROUP BY status",
             batch,
         )
@@ -448,7 +416,7 @@ class RecordStore:
 
     def cancel_batch(self, batch: str) -> None:
         """Cancel what is still in progress."""
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             cursor = connection.execute(
                 "UPDATE attachments SET status = 'cancelled'"
                 " WHERE batch = ? AND status = 'in_progress'",
@@ -461,11 +429,13 @@ class RecordStore:
 
     def removals(self) -> list[Removal]:
         """What must go from the database of vectors."""
-        return self._rows("SELECT sequence, store, attachment FROM removals ORDER BY sequence")
+        return self._database.rows(
+            "SELECT sequence, store, attachment FROM removals ORDER BY sequence"
+        )
 
     def removed(self, sequence: int) -> None:
         """Forget a removal that is done."""
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             connection.execute("DELETE FROM removals WHERE sequence = ?", (sequence,))
 
     @staticmethod
@@ -500,43 +470,11 @@ class RecordStore:
     ) -> tuple[list[tuple[Any, ...]], bool]:
         """A page; `backwards` it is the one just before an edge."""
         descending = (order == "desc") != backwards
-        rows = self._rows(
+        rows = self._database.rows(
             f"{query} ORDER BY {by} {'DESC' if descending else 'ASC'} LIMIT ?", *values, limit + 1
         )
         page = rows[:limit]
         return (page[::-1] if backwards else page), len(rows) > limit
-
-    def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._lock:
-            return self._connection.execute(query, values).fetchall()
-
-    @contextlib.contextmanager
-    def _writing(self) -> Generator[sqlite3.Connection, None, None]:
-        with self._lock:
-            connection = self._connection
-            try:
-                connection.execute("BEGIN IMMEDIATE")
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException as error:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                if (full := NoSpaceLeft.of(error, "the vector store")) is not None:
-                    raise full from error
-                raise
-
-    def _migrate(self, path: Path) -> None:
-        problems = [row[0] for row in self._rows("PRAGMA quick_check(1)")]
-        if problems != ["ok"]:
-            raise sqlite3.DatabaseError(problems[0].splitlines()[-1])  # the first is a heading
-        ((version,),) = self._rows("PRAGMA user_version")
-        if version > SCHEMA_VERSION:
-            raise ConfigError(
-                f"engine.data_dir: {path} was written by a newer version of this program"
-                f" (schema {version}, this one knows {SCHEMA_VERSION})."
-            )
-        if version == 0:
-            self._connection.executescript(_TABLES)
 
 
 def new_store_id() -> str:
