@@ -1,0 +1,740 @@
+"""A realtime session: the client's events in, the server's events out.
+
+One task reads events in order. What takes long, a transcript or a response, is a task of its own,
+so that an interruption is seen at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from engine.media.live_transcript import LiveTranscript
+from engine.media.turns import (
+    IdleTimeout,
+    SpeechPaused,
+    SpeechResumed,
+    SpeechStarted,
+    SpeechStopped,
+)
+from pydantic import ValidationError
+
+from engine.errors import EngineError, InvalidRequest
+from engine.events import Segment
+from engine.requests import (
+    Priority,
+    SchedulingOptions,
+    TextOperation,
+    TextRequest,
+    TranscriptionRequest,
+)
+from server.errors import Failure
+from server.forms import Fields
+from server.keys.access import Access
+from server.realtime.conversation import Conversation, Item, messages, new_id, read_item
+from server.realtime.input_audio import MAX_APPEND_BYTES, InputBuffer
+from server.realtime.response import Marks, Response, ResponsePlan
+from server.schemas.realtime import (
+    RealtimeSession,
+    ResponseOptions,
+    Session,
+    TranscriptionSession,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from engine.engine import Engine
+    from engine.scheduling.lease import Lease
+
+logger = logging.getLogger(__name__)
+
+MAX_SESSION_S = 3_600
+"""OpenAI's limit."""
+MAX_BESIDE = 4
+"""Responses outside the conversation at a time."""
+LEAST_COMMIT_MS = 100
+"""OpenAI's least audio of a commit."""
+PARTIAL_S = 1.5
+"""Seconds between transcripts of speech that goes on. A slow machine takes longer."""
+
+Send = Callable[[str], Awaitable[None]]
+Receive = Callable[[], Awaitable[str | bytes | None]]
+
+
+class Conversing:
+    """One connection of a client, from `session.created` to its end."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        access: Access,
+        send: Send,
+        *,
+        request_id: str,
+        find_voice: Callable[[str], Path | None],
+        default_model: str | None,
+        transcribes_only: bool,
+    ) -> None:
+        """`find_voice` gives the sample of a cloned voice.
+
+        Raises:
+            InvalidRequest: no model is named, or the configuration lacks one that is needed.
+            ModelForbidden: the key may not use one of the models.
+
+        """
+        self._engine = engine
+        self._access = access
+        self._send_text = send
+        self._sending = asyncio.Lock()
+        self._request_id = request_id
+        self._find_voice = find_voice
+        self._count = 0
+        self.id = new_id("sess")
+        self._expires_at = int(time.time()) + MAX_SESSION_S
+        if transcribes_only:
+            self._document: dict[str, Any] = {"type": "transcription"}
+        else:
+            self._document = {"type": "realtime", "model": default_model}
+        self._session = self._read(self._document)
+        self._lease: Lease | None = None
+        self._held: tuple[str, ...] = ()
+        self._conversation = Conversation()
+        self._buffer = InputBuffer(self._session.audio.input)
+        self._turn_item = new_id("item")
+        self._live = LiveTranscript()
+        self._live_said = ""
+        self._partial: asyncio.Task[None] | None = None
+        self._partial_s = PARTIAL_S
+        self._partial_at = 0.0
+        self._guess: asyncio.Task[str] | None = None
+        self._prefill: asyncio.Task[None] | None = None
+        self._marks = Marks()
+        self._active: tuple[Response, asyncio.Task[None]] | None = None
+        self._beside: dict[str, tuple[Response, asyncio.Task[None]]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._handlers: dict[str, Callable[[Mapping[str, Any]], Awaitable[None]]] = {
+            "session.update": self._on_session_update,
+            "input_audio_buffer.append": self._on_append,
+            "input_audio_buffer.commit": self._on_commit,
+            "input_audio_buffer.clear": self._on_clear,
+            "conversation.item.create": self._on_item_create,
+            "conversation.item.retrieve": self._on_item_retrieve,
+            "conversation.item.truncate": self._on_item_truncate,
+            "conversation.item.delete": self._on_item_delete,
+            "response.create": self._on_response_create,
+            "response.cancel": self._on_response_cancel,
+        }
+
+    # The session and its models
+
+    def _read(self, document: Mapping[str, Any]) -> Session:
+        kind = TranscriptionSession if document.get("type") == "transcription" else RealtimeSession
+        try:
+            session: Session = kind.of(Fields(dict(document), typed=True))
+        except InvalidRequest as error:
+            param = "session" if error.param is None else f"session.{error.param}"
+            raise InvalidRequest(error.message, param=param) from error
+        for name in self._names(session):
+            self._access.check_model(name)
+        return session
+
+    def _names(self, session: Session) -> tuple[str, ...]:
+        """The models that the session needs, the language model first."""
+        transcription = session.audio.input.transcription
+        named = None if transcription is None else transcription.model
+        hears = named or self._first("transcribe", "session.audio.input.transcription.model")
+        if isinstance(session, TranscriptionSession):
+            return (hears,)
+        if "audio" not in session.output_modalities:
+            return (session.model, hears)
+        return (session.model, hears, self._speech_model(session))
+
+    def _speech_model(self, session: RealtimeSession) -> str:
+        return session.audio.output.model or self._first("speech", "session.audio.output.model")
+
+    def _first(self, task: str, param: str) -> str:
+        for model in self._engine.config.models:
+            if model.task == task and self._access.may_use(model.id):
+                return model.id
+        raise InvalidRequest(f"The configuration has no model with the task {task}.", param=param)
+
+    async def hold(self) -> None:
+        """Keep the models of the session on the device, all or none.
+
+        Raises:
+            EngineError: they cannot be kept. What was kept before still is.
+
+        """
+        names = self._names(self._session)
+        if names == self._held:
+            return
+        lease = await self._engine.hold(
+            names, request_id=f"{self._request_id}-{self._next()}", scheduling=self._scheduling()
+        )
+        if self._lease is not None:
+            self._lease.release()
+        self._lease, self._held = lease, names
+
+    def _scheduling(self, priority: Priority = Priority.INTERACTIVE) -> SchedulingOptions:
+        return SchedulingOptions(priority=priority, caller=self._access.caller)
+
+    def _next(self) -> int:
+        self._count += 1
+        return self._count
+
+    # The life of the connection
+
+    async def run(self, receive: Receive) -> None:
+        """Serve the client until it leaves. Everything that was begun has ended then."""
+        try:
+            async with asyncio.timeout(MAX_SESSION_S):
+                await self._emit({"type": "session.created", "session": self._described()})
+                while (text := await receive()) is not None:
+                    await self._on_message(text)
+        except TimeoutError:
+            error = InvalidRequest("Your session reached its limit of 60 minutes.")
+            await self._emit(_error_event(error, None, code="session_expired"))
+        finally:
+            await self._end()
+
+    async def _end(self) -> None:
+        tasks = [*self._tasks]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_task_done)
+        return task
+
+    def _on_task_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waits for it has it too
+
+    async def _emit(self, event: dict[str, Any]) -> None:
+        async with self._sending:
+            await self._send_text(json.dumps({"event_id": new_id("event"), **event}))
+
+    async def _on_message(self, text: str | bytes) -> None:
+        event_id = None
+        try:
+            try:
+                event = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise InvalidRequest("An event is a JSON object.") from error
+            if not isinstance(event, dict):
+                raise InvalidRequest("An event is a JSON object.")
+            event_id = event.get("event_id")
+            if event_id is not None and not (isinstance(event_id, str) and len(event_id) <= 512):
+                event_id = None
+                raise InvalidRequest("It is a text of at most 512 characters.", param="event_id")
+            handler = self._handlers.get(str(event.get("type")))
+            if handler is None:
+                known = ", ".join(self._handlers)
+                raise InvalidRequest(f"There is no such event. There are {known}.", param="type")
+            if isinstance(self._session, TranscriptionSession) and not str(
+                event["type"]
+            ).startswith(("session", "input_audio_buffer")):
+                raise InvalidRequest("A transcription session has no conversation.", param="type")
+            await handler(event)
+        except EngineError as error:
+            await self._emit(_error_event(error, event_id))
+        except ValidationError:  # pragma: no cover - `Body.of` translates them
+            logger.exception("an event of a realtime session")
+            await self._emit(_error_event(RuntimeError(), event_id))
+
+    def _described(self) -> dict[str, Any]:
+        session = self._session
+        document = session.model_dump(mode="json", exclude_none=False)
+        audio = document["audio"]
+        names = self._names(session)
+        if audio["input"]["transcription"] is not None:
+            audio["input"]["transcription"]["model"] = names[-1] if len(names) == 1 else names[1]
+        if isinstance(session, RealtimeSession):
+            if "audio" in session.output_modalities:
+                audio["output"]["model"] = names[2]
+            document["object"] = "realtime.session"
+        else:
+            document["object"] = "realtime.transcription_session"
+        return {"id": self.id, "expires_at": self._expires_at, **document}
+
+    # Events of the client
+
+    async def _on_session_update(self, event: Mapping[str, Any]) -> None:
+        given = event.get("session")
+        if not isinstance(given, dict):
+            raise InvalidRequest("It is an object.", param="session")
+        if given.get("type", self._document["type"]) != self._document["type"]:
+            raise InvalidRequest("The type of a session cannot change.", param="session.type")
+        document = _merged(self._document, given)
+        session = self._read(document)
+        self._check_models(session)
+        before = self._session
+        self._buffer.configure(session.audio.input)
+        self._session = session
+        try:
+            await self.hold()
+        except BaseException:
+            self._session = before
+            self._buffer.configure(before.audio.input)
+            raise
+        self._document = document
+        await self._emit({"type": "session.updated", "session": self._described()})
+
+    def _check_models(self, session: Session) -> None:
+        for name in self._names(session):
+            self._engine.config.find(name)
+
+    async def _on_append(self, event: Mapping[str, Any]) -> None:
+        text = event.get("audio")
+        if not isinstance(text, str):
+            raise InvalidRequest("It is audio in base64.", param="audio")
+        if len(text) > MAX_APPEND_BYTES * 4 // 3 + 4:
+            raise InvalidRequest(
+                f"One append has {MAX_APPEND_BYTES // 2**20} MiB of audio at most.", param="audio"
+            )
+        try:
+            data = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise InvalidRequest("It is no base64.", param="audio") from error
+        for turn in await asyncio.to_thread(self._buffer.append, data):
+            if isinstance(turn, SpeechStarted):
+                await self._on_speech_started(turn)
+            elif isinstance(turn, SpeechPaused):
+                self._guess = self._guess or self._start(self._transcribe(self._buffer.peek()))
+            elif isinstance(turn, SpeechResumed):
+                self._drop_guess()
+            elif isinstance(turn, SpeechStopped):
+                await self._on_speech_stopped(turn)
+            elif isinstance(turn, IdleTimeout):
+                await self._on_idle()
+        if self._buffer.speaking:
+            self._transcribe_more()
+
+    async def _on_speech_started(self, turn: SpeechStarted) -> None:
+        detection = self._session.audio.input.turn_detection
+        if detection is not None and detection.interrupt_response:
+            self._interrupt("turn_detected")
+        self._marks = Marks()
+        self._prefill_prompt()
+        await self._emit(
+            {
+                "type": "input_audio_buffer.speech_started",
+                "audio_start_ms": max(0, int(turn.at_ms)),
+                "item_id": self._turn_item,
+            }
+        )
+
+    async def _on_speech_stopped(self, turn: SpeechStopped) -> None:
+        self._marks = Marks(speech_end_s=time.perf_counter())
+        await self._emit(
+            {
+                "type": "input_audio_buffer.speech_stopped",
+                "audio_end_ms": int(turn.at_ms),
+                "item_id": self._turn_item,
+            }
+        )
+        await self._commit()
+        await self._respond_to_turn()
+
+    async def _on_idle(self) -> None:
+        now_ms = int(self._buffer.now_ms)
+        await self._emit(
+            {
+                "type": "input_audio_buffer.timeout_triggered",
+                "audio_start_ms": int(now_ms - self._buffer.kept_ms),
+                "audio_end_ms": now_ms,
+                "item_id": self._turn_item,
+            }
+        )
+        await self._respond_to_turn()
+
+    async def _respond_to_turn(self) -> None:
+        detection = self._session.audio.input.turn_detection
+        if isinstance(self._session, TranscriptionSession) or detection is None:
+            return
+        if detection.create_response and self._active is None:
+            self._begin_response(ResponseOptions())
+
+    async def _on_commit(self, _event: Mapping[str, Any]) -> None:
+        if self._buffer.kept_ms < LEAST_COMMIT_MS:
+            raise InvalidRequest(
+                f"The buffer holds {self._buffer.kept_ms:.0f} ms of audio. A commit needs"
+                f" {LEAST_COMMIT_MS} ms."
+            )
+        self._drop_guess()
+        self._marks = Marks(speech_end_s=time.perf_counter())
+        await self._commit()
+
+    async def _on_clear(self, _event: Mapping[str, Any]) -> None:
+        self._buffer.clear()
+        self._drop_guess()
+        self._end_live()
+        await self._emit({"type": "input_audio_buffer.cleared"})
+
+    async def _on_item_create(self, event: Mapping[str, Any]) -> None:
+        previous = event.get("previous_item_id")
+        if previous is not None and not isinstance(previous, str):
+            raise InvalidRequest("It is an id.", param="previous_item_id")
+        await self._add(read_item(event.get("item")), previous)
+
+    async def _add(self, item: Item, previous: str | None = None) -> None:
+        before = self._conversation.add(item, previous)
+        place = {"previous_item_id": before, "item": item.document}
+        await self._emit({"type": "conversation.item.added", **place})
+        await self._emit({"type": "conversation.item.done", **place})
+
+    async def _on_item_retrieve(self, event: Mapping[str, Any]) -> None:
+        item = self._conversation.find(event.get("item_id"))
+        await self._emit({"type": "conversation.item.retrieved", "item": item.document})
+
+    async def _on_item_truncate(self, event: Mapping[str, Any]) -> None:
+        item = self._conversation.find(event.get("item_id"))
+        if item.document.get("role") != "assistant":
+            raise InvalidRequest("Only what was answered can be truncated.", param="item_id")
+        index, end_ms = event.get("content_index"), event.get("audio_end_ms")
+        if index != 0:
+            raise InvalidRequest("There is one part, with the index 0.", param="content_index")
+        if isinstance(end_ms, bool) or not isinstance(end_ms, int) or end_ms < 0:
+            raise InvalidRequest("It is a number of milliseconds.", param="audio_end_ms")
+        if item.spoken and end_ms > item.spoken[-1].end_ms + 1_000:
+            raise InvalidRequest(
+                f"The audio is {item.spoken[-1].end_ms:.0f} ms long.", param="audio_end_ms"
+            )
+        item.cut(end_ms)
+        await self._emit(
+            {
+                "type": "conversation.item.truncated",
+                "item_id": item.id,
+                "content_index": 0,
+                "audio_end_ms": end_ms,
+            }
+        )
+
+    async def _on_item_delete(self, event: Mapping[str, Any]) -> None:
+        self._conversation.remove(event.get("item_id"))
+        await self._emit({"type": "conversation.item.deleted", "item_id": event["item_id"]})
+
+    async def _on_response_create(self, event: Mapping[str, Any]) -> None:
+        given = event.get("response")
+        if given is not None and not isinstance(given, dict):
+            raise InvalidRequest("It is an object.", param="response")
+        try:
+            options = ResponseOptions.of(Fields(dict(given or {}), typed=True))
+        except InvalidRequest as error:
+            param = "response" if error.param is None else f"response.{error.param}"
+            raise InvalidRequest(error.message, param=param) from error
+        if options.conversation == "auto" and self._active is not None:
+            raise InvalidRequest(
+                "The conversation has a response under way. Wait for response.done, or cancel it.",
+            )
+        if len(self._beside) >= MAX_BESIDE:
+            raise InvalidRequest(f"{MAX_BESIDE} responses outside the conversation are under way.")
+        self._begin_response(options)
+
+    async def _on_response_cancel(self, event: Mapping[str, Any]) -> None:
+        response_id = event.get("response_id")
+        if response_id is None:
+            if self._active is None:
+                raise InvalidRequest("There is no response under way.")
+            self._interrupt("client_cancelled")
+            return
+        under_way = [each for each in (self._active, *self._beside.values()) if each is not None]
+        for response, task in under_way:
+            if response.id == response_id:
+                task.cancel()
+                return
+        raise InvalidRequest("No response of this id is under way.", param="response_id")
+
+    # Turns
+
+    async def _commit(self) -> None:
+        """Make an item of the audio, and transcribe it."""
+        wav = await asyncio.to_thread(self._buffer.commit)
+        item_id, self._turn_item = self._turn_item, new_id("item")
+        live, said = self._live, self._live_said
+        guess, self._guess = self._guess, None
+        self._end_live()
+        document = {
+            "id": item_id,
+            "object": "realtime.item",
+            "type": "message",
+            "status": "completed",
+            "role": "user",
+            "content": [{"type": "input_audio", "transcript": None}],
+        }
+        item = Item(document)
+        before = self._conversation.items[-1].id if self._conversation.items else None
+        await self._emit(
+            {
+                "type": "input_audio_buffer.committed",
+                "previous_item_id": before,
+                "item_id": item_id,
+            }
+        )
+        item.transcript = self._start(self._hear(item, wav, guess, live, said, self._marks))
+        await self._add(item)
+
+    async def _hear(
+        self,
+        item: Item,
+        wav: bytes,
+        guess: asyncio.Task[str] | None,
+        live: LiveTranscript,
+        said: str,
+        marks: Marks,
+    ) -> str:
+        """Transcribe an item, tell the client if it wants to know, and return the text."""
+        place = {"item_id": item.id, "content_index": 0}
+        kind = "conversation.item.input_audio_transcription"
+        tells = self._session.audio.input.transcription is not None
+        try:
+            # What was said up to the pause that ended the turn may be known already.
+            text = await (guess if guess is not None else self._transcribe(wav))
+        except Exception as error:
+            item.document["content"][0]["transcript"] = ""
+            failure = Failure.of(error)
+            await self._emit(
+                {
+                    "type": f"{kind}.failed",
+                    **place,
+                    "error": {
+                        "type": failure.type,
+                        "code": failure.code,
+                        "message": failure.message,
+                        "param": failure.param,
+                    },
+                }
+            )
+            raise
+        marks.transcript_s = time.perf_counter()
+        item.document["content"][0]["transcript"] = text
+        if tells:
+            rest = live.final(text)
+            if rest:
+                await self._emit({"type": f"{kind}.delta", **place, "delta": rest})
+            usage = {"type": "duration", "seconds": round((len(wav) - 44) / 32_000, 2)}
+            await self._emit(
+                {"type": f"{kind}.completed", **place, "transcript": text, "usage": usage}
+            )
+        return text
+
+    async def _transcribe(self, wav: bytes) -> str:
+        session = self._session
+        names = self._names(session)
+        transcription = session.audio.input.transcription
+        request = TranscriptionRequest(
+            model=names[0] if len(names) == 1 else names[1],
+            audio=wav,
+            request_id=f"{self._request_id}-{self._next()}",
+            language=None if transcription is None else transcription.language,
+            prompt=None if transcription is None else transcription.prompt,
+            scheduling=self._scheduling(),
+        )
+        opened = await self._engine.open(request)
+        texts = []
+        async with aclosing(opened.events()) as events:
+            async for event in events:
+                if isinstance(event, Segment):
+                    texts.append(event.text)
+        return "".join(texts).strip()
+
+    def _transcribe_more(self) -> None:
+        """Transcribe what is said so far, if the client wants to know and it is time."""
+        now = time.perf_counter()
+        if self._session.audio.input.transcription is None or self._guess is not None:
+            return
+        if self._partial is not None and not self._partial.done():
+            return
+        if now - self._partial_at < self._partial_s or self._buffer.kept_ms < PARTIAL_S * 1e3:
+            return
+        self._partial_at = now
+        self._partial = self._start(self._hear_partly(self._turn_item, self._live))
+
+    async def _hear_partly(self, item_id: str, live: LiveTranscript) -> None:
+        began_s = time.perf_counter()
+        text = await self._transcribe(self._buffer.peek())
+        # No more than a third of the time goes into transcripts that are made again.
+        self._partial_s = max(PARTIAL_S, 3 * (time.perf_counter() - began_s))
+        delta = live.hypothesis(text.split())
+        if delta and item_id == self._turn_item:
+            self._live_said += delta
+            await self._emit(
+                {
+                    "type": "conversation.item.input_audio_transcription.delta",
+                    "item_id": item_id,
+                    "content_index": 0,
+                    "delta": delta,
+                }
+            )
+
+    def _end_live(self) -> None:
+        if self._partial is not None:
+            self._partial.cancel()
+            self._partial = None
+        self._live, self._live_said = LiveTranscript(), ""
+
+    def _drop_guess(self) -> None:
+        if self._guess is not None:
+            self._guess.cancel()
+            self._guess = None
+
+    def _prefill_prompt(self) -> None:
+        """Read the conversation so far into the KV cache, while the user speaks."""
+        session = self._session
+        if isinstance(session, TranscriptionSession) or self._active is not None:
+            return
+        if self._prefill is not None and not self._prefill.done():
+            return
+        given = messages(self._conversation.items, session.instructions)
+        if not given:
+            return
+        plan = self._plan(ResponseOptions())
+        body = plan.chat_body(self._conversation.items)
+        body |= {"max_tokens": 1, "stream": False}
+        del body["stream_options"]
+        request = TextRequest(
+            model=session.model,
+            operation=TextOperation.CHAT,
+            body=body,
+            request_id=f"{self._request_id}-{self._next()}",
+            scheduling=self._scheduling(),
+        )
+        self._prefill = self._start(self._read_ahead(request))
+
+    async def _read_ahead(self, request: TextRequest) -> None:
+        try:
+            session = await self._engine.open(request)
+            await session.close()
+        except EngineError as error:
+            logger.debug("nothing was read ahead: %s", error)
+
+    # Responses
+
+    def _plan(self, options: ResponseOptions) -> ResponsePlan:
+        session = self._session
+        assert isinstance(session, RealtimeSession)
+        output = session.audio.output
+        own = None if options.audio is None else options.audio.output
+        voice = output.voice if own is None or own.voice is None else own.voice
+        form = output.format if own is None or own.format is None else own.format
+        modalities = options.output_modalities or session.output_modalities
+        speaks = "audio" in modalities
+        tools = session.tools if options.tools is None else options.tools
+        parallel = options.parallel_tool_calls
+        return ResponsePlan(
+            model=session.model,
+            speech_model=self._speech_model(session) if speaks else "",
+            instructions=(
+                session.instructions if options.instructions is None else options.instructions
+            ),
+            speaks=speaks,
+            voice=voice,
+            voice_sample=None if voice is None else self._find_voice(voice),
+            speed=output.speed,
+            codec=form.codec,
+            tools=tools,
+            tool_choice=options.tool_choice or session.tool_choice,
+            parallel_tool_calls=session.parallel_tool_calls if parallel is None else parallel,
+            max_output_tokens=options.max_output_tokens or session.max_output_tokens,
+            metadata=options.metadata,
+            scheduling=self._scheduling(),
+            request_id=self._request_id,
+            conversation_id=self._conversation.id if options.conversation == "auto" else None,
+        )
+
+    def _begin_response(self, options: ResponseOptions) -> None:
+        marks, self._marks = self._marks, Marks()
+        given: Sequence[Item] | None = None
+        if options.input is not None:
+            given = [self._given(each, n) for n, each in enumerate(options.input)]
+        within = options.conversation == "auto"
+        plan = self._plan(options)
+        response = Response(
+            self._engine.open, self._emit, plan, marks, self._kept if within else _not_kept
+        )
+        task = self._start(self._respond(response, given))
+        if within:
+            self._active = (response, task)
+        else:
+            self._beside[response.id] = (response, task)
+
+    def _given(self, document: Any, index: int) -> Item:
+        if isinstance(document, Mapping) and document.get("type") == "item_reference":
+            return self._conversation.find(document.get("id"), f"response.input[{index}].id")
+        return read_item(document, f"response.input[{index}]")
+
+    def _kept(self, item: Item) -> None:
+        before = self._conversation.add(item)
+        place = {"previous_item_id": before, "item": dict(item.document)}
+        self._start(self._emit({"type": "conversation.item.added", **place}))
+
+    async def _respond(self, response: Response, given: Sequence[Item] | None) -> None:
+        try:
+            await response.run(partial(self._items, given))
+        finally:
+            self._beside.pop(response.id, None)
+            if self._active is not None and self._active[0] is response:
+                self._active = None
+
+    async def _items(self, given: Sequence[Item] | None) -> Sequence[Item]:
+        if given is not None:
+            return given
+        await self._conversation.known()
+        return list(self._conversation.items)
+
+    def _interrupt(self, reason: str) -> None:
+        """Cancel the response under way. The next may begin at once."""
+        if self._active is not None:
+            (response, task), self._active = self._active, None
+            response.cancel_reason = reason
+            task.cancel()
+
+
+def _not_kept(_item: Item) -> None:
+    """The response is outside the conversation."""
+
+
+def _merged(document: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with what is given. Objects are merged; of turn detection a new type is new."""
+    merged = dict(document)
+    for name, value in given.items():
+        old = merged.get(name)
+        renewed = name in ("turn_detection", "format", "tool_choice")
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and not renewed:
+            merged[name] = _merged(old, value)
+        else:
+            merged[name] = value
+    return merged
+
+
+def _error_event(
+    error: Exception, event_id: str | None, *, code: str | None = None
+) -> dict[str, Any]:
+    failure = Failure.of(error)
+    return {
+        "type": "error",
+        "error": {
+            "type": failure.type,
+            "code": code or failure.code,
+            "message": failure.message,
+            "param": failure.param,
+            "event_id": event_id,
+        },
+    }
