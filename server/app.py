@@ -111,6 +111,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     from server.routes.files import files_router
     from server.routes.mcp import McpEndpoint
     from server.routes.ollama import ollama_router
+    from server.routes.realtime import realtime_router
     from server.routes.speech import speech_router
     from server.routes.transcriptions import transcriptions_router
     from server.routes.voices import voices_router
@@ -193,6 +194,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         videos_router(engine, jobs, settings),
         speech_router(engine, voices, settings, cache),
         transcriptions_router(engine, settings, cache),
+        realtime_router(engine, voices, settings),
         voices_router(engine, voices, settings),
         models_router(engine),
         engine_router(engine, settings, cache),

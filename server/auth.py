@@ -49,6 +49,10 @@ IMAGE_FILES_PREFIX = "/v1/images/files/"
 so the URL itself is the permission."""
 
 
+KEY_PROTOCOL = "openai-insecure-api-key."
+"""How a browser sends a key, as it cannot set headers: as a subprotocol of this beginning."""
+
+
 class Guard:
     """ASGI middleware that lets a request through or answers 401, 403 or 429.
 
@@ -67,16 +71,17 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request through, or answer for it."""
-        if scope["type"] == "http":
+        if scope["type"] in ("http", "websocket"):
             failure = self._refusal(scope)
             if failure is not None:
                 response = failure.response(scope["path"], scope["state"]["request_id"])
-                await response(scope, receive, send)
+                await response(scope, receive, send)  # of a WebSocket: before it is accepted
                 return
         await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> Failure | None:
-        method, path, headers = scope["method"], scope["path"], Headers(scope=scope)
+        # A WebSocket runs models for as long as it is open, and counts as one request.
+        method, path, headers = scope.get("method", "POST"), scope["path"], Headers(scope=scope)
         admin = is_admin(method, path)
         # Beyond this machine a server without keys is open only if that was wanted. It may have
         # begun with keys of the store, and lost them since.
@@ -185,6 +190,9 @@ def _presented_keys(headers: Headers) -> list[str]:
         scheme, _, key = value.partition(" ")
         if scheme.lower() == "bearer":
             keys.append(key.strip())
+    for value in headers.getlist("sec-websocket-protocol"):
+        protocols = (protocol.strip() for protocol in value.split(","))
+        keys += [each.removeprefix(KEY_PROTOCOL) for each in protocols if KEY_PROTOCOL in each]
     return [key for key in keys if key]
 
 

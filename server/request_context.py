@@ -20,6 +20,7 @@ from server.auth import PROBES
 from server.errors import Failure, is_anthropic
 from server.metrics import HttpMetrics
 from server.unserved import unserved
+from server.websocket.connection import ClientLeft
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,37 @@ class _Open:
         await response(self.scope, self.receive, self.send_with_headers)
 
 
+class _Socket(_Open):
+    """A WebSocket. Its status is 101 once it is accepted."""
+
+    __slots__ = ()
+
+    async def pass_on(self, message: Message) -> None:
+        """Send a message of the application."""
+        if message["type"] == "websocket.accept":
+            self.status = HTTPStatus.SWITCHING_PROTOCOLS
+        elif message["type"] == "websocket.http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)["x-request-id"] = self.request_id
+        elif message["type"] == "websocket.close" and not self.begun:
+            # Starlette's router closes what no route takes.
+            await self.fail(unserved(self.scope, self.scope["app"].routes))
+            return
+        await self.send(message)
+
+    async def fail(self, failure: Failure) -> None:
+        """Send the failure as the response, or close what was accepted with 1011."""
+        if self.begun:
+            reason = failure.message.encode()[:100].decode(errors="ignore")
+            try:
+                await self.send({"type": "websocket.close", "code": 1011, "reason": reason})
+            except (OSError, RuntimeError):
+                return  # the client has left
+        else:
+            response = failure.response(self.scope["path"], self.request_id)
+            await response(self.scope, self.receive, self.pass_on)
+
+
 class RequestContext:
     """ASGI middleware: `x-request-id`, `openai-processing-ms`, metrics, log, and errors.
 
@@ -122,12 +154,15 @@ class RequestContext:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on. Measure and count its response."""
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
+        if scope["type"] == "websocket":
+            await self._serve_socket(_Socket(scope, receive, send, request_id, self._clock))
+            return
         request = _Open(scope, receive, send, request_id, self._clock)
         self._open.add(request)
         try:
@@ -146,6 +181,19 @@ class RequestContext:
             request.leave()
             self._count(request)
 
+    async def _serve_socket(self, socket: _Socket) -> None:
+        try:
+            await self._app(socket.scope, socket.receive, socket.pass_on)
+        except ClientLeft:
+            pass
+        except Exception as error:
+            failure = _failure(error, socket)
+            error.__traceback__ = None
+            await socket.fail(failure)
+        finally:
+            socket.leave()
+            self._count(socket)
+
     async def give_up(self, error: EngineError) -> None:
         """Answer every request without a response with `error`. Cut off no begun response.
 
@@ -160,11 +208,12 @@ class RequestContext:
     def _count(self, request: _Open) -> None:
         scope, elapsed_s = request.scope, request.elapsed_s()
         route = getattr(scope.get("route"), "path", None)
-        self._metrics.observe(route, scope["method"], request.status, elapsed_s)
+        method = scope.get("method", "WEBSOCKET")
+        self._metrics.observe(route, method, request.status, elapsed_s)
         logger.log(
             logging.DEBUG if scope["path"] in PROBES else logging.INFO,
             "%s %s %d in %.0f ms (%s)",
-            scope["method"],
+            method,
             quote(scope["path"]),
             request.status,
             elapsed_s * 1000,

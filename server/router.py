@@ -12,12 +12,15 @@ from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from pydantic_core import to_json
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
 
 Endpoint = Callable[..., Awaitable[Any]]
 """A function with the names in its path as parameters, and maybe `request`. It returns a response,
 or a document that becomes JSON."""
+
+SocketEndpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
+"""A function that has a WebSocket. An error before it accepts becomes an ordinary response."""
 
 EndpointT = TypeVar("EndpointT", bound=Endpoint)
 
@@ -61,11 +64,21 @@ class ServedRoute(Route):
         self.tags = list(tags)
 
 
+class _Socket:
+    """A function of a route for WebSockets as an application."""
+
+    def __init__(self, endpoint: SocketEndpoint) -> None:
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._endpoint(scope, receive, send)
+
+
 class Router:
     """Routes that are described under the same tag."""
 
     def __init__(self, *tags: str) -> None:
-        self.routes: list[ServedRoute] = []
+        self.routes: list[ServedRoute | WebSocketRoute] = []
         self._tags = tags
 
     def add(
@@ -93,6 +106,10 @@ class Router:
             return endpoint
 
         return decorate
+
+    def websocket(self, path: str, endpoint: SocketEndpoint) -> None:
+        """Let a function have the WebSockets of a path."""
+        self.routes.append(WebSocketRoute(path, _Socket(endpoint)))
 
     def get(self, path: str, *, described: bool = True) -> Callable[[EndpointT], EndpointT]:
         """Answer GET."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from starlette.routing import BaseRoute, Match
+from starlette.routing import BaseRoute, Match, WebSocketRoute
 from starlette.types import Scope
 
 from server.errors import Failure
@@ -21,8 +21,10 @@ def unserved(scope: Scope, routes: Iterable[BaseRoute]) -> Failure:
     `/v1` or have it twice.
     """
     routes = tuple(routes)
-    method, path = scope["method"], scope["path"]
+    method, path = scope.get("method", "WEBSOCKET"), scope["path"]
     shown = path if len(path) <= MAX_PATH_CHARS else f"{path[:MAX_PATH_CHARS]}…"
+    if any(isinstance(route, WebSocketRoute) and route.path == path for route in routes):
+        return Failure.of_status(426, f"{shown} takes WebSockets only.", {"upgrade": "websocket"})
     allowed = _methods(path, routes)
     if method in allowed:  # a route took it, and has nothing of that name
         return Failure.of_status(404, f"There is no {shown}.", {})

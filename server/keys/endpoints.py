@@ -55,6 +55,7 @@ _RUNS: Mapping[str, frozenset[str]] = {
     "/v1/audio/speech": _SPEECH,
     "/v1/audio/transcriptions": _TRANSCRIPTIONS,
     "/v1/audio/translations": _TRANSCRIPTIONS,
+    "/v1/realtime": _CHAT,
 }
 """A POST to one of these has a model run. Such requests count against the limits of a key."""
 

@@ -60,7 +60,7 @@ class Item:
             else:
                 words = clause.text.split()
                 share = (audio_end_ms - begin_ms) / max(clause.end_ms - begin_ms, 1e-3)
-                kept.append(" ".join(words[: int(len(words) * max(0.0, share))]))
+                kept.append(" ".join(words[: round(len(words) * max(0.0, share))]))
                 break
             begin_ms = clause.end_ms
         text = " ".join(part.strip() for part in kept if part.strip())

@@ -5,21 +5,14 @@ from __future__ import annotations
 import io
 import wave
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
-from engine.media.pcm_stream import PcmReader, Resampler
-from engine.media.turns import (
-    IdleTimeout,
-    SpeechPaused,
-    SpeechResumed,
-    SpeechStarted,
-    SpeechStopped,
-    TurnDetector,
-)
-from engine.media.voice_activity import VoiceActivity
 
 from engine.errors import InvalidRequest
+from engine.media.pcm_stream import PcmReader, Resampler
+from engine.media.turns import SemanticTurns, SpeechStarted, TurnDetector, TurnEvent
+from engine.media.voice_activity import VoiceActivity
 from server.schemas.realtime import InputAudio, SemanticVad, ServerVad
 
 if TYPE_CHECKING:
@@ -32,14 +25,12 @@ MAX_S = 600
 MAX_APPEND_BYTES = 15 * 2**20
 """OpenAI's limit for one append."""
 
-Turn: TypeAlias = SpeechStarted | SpeechPaused | SpeechResumed | SpeechStopped | IdleTimeout
-
 
 class InputBuffer:
     """The audio since the last commit. With turn detection, what lies before speech is dropped."""
 
     def __init__(self, config: InputAudio) -> None:
-        """Begin with no audio at all: 0 ms."""
+        """Begin with no audio at all: 0 ms. `VoiceActivity.load` comes before turn detection."""
         self._config = config
         self._reader = PcmReader(config.format.codec)
         self._resampler = Resampler(self._reader.rate, RATE)
@@ -49,7 +40,7 @@ class InputBuffer:
         self._speech_from: float | None = None
         """Milliseconds; None while nobody speaks."""
         self._activity: VoiceActivity | None = None
-        self._turns: TurnDetector | None = None
+        self._turns: TurnDetector | SemanticTurns | None = None
         self._set_turns(config.turn_detection)
 
     @property
@@ -94,15 +85,16 @@ class InputBuffer:
         self._activity = VoiceActivity()
         if isinstance(detection, ServerVad):
             self._turns = TurnDetector(
-                threshold=detection.threshold,
-                prefix_padding_ms=detection.prefix_padding_ms,
-                silence_duration_ms=detection.silence_duration_ms,
-                idle_timeout_ms=detection.idle_timeout_ms,
+                detection.threshold,
+                detection.prefix_padding_ms,
+                detection.silence_duration_ms,
+                detection.idle_timeout_ms,
+                at_ms=int(self.now_ms),
             )
         else:
-            self._turns = TurnDetector()
+            self._turns = SemanticTurns(detection.eagerness, at_ms=int(self.now_ms))
 
-    def append(self, data: bytes) -> Sequence[Turn]:
+    def append(self, data: bytes) -> Sequence[TurnEvent]:
         """Take audio, and say what it changed. Call it off the event loop.
 
         Raises:
@@ -118,7 +110,7 @@ class InputBuffer:
         self._kept += _pcm16(samples)
         if self._activity is None or self._turns is None:
             return ()
-        events = list(self._turns.feed(self._activity.feed(samples)))
+        events = self._turns.feed(self._activity.feed(samples))
         for event in events:
             if isinstance(event, SpeechStarted):
                 self._speech_from = event.at_ms
@@ -133,6 +125,21 @@ class InputBuffer:
         if count > 0:
             del self._kept[: 2 * count]
             self._begin += count
+
+    def heard(self, transcript: str, paused_at_ms: int) -> None:
+        """Judge what was said up to a pause: a sentence that is whole ends its turn sooner."""
+        if isinstance(self._turns, SemanticTurns):
+            self._turns.heard(transcript, paused_at_ms)
+
+    def wait_for_speech(self, after_ms: int) -> None:
+        """Begin the idle timeout once `after_ms` more of audio have come."""
+        if isinstance(self._turns, TurnDetector):
+            self._turns.wait_for_speech(after_ms)
+
+    def cancel_wait(self) -> None:
+        """End the idle timeout."""
+        if isinstance(self._turns, TurnDetector):
+            self._turns.cancel_wait()
 
     def peek(self) -> bytes:
         """What a commit would take now, as a WAV file."""
@@ -149,6 +156,8 @@ class InputBuffer:
         self._begin += len(self._kept) // 2
         self._kept.clear()
         self._speech_from = None
+        if self._turns is not None:
+            self._turns.reset()
 
 
 def _pcm16(samples: Samples) -> bytes:

@@ -187,6 +187,13 @@ class Response:
             await asyncio.wait((speaking,))
         await self._end(status, details)
 
+    def left_to_hear_ms(self) -> int:
+        """Milliseconds of the audio that a client which plays it cannot have played yet."""
+        if self._marks.first_audio_s is None:
+            return 0
+        played_s = time.perf_counter() - self._marks.first_audio_s
+        return max(0, int((self._spoken_s - played_s) * 1e3))
+
     async def _generate(self, items: Sequence[Item], speaking: asyncio.Task[None] | None) -> None:
         plan = self._plan
         request = TextRequest(

@@ -17,7 +17,11 @@ from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from engine.media.live_transcript import LiveTranscript
+from pydantic import ValidationError
+
+from engine.errors import EngineError, InvalidRequest
+from engine.events import Segment
+from engine.media.live_transcript import LiveTranscript, split_words
 from engine.media.turns import (
     IdleTimeout,
     SpeechPaused,
@@ -25,10 +29,7 @@ from engine.media.turns import (
     SpeechStarted,
     SpeechStopped,
 )
-from pydantic import ValidationError
-
-from engine.errors import EngineError, InvalidRequest
-from engine.events import Segment
+from engine.media.voice_activity import VoiceActivity
 from engine.requests import (
     Priority,
     SchedulingOptions,
@@ -43,6 +44,7 @@ from server.realtime.conversation import Conversation, Item, messages, new_id, r
 from server.realtime.input_audio import MAX_APPEND_BYTES, InputBuffer
 from server.realtime.response import Marks, Response, ResponsePlan
 from server.schemas.realtime import (
+    InputAudio,
     RealtimeSession,
     ResponseOptions,
     Session,
@@ -63,6 +65,8 @@ MAX_BESIDE = 4
 """Responses outside the conversation at a time."""
 LEAST_COMMIT_MS = 100
 """OpenAI's least audio of a commit."""
+AT_ONCE_BYTES = 16 * 2**10
+"""A third of a second, in which the detector takes less time than a thread needs to begin."""
 PARTIAL_S = 1.5
 """Seconds between transcripts of speech that goes on. A slow machine takes longer."""
 
@@ -108,10 +112,9 @@ class Conversing:
         self._lease: Lease | None = None
         self._held: tuple[str, ...] = ()
         self._conversation = Conversation()
-        self._buffer = InputBuffer(self._session.audio.input)
+        self._buffer = InputBuffer(InputAudio(turn_detection=None))
         self._turn_item = new_id("item")
         self._live = LiveTranscript()
-        self._live_said = ""
         self._partial: asyncio.Task[None] | None = None
         self._partial_s = PARTIAL_S
         self._partial_at = 0.0
@@ -167,6 +170,21 @@ class Conversing:
                 return model.id
         raise InvalidRequest(f"The configuration has no model with the task {task}.", param=param)
 
+    async def begin(self) -> None:
+        """Make ready for the first event, and hold the models.
+
+        Raises:
+            EngineError: they cannot be held, or turns cannot be detected.
+
+        """
+        await self._configure_buffer(self._session)
+        await self.hold()
+
+    async def _configure_buffer(self, session: Session) -> None:
+        if session.audio.input.turn_detection is not None:
+            await VoiceActivity.load()
+        self._buffer.configure(session.audio.input)
+
     async def hold(self) -> None:
         """Keep the models of the session on the device, all or none.
 
@@ -194,7 +212,7 @@ class Conversing:
     # The life of the connection
 
     async def run(self, receive: Receive) -> None:
-        """Serve the client until it leaves. Everything that was begun has ended then."""
+        """Serve the client until it leaves. Call `end` after it."""
         try:
             async with asyncio.timeout(MAX_SESSION_S):
                 await self._emit({"type": "session.created", "session": self._described()})
@@ -203,10 +221,9 @@ class Conversing:
         except TimeoutError:
             error = InvalidRequest("Your session reached its limit of 60 minutes.")
             await self._emit(_error_event(error, None, code="session_expired"))
-        finally:
-            await self._end()
 
-    async def _end(self) -> None:
+    async def end(self) -> None:
+        """Cancel what still runs, and let the models go."""
         tasks = [*self._tasks]
         for task in tasks:
             task.cancel()
@@ -286,7 +303,7 @@ class Conversing:
         session = self._read(document)
         self._check_models(session)
         before = self._session
-        self._buffer.configure(session.audio.input)
+        await self._configure_buffer(session)
         self._session = session
         try:
             await self.hold()
@@ -313,17 +330,22 @@ class Conversing:
             data = base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError) as error:
             raise InvalidRequest("It is no base64.", param="audio") from error
-        for turn in await asyncio.to_thread(self._buffer.append, data):
+        if len(data) > AT_ONCE_BYTES:
+            turns = await asyncio.to_thread(self._buffer.append, data)
+        else:
+            turns = self._buffer.append(data)
+        for turn in turns:
             if isinstance(turn, SpeechStarted):
                 await self._on_speech_started(turn)
             elif isinstance(turn, SpeechPaused):
-                self._guess = self._guess or self._start(self._transcribe(self._buffer.peek()))
+                self._drop_guess()
+                self._guess = self._start(self._hear_pause(self._buffer.peek(), turn.at_ms))
             elif isinstance(turn, SpeechResumed):
                 self._drop_guess()
             elif isinstance(turn, SpeechStopped):
                 await self._on_speech_stopped(turn)
             elif isinstance(turn, IdleTimeout):
-                await self._on_idle()
+                await self._on_idle(turn)
         if self._buffer.speaking:
             self._transcribe_more()
 
@@ -336,30 +358,30 @@ class Conversing:
         await self._emit(
             {
                 "type": "input_audio_buffer.speech_started",
-                "audio_start_ms": max(0, int(turn.at_ms)),
+                "audio_start_ms": turn.at_ms,
                 "item_id": self._turn_item,
             }
         )
 
     async def _on_speech_stopped(self, turn: SpeechStopped) -> None:
-        self._marks = Marks(speech_end_s=time.perf_counter())
+        silence_s = (turn.at_ms - turn.speech_end_ms) / 1e3
+        self._marks = Marks(speech_end_s=time.perf_counter() - silence_s)
         await self._emit(
             {
                 "type": "input_audio_buffer.speech_stopped",
-                "audio_end_ms": int(turn.at_ms),
+                "audio_end_ms": turn.at_ms,
                 "item_id": self._turn_item,
             }
         )
         await self._commit()
         await self._respond_to_turn()
 
-    async def _on_idle(self) -> None:
-        now_ms = int(self._buffer.now_ms)
+    async def _on_idle(self, turn: IdleTimeout) -> None:
         await self._emit(
             {
                 "type": "input_audio_buffer.timeout_triggered",
-                "audio_start_ms": int(now_ms - self._buffer.kept_ms),
-                "audio_end_ms": now_ms,
+                "audio_start_ms": turn.start_ms,
+                "audio_end_ms": turn.at_ms,
                 "item_id": self._turn_item,
             }
         )
@@ -468,7 +490,7 @@ class Conversing:
         """Make an item of the audio, and transcribe it."""
         wav = await asyncio.to_thread(self._buffer.commit)
         item_id, self._turn_item = self._turn_item, new_id("item")
-        live, said = self._live, self._live_said
+        live = self._live
         guess, self._guess = self._guess, None
         self._end_live()
         document = {
@@ -488,7 +510,7 @@ class Conversing:
                 "item_id": item_id,
             }
         )
-        item.transcript = self._start(self._hear(item, wav, guess, live, said, self._marks))
+        item.transcript = self._start(self._hear(item, wav, guess, live, self._marks))
         await self._add(item)
 
     async def _hear(
@@ -497,7 +519,6 @@ class Conversing:
         wav: bytes,
         guess: asyncio.Task[str] | None,
         live: LiveTranscript,
-        said: str,
         marks: Marks,
     ) -> str:
         """Transcribe an item, tell the client if it wants to know, and return the text."""
@@ -533,6 +554,11 @@ class Conversing:
             await self._emit(
                 {"type": f"{kind}.completed", **place, "transcript": text, "usage": usage}
             )
+        return text
+
+    async def _hear_pause(self, wav: bytes, paused_at_ms: int) -> str:
+        text = await self._transcribe(wav)
+        self._buffer.heard(text, paused_at_ms)
         return text
 
     async def _transcribe(self, wav: bytes) -> str:
@@ -572,9 +598,8 @@ class Conversing:
         text = await self._transcribe(self._buffer.peek())
         # No more than a third of the time goes into transcripts that are made again.
         self._partial_s = max(PARTIAL_S, 3 * (time.perf_counter() - began_s))
-        delta = live.hypothesis(text.split())
+        delta = live.hypothesis(split_words(text))
         if delta and item_id == self._turn_item:
-            self._live_said += delta
             await self._emit(
                 {
                     "type": "conversation.item.input_audio_transcription.delta",
@@ -588,7 +613,7 @@ class Conversing:
         if self._partial is not None:
             self._partial.cancel()
             self._partial = None
-        self._live, self._live_said = LiveTranscript(), ""
+        self._live = LiveTranscript()
 
     def _drop_guess(self) -> None:
         if self._guess is not None:
@@ -669,6 +694,7 @@ class Conversing:
         response = Response(
             self._engine.open, self._emit, plan, marks, self._kept if within else _not_kept
         )
+        self._buffer.cancel_wait()
         task = self._start(self._respond(response, given))
         if within:
             self._active = (response, task)
@@ -692,6 +718,7 @@ class Conversing:
             self._beside.pop(response.id, None)
             if self._active is not None and self._active[0] is response:
                 self._active = None
+                self._buffer.wait_for_speech(response.left_to_hear_ms())
 
     async def _items(self, given: Sequence[Item] | None) -> Sequence[Item]:
         if given is not None:

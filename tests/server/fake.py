@@ -24,6 +24,7 @@ from engine.memory.device import Device
 from engine.requests import Request, TextRequest
 from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.section import Section
+from server.websocket.connection import MAX_MESSAGE_BYTES
 
 MODEL_BYTES = 1000
 DEVICE_BYTES = 10_000
@@ -154,7 +155,13 @@ async def listening(app: FastAPI, http: type[asyncio.Protocol] | None = None) ->
     """The application behind real sockets on loopback; yields its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        app, http=http or "auto", lifespan="on", log_config=None, timeout_graceful_shutdown=1
+        app,
+        http=http or "auto",
+        ws="websockets-sansio",
+        ws_max_size=MAX_MESSAGE_BYTES,
+        lifespan="on",
+        log_config=None,
+        timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
     # Not serve(): it would take the signals of the test process, and looks only ten times a second

@@ -1,0 +1,294 @@
+"""A realtime conversation through OpenAI's own client. Turns are ended by hand here."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from engine.engine import Engine
+from engine.requests import SpeechRequest, TextRequest, TranscriptionRequest
+from tests.server.realtime.conftest import RATE, Talk, Voices, talking
+
+BY_HAND = {"input": {"turn_detection": None, "transcription": {}}}
+
+
+def tone(seconds: float) -> str:
+    time = np.arange(int(seconds * RATE)) / RATE
+    samples = (np.sin(2 * np.pi * 220 * time) * 8_000).astype("<i2")
+    return base64.b64encode(samples.tobytes()).decode()
+
+
+async def ask(talk: Talk, **response: Any) -> Any:
+    await talk.connection.response.create(response=response or None)  # type: ignore[arg-type]
+    return await talk.until("response.done", "error")
+
+
+async def test_text_is_answered_by_speech(talk: Talk, voices: Voices) -> None:
+    await talk.update(type="realtime", instructions="Be brief.", audio={"output": {"voice": "v"}})
+    await talk.say("Who are you?")
+    done = await ask(talk)
+    assert done.response.status == "completed"
+    assert done.response.usage.total_tokens == 11
+    text = "".join(voices.words)
+    assert done.response.output[0].content[0].transcript == text
+    deltas = talk.of("response.output_audio.delta")
+    audio = b"".join(base64.b64decode(delta.delta) for delta in deltas)
+    assert len(audio) / 2 / RATE == pytest.approx(0.1 * len(text.split()), abs=0.02)
+    chat = next(each for each in voices.requests if isinstance(each, TextRequest))
+    assert chat.body["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Who are you?"},
+    ]
+    # Clause by clause, in order: the first is short.
+    spoken = [each.text for each in voices.requests if isinstance(each, SpeechRequest)]
+    assert spoken == ["Well, this is what I say.", "And more."]
+    assert {each.voice for each in voices.requests if isinstance(each, SpeechRequest)} == {"v"}
+
+
+async def test_the_events_of_a_response_are_openais(talk: Talk) -> None:
+    await talk.say("Hi")
+    await ask(talk)
+    kinds = list(dict.fromkeys(kind for kind in talk.kinds() if kind.startswith("response.")))
+    assert kinds[:4] == [
+        "response.created",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_audio_transcript.delta",
+    ]
+    assert kinds[-5:] == [
+        "response.output_audio.done",
+        "response.output_audio_transcript.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.done",
+    ]
+
+
+async def test_an_answer_in_text_is_not_spoken(talk: Talk, voices: Voices) -> None:
+    updated = await talk.update(type="realtime", output_modalities=["text"])
+    assert updated.session.output_modalities == ["text"]
+    await talk.say("Hi")
+    done = await ask(talk)
+    assert done.response.output[0].content[0].text == "".join(voices.words)
+    assert not [each for each in voices.requests if isinstance(each, SpeechRequest)]
+
+
+async def test_what_was_said_is_transcribed_and_answered(talk: Talk, voices: Voices) -> None:
+    await talk.update(type="realtime", audio=BY_HAND)
+    await talk.connection.input_audio_buffer.append(audio=tone(0.5))
+    await talk.connection.input_audio_buffer.commit()
+    done = await ask(talk)
+    assert done.response.status == "completed"
+    completed = talk.of("conversation.item.input_audio_transcription.completed")
+    assert [each.transcript for each in completed] == [voices.heard]
+    chat = next(each for each in voices.requests if isinstance(each, TextRequest))
+    assert chat.body["messages"] == [{"role": "user", "content": voices.heard}]
+    assert set(done.response.model_extra["roundhouse"]) == {
+        "transcript_ms",
+        "first_token_ms",
+        "first_audio_ms",
+    }
+
+
+async def test_speech_that_cannot_be_heard_is_told(talk: Talk, voices: Voices) -> None:
+    voices.deaf = True
+    await talk.update(type="realtime", audio=BY_HAND)
+    await talk.connection.input_audio_buffer.append(audio=tone(0.5))
+    await talk.connection.input_audio_buffer.commit()
+    failed = await talk.until("conversation.item.input_audio_transcription.failed")
+    assert "deaf" in failed.error.message
+    voices.deaf = False
+    await talk.say("Hi")
+    assert (await ask(talk)).response.status == "completed"
+
+
+@pytest.mark.parametrize("format", ["audio/pcmu", "audio/pcma"])
+async def test_the_audio_of_telephones(talk: Talk, voices: Voices, format: str) -> None:
+    telephone = {"format": {"type": format}}
+    await talk.update(
+        type="realtime", audio={"input": BY_HAND["input"] | telephone, "output": telephone}
+    )
+    quiet = b"\xff" if format == "audio/pcmu" else b"\xd5"
+    await talk.connection.input_audio_buffer.append(audio=base64.b64encode(quiet * 4000).decode())
+    await talk.connection.input_audio_buffer.commit()
+    await ask(talk)
+    heard = next(each for each in voices.requests if isinstance(each, TranscriptionRequest))
+    assert (len(heard.audio) - 44) / 32_000 == pytest.approx(0.5, abs=0.02)
+    audio = b"".join(base64.b64decode(d.delta) for d in talk.of("response.output_audio.delta"))
+    assert len(audio) / 8_000 == pytest.approx(0.8, abs=0.02)
+
+
+async def test_a_function_is_called_and_its_output_is_read(talk: Talk, voices: Voices) -> None:
+    voices.calls = [
+        {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": ""}},
+        {"function": {"arguments": '{"zone": "UTC"}'}},
+    ]
+    voices.calls[1]["index"] = 0
+    tool = {"type": "function", "name": "clock", "parameters": {"type": "object"}}
+    await talk.update(type="realtime", tools=[tool])
+    await talk.say("What time is it?")
+    done = await ask(talk)
+    call = done.response.output[0]
+    assert (call.type, call.name, call.arguments) == ("function_call", "clock", '{"zone": "UTC"}')
+    chat = next(each for each in voices.requests if isinstance(each, TextRequest))
+    function = {"name": "clock", "parameters": {"type": "object"}}
+    assert chat.body["tools"] == [{"type": "function", "function": function}]
+    voices.calls = []
+    output = {"type": "function_call_output", "call_id": "c1", "output": "noon"}
+    await talk.connection.conversation.item.create(item=output)  # type: ignore[arg-type]
+    await ask(talk)
+    chats = [each for each in voices.requests if isinstance(each, TextRequest)]
+    assert chats[-1].body["messages"][-2:] == [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "id": "c1",
+                    "type": "function",
+                    "function": {"name": "clock", "arguments": '{"zone": "UTC"}'},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "c1", "content": "noon"},
+    ]
+
+
+async def test_cancelling_ends_generation_and_speech(talk: Talk, voices: Voices) -> None:
+    voices.may_go_on.clear()
+    await talk.say("Hi")
+    await talk.connection.response.create()
+    await talk.until("response.output_audio_transcript.delta")
+    await talk.connection.response.cancel()
+    done = await talk.until("response.done")
+    assert (done.response.status, done.response.status_details.reason) == (
+        "cancelled",
+        "client_cancelled",
+    )
+    assert "TextRequest" in voices.ended
+    voices.may_go_on.set()
+    assert (await ask(talk)).response.status == "completed"
+
+
+async def test_one_response_at_a_time_but_others_beside_it(talk: Talk, voices: Voices) -> None:
+    voices.may_go_on.clear()
+    await talk.say("Hi")
+    await talk.connection.response.create()
+    await talk.until("response.output_audio_transcript.delta")
+    assert "under way" in (await ask(talk)).error.message
+    await talk.connection.response.create(
+        response={"conversation": "none", "output_modalities": ["text"], "input": []}
+    )
+    created = await talk.until("response.created")
+    voices.may_go_on.set()
+    done = [await talk.until("response.done") for _ in range(2)]
+    beside = next(each for each in done if each.response.id == created.response.id)
+    assert beside.response.conversation_id is None
+    assert beside.response.status == "completed"
+
+
+async def test_a_truncated_answer_keeps_what_was_heard(talk: Talk, voices: Voices) -> None:
+    await talk.say("Hi")
+    done = await ask(talk)
+    item_id = done.response.output[0].id
+    # The first clause has six words of 100 ms.
+    await talk.connection.conversation.item.truncate(
+        item_id=item_id, content_index=0, audio_end_ms=300
+    )
+    await talk.until("conversation.item.truncated")
+    await talk.connection.conversation.item.retrieve(item_id=item_id)
+    retrieved = await talk.until("conversation.item.retrieved")
+    assert retrieved.item.content[0].transcript == "Well, this is"
+    await talk.connection.conversation.item.delete(item_id=item_id)
+    await talk.until("conversation.item.deleted")
+    await talk.connection.conversation.item.retrieve(item_id=item_id)
+    assert (await talk.until("error")).error.param == "item_id"
+
+
+@pytest.mark.parametrize(
+    ("event", "param"),
+    [
+        ({"type": "nonsense"}, "type"),
+        ({"type": "session.update"}, "session"),
+        (
+            {"type": "session.update", "session": {"audio": {"input": {"x": 1}}}},
+            "session.audio.input.x",
+        ),
+        (
+            {"type": "session.update", "session": {"audio": {"input": {"noise_reduction": {}}}}},
+            "session.audio.input.noise_reduction",
+        ),
+        ({"type": "session.update", "session": {"model": "nobody"}}, "model"),
+        ({"type": "input_audio_buffer.append", "audio": "*"}, "audio"),
+        ({"type": "input_audio_buffer.append"}, "audio"),
+        ({"type": "conversation.item.create", "item": {"type": "message"}}, "item.role"),
+        ({"type": "conversation.item.delete", "item_id": {}}, "item_id"),
+        ({"type": "response.create", "response": {"modalities": []}}, "response.modalities"),
+        ({"type": "response.cancel", "response_id": "no"}, "response_id"),
+    ],
+)
+async def test_a_wrong_event_is_answered_and_nothing_else_changes(
+    talk: Talk, event: dict[str, Any], param: str
+) -> None:
+    await talk.connection.send({"event_id": "mine", **event})  # type: ignore[misc,arg-type]
+    error = (await talk.until("error")).error
+    assert (error.param, error.event_id) == (param, "mine")
+    await talk.say("Hi")
+    assert (await ask(talk)).response.status == "completed"
+
+
+async def test_the_models_are_kept_for_the_session(url: str, engine: Engine) -> None:
+    async with talking(url):
+        assert {model.id for model in engine.status().models if model.holds} == {
+            "chat",
+            "ears",
+            "voice",
+        }
+    async with talking(url, intent="transcription"):
+        assert {model.id for model in engine.status().models if model.holds} == {"ears"}
+
+
+async def test_a_session_without_room_is_refused_before_it_is_accepted(url: str) -> None:
+    for model, status in (("nobody", 404), ("huge", 507)):
+        with pytest.raises(InvalidStatus) as refused:
+            async with connect(f"{url.replace('http', 'ws')}/v1/realtime?model={model}"):
+                pass
+        assert refused.value.response.status_code == status
+        assert b'"error"' in refused.value.response.body
+
+
+async def test_models_without_room_leave_the_session_as_it_was(talk: Talk, engine: Engine) -> None:
+    error = await talk.update(type="realtime", audio={"output": {"model": "big"}})
+    assert error.error.code == "insufficient_capacity"
+    assert engine.model_status("voice").holds == 1
+    await talk.say("Hi")
+    assert (await ask(talk)).response.status == "completed"
+
+
+async def test_what_is_no_websocket_is_told_so(url: str) -> None:
+    async with httpx.AsyncClient(base_url=url) as client:
+        answer = await client.get("/v1/realtime")
+    assert (answer.status_code, answer.headers["upgrade"]) == (426, "websocket")
+    with pytest.raises(InvalidStatus) as refused:
+        async with connect(f"{url.replace('http', 'ws')}/v1/models"):
+            pass
+    assert refused.value.response.status_code == 405
+
+
+async def test_a_message_without_end_is_cut_off(url: str) -> None:
+    address = f"{url.replace('http', 'ws')}/v1/realtime?model=gpt-realtime"
+    async with connect(address) as socket:
+        await socket.recv()
+        await socket.send(
+            '{"type": "input_audio_buffer.append", "audio": "' + "A" * 22 * 2**20 + '"}'
+        )
+        assert "15 MiB" in str(await socket.recv())
+        with pytest.raises(ConnectionClosed):
+            await socket.send("A" * 30 * 2**20)
+            await socket.recv()
