@@ -12,11 +12,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine.media.pcm_stream import PcmWriter
-
 from engine.errors import EngineError, InvalidRequest
 from engine.events import Frame, Speech
 from engine.media.clauses import Clauses
+from engine.media.pcm_stream import PcmWriter
 from engine.requests import Request, SpeechRequest, TextOperation, TextRequest
 from server.errors import Failure
 from server.realtime.conversation import Item, SpokenClause, messages, new_id
