@@ -49,7 +49,7 @@ class LiveTranscript:
         new = _spaced(words)
         last, self._last = self._last, new
         count = len(self._said)
-        if len(new) < count or not all(map(_same, self._said, new)):
+        if not all(map(_same, self._said, new)):
             self._last = []  # its places do not correspond
             return ""
         rest = zip(new[count:], last[count:], strict=False)

@@ -206,6 +206,14 @@ class TestSemanticVad:
         assert turns.paused_at_ms == 1088
         assert fed(turns, (SILENCE, 100)) == []
 
+    def test_what_ended_a_turn_does_not_end_the_next(self) -> None:
+        turns = SemanticTurns("medium")
+        fed(turns, (SPEECH, 10), (SILENCE, 40))
+        turns.heard("I am done.", 544)
+        assert [type(event) for event in fed(turns, (SILENCE, 1))] == [SpeechStopped]
+        events = fed(turns, (SPEECH, 10), (SILENCE, 100))
+        assert [type(event) for event in events] == [SpeechStarted, SpeechPaused]
+
     def test_each_pause_and_each_turn_is_judged_anew(self) -> None:
         turns = SemanticTurns("medium")
         for _ in range(2):
