@@ -18,7 +18,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 WEB = {"fastapi", "starlette", "uvicorn"}
-NATIVE = {"torch", "vllm", "transformers", "diffusers", "faster_whisper", "kokoro", "TTS"}
+NATIVE = {
+    "torch", "vllm", "transformers", "diffusers", "faster_whisper", "kokoro", "TTS", "onnx_asr",
+}  # fmt: skip
 
 LAYERS = (
     ("server.commands",),
@@ -31,6 +33,7 @@ LAYERS = (
     ("server.tracing",),
     ("server.ollama",),
     ("server.file_search",),
+    ("server.realtime",),
     ("server.schemas",),
     ("server.responses",),
     ("server.response_cache",),

@@ -239,6 +239,20 @@ SPEECH_STARTERS: Mapping[str, Starter] = MappingProxyType(
                 "A multilingual Whisper of 1.3 million parameters in CTranslate2's format.",
                 "ctranslate2",
             ),
+            (
+                "tiny-parakeet",
+                "nemo",
+                "automatic-speech-recognition",
+                "A Parakeet TDT of NeMo in ONNX, which says when each word was spoken.",
+                "onnx",
+            ),
+            (
+                "tiny-canary",
+                "nemo",
+                "automatic-speech-recognition",
+                "A Canary of NeMo in ONNX, which takes a language and translates.",
+                "onnx",
+            ),
         )
     }
 )

@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from engine.errors import EngineError, InvalidRequest
 from engine.events import Frame, Speech
@@ -47,7 +47,7 @@ class ResponsePlan:
     voice: str | None
     voice_sample: Path | None
     speed: float
-    codec: str
+    codec: Literal["pcm", "pcmu", "pcma"]
     tools: Sequence[FunctionTool]
     tool_choice: str | NamedFunction
     parallel_tool_calls: bool
@@ -151,7 +151,8 @@ class Response:
     async def run(self, items: Callable[[], Awaitable[Sequence[Item]]]) -> None:
         """Make the response, and tell the client all of it. `items` waits for what is said."""
         await self._emit({"type": "response.created", "response": self._document("in_progress")})
-        status, details = "completed", None
+        status = "completed"
+        details: dict[str, Any] | None = None
         speaking: asyncio.Task[None] | None = None
         try:
             given = await items()

@@ -15,7 +15,17 @@ from pathlib import Path
 from types import ModuleType
 
 NATIVE = frozenset(
-    ("TTS", "ctranslate2", "diffusers", "faster_whisper", "kokoro", "torch", "transformers", "vllm")
+    (
+        "TTS",
+        "ctranslate2",
+        "diffusers",
+        "faster_whisper",
+        "kokoro",
+        "onnx_asr",
+        "torch",
+        "transformers",
+        "vllm",
+    )
 )
 """The libraries that run models, by the names of their packages."""
 

@@ -125,13 +125,13 @@ class Talk:
         return [event for event in self.events if event.type == kind]
 
     async def update(self, **session: Any) -> Any:
-        await self.connection.send({"type": "session.update", "session": session})  # type: ignore[misc,arg-type]
+        await self.connection.send({"type": "session.update", "session": session})  # type: ignore[arg-type]
         return await self.until("session.updated", "error")
 
     async def say(self, text: str) -> None:
         content = [{"type": "input_text", "text": text}]
         item = {"type": "message", "role": "user", "content": content}
-        await self.connection.send({"type": "conversation.item.create", "item": item})  # type: ignore[misc,arg-type]
+        await self.connection.send({"type": "conversation.item.create", "item": item})  # type: ignore[arg-type]
         await self.until("conversation.item.done")
 
 

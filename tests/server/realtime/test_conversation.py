@@ -15,7 +15,7 @@ from engine.engine import Engine
 from engine.requests import SpeechRequest, TextRequest, TranscriptionRequest
 from tests.server.realtime.conftest import RATE, Talk, Voices, talking
 
-BY_HAND = {"input": {"turn_detection": None, "transcription": {}}}
+BY_HAND: dict[str, Any] = {"input": {"turn_detection": None, "transcription": {}}}
 
 
 def tone(seconds: float) -> str:
@@ -236,7 +236,7 @@ async def test_a_truncated_answer_keeps_what_was_heard(talk: Talk, voices: Voice
 async def test_a_wrong_event_is_answered_and_nothing_else_changes(
     talk: Talk, event: dict[str, Any], param: str
 ) -> None:
-    await talk.connection.send({"event_id": "mine", **event})  # type: ignore[misc,arg-type]
+    await talk.connection.send({"event_id": "mine", **event})  # type: ignore[arg-type]
     error = (await talk.until("error")).error
     assert (error.param, error.event_id) == (param, "mine")
     await talk.say("Hi")
