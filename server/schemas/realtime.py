@@ -130,7 +130,7 @@ class RealtimeSession(Body):
     type: Literal["realtime"] = "realtime"
     model: str = Field(min_length=1)
     instructions: str = Field(default="", max_length=MAX_TEXT_CHARS)
-    output_modalities: Modalities = ["audio"]
+    output_modalities: Modalities = Field(default=["audio"])
     audio: Audio = Audio()
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] = Field(default_factory=list)
     tool_choice: ToolChoice = "auto"
