@@ -29,7 +29,7 @@ from server.responses.background import Background
 from server.responses.exchange import Answer
 from server.responses.keeper import Keeper
 from server.responses.turn import Turn, Turns
-from server.router import Router
+from server.router import Router, no_route
 from server.routes.batches import batches_router
 from server.routes.conversations import conversations_router
 from server.routes.docs import docs_router
@@ -84,6 +84,7 @@ class Application(FastAPI):
             openapi_url=None,
             redirect_slashes=False,
         )
+        self.router.default = no_route
         self.keyring = keyring
         self.requests = RequestContext(Guard(self.router, settings, keyring), metrics)
         self.outermost: ASGIApp = self.requests
@@ -194,7 +195,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         videos_router(engine, jobs, settings),
         speech_router(engine, voices, settings, cache),
         transcriptions_router(engine, settings, cache),
-        realtime_router(engine, voices, settings),
+        realtime_router(engine, voices),
         voices_router(engine, voices, settings),
         models_router(engine),
         engine_router(engine, settings, cache),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -19,10 +20,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import Failure
 from server.keys.access import Access
-from server.keys.endpoints import is_counted
+from server.keys.endpoints import WEBSOCKET, is_counted
 from server.keys.keyring import Keyring
 from server.keys.limiter import Refusal, Turn
 from server.settings import ANY, ServerSettings, is_loopback
+from server.websocket.connection import KEY_SUBPROTOCOL
 
 HOST_NAMES_IN_CONTAINERS = frozenset({"host.docker.internal", "host.containers.internal"})
 """The names by which a container reaches this machine. Nobody can register a name in `.internal`,
@@ -49,16 +51,13 @@ IMAGE_FILES_PREFIX = "/v1/images/files/"
 so the URL itself is the permission."""
 
 
-KEY_PROTOCOL = "openai-insecure-api-key."
-"""How a browser sends a key, as it cannot set headers: as a subprotocol of this beginning."""
-
-
 class Guard:
     """ASGI middleware that lets a request through or answers 401, 403 or 429.
 
     It puts what the sender may do at `request.state.access`, whose caller is also at
     `request.state.caller`. For a key with limits there is a `request.state.turn`, which the context
-    of the request ends.
+    of the request ends. A WebSocket is one request, for as long as it is open. Browsers set no
+    headers of one, so its key may also be among its subprotocols.
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, keyring: Keyring) -> None:
@@ -71,17 +70,17 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request through, or answer for it."""
-        if scope["type"] in ("http", "websocket"):
+        if scope["type"] != "lifespan":
             failure = self._refusal(scope)
             if failure is not None:
                 response = failure.response(scope["path"], scope["state"]["request_id"])
-                await response(scope, receive, send)  # of a WebSocket: before it is accepted
+                await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> Failure | None:
-        # A WebSocket runs models for as long as it is open, and counts as one request.
-        method, path, headers = scope.get("method", "POST"), scope["path"], Headers(scope=scope)
+        method, path = scope.get("method", WEBSOCKET), scope["path"]
+        headers = Headers(scope=scope)
         admin = is_admin(method, path)
         # Beyond this machine a server without keys is open only if that was wanted. It may have
         # begun with keys of the store, and lost them since.
@@ -89,7 +88,7 @@ class Guard:
             return self._refusal_without_keys(headers, admin=admin)
         if is_open(method, path):
             return None
-        access = self._access(headers)
+        access = self._access(_presented_keys(headers, scope.get("subprotocols", ())))
         if isinstance(access, Failure):
             return access
         state = scope["state"]
@@ -109,9 +108,8 @@ class Guard:
                 return limited(refusal)
         return None
 
-    def _access(self, headers: Headers) -> Access | Failure:
+    def _access(self, presented: list[str]) -> Access | Failure:
         """What the presented key may do. Of several valid ones an admin's counts, or the first."""
-        presented = _presented_keys(headers)
         if not presented:
             return unauthorized(
                 "No API key given. Send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'."
@@ -170,7 +168,7 @@ class Guard:
 
 def is_admin(method: str, path: str) -> bool:
     """Whether a request needs an admin key."""
-    changes = method not in ("GET", "HEAD") and path not in (PLAN_PATH, ROUTE_PATH)
+    changes = method not in ("GET", "HEAD", WEBSOCKET) and path not in (PLAN_PATH, ROUTE_PATH)
     return changes and (path.startswith(ADMIN_PREFIX) or path in OLLAMA_ADMIN_PATHS)
 
 
@@ -184,15 +182,17 @@ def is_open(method: str, path: str) -> bool:
     )
 
 
-def _presented_keys(headers: Headers) -> list[str]:
+def _presented_keys(headers: Headers, subprotocols: Iterable[str]) -> list[str]:
     keys = headers.getlist("x-api-key")
     for value in headers.getlist("authorization"):
         scheme, _, key = value.partition(" ")
         if scheme.lower() == "bearer":
             keys.append(key.strip())
-    for value in headers.getlist("sec-websocket-protocol"):
-        protocols = (protocol.strip() for protocol in value.split(","))
-        keys += [each.removeprefix(KEY_PROTOCOL) for each in protocols if KEY_PROTOCOL in each]
+    keys += [
+        each.removeprefix(KEY_SUBPROTOCOL)
+        for each in subprotocols
+        if each.startswith(KEY_SUBPROTOCOL)
+    ]
     return [key for key in keys if key]
 
 

@@ -3,59 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-logger = logging.getLogger(__name__)
+from server.websocket.write_watch import WriteWatch
 
 
 def http_protocol(write_timeout_s: float) -> type[asyncio.Protocol]:
-    """The protocol class for a server.
+    """The protocol class for a server. `WriteWatch` says when it cuts a connection."""
 
-    A connection is cut once its client has taken no byte for `write_timeout_s` seconds although
-    some wait for it. A client that reads slowly is served, however long that takes.
-    """
+    class Protocol(WriteWatch, AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+        """Hands the connection over when a client asks for a WebSocket."""
 
-    class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-        """Watches the write buffer of one connection while it is full."""
-
-        _watch: asyncio.TimerHandle | None = None
-        transport: Any
-
-        def pause_writing(self) -> None:
-            """The buffer is full: called by the transport."""
-            super().pause_writing()
-            self._check_later(self.transport.get_write_buffer_size())
-
-        def resume_writing(self) -> None:
-            """The client has taken enough: called by the transport."""
-            super().resume_writing()
-            self._stop_watching()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            """Called by the transport."""
-            self._stop_watching()
-            super().connection_lost(exc)
-
-        def _check_later(self, left_bytes: int) -> None:
-            loop = asyncio.get_running_loop()
-            self._watch = loop.call_later(write_timeout_s, self._check, left_bytes)
-
-        def _check(self, before_bytes: int) -> None:
-            # Nothing is added while writing is paused, so a client that reads makes it smaller.
-            left_bytes = self.transport.get_write_buffer_size()
-            if left_bytes < before_bytes:
-                self._check_later(left_bytes)
-                return
-            self._watch = None
-            logger.warning("a client has read nothing for %g s; it is cut off", write_timeout_s)
-            self.transport.abort()
-
-        def _stop_watching(self) -> None:
-            if self._watch is not None:
-                self._watch.cancel()
-                self._watch = None
+        watch_s = write_timeout_s
 
     return Protocol

@@ -62,7 +62,7 @@ def without_root_path(app: ASGIApp, settings: ServerSettings) -> ASGIApp:
             # The links of the page are relative to the slash.
             await RedirectResponse(f"{root}/", 308)(scope, receive, send)
             return
-        if scope["type"] in ("http", "websocket") and scope["path"].startswith(f"{root}/"):
+        if scope["type"] != "lifespan" and scope["path"].startswith(f"{root}/"):
             raw = scope.get("raw_path") or scope["path"].encode()
             scope = {
                 **scope,

@@ -1,4 +1,7 @@
-"""The outermost layer of every request: its id, time and metrics, its errors, and its end."""
+"""The outermost layer of every request: its id, time and metrics, its errors, and its end.
+
+A WebSocket is a request from its handshake until it is closed.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,18 @@ from server.auth import PROBES
 from server.errors import Failure, is_anthropic
 from server.metrics import HttpMetrics
 from server.unserved import unserved
-from server.websocket.connection import ClientLeft
+from server.websocket.connection import FAULT, POLICY, RESTART, TRY_LATER, short
 
 logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499
 """The counted status of a request whose client left before the response (nginx's convention)."""
+
+SOCKET_OPEN = 101
+"""The counted status of a WebSocket that was opened."""
+
+_DENIAL = "websocket.http.response"
+"""The extension by which a server answers a handshake with an HTTP response."""
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -55,8 +64,18 @@ class _Open:
 
     @property
     def begun(self) -> bool:
-        """Whether the response has begun."""
+        """Whether the response has begun, or the WebSocket is open."""
         return self.status != CLIENT_LEFT
+
+    @property
+    def is_socket(self) -> bool:
+        """Whether it is a WebSocket."""
+        return bool(self.scope["type"] == "websocket")
+
+    @property
+    def method(self) -> str:
+        """The method of HTTP; a handshake is a GET."""
+        return str(self.scope.get("method", "GET"))
 
     def elapsed_s(self) -> float:
         """Seconds since the head of the request."""
@@ -69,8 +88,9 @@ class _Open:
 
     async def send_with_headers(self, message: Message) -> None:
         """Send a message of the response; the first gets the headers that all responses have."""
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
+        kind = message["type"]
+        if kind in ("http.response.start", f"{_DENIAL}.start", "websocket.accept"):
+            self.status = message.get("status", SOCKET_OPEN)
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self.request_id
             if is_anthropic(self.scope["path"]):
@@ -81,7 +101,7 @@ class _Open:
                 # Not one by one: each would be looked for among the headers that are there.
                 limits = turn.headers().items()
                 headers.raw.extend((name.encode(), value.encode()) for name, value in limits)
-        elif not message.get("more_body"):
+        elif kind != "websocket.send" and not message.get("more_body"):
             # Before the last piece is sent: its receiver may send the next request at once.
             self.leave()
         await self.send(message)
@@ -93,40 +113,21 @@ class _Open:
             turn.leave()
 
     async def answer(self, failure: Failure) -> None:
-        """Send the failure as the response."""
+        """Send the failure as the response. Without that extension a handshake is closed."""
+        if self.is_socket and _DENIAL not in self.scope.get("extensions", {}):
+            await self.close(POLICY if failure.status < 500 else FAULT, failure.message)
+            return
         response = failure.response(self.scope["path"], self.request_id)
         await response(self.scope, self.receive, self.send_with_headers)
 
-
-class _Socket(_Open):
-    """A WebSocket. Its status is 101 once it is accepted."""
-
-    __slots__ = ()
-
-    async def pass_on(self, message: Message) -> None:
-        """Send a message of the application."""
-        if message["type"] == "websocket.accept":
-            self.status = HTTPStatus.SWITCHING_PROTOCOLS
-        elif message["type"] == "websocket.http.response.start":
-            self.status = message["status"]
-            MutableHeaders(scope=message)["x-request-id"] = self.request_id
-        elif message["type"] == "websocket.close" and not self.begun:
-            # Starlette's router closes what no route takes.
-            await self.fail(unserved(self.scope, self.scope["app"].routes))
-            return
-        await self.send(message)
-
-    async def fail(self, failure: Failure) -> None:
-        """Send the failure as the response, or close what was accepted with 1011."""
-        if self.begun:
-            reason = failure.message.encode()[:100].decode(errors="ignore")
-            try:
-                await self.send({"type": "websocket.close", "code": 1011, "reason": reason})
-            except (OSError, RuntimeError):
-                return  # the client has left
-        else:
-            response = failure.response(self.scope["path"], self.request_id)
-            await response(self.scope, self.receive, self.pass_on)
+    async def close(self, code: int, reason: str) -> None:
+        """Close the WebSocket, unless it is."""
+        self.given_up = True
+        try:
+            message = {"type": "websocket.close", "code": code, "reason": short(reason)}
+            await self.send_with_headers(message)
+        except (OSError, RuntimeError):  # it is closed
+            pass
 
 
 class RequestContext:
@@ -154,15 +155,12 @@ class RequestContext:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on. Measure and count its response."""
-        if scope["type"] not in ("http", "websocket"):
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
-        if scope["type"] == "websocket":
-            await self._serve_socket(_Socket(scope, receive, send, request_id, self._clock))
-            return
         request = _Open(scope, receive, send, request_id, self._clock)
         self._open.add(request)
         try:
@@ -176,26 +174,18 @@ class RequestContext:
             error.__traceback__ = None
             if not request.begun and not request.given_up:
                 await request.answer(failure)
+            elif request.is_socket and not request.given_up:
+                code = TRY_LATER if isinstance(error, Overloaded) else FAULT
+                await request.close(code, failure.message)
         finally:
             self._open.discard(request)
             request.leave()
             self._count(request)
 
-    async def _serve_socket(self, socket: _Socket) -> None:
-        try:
-            await self._app(socket.scope, socket.receive, socket.pass_on)
-        except ClientLeft:
-            pass
-        except Exception as error:
-            failure = _failure(error, socket)
-            error.__traceback__ = None
-            await socket.fail(failure)
-        finally:
-            socket.leave()
-            self._count(socket)
-
     async def give_up(self, error: EngineError) -> None:
         """Answer every request without a response with `error`. Cut off no begun response.
+
+        Open WebSockets are closed with 1012, after which clients connect again.
 
         A process that must end does this: its clients try again after `Retry-After`. A broken
         connection would give them no such answer.
@@ -204,16 +194,17 @@ class RequestContext:
             if not request.begun and not request.given_up:
                 request.given_up = True
                 await request.answer(Failure.of(error))
+            elif request.is_socket and not request.given_up:
+                await request.close(RESTART, error.message)
 
     def _count(self, request: _Open) -> None:
         scope, elapsed_s = request.scope, request.elapsed_s()
         route = getattr(scope.get("route"), "path", None)
-        method = scope.get("method", "WEBSOCKET")
-        self._metrics.observe(route, method, request.status, elapsed_s)
+        self._metrics.observe(route, request.method, request.status, elapsed_s)
         logger.log(
             logging.DEBUG if scope["path"] in PROBES else logging.INFO,
             "%s %s %d in %.0f ms (%s)",
-            method,
+            request.method,
             quote(scope["path"]),
             request.status,
             elapsed_s * 1000,

@@ -12,15 +12,21 @@ from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from pydantic_core import to_json
-from starlette.routing import Route, WebSocketRoute
+from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
+
+from server.websocket.connection import WebSocketConnection
 
 Endpoint = Callable[..., Awaitable[Any]]
 """A function with the names in its path as parameters, and maybe `request`. It returns a response,
 or a document that becomes JSON."""
 
-SocketEndpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
-"""A function that has a WebSocket. An error before it accepts becomes an ordinary response."""
+SocketEndpoint = Callable[..., Awaitable[None]]
+"""A function with the names in its path as parameters, and `connection`, which it accepts. An error
+that it raises before is an ordinary response. The socket is closed when it returns."""
+
+SocketEndpointT = TypeVar("SocketEndpointT", bound=SocketEndpoint)
 
 EndpointT = TypeVar("EndpointT", bound=Endpoint)
 
@@ -64,21 +70,30 @@ class ServedRoute(Route):
         self.tags = list(tags)
 
 
-class _Socket:
-    """A function of a route for WebSockets as an application."""
+class _Conversation:
+    """A function of a WebSocket's route as an application."""
 
     def __init__(self, endpoint: SocketEndpoint) -> None:
         self._endpoint = endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._endpoint(scope, receive, send)
+        connection = WebSocketConnection(scope, receive, send)
+        arguments: dict[str, Any] = scope["path_params"]
+        await connection.run(lambda given: self._endpoint(**arguments, connection=given))
+
+
+class SocketRoute(WebSocketRoute):
+    """The path of a WebSocket, and the function that talks with its client."""
+
+    def __init__(self, path: str, endpoint: SocketEndpoint) -> None:
+        super().__init__(path, _Conversation(endpoint), name=endpoint.__name__)
 
 
 class Router:
     """Routes that are described under the same tag."""
 
     def __init__(self, *tags: str) -> None:
-        self.routes: list[ServedRoute | WebSocketRoute] = []
+        self.routes: list[BaseRoute] = []
         self._tags = tags
 
     def add(
@@ -107,10 +122,6 @@ class Router:
 
         return decorate
 
-    def websocket(self, path: str, endpoint: SocketEndpoint) -> None:
-        """Let a function have the WebSockets of a path."""
-        self.routes.append(WebSocketRoute(path, _Socket(endpoint)))
-
     def get(self, path: str, *, described: bool = True) -> Callable[[EndpointT], EndpointT]:
         """Answer GET."""
         return self.route(path, "GET", described=described)
@@ -123,9 +134,28 @@ class Router:
         """Answer POST."""
         return self.route(path, "POST")
 
+    def websocket(self, path: str) -> Callable[[SocketEndpointT], SocketEndpointT]:
+        """Talk with the client of a WebSocket."""
+
+        def decorate(endpoint: SocketEndpointT) -> SocketEndpointT:
+            self.routes.append(SocketRoute(path, endpoint))
+            return endpoint
+
+        return decorate
+
     def delete(self, path: str) -> Callable[[EndpointT], EndpointT]:
         """Answer DELETE."""
         return self.route(path, "DELETE")
+
+
+async def no_route(_scope: Scope, _receive: Receive, _send: Send) -> None:
+    """What answers a request that no route takes. Starlette's closes a WebSocket without a word.
+
+    Raises:
+        HTTPException: always, for the context of the request.
+
+    """
+    raise HTTPException(404)
 
 
 def json_response(document: Any, headers: dict[str, str] | None = None) -> Response:

@@ -27,7 +27,7 @@ from server.settings import ServerSettings
 from server.start import Start
 from server.supervision.early_probes import EarlyProbes
 from server.supervision.heartbeat import Heartbeat
-from server.websocket.connection import MAX_MESSAGE_BYTES
+from server.websocket.protocol import PING_S, websocket_protocol
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -43,14 +43,6 @@ RESTART_S = 5.0
 """The `Retry-After` of requests that the process gives up."""
 
 logger = logging.getLogger(__name__)
-
-
-class _ExceptRefusals(logging.Filter):
-    """Leaves out what uvicorn logs of each WebSocket that was refused by a response."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to log it."""
-        return record.msg != "ASGI callable returned without completing handshake."
 
 
 class _Server(uvicorn.Server):
@@ -106,16 +98,17 @@ def run(
 
     """
     share_one_heap()
-    logging.getLogger("uvicorn.error").addFilter(_ExceptRefusals())
     start = Start(engine)
     app = create_app(engine, settings, start)
     config = uvicorn.Config(
         without_root_path(allow_origins(app, settings), settings),
         http=http_protocol(settings.write_timeout_s),
         lifespan="on",
-        ws="websockets-sansio",  # it reads no message before the last one is taken
-        ws_max_size=MAX_MESSAGE_BYTES,
-        ws_per_message_deflate=False,  # audio in base64 gains little for much time
+        ws=websocket_protocol(settings.write_timeout_s),
+        ws_max_size=settings.max_websocket_message,
+        ws_ping_interval=PING_S,
+        ws_ping_timeout=PING_S,
+        ws_per_message_deflate=False,  # audio gains nothing, and a small message may become a GiB
         log_config=None,
         access_log=False,  # RequestContext logs, with the request's id
         proxy_headers=False,  # `base_url` reads them, and uvicorn knows no host and no prefix

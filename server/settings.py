@@ -129,6 +129,8 @@ class ServerSettings(Section):
     """Seconds in which a client may take no byte of its response; then its connection is cut."""
     max_body_bytes: Size = Field(default=32 * 2**20, gt=0)
     """A larger request body is refused with 413."""
+    max_websocket_message: Size = Field(default=16 * 2**20, ge=1024, le=2**30)
+    """A WebSocket with a larger message is closed with 1009."""
     max_image_pixels: int = Field(default=2**25, gt=0)
     """Pixels that the pictures of one request may have together. With more it is refused."""
     max_images: int = Field(default=32, gt=0)

@@ -41,6 +41,7 @@ LAYERS = (
     ("server.vector_stores",),
     ("server.stored_files",),
     ("server",),
+    ("server.websocket",),
     ("server.keys",),
     ("engine.jobs",),
     ("engine.simulation",),

@@ -55,9 +55,16 @@ _RUNS: Mapping[str, frozenset[str]] = {
     "/v1/audio/speech": _SPEECH,
     "/v1/audio/transcriptions": _TRANSCRIPTIONS,
     "/v1/audio/translations": _TRANSCRIPTIONS,
-    "/v1/realtime": _CHAT,
 }
 """A POST to one of these has a model run. Such requests count against the limits of a key."""
+
+WEBSOCKET = "WEBSOCKET"
+"""Stands for the method of a WebSocket, whose handshake is a GET."""
+
+_SOCKETS: Mapping[str, frozenset[str]] = {
+    "/v1/realtime": _CHAT,
+}
+"""A WebSocket to one of these counts as one request, for as long as it is open."""
 
 _BESIDE = (
     ("/v1/responses/", _CHAT),
@@ -87,7 +94,7 @@ def families_of(path: str) -> frozenset[str] | None:
 
     These are the lists of models and the description of the routes.
     """
-    families = _RUNS.get(path)
+    families = _RUNS.get(path) or _SOCKETS.get(path)
     if families is not None:
         return families
     return next((family for prefix, family in _BESIDE if path.startswith(prefix)), None)
@@ -95,6 +102,8 @@ def families_of(path: str) -> frozenset[str] | None:
 
 def is_counted(method: str, path: str) -> bool:
     """Whether the request counts against the limits of its key."""
+    if method == WEBSOCKET:
+        return path in _SOCKETS
     return method == "POST" and (path in _RUNS or _is_search(path))
 
 

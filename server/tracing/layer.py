@@ -16,6 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.auth import PROBES
 from server.tracing.spans import PROPAGATOR, SpanTracer
 
+_STARTS = ("http.response.start", "websocket.http.response.start", "websocket.accept")
+
 
 class TraceLayer:
     """ASGI middleware. Paths are those of routes: what a client put in their place is left out."""
@@ -26,10 +28,10 @@ class TraceLayer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on inside its span."""
-        if scope["type"] != "http" or scope["path"] in PROBES:
+        if scope["type"] == "lifespan" or scope["path"] in PROBES:
             await self._app(scope, receive, send)
             return
-        method = scope["method"]
+        method = scope.get("method", "GET")  # of a WebSocket
         span = self._tracer.tracer.start_span(
             method,
             _parent(scope),
@@ -40,8 +42,8 @@ class TraceLayer:
 
         async def noted(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
+            if message["type"] in _STARTS:
+                status = message.get("status", 101)
             await send(message)
 
         token = attach(set_span_in_context(span))
@@ -69,7 +71,7 @@ def _describe(span: Span, scope: Scope, status: int) -> None:
     route = getattr(scope.get("route"), "path", None)
     state = scope.get("state", {})
     if route is not None:
-        span.update_name(f"{scope['method']} {route}")
+        span.update_name(f"{scope.get('method', 'GET')} {route}")
         span.set_attribute("http.route", route)
     if "request_id" in state:
         span.set_attribute("roundhouse.request_id", state["request_id"])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
@@ -24,7 +24,7 @@ from engine.memory.device import Device
 from engine.requests import Request, TextRequest
 from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.section import Section
-from server.websocket.connection import MAX_MESSAGE_BYTES
+from server.websocket.protocol import websocket_protocol
 
 MODEL_BYTES = 1000
 DEVICE_BYTES = 10_000
@@ -151,14 +151,21 @@ def fake_engine(runtime: FakeRuntime, state_dir: Path, **config: object) -> Engi
 
 
 @asynccontextmanager
-async def listening(app: FastAPI, http: type[asyncio.Protocol] | None = None) -> AsyncIterator[str]:
+async def listening(
+    app: ASGIApp,
+    http: type[asyncio.Protocol] | None = None,
+    *,
+    write_timeout_s: float = 60,
+    max_message: int = 2**20,
+) -> AsyncIterator[str]:
     """The application behind real sockets on loopback; yields its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         app,
         http=http or "auto",
-        ws="websockets-sansio",
-        ws_max_size=MAX_MESSAGE_BYTES,
+        ws=websocket_protocol(write_timeout_s),
+        ws_max_size=max_message,
+        ws_per_message_deflate=False,
         lifespan="on",
         log_config=None,
         timeout_graceful_shutdown=1,

@@ -1,0 +1,47 @@
+"""uvicorn's WebSocket protocol: bounded in both directions, and silent in the log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from server.websocket.write_watch import WriteWatch
+
+PING_S = 20.0
+"""The interval of pings, and how long a client has to answer one."""
+
+_logger = logging.getLogger(__name__)
+_logger.setLevel(logging.WARNING)
+"""uvicorn logs each URL with its query, in which a client may have put a key. `RequestContext` logs
+sockets without it."""
+
+
+def websocket_protocol(write_timeout_s: float) -> type[asyncio.Protocol]:
+    """The protocol class for a server. `WriteWatch` says when it cuts a connection.
+
+    uvicorn stops to read after each message until the application has taken it. So a client that
+    floods is held back by TCP.
+    """
+
+    class Protocol(WriteWatch, WebSocketsSansIOProtocol):
+        """One connection after its upgrade."""
+
+        watch_s = write_timeout_s
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.logger = _logger
+
+        def keepalive_timeout(self) -> None:
+            """No answer came to a ping. While reading is paused none can come."""
+            if self.read_paused:
+                self.pong_timer = None
+                self.pending_ping_payload = None
+                self.schedule_ping()
+            else:
+                super().keepalive_timeout()
+
+    return Protocol
