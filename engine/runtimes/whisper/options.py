@@ -41,6 +41,12 @@ class WhisperOptions(Section):
     """
     batch_size: int = Field(default=8, ge=1, le=256)
     """Windows at once in the batched pipeline."""
+    max_batch: int | None = Field(default=None, ge=1, le=64)
+    """Recordings at once. None: 4 on a CPU, 8 on a GPU.
+
+    Their windows share calls of the encoder and of the decoder, each where its batches are faster.
+    CTranslate2 cannot share those of bfloat16, so with it one recording runs at once.
+    """
     max_seconds: float = Field(default=4 * 3600.0, gt=0)
     """A longer recording is refused."""
 
@@ -50,3 +56,10 @@ def run_compute_type(options: WhisperOptions, device: str) -> str:
     if options.compute_type != "auto":
         return options.compute_type
     return "float16" if device == "cuda" else "int8"
+
+
+def run_max_batch(options: WhisperOptions, device: str) -> int:
+    """How many recordings run at once."""
+    if run_compute_type(options, device).endswith("bfloat16"):
+        return 1  # NumPy has no such type, and encoded windows are joined in NumPy
+    return options.max_batch or (8 if device == "cuda" else 4)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
+from typing import Any, Self
 from unicodedata import category
 
+import numpy as np
+from ctranslate2 import StorageView
+from ctranslate2.models import Whisper
 from faster_whisper import BatchedInferencePipeline, WhisperModel
 from faster_whisper.tokenizer import _LANGUAGE_CODES, Tokenizer
 from faster_whisper.transcribe import Segment as LibrarySegment
@@ -18,13 +23,94 @@ from engine.events import Cut, Event, Heard, Progress, Samples, Segment, Word
 from engine.media.audio_input import decode_audio
 from engine.requests import TranscriptionOperation, TranscriptionRequest
 from engine.runtimes.whisper.options import WhisperOptions
+from engine.runtimes.whisper.window_batcher import Call, Cancelled, Step, WindowBatcher
 
 BUSY_S = 2.0
 """How long the library's worker may take to register the end of a run."""
 
 
-class Cancelled(Exception):
-    """The caller cancelled the run."""
+class SharedModel:
+    """CTranslate2's model as one run sees it: its calls go through the batcher of all runs.
+
+    Encoded windows come to host memory if several may be decoded in one call, as the library
+    itself has them with several GPUs. CTranslate2 takes them from there.
+    """
+
+    def __init__(
+        self, library: Whisper, batcher: WindowBatcher, cancelled: Callable[[], bool]
+    ) -> None:
+        self._library = library
+        self._batcher = batcher
+        self._cancelled = cancelled
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+    def encode(self, features: StorageView, to_cpu: bool = False) -> StorageView:
+        """Encode windows. The caller has gone through the batcher."""
+        return self._library.encode(features, to_cpu=to_cpu or self._batcher.limit > 1)
+
+    def generate(self, features: StorageView, prompts: list[list[int]], **options: Any) -> Any:
+        """Decode windows. One window at temperature 0 may go with others of the same options."""
+
+        def compute(items: Sequence[tuple[StorageView, list[list[int]]]]) -> Any:
+            joined = [prompt for _, prompts in items for prompt in prompts]
+            return self._library.generate(_join([each for each, _ in items]), joined, **options)
+
+        if len(prompts) != 1 or options.get("sampling_temperature", 0) > 0:
+            return self._alone(Step.DECODE, partial(compute, [(features, prompts)]))
+        # CTranslate2 wants prompts of one length in a batch.
+        key = (Step.DECODE, len(prompts[0]), _hashable(options))
+        item = (features, prompts)
+        call = Call(Step.DECODE, key, item, compute, self._cancelled, size=_token_count)
+        return [self._batcher.make(call)]
+
+    def detect_language(self, features: StorageView) -> Any:
+        """The languages of encoded windows."""
+        return self._alone(Step.ENCODE, partial(self._library.detect_language, features))
+
+    def align(self, *arguments: Any, **options: Any) -> Any:
+        """When the words of a window were said."""
+        return self._alone(Step.ENCODE, partial(self._library.align, *arguments, **options))
+
+    def encode_together(self, window: Any, encode: Callable[[Any], StorageView]) -> StorageView:
+        """Encode one window (mel bands x frames), with those of other runs where that pays."""
+        if window.ndim != 2:
+            return self._alone(Step.ENCODE, partial(encode, window))
+
+        def compute(windows: Sequence[Any]) -> Sequence[StorageView]:
+            if len(windows) == 1:
+                return [encode(windows[0])]
+            return _split(encode(np.stack(windows)))
+
+        key = (Step.ENCODE, window.shape)
+        return self._batcher.make(Call(Step.ENCODE, key, window, compute, self._cancelled))
+
+    def _alone(self, step: Step, make: Callable[[], Any]) -> Any:
+        call = Call(step, None, None, lambda _: [make()], self._cancelled)
+        return self._batcher.make(call)
+
+
+def _hashable(options: dict[str, Any]) -> Hashable:
+    return tuple(
+        (name, tuple(value) if isinstance(value, list) else value)
+        for name, value in sorted(options.items())
+    )
+
+
+def _token_count(result: Any) -> int:
+    return len(result.sequences_ids[0]) + 1
+
+
+def _join(encoded: Sequence[StorageView]) -> StorageView:
+    if len(encoded) == 1:
+        return encoded[0]
+    return StorageView.from_array(np.concatenate([np.asarray(each) for each in encoded]))
+
+
+def _split(encoded: StorageView) -> list[StorageView]:
+    # Copies: a window that waits would otherwise keep those of all others.
+    return [StorageView.from_array(each[np.newaxis].copy()) for each in np.asarray(encoded)]
 
 
 class CancellableWhisper(WhisperModel):  # type: ignore[misc]
@@ -38,6 +124,12 @@ class CancellableWhisper(WhisperModel):  # type: ignore[misc]
 
     hotwords: Sequence[int] = ()
     """Tokens of the words to expect, in every window: `prompt_room` at most."""
+
+    def for_run(self, batcher: WindowBatcher, cancelled: Callable[[], bool]) -> Self:
+        """The same weights with the settings of one run."""
+        view = copy.copy(self)
+        view.model = SharedModel(self.model, batcher, cancelled)
+        return view
 
     @property
     def prompt_room(self) -> int:
@@ -94,7 +186,10 @@ class CancellableWhisper(WhisperModel):  # type: ignore[misc]
     def encode(self, features: Any) -> Any:
         """Encode a window as the library does. Every window begins with this call."""
         self.check()
-        return super().encode(features)
+        encode = super().encode
+        if isinstance(self.model, SharedModel):
+            return self.model.encode_together(features, encode)
+        return encode(features)
 
     def leave_device(self, *, to_host: bool) -> None:
         """Take the weights off the device, into host memory or for good.
@@ -127,11 +222,13 @@ class Run:
     def __init__(
         self,
         model: CancellableWhisper,
+        batcher: WindowBatcher,
         options: WhisperOptions,
         request: TranscriptionRequest,
         emit: Callable[[Event], None],
     ) -> None:
-        self._model = model
+        self._shared = model
+        self._batcher = batcher
         self._options = options
         self._request = request
         self._emit = emit
@@ -150,6 +247,7 @@ class Run:
             InvalidRequest: the file is not audio, or the model cannot serve the request.
 
         """
+        self._model = self._shared.for_run(self._batcher, lambda: self._cancelled)
         self._model.check = self._check
         try:
             self._check_model()
@@ -173,8 +271,7 @@ class Run:
         except Cancelled:
             return
         finally:
-            del self._model.check
-            self._model.hotwords = ()
+            del self._model  # which holds this run, as its check
 
     def _check(self) -> None:
         self.progress += 1

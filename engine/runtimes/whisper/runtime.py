@@ -46,7 +46,8 @@ from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.common.loading import load_on_thread
 from engine.runtimes.common.thread_run import run_on_thread
 from engine.runtimes.recognised import Recognised
-from engine.runtimes.whisper.options import WhisperOptions, run_compute_type
+from engine.runtimes.whisper.options import WhisperOptions, run_compute_type, run_max_batch
+from engine.runtimes.whisper.window_batcher import WindowBatcher
 from engine.section import Section
 from engine.words import echoed
 
@@ -79,27 +80,27 @@ BATCHED_BYTES_PER_S = 250_000
 
 
 class LoadedWhisper(LoadedModel):
-    """One model on a thread of its own.
-
-    One run at a time: the windows of two would wait for the same CTranslate2 worker. Windows of
-    several requests in one batch gain nothing on a CPU (four short recordings with tiny-whisper
-    on two cores: 0.7 to 1.1 s one after another, 0.8 to 1.0 s together), and would give up the
-    temperature fallback.
-    """
-
-    max_concurrency = 1
+    """One model, whose runs each have a thread and share the calls of a batcher."""
 
     def __init__(
         self,
         model: CancellableWhisper,
         options: WhisperOptions,
         weights: Block,
-        thread: ThreadPoolExecutor,
+        max_batch: int,
+        threads: ThreadPoolExecutor,
     ) -> None:
         self.model: CancellableWhisper | None = model
         self.options = options
         self.weights = weights
-        self.thread = thread
+        self.batcher = WindowBatcher(max_batch)
+        self._max_concurrency = max_batch
+        self.threads = threads
+
+    @property
+    def max_concurrency(self) -> int:
+        """As many runs as a batch may have windows."""
+        return self._max_concurrency
 
     def blocks(self) -> tuple[Block, ...]:
         """The weights in their loaded type. CTranslate2 reports no sizes."""
@@ -116,9 +117,9 @@ class LoadedWhisper(LoadedModel):
 
         assert self.model is not None
         assert isinstance(prepared.request, TranscriptionRequest)
-        make_run = partial(Run, self.model, self.options, prepared.request)
+        make_run = partial(Run, self.model, self.batcher, self.options, prepared.request)
         # CTranslate2 computes on threads of its own.
-        running = run_on_thread(self.thread, make_run, _translate, helpers=True)
+        running = run_on_thread(self.threads, make_run, _translate, helpers=True)
         async with aclosing(running) as events:
             async for event in events:
                 yield event
@@ -275,8 +276,9 @@ class WhisperRuntime(Runtime):
         )
         # The library replaced types that the processor lacks.
         nbytes = weight_bytes(variables, whisper.model.compute_type)
-        thread = ThreadPoolExecutor(1, thread_name_prefix=model.id)
-        return LoadedWhisper(whisper, options, self._block(nbytes), thread)
+        max_batch = run_max_batch(options, self.context.device.kind)
+        threads = ThreadPoolExecutor(max_batch, thread_name_prefix=model.id)
+        return LoadedWhisper(whisper, options, self._block(nbytes), max_batch, threads)
 
     async def park(
         self,
@@ -327,7 +329,7 @@ class WhisperRuntime(Runtime):
     def _drop(self, loaded: LoadedWhisper) -> None:
         assert loaded.model is not None
         # For a moment after a run, its thread still holds the run, and the run the model.
-        loaded.thread.shutdown()
+        loaded.threads.shutdown()
         loaded.model.model.unload_model()
         loaded.model = None
         self.context.device.release_cached()

@@ -28,6 +28,7 @@ from engine.requests import SpeechRequest, TranscriptionOperation, Transcription
 from engine.runtimes.base import LoadedModel, RuntimeContext
 from engine.runtimes.whisper.options import WhisperOptions
 from engine.runtimes.whisper.runtime import LoadedWhisper, WhisperRuntime
+from engine.runtimes.whisper.window_batcher import Pace, Step
 from engine.starters.registry import ensure_starter
 from tests.engine.recordings import FILES, encode, silence, voice
 
@@ -476,6 +477,36 @@ def count_windows(
 
     monkeypatch.setattr(faster_whisper.WhisperModel, "encode", counted)
     return windows
+
+
+async def test_recordings_at_once_share_calls_and_are_heard_as_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them wants the times of words, and one is cancelled on its way."""
+    files = [encode(voice(3 + seed, seed)) for seed in range(4)]
+    alone = [await transcribed(engine, data, word_times=data is files[1]) for data in files]
+    loaded = engine._residency.loaded["ears"]
+    assert isinstance(loaded, LoadedWhisper) and loaded.model is not None
+    batcher, sizes = loaded.batcher, []
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(batcher, "paces", {step: Pace(1.0, 0.0) for step in Step})
+    compute = batcher._together
+
+    def counted(batch: Any) -> None:
+        sizes.append((batch[0].step, len(batch)))
+        if len(sizes) == 1:
+            assert batcher.wait_for(3, 30)  # the other three
+            loop.call_soon_threadsafe(leaving.cancel)
+        compute(batch)
+
+    monkeypatch.setattr(batcher, "_together", counted)
+    leaving = asyncio.ensure_future(transcribed(engine, files[3]))
+    running = [transcribed(engine, data, word_times=data is files[1]) for data in files[:3]]
+    assert await asyncio.gather(*running) == alone[:3]
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert {step for step, size in sizes if size > 1} == set(Step)
+    assert engine.model_status("ears").leases == 0
 
 
 async def test_nothing_is_left_on_disk(
