@@ -136,7 +136,8 @@ class RealtimeSession(Body):
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
     max_output_tokens: MaxTokens = "inf"
-    truncation: Literal["auto", "disabled"] | None = None
+    truncation: Literal["disabled"] | None = None
+    """Nothing is left out of a conversation that is too long."""
     tracing: Literal["auto"] | None = None
     """Without effect: traces go where `server.otlp_endpoint` says."""
     include: Annotated[list[str], Field(max_length=0)] | None = None
