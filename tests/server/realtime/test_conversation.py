@@ -18,9 +18,9 @@ from tests.server.realtime.conftest import RATE, Talk, Voices, talking
 BY_HAND: dict[str, Any] = {"input": {"turn_detection": None, "transcription": {}}}
 
 
-def tone(seconds: float) -> str:
+def tone(seconds: float, level: int = 8_000) -> str:
     time = np.arange(int(seconds * RATE)) / RATE
-    samples = (np.sin(2 * np.pi * 220 * time) * 8_000).astype("<i2")
+    samples = (np.sin(2 * np.pi * 220 * time) * level).astype("<i2")
     return base64.b64encode(samples.tobytes()).decode()
 
 
