@@ -165,6 +165,13 @@ class VoiceStore:
             raise _not_found(voice_id)
         return path
 
+    def find_sample(self, voice: str) -> Path | None:
+        """The recording, if that is a cloned voice. Otherwise it is a model's own, or wrong."""
+        try:
+            return self.sample(voice)
+        except NotFound:
+            return None
+
     def delete(self, voice_id: str) -> None:
         """Delete the voice. A run that has read its recording continues with it.
 

@@ -15,9 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import TYPE_CHECKING, Any
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.errors import EngineError, InvalidRequest
 from engine.events import Segment
@@ -43,6 +41,7 @@ from server.keys.access import Access
 from server.realtime.conversation import Conversation, Item, messages, new_id, read_item
 from server.realtime.input_audio import MAX_APPEND_BYTES, InputBuffer
 from server.realtime.response import Marks, Response, ResponsePlan
+from server.schemas.fields import Body
 from server.schemas.realtime import (
     InputAudio,
     RealtimeSession,
@@ -69,6 +68,8 @@ AT_ONCE_BYTES = 16 * 2**10
 """A third of a second, in which the detector takes less time than a thread needs to begin."""
 PARTIAL_S = 1.5
 """Seconds between transcripts of speech that goes on. A slow machine takes longer."""
+
+BodyT = TypeVar("BodyT", bound=Body)
 
 Send = Callable[[str], Awaitable[None]]
 Receive = Callable[[], Awaitable[str | bytes | None]]
@@ -140,26 +141,28 @@ class Conversing:
     # The session and its models
 
     def _read(self, document: Mapping[str, Any]) -> Session:
-        kind = TranscriptionSession if document.get("type") == "transcription" else RealtimeSession
-        try:
-            session: Session = kind.of(Fields(dict(document), typed=True))
-        except InvalidRequest as error:
-            param = "session" if error.param is None else f"session.{error.param}"
-            raise InvalidRequest(error.message, param=param) from error
+        session: Session
+        if document.get("type") == "transcription":
+            session = _within("session", TranscriptionSession, document)
+        else:
+            session = _within("session", RealtimeSession, document)
         for name in self._names(session):
             self._access.check_model(name)
         return session
 
     def _names(self, session: Session) -> tuple[str, ...]:
         """The models that the session needs, the language model first."""
-        transcription = session.audio.input.transcription
-        named = None if transcription is None else transcription.model
-        hears = named or self._first("transcribe", "session.audio.input.transcription.model")
+        hears = self._hearing_model(session)
         if isinstance(session, TranscriptionSession):
             return (hears,)
         if "audio" not in session.output_modalities:
             return (session.model, hears)
         return (session.model, hears, self._speech_model(session))
+
+    def _hearing_model(self, session: Session) -> str:
+        transcription = session.audio.input.transcription
+        named = None if transcription is None else transcription.model
+        return named or self._first("transcribe", "session.audio.input.transcription.model")
 
     def _speech_model(self, session: RealtimeSession) -> str:
         return session.audio.output.model or self._first("speech", "session.audio.output.model")
@@ -202,8 +205,8 @@ class Conversing:
             self._lease.release()
         self._lease, self._held = lease, names
 
-    def _scheduling(self, priority: Priority = Priority.INTERACTIVE) -> SchedulingOptions:
-        return SchedulingOptions(priority=priority, caller=self._access.caller)
+    def _scheduling(self) -> SchedulingOptions:
+        return SchedulingOptions(priority=Priority.INTERACTIVE, caller=self._access.caller)
 
     def _next(self) -> int:
         self._count += 1
@@ -272,20 +275,16 @@ class Conversing:
             await handler(event)
         except EngineError as error:
             await self._emit(_error_event(error, event_id))
-        except ValidationError:  # pragma: no cover - `Body.of` translates them
-            logger.exception("an event of a realtime session")
-            await self._emit(_error_event(RuntimeError(), event_id))
 
     def _described(self) -> dict[str, Any]:
         session = self._session
         document = session.model_dump(mode="json", exclude_none=False)
         audio = document["audio"]
-        names = self._names(session)
         if audio["input"]["transcription"] is not None:
-            audio["input"]["transcription"]["model"] = names[-1] if len(names) == 1 else names[1]
+            audio["input"]["transcription"]["model"] = self._hearing_model(session)
         if isinstance(session, RealtimeSession):
             if "audio" in session.output_modalities:
-                audio["output"]["model"] = names[2]
+                audio["output"]["model"] = self._speech_model(session)
             document["object"] = "realtime.session"
         else:
             document["object"] = "realtime.transcription_session"
@@ -301,7 +300,6 @@ class Conversing:
             raise InvalidRequest("The type of a session cannot change.", param="session.type")
         document = _merged(self._document, given)
         session = self._read(document)
-        self._check_models(session)
         before = self._session
         await self._configure_buffer(session)
         self._session = session
@@ -313,10 +311,6 @@ class Conversing:
             raise
         self._document = document
         await self._emit({"type": "session.updated", "session": self._described()})
-
-    def _check_models(self, session: Session) -> None:
-        for name in self._names(session):
-            self._engine.config.find(name)
 
     async def _on_append(self, event: Mapping[str, Any]) -> None:
         text = event.get("audio")
@@ -457,11 +451,7 @@ class Conversing:
         given = event.get("response")
         if given is not None and not isinstance(given, dict):
             raise InvalidRequest("It is an object.", param="response")
-        try:
-            options = ResponseOptions.of(Fields(dict(given or {}), typed=True))
-        except InvalidRequest as error:
-            param = "response" if error.param is None else f"response.{error.param}"
-            raise InvalidRequest(error.message, param=param) from error
+        options = _within("response", ResponseOptions, given or {})
         if options.conversation == "auto" and self._active is not None:
             raise InvalidRequest(
                 "The conversation has a response under way. Wait for response.done, or cancel it.",
@@ -563,10 +553,9 @@ class Conversing:
 
     async def _transcribe(self, wav: bytes) -> str:
         session = self._session
-        names = self._names(session)
         transcription = session.audio.input.transcription
         request = TranscriptionRequest(
-            model=names[0] if len(names) == 1 else names[1],
+            model=self._hearing_model(session),
             audio=wav,
             request_id=f"{self._request_id}-{self._next()}",
             language=None if transcription is None else transcription.language,
@@ -736,6 +725,15 @@ class Conversing:
 
 def _not_kept(_item: Item) -> None:
     """The response is outside the conversation."""
+
+
+def _within(field: str, kind: type[BodyT], document: Mapping[str, Any]) -> BodyT:
+    """An object of an event, checked. An error names the field with where it stands."""
+    try:
+        return kind.of(Fields(dict(document), typed=True))
+    except InvalidRequest as error:
+        param = field if error.param is None else f"{field}.{error.param}"
+        raise InvalidRequest(error.message, param=param) from error
 
 
 def _merged(document: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import QueryParams
 
-from engine.errors import InvalidRequest, NotFound
+from engine.errors import InvalidRequest
 from server.keys.access import EVERYTHING
 from server.realtime.session import Conversing
 from server.router import Router
@@ -22,12 +21,6 @@ def realtime_router(engine: Engine, voices: VoiceStore) -> Router:
     """`/v1/realtime`, a WebSocket."""
     router = Router("realtime")
 
-    def find_voice(voice: str) -> Path | None:
-        try:
-            return voices.sample(voice)
-        except NotFound:
-            return None  # then it is a name of the model's own, or a wrong one
-
     @router.websocket("/v1/realtime")
     async def realtime(connection: WebSocketConnection) -> None:
         model, transcribes_only = _asked(connection.query)
@@ -36,7 +29,7 @@ def realtime_router(engine: Engine, voices: VoiceStore) -> Router:
             getattr(connection.state, "access", EVERYTHING),
             connection.send,
             request_id=connection.state.request_id,
-            find_voice=find_voice,
+            find_voice=voices.find_sample,
             default_model=model,
             transcribes_only=transcribes_only,
         )

@@ -8,13 +8,12 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import Request, Response
 from starlette.types import Send
 
-from engine.errors import EngineError, NotFound, RuntimeFailed
+from engine.errors import EngineError, RuntimeFailed
 from engine.events import Frame, Speech, Word
 from engine.media.audio_output import ENCODINGS, AudioEncoder, AudioFormat
 from engine.requests import Priority, SpeechRequest
@@ -46,18 +45,14 @@ def speech_router(
     """`POST /v1/audio/speech`."""
     router = Router("audio")
 
-    def cloned(voice: str) -> Path | None:
-        try:
-            return voices.sample(voice)
-        except NotFound:
-            return None  # then it is a name of the model's own, or a wrong one
-
     @router.post("/v1/audio/speech")
     async def speech(request: Request) -> Response:
         fields = await read_json(request, settings.max_body_bytes)
         scheduling = take_scheduling_options(request, fields, default=Priority.INTERACTIVE)
         body = SpeechBody.of(fields)
-        sample = None if body.voice is None else await asyncio.to_thread(cloned, body.voice)
+        sample = None
+        if body.voice is not None:
+            sample = await asyncio.to_thread(voices.find_sample, body.voice)
         speech_request = body.to_request(
             sample, request_id=request.state.request_id, scheduling=scheduling
         )

@@ -115,7 +115,7 @@ class WebSocketConnection:
         reading = asyncio.ensure_future(self._read())
         try:
             await asyncio.wait((task, reading), return_when=asyncio.FIRST_COMPLETED)
-            if self._closed:  # by the endpoint, which ends by itself
+            if self._closed:  # by the endpoint, which is about to end
                 await asyncio.wait((task,))
         finally:
             reading.cancel()

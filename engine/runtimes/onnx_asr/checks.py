@@ -59,7 +59,7 @@ def check_kind(request: TranscriptionRequest, options: OnnxAsrOptions, kind: Mod
         raise InvalidRequest(f"The model {name} does not translate.", param="model")
     if request.language is not None and request.language.lower() != options.language:
         raise InvalidRequest(
-            f"The model {name} hears by itself what is spoken: leave out language.",
+            f"The model {name} detects the language: leave out language.",
             param="language",
         )
 

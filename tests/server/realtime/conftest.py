@@ -19,9 +19,7 @@ from engine.errors import RuntimeFailed
 from engine.events import Event, Frame, Heard, Segment, Speech
 from engine.requests import Request, SpeechRequest, TextRequest, TranscriptionRequest
 from engine.runtimes.registry import REGISTRY
-from server.app import Application, create_app
-from server.settings import ServerSettings
-from tests.server.fake import FakeRuntime, fake_engine, listening
+from tests.server.fake import FakeRuntime, fake_engine
 
 RATE = 24_000
 
@@ -97,11 +95,6 @@ def engine(voices: Voices, tmp_path: Path) -> Engine:
     return fake_engine(voices, tmp_path, models=models)
 
 
-@pytest.fixture
-def app(engine: Engine, settings: ServerSettings) -> Application:
-    return create_app(engine, settings)
-
-
 class Talk:
     """A connection, and all events that came."""
 
@@ -145,12 +138,6 @@ async def talking(url: str, key: str = "none", **query: str) -> AsyncIterator[Ta
         talk = Talk(connection)
         await talk.until("session.created")
         yield talk
-
-
-@pytest.fixture
-async def url(app: Application) -> AsyncIterator[str]:
-    async with listening(app) as url:
-        yield url
 
 
 @pytest.fixture
