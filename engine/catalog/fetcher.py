@@ -287,7 +287,14 @@ class Fetcher:
     async def _on_thread(self, work: Callable[..., ResultT], *args: object) -> ResultT:
         if self._stopped:
             raise _stopped()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+        future = asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._stopped or (task and task.cancelling()):
+                raise
+            raise _stopped() from None  # no thread took the work before `stop`
 
 
 def _snapshots(sources: Sequence[HubSource]) -> tuple[Path | None, ...]:

@@ -285,6 +285,19 @@ class TestThreads:
         with pytest.raises(EngineError):
             await loading
 
+    @pytest.mark.parametrize("models", [[{"id": "small", "source": "none"}]])
+    async def test_a_stop_ends_what_no_thread_took(
+        self, runtime: Reading, engine: Engine, fetcher: Fetcher
+    ) -> None:
+        for _ in range(2):
+            fetcher._threads.submit(runtime.may_read.wait, TIMEOUT_S)
+        loading = asyncio.create_task(engine.load("small"))
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(TIMEOUT_S / 3):
+            await engine.stop()
+        with pytest.raises(EngineError):
+            await loading
+
     async def test_a_stop_ends_a_fetch(
         self, hub: Hub, cache: Path, engine: Engine, fetcher: Fetcher
     ) -> None:
