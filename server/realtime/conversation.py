@@ -77,6 +77,11 @@ class Conversation:
         self.id = new_id("conv")
         self.items: list[Item] = []
 
+    @property
+    def last_id(self) -> str | None:
+        """The id of the last item; None: there is none."""
+        return self.items[-1].id if self.items else None
+
     def find(self, item_id: Any, param: str = "item_id") -> Item:
         """The item of that id.
 

@@ -13,37 +13,26 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.errors import EngineError, InvalidRequest
-from engine.events import Segment
-from engine.media.live_transcript import LiveTranscript, split_words
-from engine.media.turns import (
-    IdleTimeout,
-    SpeechPaused,
-    SpeechResumed,
-    SpeechStarted,
-    SpeechStopped,
-)
 from engine.media.voice_activity import VoiceActivity
 from engine.requests import (
     Priority,
     SchedulingOptions,
     TextOperation,
     TextRequest,
-    TranscriptionRequest,
 )
 from server.errors import Failure
 from server.forms import Fields
 from server.keys.access import Access
 from server.realtime.conversation import Conversation, Item, messages, new_id, read_item
-from server.realtime.input_audio import MAX_APPEND_BYTES, InputBuffer
-from server.realtime.response import Marks, Response, ResponsePlan
+from server.realtime.input_audio import MAX_APPEND_BYTES
+from server.realtime.response import Response, ResponsePlan
+from server.realtime.spoken_turns import SpokenTurns
 from server.schemas.fields import Body
 from server.schemas.realtime import (
-    InputAudio,
     RealtimeSession,
     ResponseOptions,
     Session,
@@ -62,12 +51,6 @@ MAX_SESSION_S = 3_600
 """OpenAI's limit."""
 MAX_BESIDE = 4
 """Responses outside the conversation at a time."""
-LEAST_COMMIT_MS = 100
-"""OpenAI's least audio of a commit."""
-AT_ONCE_BYTES = 16 * 2**10
-"""A third of a second, in which the detector takes less time than a thread needs to begin."""
-PARTIAL_S = 1.5
-"""Seconds between transcripts of speech that goes on. A slow machine takes longer."""
 
 BodyT = TypeVar("BodyT", bound=Body)
 
@@ -113,15 +96,16 @@ class Conversing:
         self._lease: Lease | None = None
         self._held: tuple[str, ...] = ()
         self._conversation = Conversation()
-        self._buffer = InputBuffer(InputAudio(turn_detection=None))
-        self._turn_item = new_id("item")
-        self._live = LiveTranscript()
-        self._partial: asyncio.Task[None] | None = None
-        self._partial_s = PARTIAL_S
-        self._partial_at = 0.0
-        self._guess: asyncio.Task[str] | None = None
+        self._turns = SpokenTurns(
+            engine.open,
+            self._emit,
+            self._start,
+            listener=self,
+            conversation=self._conversation,
+            new_request_id=self._new_request_id,
+            scheduling=self._scheduling(),
+        )
         self._prefill: asyncio.Task[None] | None = None
-        self._marks = Marks()
         self._active: tuple[Response, asyncio.Task[None]] | None = None
         self._beside: dict[str, tuple[Response, asyncio.Task[None]]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -180,13 +164,13 @@ class Conversing:
             EngineError: they cannot be held, or turns cannot be detected.
 
         """
-        await self._configure_buffer(self._session)
+        await self._configure_turns(self._session)
         await self.hold()
 
-    async def _configure_buffer(self, session: Session) -> None:
+    async def _configure_turns(self, session: Session) -> None:
         if session.audio.input.turn_detection is not None:
             await VoiceActivity.load()
-        self._buffer.configure(session.audio.input)
+        self._turns.configure(session.audio.input, self._hearing_model(session))
 
     async def hold(self) -> None:
         """Keep the models of the session on the device, all or none.
@@ -199,7 +183,7 @@ class Conversing:
         if names == self._held:
             return
         lease = await self._engine.hold(
-            names, request_id=f"{self._request_id}-{self._next()}", scheduling=self._scheduling()
+            names, request_id=self._new_request_id(), scheduling=self._scheduling()
         )
         if self._lease is not None:
             self._lease.release()
@@ -208,9 +192,9 @@ class Conversing:
     def _scheduling(self) -> SchedulingOptions:
         return SchedulingOptions(priority=Priority.INTERACTIVE, caller=self._access.caller)
 
-    def _next(self) -> int:
+    def _new_request_id(self) -> str:
         self._count += 1
-        return self._count
+        return f"{self._request_id}-{self._count}"
 
     # The life of the connection
 
@@ -301,13 +285,13 @@ class Conversing:
         document = _merged(self._document, given)
         session = self._read(document)
         before = self._session
-        await self._configure_buffer(session)
+        await self._configure_turns(session)
         self._session = session
         try:
             await self.hold()
         except BaseException:
             self._session = before
-            self._buffer.configure(before.audio.input)
+            self._turns.configure(before.audio.input, self._hearing_model(before))
             raise
         self._document = document
         await self._emit({"type": "session.updated", "session": self._described()})
@@ -324,84 +308,13 @@ class Conversing:
             data = base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError) as error:
             raise InvalidRequest("It is no base64.", param="audio") from error
-        if len(data) > AT_ONCE_BYTES:
-            turns = await asyncio.to_thread(self._buffer.append, data)
-        else:
-            turns = self._buffer.append(data)
-        for turn in turns:
-            if isinstance(turn, SpeechStarted):
-                await self._on_speech_started(turn)
-            elif isinstance(turn, SpeechPaused):
-                self._drop_guess()
-                self._guess = self._start(self._hear_pause(self._buffer.peek(), turn.at_ms))
-            elif isinstance(turn, SpeechResumed):
-                self._drop_guess()
-            elif isinstance(turn, SpeechStopped):
-                await self._on_speech_stopped(turn)
-            elif isinstance(turn, IdleTimeout):
-                await self._on_idle(turn)
-        if self._buffer.speaking:
-            self._transcribe_more()
-
-    async def _on_speech_started(self, turn: SpeechStarted) -> None:
-        detection = self._session.audio.input.turn_detection
-        if detection is not None and detection.interrupt_response:
-            self._interrupt("turn_detected")
-        self._marks = Marks()
-        self._prefill_prompt()
-        await self._emit(
-            {
-                "type": "input_audio_buffer.speech_started",
-                "audio_start_ms": turn.at_ms,
-                "item_id": self._turn_item,
-            }
-        )
-
-    async def _on_speech_stopped(self, turn: SpeechStopped) -> None:
-        silence_s = (turn.at_ms - turn.speech_end_ms) / 1e3
-        self._marks = Marks(speech_end_s=time.perf_counter() - silence_s)
-        await self._emit(
-            {
-                "type": "input_audio_buffer.speech_stopped",
-                "audio_end_ms": turn.at_ms,
-                "item_id": self._turn_item,
-            }
-        )
-        await self._commit()
-        await self._respond_to_turn()
-
-    async def _on_idle(self, turn: IdleTimeout) -> None:
-        await self._emit(
-            {
-                "type": "input_audio_buffer.timeout_triggered",
-                "audio_start_ms": turn.start_ms,
-                "audio_end_ms": turn.at_ms,
-                "item_id": self._turn_item,
-            }
-        )
-        await self._respond_to_turn()
-
-    async def _respond_to_turn(self) -> None:
-        detection = self._session.audio.input.turn_detection
-        if isinstance(self._session, TranscriptionSession) or detection is None:
-            return
-        if detection.create_response and self._active is None:
-            self._begin_response(ResponseOptions())
+        await self._turns.append(data)
 
     async def _on_commit(self, _event: Mapping[str, Any]) -> None:
-        if self._buffer.kept_ms < LEAST_COMMIT_MS:
-            raise InvalidRequest(
-                f"The buffer holds {self._buffer.kept_ms:.0f} ms of audio. A commit needs"
-                f" {LEAST_COMMIT_MS} ms."
-            )
-        self._drop_guess()
-        self._marks = Marks(speech_end_s=time.perf_counter())
-        await self._commit()
+        await self._turns.commit()
 
     async def _on_clear(self, _event: Mapping[str, Any]) -> None:
-        self._buffer.clear()
-        self._drop_guess()
-        self._end_live()
+        self._turns.clear()
         await self._emit({"type": "input_audio_buffer.cleared"})
 
     async def _on_item_create(self, event: Mapping[str, Any]) -> None:
@@ -474,140 +387,28 @@ class Conversing:
                 return
         raise InvalidRequest("No response of this id is under way.", param="response_id")
 
-    # Turns
+    # Turns, as `TurnListener`
 
-    async def _commit(self) -> None:
-        """Make an item of the audio, and transcribe it."""
-        wav = await asyncio.to_thread(self._buffer.commit)
-        item_id, self._turn_item = self._turn_item, new_id("item")
-        live = self._live
-        guess, self._guess = self._guess, None
-        self._end_live()
-        document = {
-            "id": item_id,
-            "object": "realtime.item",
-            "type": "message",
-            "status": "completed",
-            "role": "user",
-            "content": [{"type": "input_audio", "transcript": None}],
-        }
-        item = Item(document)
-        before = self._conversation.items[-1].id if self._conversation.items else None
-        await self._emit(
-            {
-                "type": "input_audio_buffer.committed",
-                "previous_item_id": before,
-                "item_id": item_id,
-            }
-        )
-        item.transcript = self._start(self._hear(item, wav, guess, live, self._marks))
+    def on_speech_started(self) -> None:
+        """Interrupt the response under way, and read the conversation ahead."""
+        detection = self._session.audio.input.turn_detection
+        if detection is not None and detection.interrupt_response:
+            self._interrupt("turn_detected")
+        self._prefill_prompt()
+
+    async def on_turn(self, item: Item) -> None:
+        """Keep what was said."""
         await self._add(item)
 
-    async def _hear(
-        self,
-        item: Item,
-        wav: bytes,
-        guess: asyncio.Task[str] | None,
-        live: LiveTranscript,
-        marks: Marks,
-    ) -> str:
-        """Transcribe an item, tell the client if it wants to know, and return the text."""
-        place = {"item_id": item.id, "content_index": 0}
-        kind = "conversation.item.input_audio_transcription"
-        tells = self._session.audio.input.transcription is not None
-        try:
-            # What was said up to the pause that ended the turn may be known already.
-            text = await (guess if guess is not None else self._transcribe(wav))
-        except Exception as error:
-            item.document["content"][0]["transcript"] = ""
-            failure = Failure.of(error)
-            await self._emit(
-                {
-                    "type": f"{kind}.failed",
-                    **place,
-                    "error": {
-                        "type": failure.type,
-                        "code": failure.code,
-                        "message": failure.message,
-                        "param": failure.param,
-                    },
-                }
-            )
-            raise
-        marks.transcript_s = time.perf_counter()
-        item.document["content"][0]["transcript"] = text
-        if tells:
-            rest = live.final(text)
-            if rest:
-                await self._emit({"type": f"{kind}.delta", **place, "delta": rest})
-            usage = {"type": "duration", "seconds": round((len(wav) - 44) / 32_000, 2)}
-            await self._emit(
-                {"type": f"{kind}.completed", **place, "transcript": text, "usage": usage}
-            )
-        return text
-
-    async def _hear_pause(self, wav: bytes, paused_at_ms: int) -> str:
-        text = await self._transcribe(wav)
-        self._buffer.heard(text, paused_at_ms)
-        return text
-
-    async def _transcribe(self, wav: bytes) -> str:
-        session = self._session
-        transcription = session.audio.input.transcription
-        request = TranscriptionRequest(
-            model=self._hearing_model(session),
-            audio=wav,
-            request_id=f"{self._request_id}-{self._next()}",
-            language=None if transcription is None else transcription.language,
-            prompt=None if transcription is None else transcription.prompt,
-            scheduling=self._scheduling(),
-        )
-        opened = await self._engine.open(request)
-        texts = []
-        async with aclosing(opened.events()) as events:
-            async for event in events:
-                if isinstance(event, Segment):
-                    texts.append(event.text)
-        return "".join(texts).strip()
-
-    def _transcribe_more(self) -> None:
-        """Transcribe what is said so far, if the client wants to know and it is time."""
-        now = time.perf_counter()
-        if self._session.audio.input.transcription is None or self._guess is not None:
+    def on_turn_end(self) -> None:
+        """Respond, if the session does so on its own."""
+        detection = self._session.audio.input.turn_detection
+        if isinstance(self._session, TranscriptionSession) or detection is None:
             return
-        if self._partial is not None and not self._partial.done():
-            return
-        if now - self._partial_at < self._partial_s or self._buffer.kept_ms < PARTIAL_S * 1e3:
-            return
-        self._partial_at = now
-        self._partial = self._start(self._hear_partly(self._turn_item, self._live))
+        if detection.create_response and self._active is None:
+            self._begin_response(ResponseOptions())
 
-    async def _hear_partly(self, item_id: str, live: LiveTranscript) -> None:
-        began_s = time.perf_counter()
-        text = await self._transcribe(self._buffer.peek())
-        # No more than a third of the time goes into transcripts that are made again.
-        self._partial_s = max(PARTIAL_S, 3 * (time.perf_counter() - began_s))
-        delta = live.hypothesis(split_words(text))
-        if delta and item_id == self._turn_item:
-            await self._emit(
-                {
-                    "type": "conversation.item.input_audio_transcription.delta",
-                    "item_id": item_id,
-                    "content_index": 0,
-                    "delta": delta,
-                }
-            )
-
-    def _end_live(self) -> None:
-        if self._partial is not None:
-            self._partial.cancel()
-            self._partial = None
-        self._live = LiveTranscript()
-
-    def _drop_guess(self) -> None:
-        if self._guess is not None:
-            self._guess.cancel()
-            self._guess = None
+    # Responses
 
     def _prefill_prompt(self) -> None:
         """Read the conversation so far into the KV cache, while the user speaks."""
@@ -627,7 +428,7 @@ class Conversing:
             model=session.model,
             operation=TextOperation.CHAT,
             body=body,
-            request_id=f"{self._request_id}-{self._next()}",
+            request_id=self._new_request_id(),
             scheduling=self._scheduling(),
         )
         self._prefill = self._start(self._read_ahead(request))
@@ -638,8 +439,6 @@ class Conversing:
             await session.close()
         except EngineError as error:
             logger.debug("nothing was read ahead: %s", error)
-
-    # Responses
 
     def _plan(self, options: ResponseOptions) -> ResponsePlan:
         session = self._session
@@ -674,7 +473,7 @@ class Conversing:
         )
 
     def _begin_response(self, options: ResponseOptions) -> None:
-        marks, self._marks = self._marks, Marks()
+        marks = self._turns.take_marks()
         given: Sequence[Item] | None = None
         if options.input is not None:
             given = [self._given(each, n) for n, each in enumerate(options.input)]
@@ -683,7 +482,7 @@ class Conversing:
         response = Response(
             self._engine.open, self._emit, plan, marks, self._kept if within else _not_kept
         )
-        self._buffer.cancel_wait()
+        self._turns.cancel_wait()
         task = self._start(self._respond(response, given))
         if within:
             self._active = (response, task)
@@ -707,7 +506,7 @@ class Conversing:
             self._beside.pop(response.id, None)
             if self._active is not None and self._active[0] is response:
                 self._active = None
-                self._buffer.wait_for_speech(response.left_to_hear_ms())
+                self._turns.wait_for_speech(response.left_to_hear_ms())
 
     async def _items(self, given: Sequence[Item] | None) -> Sequence[Item]:
         if given is not None:
