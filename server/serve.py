@@ -27,7 +27,7 @@ from server.settings import ServerSettings
 from server.start import Start
 from server.supervision.early_probes import EarlyProbes
 from server.supervision.heartbeat import Heartbeat
-from server.websocket.protocol import PING_S, websocket_protocol
+from server.websocket.protocol import websocket_options
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -104,11 +104,7 @@ def run(
         without_root_path(allow_origins(app, settings), settings),
         http=http_protocol(settings.write_timeout_s),
         lifespan="on",
-        ws=websocket_protocol(settings.write_timeout_s),
-        ws_max_size=settings.max_websocket_message,
-        ws_ping_interval=PING_S,
-        ws_ping_timeout=PING_S,
-        ws_per_message_deflate=False,  # audio gains nothing, and a small message may become a GiB
+        **websocket_options(settings.write_timeout_s, settings.max_websocket_message),
         log_config=None,
         access_log=False,  # RequestContext logs, with the request's id
         proxy_headers=False,  # `base_url` reads them, and uvicorn knows no host and no prefix

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from typing import Any, TypedDict
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
@@ -17,6 +17,28 @@ _logger = logging.getLogger(__name__)
 _logger.setLevel(logging.WARNING)
 """uvicorn logs each URL with its query, in which a client may have put a key. `RequestContext` logs
 sockets without it."""
+
+
+class WebSocketOptions(TypedDict):
+    """Arguments of `uvicorn.Config`."""
+
+    ws: type[asyncio.Protocol]
+    ws_max_size: int
+    ws_ping_interval: float
+    ws_ping_timeout: float
+    ws_per_message_deflate: bool
+
+
+def websocket_options(write_timeout_s: float, max_message_bytes: int) -> WebSocketOptions:
+    """How a server takes WebSockets. A longer message closes the connection with 1009."""
+    return {
+        "ws": websocket_protocol(write_timeout_s),
+        "ws_max_size": max_message_bytes,
+        "ws_ping_interval": PING_S,
+        "ws_ping_timeout": PING_S,
+        # Audio gains nothing, and a small message may become a GiB.
+        "ws_per_message_deflate": False,
+    }
 
 
 def websocket_protocol(write_timeout_s: float) -> type[asyncio.Protocol]:

@@ -24,7 +24,7 @@ from engine.memory.device import Device
 from engine.requests import Request, TextRequest
 from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.section import Section
-from server.websocket.protocol import websocket_protocol
+from server.websocket.protocol import websocket_options
 
 MODEL_BYTES = 1000
 DEVICE_BYTES = 10_000
@@ -163,9 +163,7 @@ async def listening(
     config = uvicorn.Config(
         app,
         http=http or "auto",
-        ws=websocket_protocol(write_timeout_s),
-        ws_max_size=max_message,
-        ws_per_message_deflate=False,
+        **websocket_options(write_timeout_s, max_message),
         lifespan="on",
         log_config=None,
         timeout_graceful_shutdown=1,

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from faster_whisper.vad import get_vad_model
 
 from engine.errors import InvalidRequest
 from engine.events import Samples
@@ -20,6 +21,7 @@ from engine.media import voice_activity
 from engine.media.audio_input import decode_audio
 from engine.media.turns import SpeechStarted, SpeechStopped, TurnDetector, TurnEvent
 from engine.media.voice_activity import RATE, WINDOW, WINDOW_MS, VoiceActivity
+from engine.runtimes.whisper.run import import_everything
 from server.bench.quality.recordings import Clip, clips
 
 pytestmark = pytest.mark.slow  # faster-whisper brings native libraries
@@ -133,11 +135,27 @@ async def test_the_model_is_loaded_once_and_on_a_thread(monkeypatch: pytest.Monk
     assert len(threads) == 1 and threads[0] is not threading.main_thread()
 
 
+def test_the_model_is_the_one_that_runtimes_load_at_their_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(voice_activity, "_MODELS", voice_activity._Models())
+    import_everything()
+    shared = VoiceActivity()
+    assert shared._session is get_vad_model().session
+    # Without such a runtime it is loaded here, and hears the same.
+    monkeypatch.setattr(voice_activity, "_MODELS", voice_activity._Models())
+    monkeypatch.delitem(sys.modules, "faster_whisper.vad")
+    alone = VoiceActivity()
+    assert alone._session is not get_vad_model().session
+    assert alone.feed(quiet(1)) == shared.feed(quiet(1))
+
+
 @pytest.mark.parametrize("missing", ["faster_whisper", "its model", "onnxruntime"])
 async def test_without_the_detector_the_field_is_refused(
     missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(voice_activity, "_MODELS", voice_activity._Models())
+    monkeypatch.delitem(sys.modules, "faster_whisper.vad", raising=False)
     if missing == "faster_whisper":
         monkeypatch.setattr(voice_activity, "find_spec", lambda name: None)
     elif missing == "its model":
