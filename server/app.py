@@ -20,6 +20,7 @@ from server.batches.batches import Batches
 from server.batches.line_call import LineCalls, access_of_owner
 from server.file_search.file_search import FileSearch
 from server.keys.access import EVERYTHING
+from server.keys.client_secrets import ClientSecrets
 from server.keys.keyring import Keyring
 from server.keys.watch import KeyWatch
 from server.metrics import HttpMetrics
@@ -73,6 +74,7 @@ class Application(FastAPI):
         self,
         settings: ServerSettings,
         keyring: Keyring,
+        secrets: ClientSecrets,
         metrics: HttpMetrics,
         lifespan: Lifespan[FastAPI],
     ) -> None:
@@ -86,7 +88,7 @@ class Application(FastAPI):
         )
         self.router.default = no_route
         self.keyring = keyring
-        self.requests = RequestContext(Guard(self.router, settings, keyring), metrics)
+        self.requests = RequestContext(Guard(self.router, settings, keyring, secrets), metrics)
         self.outermost: ASGIApp = self.requests
         """What a request meets first: with tracing, the layer of its span."""
 
@@ -163,6 +165,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
     metrics = HttpMetrics()
     cache_series = () if cache is None else (cache.registry,)
     keyring = Keyring(settings.configured_keys, engine.config)
+    secrets = ClientSecrets()
     watch = KeyWatch(engine.config.data_dir, keyring)
     watch.load()
     keyring.hand_budgets(engine.accounts.set_key_budgets)
@@ -175,7 +178,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         keyring.caller,
     )
     kept = _Kept(engine, settings, start, FileSearch(stores), keyring)
-    app = Application(settings, keyring, metrics, lifespan)
+    app = Application(settings, keyring, secrets, metrics, lifespan)
     batches = Batches(
         engine,
         files,
@@ -195,7 +198,7 @@ def create_app(engine: Engine, settings: ServerSettings, start: Start | None = N
         videos_router(engine, jobs, settings),
         speech_router(engine, voices, settings, cache),
         transcriptions_router(engine, settings, cache),
-        realtime_router(engine, voices),
+        realtime_router(engine, voices, secrets, settings),
         voices_router(engine, voices, settings),
         models_router(engine),
         engine_router(engine, settings, cache),

@@ -19,7 +19,13 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import Failure
-from server.keys.access import Access
+from server.keys.access import EVERYTHING, Access
+from server.keys.client_secrets import (
+    REALTIME_PATH,
+    SECRET_PREFIX,
+    ClientSecret,
+    ClientSecrets,
+)
 from server.keys.endpoints import WEBSOCKET, is_counted
 from server.keys.keyring import Keyring
 from server.keys.limiter import Refusal, Turn
@@ -57,12 +63,16 @@ class Guard:
     It puts what the sender may do at `request.state.access`, whose caller is also at
     `request.state.caller`. For a key with limits there is a `request.state.turn`, which the context
     of the request ends. A WebSocket is one request, for as long as it is open. Browsers set no
-    headers of one, so its key may also be among its subprotocols.
+    headers of one, so its key may also be among its subprotocols. What a client secret stands for
+    is at `request.state.client_secret`.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, keyring: Keyring) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: ServerSettings, keyring: Keyring, secrets: ClientSecrets
+    ) -> None:
         self._app = app
         self._keyring = keyring
+        self._secrets = secrets
         self._local = is_loopback(settings.host)
         self._open = self._local or settings.insecure
         self._origins = frozenset(settings.cors_origins)
@@ -82,13 +92,18 @@ class Guard:
         method, path = scope.get("method", WEBSOCKET), scope["path"]
         headers = Headers(scope=scope)
         admin = is_admin(method, path)
+        presented = _presented_keys(headers, scope.get("subprotocols", ()))
         # Beyond this machine a server without keys is open only if that was wanted. It may have
         # begun with keys of the store, and lost them since.
         if not self._keyring and self._open:
-            return self._refusal_without_keys(headers, admin=admin)
+            refused = self._refusal_without_keys(headers, admin=admin)
+            if refused is None and path == REALTIME_PATH:
+                opened = self._open_by_secret(presented, scope)
+                refused = opened if isinstance(opened, Failure) else None
+            return refused
         if is_open(method, path):
             return None
-        access = self._access(_presented_keys(headers, scope.get("subprotocols", ())))
+        access = self._open_by_secret(presented, scope) or self._access(presented)
         if isinstance(access, Failure):
             return access
         state = scope["state"]
@@ -107,6 +122,33 @@ class Guard:
             if refusal is not None:
                 return limited(refusal)
         return None
+
+    def _open_by_secret(self, presented: list[str], scope: Scope) -> Access | Failure | None:
+        """What a client secret among the presented keys opens; None: there is none among them."""
+        for key in presented:
+            if key.startswith(SECRET_PREFIX) and self._keyring.find(key) is None:
+                return self._opened(self._secrets.find(key), scope)
+        return None
+
+    def _opened(self, secret: ClientSecret | None, scope: Scope) -> Access | Failure:
+        """What a client secret opens: what its key may do, but at one path."""
+        if secret is None:
+            return unauthorized("This client secret is unknown, or it has expired.")
+        if scope["path"] != REALTIME_PATH:
+            return _forbidden(f"A client secret opens {REALTIME_PATH} only.", "endpoint_forbidden")
+        access = self._keyring.of_digest(secret.owner)
+        if access is None and not secret.owner and not self._keyring:
+            access = EVERYTHING
+        if access is None:
+            return unauthorized("The key that made this client secret is not accepted any more.")
+        now = time.time()
+        ended = access.ended(now)
+        if ended is not None:
+            return unauthorized(ended)
+        if secret.owner:
+            access.used_at = now
+        scope["state"]["client_secret"] = secret
+        return access
 
     def _access(self, presented: list[str]) -> Access | Failure:
         """What the presented key may do. Of several valid ones an admin's counts, or the first."""

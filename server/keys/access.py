@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.caller import NOBODY, Caller
@@ -32,6 +32,8 @@ class Access:
     expires_at: float | None = None
     used_at: float | None = None
     """When it was last used, in Unix seconds; None: not since its last use was noted."""
+    digest: bytes = field(default=b"", repr=False)
+    """Of the key; empty without keys."""
 
     def ended(self, now: float) -> str | None:
         """Why it is not accepted any more, or None. `now` is in Unix seconds."""

@@ -68,6 +68,7 @@ _SOCKETS: Mapping[str, frozenset[str]] = {
 
 _BESIDE = (
     ("/v1/responses/", _CHAT),
+    ("/v1/realtime/", _CHAT),
     ("/v1/conversations", _CHAT),
     ("/v1/images/", _IMAGES),
     ("/v1/videos/", _VIDEOS),

@@ -40,7 +40,7 @@ class Keyring:
         """`config` has the models that scopes name. `clock` is that of the limits."""
         self._configured = [
             # The admin's come last: of a key that is both, the higher role counts.
-            (key.digest, Access(Caller(key.name), admin=key.admin))
+            (key.digest, Access(Caller(key.name), admin=key.admin, digest=key.digest))
             for key in sorted(configured, key=lambda key: key.admin)
         ]
         self._names = [
@@ -62,7 +62,10 @@ class Keyring:
 
     def find(self, presented: str) -> Access | None:
         """What this key may do, or might once; None if it is unknown."""
-        digest = digest_of(presented)
+        return self.of_digest(digest_of(presented))
+
+    def of_digest(self, digest: bytes) -> Access | None:
+        """What the key of this digest may do, or might once; None if it is unknown."""
         # How long a look-up of a digest takes says nothing of a key with 256 random bits.
         found = self._stored.get(digest)
         for known, access in self._configured:
@@ -110,6 +113,7 @@ class Keyring:
                 revoked=key.revoked_at is not None,
                 expires_at=key.expires_at,
                 used_at=before.used_at if before is not None else None,
+                digest=key.digest,
             )
         self._limiters, self._stored = limiters, stored
         # A key that opens nothing spends nothing, but its budget and what it spent stay known.

@@ -25,11 +25,11 @@ from engine.requests import (
     TextRequest,
 )
 from server.errors import Failure
-from server.forms import Fields
 from server.keys.access import Access
 from server.realtime.conversation import Conversation, Item, messages, new_id, read_item
 from server.realtime.input_audio import MAX_APPEND_BYTES
 from server.realtime.response import Response, ResponsePlan
+from server.realtime.session_reader import SessionReader, language_model, within
 from server.realtime.spoken_turns import SpokenTurns
 from server.schemas.fields import Body
 from server.schemas.realtime import (
@@ -69,10 +69,9 @@ class Conversing:
         *,
         request_id: str,
         find_voice: Callable[[str], Path | None],
-        default_model: str | None,
-        transcribes_only: bool,
+        document: Mapping[str, Any],
     ) -> None:
-        """`find_voice` gives the sample of a cloned voice.
+        """`find_voice` gives the sample of a cloned voice. The session begins as `document`.
 
         Raises:
             InvalidRequest: no model is named, or the configuration lacks one that is needed.
@@ -88,11 +87,10 @@ class Conversing:
         self._count = 0
         self.id = new_id("sess")
         self._expires_at = int(time.time()) + MAX_SESSION_S
-        if transcribes_only:
-            self._document: dict[str, Any] = {"type": "transcription"}
-        else:
-            self._document = {"type": "realtime", "model": default_model}
-        self._session = self._read(self._document)
+        self._reader = SessionReader(engine.config, access)
+        self._document = dict(document)
+        self._document.setdefault("type", "realtime")
+        self._session = self._reader.read(self._document)
         self._lease: Lease | None = None
         self._held: tuple[str, ...] = ()
         self._conversation = Conversation()
@@ -124,39 +122,6 @@ class Conversing:
 
     # The session and its models
 
-    def _read(self, document: Mapping[str, Any]) -> Session:
-        session: Session
-        if document.get("type") == "transcription":
-            session = _within("session", TranscriptionSession, document)
-        else:
-            session = _within("session", RealtimeSession, document)
-        for name in self._names(session):
-            self._access.check_model(name)
-        return session
-
-    def _names(self, session: Session) -> tuple[str, ...]:
-        """The models that the session needs, the language model first."""
-        hears = self._hearing_model(session)
-        if isinstance(session, TranscriptionSession):
-            return (hears,)
-        if "audio" not in session.output_modalities:
-            return (session.model, hears)
-        return (session.model, hears, self._speech_model(session))
-
-    def _hearing_model(self, session: Session) -> str:
-        transcription = session.audio.input.transcription
-        named = None if transcription is None else transcription.model
-        return named or self._first("transcribe", "session.audio.input.transcription.model")
-
-    def _speech_model(self, session: RealtimeSession) -> str:
-        return session.audio.output.model or self._first("speech", "session.audio.output.model")
-
-    def _first(self, task: str, param: str) -> str:
-        for model in self._engine.config.models:
-            if model.task == task and self._access.may_use(model.id):
-                return model.id
-        raise InvalidRequest(f"The configuration has no model with the task {task}.", param=param)
-
     async def begin(self) -> None:
         """Make ready for the first event, and hold the models.
 
@@ -170,7 +135,7 @@ class Conversing:
     async def _configure_turns(self, session: Session) -> None:
         if session.audio.input.turn_detection is not None:
             await VoiceActivity.load()
-        self._turns.configure(session.audio.input, self._hearing_model(session))
+        self._turns.configure(session.audio.input, self._reader.hearing_model(session))
 
     async def hold(self) -> None:
         """Keep the models of the session on the device, all or none.
@@ -179,7 +144,7 @@ class Conversing:
             EngineError: they cannot be kept. What was kept before still is.
 
         """
-        names = self._names(self._session)
+        names = self._reader.names(self._session)
         if names == self._held:
             return
         lease = await self._engine.hold(
@@ -261,17 +226,7 @@ class Conversing:
             await self._emit(_error_event(error, event_id))
 
     def _described(self) -> dict[str, Any]:
-        session = self._session
-        document = session.model_dump(mode="json", exclude_none=False)
-        audio = document["audio"]
-        if audio["input"]["transcription"] is not None:
-            audio["input"]["transcription"]["model"] = self._hearing_model(session)
-        if isinstance(session, RealtimeSession):
-            if "audio" in session.output_modalities:
-                audio["output"]["model"] = self._speech_model(session)
-            document["object"] = "realtime.session"
-        else:
-            document["object"] = "realtime.transcription_session"
+        document = self._reader.describe(self._session)
         return {"id": self.id, "expires_at": self._expires_at, **document}
 
     # Events of the client
@@ -283,7 +238,7 @@ class Conversing:
         if given.get("type", self._document["type"]) != self._document["type"]:
             raise InvalidRequest("The type of a session cannot change.", param="session.type")
         document = _merged(self._document, given)
-        session = self._read(document)
+        session = self._reader.read(document)
         before = self._session
         await self._configure_turns(session)
         self._session = session
@@ -291,7 +246,7 @@ class Conversing:
             await self.hold()
         except BaseException:
             self._session = before
-            self._turns.configure(before.audio.input, self._hearing_model(before))
+            self._turns.configure(before.audio.input, self._reader.hearing_model(before))
             raise
         self._document = document
         await self._emit({"type": "session.updated", "session": self._described()})
@@ -364,7 +319,7 @@ class Conversing:
         given = event.get("response")
         if given is not None and not isinstance(given, dict):
             raise InvalidRequest("It is an object.", param="response")
-        options = _within("response", ResponseOptions, given or {})
+        options = within("response", ResponseOptions, given or {})
         if options.conversation == "auto" and self._active is not None:
             raise InvalidRequest(
                 "The conversation has a response under way. Wait for response.done, or cancel it.",
@@ -425,7 +380,7 @@ class Conversing:
         body |= {"max_tokens": 1, "stream": False}
         del body["stream_options"]
         request = TextRequest(
-            model=session.model,
+            model=language_model(session),
             operation=TextOperation.CHAT,
             body=body,
             request_id=self._new_request_id(),
@@ -452,8 +407,8 @@ class Conversing:
         tools = session.tools if options.tools is None else options.tools
         parallel = options.parallel_tool_calls
         return ResponsePlan(
-            model=session.model,
-            speech_model=self._speech_model(session) if speaks else "",
+            model=language_model(session),
+            speech_model=self._reader.speech_model(session) if speaks else "",
             instructions=(
                 session.instructions if options.instructions is None else options.instructions
             ),
@@ -524,15 +479,6 @@ class Conversing:
 
 def _not_kept(_item: Item) -> None:
     """The response is outside the conversation."""
-
-
-def _within(field: str, kind: type[BodyT], document: Mapping[str, Any]) -> BodyT:
-    """An object of an event, checked. An error names the field with where it stands."""
-    try:
-        return kind.of(Fields(dict(document), typed=True))
-    except InvalidRequest as error:
-        param = field if error.param is None else f"{field}.{error.param}"
-        raise InvalidRequest(error.message, param=param) from error
 
 
 def _merged(document: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

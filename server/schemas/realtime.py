@@ -128,7 +128,8 @@ class RealtimeSession(Body):
     """`session` of a conversation."""
 
     type: Literal["realtime"] = "realtime"
-    model: str = Field(min_length=1)
+    model: str | None = Field(default=None, min_length=1)
+    """Needed, but the address of the connection may name it."""
     instructions: str = Field(default="", max_length=MAX_TEXT_CHARS)
     output_modalities: Modalities = Field(default=["audio"])
     audio: Audio = Audio()

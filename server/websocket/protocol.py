@@ -55,7 +55,8 @@ def websocket_protocol(write_timeout_s: float) -> type[asyncio.Protocol]:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.logger = _logger
+            self.logger = self.conn.logger = _logger
+            self.conn.debug = False  # it would log the headers, in which there are keys
 
         def keepalive_timeout(self) -> None:
             """No answer came to a ping. While reading is paused none can come."""

@@ -129,11 +129,11 @@ class Talk:
 
 
 @asynccontextmanager
-async def talking(url: str, key: str = "none", **query: str) -> AsyncIterator[Talk]:
-    """A conversation through OpenAI's own client."""
+async def talking(url: str, key: str = "none", **query: str | None) -> AsyncIterator[Talk]:
+    """A conversation through OpenAI's own client. With a model of None the address names none."""
     client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
     query = query or {"model": "gpt-realtime"}
-    model = query.pop("model", openai.omit)
+    model = query.pop("model", None) or openai.omit
     async with client.realtime.connect(model=model, extra_query=dict(query)) as connection:
         talk = Talk(connection)
         await talk.until("session.created")

@@ -1,0 +1,122 @@
+"""Reads the document of a realtime session, and finds the models that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from engine.errors import InvalidRequest
+from server.forms import Fields
+from server.keys.access import Access
+from server.schemas.fields import MODEL_MISSING, Body
+from server.schemas.realtime import RealtimeSession, Session, TranscriptionSession
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+
+BodyT = TypeVar("BodyT", bound=Body)
+
+
+class SessionReader:
+    """Knows the models of the configuration, and what one key may use of them."""
+
+    def __init__(self, config: EngineConfig, access: Access) -> None:
+        self._config = config
+        self._access = access
+
+    def read(self, document: Mapping[str, Any], *, model_later: bool = False) -> Session:
+        """The session of a document. With `model_later` it need not name its language model yet.
+
+        Raises:
+            InvalidRequest: naming the wrong field; or the configuration lacks a model.
+            ModelForbidden: the key may not use one of the models.
+
+        """
+        session: Session
+        if document.get("type") == "transcription":
+            session = within("session", TranscriptionSession, document)
+        else:
+            session = within("session", RealtimeSession, document)
+        unnamed = isinstance(session, RealtimeSession) and session.model is None
+        names = self._further_names if unnamed and model_later else self.names
+        for name in names(session):
+            self._access.check_model(name)
+        return session
+
+    def names(self, session: Session) -> tuple[str, ...]:
+        """The models that the session needs, the language model first."""
+        if isinstance(session, TranscriptionSession):
+            return self._further_names(session)
+        return (language_model(session), *self._further_names(session))
+
+    def _further_names(self, session: Session) -> tuple[str, ...]:
+        hears = self.hearing_model(session)
+        if isinstance(session, TranscriptionSession) or "audio" not in session.output_modalities:
+            return (hears,)
+        return (hears, self.speech_model(session))
+
+    def hearing_model(self, session: Session) -> str:
+        """The model that transcribes.
+
+        Raises:
+            InvalidRequest: none is named, and the configuration has none for the key.
+
+        """
+        transcription = session.audio.input.transcription
+        named = None if transcription is None else transcription.model
+        return named or self._first("transcribe", "session.audio.input.transcription.model")
+
+    def speech_model(self, session: RealtimeSession) -> str:
+        """The model that speaks.
+
+        Raises:
+            InvalidRequest: none is named, and the configuration has none for the key.
+
+        """
+        return session.audio.output.model or self._first("speech", "session.audio.output.model")
+
+    def _first(self, task: str, param: str) -> str:
+        for model in self._config.models:
+            if model.task == task and self._access.may_use(model.id):
+                return model.id
+        raise InvalidRequest(f"The configuration has no model with the task {task}.", param=param)
+
+    def describe(self, session: Session) -> dict[str, Any]:
+        """The session as clients see it, with the models that it has by default."""
+        document = session.model_dump(mode="json", exclude_none=False)
+        audio = document["audio"]
+        if audio["input"]["transcription"] is not None:
+            audio["input"]["transcription"]["model"] = self.hearing_model(session)
+        if isinstance(session, RealtimeSession):
+            if "audio" in session.output_modalities:
+                audio["output"]["model"] = self.speech_model(session)
+            document["object"] = "realtime.session"
+        else:
+            document["object"] = "realtime.transcription_session"
+        return document
+
+
+def language_model(session: RealtimeSession) -> str:
+    """The model that answers.
+
+    Raises:
+        InvalidRequest: the session names none.
+
+    """
+    if session.model is None:
+        raise InvalidRequest(MODEL_MISSING, param="session.model")
+    return session.model
+
+
+def within(field: str, kind: type[BodyT], document: Mapping[str, Any]) -> BodyT:
+    """An object of a request, checked. An error names the field with where it stands.
+
+    Raises:
+        InvalidRequest: naming the first wrong field, after `field`.
+
+    """
+    try:
+        return kind.of(Fields(dict(document), typed=True))
+    except InvalidRequest as error:
+        param = field if error.param is None else f"{field}.{error.param}"
+        raise InvalidRequest(error.message, param=param) from error
