@@ -58,6 +58,13 @@ def websocket_protocol(write_timeout_s: float) -> type[asyncio.Protocol]:
             self.logger = self.conn.logger = _logger
             self.conn.debug = False  # it would log the headers, in which there are keys
 
+        async def send(self, message: Any) -> None:
+            """Send a message of the application."""
+            await super().send(message)
+            if message["type"] == "websocket.http.response.body" and not message.get("more_body"):
+                # Otherwise uvicorn logs as an error that a refused handshake is not complete.
+                self.handshake_complete = True
+
         def keepalive_timeout(self) -> None:
             """No answer came to a ping. While reading is paused none can come."""
             if self.read_paused:

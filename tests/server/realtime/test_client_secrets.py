@@ -178,9 +178,14 @@ class TestKeys:
         assert (await refused(url, made.value))[0] == 401
 
 
-async def test_an_unknown_secret_is_refused_also_without_keys(url: str) -> None:
+async def test_an_unknown_secret_is_refused_also_without_keys(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
     status, body = await refused(url, "ek_unknown", "/v1/realtime?model=chat")
     assert (status, "it has expired" in body) == (401, True)
+    async with talking(url):
+        pass  # the handshake before is over, and no error for the log
+    assert not [each for each in caplog.records if each.levelno >= logging.ERROR]
 
 
 class TestTable:
