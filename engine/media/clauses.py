@@ -22,7 +22,9 @@ _NO_END = re.compile(
 class Clauses:
     """Cuts a text while it is written. The pieces together are the text."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, whole_sentences: bool = False) -> None:
+        """`whole_sentences` are not cut, unless they are too long without any mark."""
+        self._whole_sentences = whole_sentences
         self._text = ""
         self._begun = False
 
@@ -47,7 +49,7 @@ class Clauses:
             if not _NO_END.search(self._text[: match.end()]) or match.group() == "\n":
                 return match.end()
         least = CLAUSE_CHARS if self._begun else FIRST_CHARS
-        for match in _CLAUSE_END.finditer(self._text):
+        for match in () if self._whole_sentences else _CLAUSE_END.finditer(self._text):
             if match.end() >= least:
                 return match.end()
         if len(self._text) > MOST_CHARS:

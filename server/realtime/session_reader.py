@@ -64,7 +64,7 @@ class SessionReader:
         """
         transcription = session.audio.input.transcription
         named = None if transcription is None else transcription.model
-        return named or self._first("transcribe", "session.audio.input.transcription.model")
+        return named or self.first("transcribe", "session.audio.input.transcription.model")
 
     def speech_model(self, session: RealtimeSession) -> str:
         """The model that speaks.
@@ -73,9 +73,15 @@ class SessionReader:
             InvalidRequest: none is named, and the configuration has none for the key.
 
         """
-        return session.audio.output.model or self._first("speech", "session.audio.output.model")
+        return session.audio.output.model or self.first("speech", "session.audio.output.model")
 
-    def _first(self, task: str, param: str) -> str:
+    def first(self, task: str, param: str) -> str:
+        """The first model of a task that the key may use.
+
+        Raises:
+            InvalidRequest: there is none. Names `param`.
+
+        """
         for model in self._config.models:
             if model.task == task and self._access.may_use(model.id):
                 return model.id

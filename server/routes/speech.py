@@ -13,20 +13,24 @@ from typing import TYPE_CHECKING
 from fastapi import Request, Response
 from starlette.types import Send
 
-from engine.errors import EngineError, RuntimeFailed
-from engine.events import Frame, Speech, Word
-from engine.media.audio_output import ENCODINGS, AudioEncoder, AudioFormat
+from engine.errors import EngineError, InvalidRequest
+from engine.events import Frame
+from engine.media.audio_output import ENCODINGS, AudioFormat
 from engine.requests import Priority, SpeechRequest
 from server.answer import stream_answer
 from server.connection import ConnectedResponse
+from server.encoded_speech import encoded_speech
 from server.forms import read_json
 from server.headers import answer_headers
+from server.keys.access import EVERYTHING
+from server.realtime.speech_stream import SpeechStream
 from server.response_cache.cache import Answer, ResponseCache, cached
 from server.router import Router
 from server.schemas.audio import NO_USAGE, SpeechBody, words_document
 from server.schemas.scheduling_options import take_scheduling_options
 from server.settings import ServerSettings
 from server.sse import BodyStream, event_frame
+from server.websocket.connection import WebSocketConnection
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -42,7 +46,7 @@ def speech_router(
     settings: ServerSettings,
     cache: ResponseCache | None = None,
 ) -> Router:
-    """`POST /v1/audio/speech`."""
+    """`POST /v1/audio/speech`, and the WebSocket below it that takes text while it is written."""
     router = Router("audio")
 
     @router.post("/v1/audio/speech")
@@ -63,6 +67,20 @@ def speech_router(
         else:
             answer = partial(_send_audio, engine, speech_request, audio_format)
         return ConnectedResponse(cached(cache, request, fields, speech_request, answer))
+
+    @router.websocket("/v1/audio/speech/stream")
+    async def speech_stream(connection: WebSocketConnection) -> None:
+        for name in connection.query:
+            raise InvalidRequest(f"Unknown parameter: '{name}'.", param=name)
+        stream = SpeechStream(
+            engine,
+            getattr(connection.state, "access", EVERYTHING),
+            connection,
+            request_id=connection.state.request_id,
+            find_voice=voices.find_sample,
+        )
+        await connection.accept()
+        await stream.run()
 
     return router
 
@@ -93,13 +111,13 @@ async def _send_pieces(
     session: Session, audio_format: AudioFormat, stream: BodyStream, request_id: str
 ) -> bool:
     """Send all but the end of the response; False if the audio is not complete."""
-    async with aclosing(_encoded(audio_format, session)) as pieces:
-        first, _ = await anext(pieces)
+    async with aclosing(encoded_speech(audio_format, session)) as pieces:
+        first = await anext(pieces)
         await stream.begin(answer_headers(session))
-        await stream.send_bytes(first)
+        await stream.send_bytes(first.data)
         try:
-            async for piece, _ in pieces:
-                await stream.send_bytes(piece)
+            async for piece in pieces:
+                await stream.send_bytes(piece.data)
         except Exception as error:
             expected = isinstance(error, EngineError)
             logger.error("speech %s failed: %s", request_id, error, exc_info=not expected)
@@ -108,28 +126,12 @@ async def _send_pieces(
 
 
 async def _frames(audio_format: AudioFormat, session: Session) -> AsyncGenerator[Frame, None]:
-    async with aclosing(_encoded(audio_format, session)) as pieces:
-        async for piece, words in pieces:
-            if words:
-                yield event_frame({"type": "speech.audio.words", "words": words_document(words)})
-            if piece:
-                audio = base64.b64encode(piece).decode()
+    async with aclosing(encoded_speech(audio_format, session)) as pieces:
+        async for piece in pieces:
+            if piece.words:
+                words = words_document(piece.words)
+                yield event_frame({"type": "speech.audio.words", "words": words})
+            if piece.data:
+                audio = base64.b64encode(piece.data).decode()
                 yield event_frame({"type": "speech.audio.delta", "audio": audio})
     yield event_frame({"type": "speech.audio.done", "usage": NO_USAGE})
-
-
-async def _encoded(
-    audio_format: AudioFormat, session: Session
-) -> AsyncGenerator[tuple[bytes, tuple[Word, ...]], None]:
-    """The bytes that each piece of speech completes, maybe none, and the words of the piece."""
-    encoder = None
-    async with aclosing(session.events()) as events:
-        async for event in events:
-            if isinstance(event, Speech):
-                if encoder is None:
-                    encoder = AudioEncoder(audio_format, event.sample_rate)
-                yield await asyncio.to_thread(encoder.encode, event.samples), event.words
-    if encoder is None:
-        raise RuntimeFailed("The model gave no speech.")
-    # The session ended with its events: the device is free while the rest is encoded.
-    yield await asyncio.to_thread(encoder.finish), ()

@@ -82,8 +82,8 @@ class WebSocketConnection:
             self._changed.notify_all()
             return message
 
-    async def send(self, text: str) -> None:
-        """Send a text message. Wait while the client does not read.
+    async def send(self, data: str | bytes) -> None:
+        """Send a message, of text or binary. Wait while the client does not read.
 
         Raises:
             ClientLeft: it has left, or has read nothing for `server.write_timeout_s`.
@@ -91,7 +91,8 @@ class WebSocketConnection:
         """
         if self._left or self._closed:
             raise ClientLeft
-        await self._pass({"type": "websocket.send", "text": text})
+        kind = "text" if isinstance(data, str) else "bytes"
+        await self._pass({"type": "websocket.send", kind: data})
 
     async def close(self, code: int = NORMAL, reason: str = "") -> None:
         """Close the socket, if it is open. A long reason is cut."""
