@@ -45,6 +45,7 @@ from server.schemas.audio import (
     VoicesQuery,
 )
 from server.schemas.batches import BatchBody, BatchListQuery
+from server.schemas.client_secrets import ClientSecretBody
 from server.schemas.engine import EventsQuery, PlanBody, RouteBody
 from server.schemas.fields import Body
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
@@ -70,6 +71,7 @@ from server.schemas.responses import (
     ResponseQuery,
 )
 from server.schemas.scheduling_options import SchedulingBody, SchedulingHeaders
+from server.schemas.speech_stream import InputText, SpeechConfig
 from server.schemas.stored_files import (
     CompleteBody,
     FileBody,
@@ -150,6 +152,8 @@ BODIES: dict[str, list[type[BaseModel]]] = {
         SearchBody,
     ],
     "Speech": [SpeechBody],
+    "Text that is spoken while it is written": [SpeechConfig, InputText],
+    "Client secrets": [ClientSecretBody],
     "Transcriptions and translations": [TranscriptionBody, TranslationBody],
     "Voices": [VoiceBody, VoicesQuery],
     "The engine": [PlanBody, RouteBody, EventsQuery, UsageQuery],

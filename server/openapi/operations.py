@@ -26,6 +26,7 @@ from server.schemas.audio import (
     VoicesQuery,
 )
 from server.schemas.batches import BatchBody, BatchListQuery
+from server.schemas.client_secrets import ClientSecretBody
 from server.schemas.engine import EventsQuery, PlanBody, RouteBody
 from server.schemas.images import EditBody, GenerationBody, ImageBody, VariationBody
 from server.schemas.ollama import (
@@ -642,6 +643,18 @@ OPERATIONS: Mapping[str, Methods] = {
             link=f"{OPENAI}/audio/createSpeech",
             example={"model": MODEL, "input": "All aboard!"},
             task="speech",
+        )
+    },
+    "/v1/realtime/client_secrets": {
+        "post": Operation(
+            summary="A secret with which a browser opens a realtime session",
+            answers={
+                JSON: record(
+                    value=STRING, expires_at={"type": "integer"}, session={"type": "object"}
+                )
+            },
+            json=ClientSecretBody,
+            link=f"{OPENAI}/realtime-sessions/create-realtime-client-secret",
         )
     },
     "/v1/audio/transcriptions": _recording("Text of a recording", TranscriptionBody),

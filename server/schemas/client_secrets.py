@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from server.schemas.fields import Body
 
 
-class SecretLifetime(Body):
+class SecretLifetime(BaseModel):
     """When a secret expires."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     anchor: Literal["created_at"] = "created_at"
     seconds: int = Field(default=600, ge=10, le=7_200)

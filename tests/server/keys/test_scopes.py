@@ -63,7 +63,7 @@ class TestEndpoints:
         families = ("/v1/engine", "/v1/models", "/v1/audio/voices", "/v1/videos/")
         files = ("/v1/files", "/v1/uploads", "/v1/batches")
         ollama = ("/api/show", "/api/pull", "/api/copy", "/api/create", "/api/push")
-        beside = ("/v1/conversations", "/v1/responses/{response_id}/")
+        beside = ("/v1/conversations", "/v1/responses/{response_id}/", "/v1/realtime/")
         posts = {
             route.path
             for route in app.routes

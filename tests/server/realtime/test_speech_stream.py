@@ -126,7 +126,8 @@ async def test_utterances_follow_one_another_until_the_client_closes(
     }
     async with speaking(url, **config) as speaker:
         for index in range(2):
-            await speaker.send("input.text", text="One, two, three four. Five six.")
+            for piece in ("One and two, ", "three. Four five."):
+                await speaker.send("input.text", text=piece)
             await speaker.send("input.done")
             done = await speaker.until("audio.done")
             assert done["utterance_index"] == index
@@ -136,15 +137,15 @@ async def test_utterances_follow_one_another_until_the_client_closes(
                 assert len(file.readframes(RATE)) == 4 * RATE // 10 * 2
             assert (await speaker.until("session.done"))["utterance_index"] == index
         await speaker.send("session.config", response_format="pcm", split_granularity="none")
-        await speaker.send("input.text", text="One, two, three four. Five six.")
+        await speaker.send("input.text", text="One and two, three. Four five.")
         await speaker.send("input.done")
         await speaker.send("session.close")
         assert (await speaker.until("session.done"))["total_sentences"] == 1
         assert await speaker.close_code() == 1000
     assert spoken(voices)[-3:] == [
-        "One, two, three four.",
-        "Five six.",
-        "One, two, three four. Five six.",
+        "One and two, three.",
+        "Four five.",
+        "One and two, three. Four five.",
     ]
     await nobody_holds(engine)
 
