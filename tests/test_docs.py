@@ -152,7 +152,7 @@ BODIES: dict[str, list[type[BaseModel]]] = {
         SearchBody,
     ],
     "Speech": [SpeechBody],
-    "Text that is spoken while it is written": [SpeechConfig, InputText],
+    "Fields of its messages": [SpeechConfig, InputText],
     "Client secrets": [ClientSecretBody],
     "Transcriptions and translations": [TranscriptionBody, TranslationBody],
     "Voices": [VoiceBody, VoicesQuery],

@@ -17,7 +17,7 @@ MAX_MESSAGE_CHARS = 128 * 1024
 class SpeechConfig(Body):
     """`session.config`: how the text is spoken from then on."""
 
-    type: Literal["session.config"]
+    type: Literal["session.config"] = "session.config"
     model: str | None = Field(default=None, min_length=1)
     """None: the first speech model of the configuration."""
     voice: VoiceName | None = None
@@ -39,5 +39,5 @@ class SpeechConfig(Body):
 class InputText(Body):
     """`input.text`: a piece of text, cut anywhere."""
 
-    type: Literal["input.text"]
+    type: Literal["input.text"] = "input.text"
     text: str = Field(max_length=MAX_MESSAGE_CHARS)

@@ -39,6 +39,7 @@ GIVEN: dict[str, Any] = {
     "metadata": {"a": "b"},
     "attributes": {"a": "b"},
     "query": "where",
+    "text": "hi",
     "file_id": "file-1",
 }
 WRONG: list[Any] = [
