@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from engine.errors import InvalidRequest
+from engine.media.voices import SAMPLE_RATE
 
 MAX_CLONES = 64
 """Cloned voices of a model that stay in host memory, at most 130 KB each (XTTS v2). Beyond that,
@@ -38,10 +39,25 @@ class Clones(Generic[MadeT]):
             if key not in self._made:
                 self._made[key] = self._make(recording)
         except (OSError, wave.Error, EOFError) as error:
-            raise InvalidRequest(
-                "The recording of this voice cannot be read.", param="voice"
-            ) from error
+            raise _unreadable() from error
         self._made.move_to_end(key)
         while len(self._made) > MAX_CLONES:
             self._made.popitem(last=False)
         return self._made[key]
+
+
+def recording_s(recording: Path) -> float:
+    """Seconds of a recording as the voice store keeps it, from its bytes.
+
+    Raises:
+        InvalidRequest: it is gone.
+
+    """
+    try:
+        return recording.stat().st_size / (2 * SAMPLE_RATE)
+    except OSError as error:
+        raise _unreadable() from error
+
+
+def _unreadable() -> InvalidRequest:
+    return InvalidRequest("The recording of this voice cannot be read.", param="voice")

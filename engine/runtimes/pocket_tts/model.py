@@ -222,9 +222,11 @@ class _Decoder:
     def __init__(self, model: Any, most_frames: int) -> None:
         self._model = model
         self._steps = int(model.mimi.encoder_frame_rate / model.mimi.frame_rate)
-        self._state = init_states(
-            model.mimi, batch_size=1, sequence_length=most_frames * self._steps
-        )
+        # The encoder has a cache as well, and does not run.
+        self._state = init_states(model.mimi, batch_size=1, sequence_length=1)
+        transformer = model.mimi.decoder_transformer
+        for name, state in init_states(transformer, 1, most_frames * self._steps).items():
+            self._state[f"decoder_transformer.{name}"] = state
         self._fade: torch.Tensor | None = torch.linspace(0, 1, int(model.sample_rate * FADE_S))
 
     def decode(self, frames: Sequence[torch.Tensor]) -> torch.Tensor:

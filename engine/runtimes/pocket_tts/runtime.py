@@ -24,6 +24,7 @@ from engine.model_folder import present_folder
 from engine.process.gate import GATE
 from engine.requests import Request, SpeechRequest
 from engine.runtimes.base import Prepared, Voice
+from engine.runtimes.common.clones import recording_s
 from engine.runtimes.common.speech import (
     SpeechModel,
     check_no_clone,
@@ -46,12 +47,20 @@ from engine.runtimes.pocket_tts.files import (
     library_config,
 )
 from engine.runtimes.pocket_tts.options import PocketOptions
-from engine.runtimes.pocket_tts.working_memory import CHUNK_TOKENS, cloning_bytes, speech_bytes
+from engine.runtimes.pocket_tts.working_memory import (
+    CHUNK_TOKENS,
+    MAX_SAMPLE_S,
+    cloning_bytes,
+    speech_bytes,
+)
 from engine.runtimes.recognised import Recognised
 from engine.section import Section
 
 ENGLISH = "languages/english/model.safetensors"
 """A file of Kyutai's repositories."""
+
+SENTENCE_CHARS = 1000
+"""Of the sentences that are checked for words without a token. The library cuts texts itself."""
 
 HEARING = (
     "flow_lm.speaker_proj_weight",
@@ -108,8 +117,7 @@ class PocketRuntime(TorchRuntime):
         options = model.options_as(PocketOptions)
         asked = check_speech(model, options.max_chars, request)
         check_own_speed(model.id, asked)
-        cloned = asked.voice_sample is not None
-        if cloned and not _clones(model):
+        if asked.voice_sample is not None and not _clones(model):
             check_no_clone(model.id, asked)
         files = find_files(model, self._present)
         if files is None:
@@ -118,14 +126,12 @@ class PocketRuntime(TorchRuntime):
         # A token has a character or more.
         tokens = min(CHUNK_TOKENS, -(-len(asked.text) // 10) * 10)
         working = speech_bytes(files.config, tokens, options.stream_frames)
-        if cloned:
-            working = max(working, cloning_bytes(files.config))
-        return Prepared(
-            asked,
-            utterance,
-            working_bytes=working,
-            shape=f"speech-{tokens}{'-cloned' if cloned else ''}",
-        )
+        shape = f"speech-{tokens}"
+        if asked.voice_sample is not None:
+            seconds = min(MAX_SAMPLE_S, recording_s(asked.voice_sample))
+            working = max(working, cloning_bytes(files.config, seconds))
+            shape += f"-cloned-{seconds:.0f}"
+        return Prepared(asked, utterance, working_bytes=working, shape=shape)
 
     def voices(self, model: ModelConfig) -> tuple[Voice, ...]:
         """The voices beside the weights, the library's first one first."""
@@ -210,6 +216,6 @@ def _utterance(model: ModelConfig, files: PocketFiles, request: SpeechRequest) -
     if language is not None:
         check_scripts(model.id, request.text, [language])
     voice = choose_or_clone(model.id, options, request, list(files.voices))
-    sentences = split_sentences(request.text, language or "en", max_chars=options.sentence_chars)
+    sentences = split_sentences(request.text, language or "en", max_chars=SENTENCE_CHARS)
     assert request.seed is not None
     return Utterance(tuple(sentences), voice, language, request.seed)

@@ -20,7 +20,10 @@ BYTES = 4
 
 
 def speech_bytes(config: Mapping[str, Any], tokens: int, frames: int) -> int:
-    """Of a text of so many tokens: both key-value caches, and `frames` in the decoder."""
+    """Of a text of so many tokens: both key-value caches, and `frames` in the decoder.
+
+    The sizes of `english` took 60 MB with 50 tokens, on a CPU, for a voice of 10 s.
+    """
     flow, mimi = config["flow_lm"]["transformer"], config["mimi"]
     rate = mimi["frame_rate"]
     voice = MAX_SAMPLE_S * rate + 1
@@ -37,14 +40,17 @@ def speech_bytes(config: Mapping[str, Any], tokens: int, frames: int) -> int:
     return int(BYTES * (text_cache + sound_cache + _convolved(mimi, seanet, frames / rate)))
 
 
-def cloning_bytes(config: Mapping[str, Any]) -> int:
-    """Of hearing the longest recording: the encoder's convolutions, and masks of its attention."""
+def cloning_bytes(config: Mapping[str, Any], seconds: float) -> int:
+    """Of hearing a recording: the encoder's convolutions, then the masks of its attention.
+
+    The sizes of `english` took 89 MB for 4 s and 653 MB for 30 s, on a CPU.
+    """
     mimi = config["mimi"]
     seanet = mimi["seanet"]
-    steps = MAX_SAMPLE_S * mimi["sample_rate"] / math.prod(seanet["ratios"])
-    return int(BYTES * (_convolved(mimi, seanet, MAX_SAMPLE_S) + 1.25 * steps * steps))
+    steps = seconds * mimi["sample_rate"] / math.prod(seanet["ratios"])
+    return int(BYTES * max(_convolved(mimi, seanet, seconds), 1.25 * steps * steps))
 
 
 def _convolved(mimi: Mapping[str, Any], seanet: Mapping[str, Any], seconds: float) -> float:
-    """Numbers at the widest place, the convolutions at full rate: input, output and a copy."""
-    return 3.0 * seconds * float(seanet["n_filters"] * mimi["sample_rate"])
+    """Numbers at the widest place, the convolutions at full rate: four tensors."""
+    return 4.0 * seconds * float(seanet["n_filters"] * mimi["sample_rate"])

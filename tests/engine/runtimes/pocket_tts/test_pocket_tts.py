@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from engine.config import ModelConfig
 from engine.errors import InvalidRequest, LoadFailed
+from engine.events import WorkingMemory
 from engine.files.hub.listing import Listing
 from engine.files.hub.repository import Repository
 from engine.memory.device import CpuDevice
@@ -190,6 +191,17 @@ async def test_a_clone_equals_that_of_the_library_alone(
         with pytest.raises(InvalidRequest) as refused:
             await spoken(runtime, single, pocket, voice_sample=recording.with_name("none.wav"))
         assert refused.value.param == "voice"
+
+
+async def test_working_memory_is_estimated_and_measured(
+    runtime: PocketRuntime, recording: Path
+) -> None:
+    async with loaded(runtime, POCKET) as pocket:
+        for fields in ({}, {"voice_sample": recording}):
+            prepared = runtime.prepare(POCKET, speech_request(TEXT, **fields))
+            events = [event async for event in pocket.run(prepared)]
+            (measured,) = [each.nbytes for each in events if isinstance(each, WorkingMemory)]
+            assert measured <= prepared.working_bytes <= 4 * measured
 
 
 async def test_weights_that_cannot_clone(
