@@ -201,7 +201,7 @@ async def test_working_memory_is_estimated_and_measured(
             prepared = runtime.prepare(POCKET, speech_request(TEXT, **fields))
             events = [event async for event in pocket.run(prepared)]
             (measured,) = [each.nbytes for each in events if isinstance(each, WorkingMemory)]
-            assert measured <= prepared.working_bytes <= 4 * measured
+            assert measured / 2 <= prepared.working_bytes <= 4 * measured
 
 
 async def test_weights_that_cannot_clone(
