@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 WEB = {"fastapi", "starlette", "uvicorn"}
 NATIVE = {
     "torch", "vllm", "transformers", "diffusers", "faster_whisper", "kokoro", "TTS", "onnx_asr",
+    "pocket_tts",
 }  # fmt: skip
 
 LAYERS = (

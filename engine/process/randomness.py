@@ -25,6 +25,26 @@ import torch
 _thread = threading.local()
 
 
+class _Init(ModuleType):
+    """`torch.nn.init`, with draws as in `_Torch`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.nn.init, name)
+
+    def normal_(self, tensor: torch.Tensor, *args: Any, **settings: Any) -> torch.Tensor:
+        """As `torch.nn.init.normal_`."""
+        return torch.nn.init.normal_(tensor, *args, **_with_generator(settings, tensor.device))
+
+
+class _Nn(ModuleType):
+    """`torch.nn`, with that `init`."""
+
+    init = _Init("torch.nn.init")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.nn, name)
+
+
 class _Torch(ModuleType):
     """Torch, except that draws use the thread's generator where it has one."""
 
@@ -41,6 +61,8 @@ class _Torch(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
+
+    nn = _Nn("torch.nn")
 
     def randn(self, *size: Any, **settings: Any) -> torch.Tensor:
         """As `torch.randn`."""

@@ -18,6 +18,7 @@ REGISTRY = {
     "kokoro": "engine.runtimes.kokoro.runtime:KokoroRuntime",
     "coqui": "engine.runtimes.coqui.runtime:CoquiRuntime",
     "bark": "engine.runtimes.bark.runtime:BarkRuntime",
+    "pocket_tts": "engine.runtimes.pocket_tts.runtime:PocketRuntime",
     "onnx_asr": "engine.runtimes.onnx_asr.runtime:OnnxAsrRuntime",
     "whisper": "engine.runtimes.whisper.runtime:WhisperRuntime",
     "remote": "engine.runtimes.remote.runtime:RemoteRuntime",

@@ -233,6 +233,13 @@ SPEECH_STARTERS: Mapping[str, Starter] = MappingProxyType(
                 "coqui",
             ),
             (
+                "tiny-pocket-tts",
+                "pocket",
+                "text-to-speech",
+                "A Pocket TTS with two voices, which clones others.",
+                "pocket-tts",
+            ),
+            (
                 "tiny-whisper",
                 "whisper",
                 "automatic-speech-recognition",

@@ -87,7 +87,7 @@ class TestModelsAreCheckedAsTheyAreRead:
             (
                 {"runtime": "vlm", "options": {"no": "matter"}},
                 "models[1].runtime: no runtime 'vlm'; there is bark, coqui, diffusers, kokoro,"
-                " onnx_asr, remote, vllm, whisper",
+                " onnx_asr, pocket_tts, remote, vllm, whisper",
             ),
             (
                 {"task": "dance"},

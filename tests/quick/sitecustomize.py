@@ -22,6 +22,7 @@ NATIVE = frozenset(
         "faster_whisper",
         "kokoro",
         "onnx_asr",
+        "pocket_tts",
         "torch",
         "transformers",
         "vllm",

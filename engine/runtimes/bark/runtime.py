@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from engine.config import ModelConfig
-from engine.errors import InvalidRequest, LoadFailed, reason
+from engine.errors import LoadFailed, reason
 from engine.files.hub.repository import Repository
 from engine.files.hub.selection import HubSource
 from engine.files.pickled import load_pickled
@@ -31,6 +31,7 @@ from engine.runtimes.common.late_imports import sparing_transformers
 from engine.runtimes.common.speech import (
     SpeechModel,
     check_no_clone,
+    check_own_speed,
     check_scripts,
     check_speech,
     choose_language,
@@ -97,10 +98,7 @@ class BarkRuntime(TorchRuntime):
         options = model.options_as(BarkOptions)
         asked = check_speech(model, options.max_chars, request)
         check_no_clone(model.id, asked)
-        if asked.speed != 1.0:
-            raise InvalidRequest(
-                f"The model {model.id!r} speaks at its own speed only.", param="speed"
-            )
+        check_own_speed(model.id, asked)
         check_scripts(model.id, asked.text, LANGUAGES)
         voices = self._voices.get(model.source, options.revision)
         utterance = None if voices is None else _utterance(model.id, options, voices, asked)

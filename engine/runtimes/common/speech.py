@@ -6,13 +6,14 @@ Nothing here imports a library. The run itself is in `speech_run`.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from engine.config import ModelConfig
 from engine.errors import InvalidRequest
 from engine.media.scripts import find_foreign
+from engine.media.sentences import split_sentences
 from engine.requests import Request, SpeechRequest
 from engine.runtimes.base import Prepared
 from engine.runtimes.common.speech_options import SpeechOptions
@@ -81,6 +82,17 @@ def check_no_clone(model_id: str, request: SpeechRequest) -> None:
         raise InvalidRequest(f"The model {model_id!r} cannot clone a voice.", param="voice")
 
 
+def check_own_speed(model_id: str, request: SpeechRequest) -> None:
+    """Refuse a speed, for a model that speaks at its own only.
+
+    Raises:
+        InvalidRequest: naming `speed`.
+
+    """
+    if request.speed != 1.0:
+        raise InvalidRequest(f"The model {model_id!r} speaks at its own speed only.", param="speed")
+
+
 def choose_voice(
     model_id: str, options: SpeechOptions, request: SpeechRequest, known: Sequence[str]
 ) -> str:
@@ -98,6 +110,27 @@ def choose_voice(
             f"The model {model_id!r} has no voice {asked!r}; there is {there}.", param="voice"
         )
     return voice
+
+
+def choose_or_clone(
+    model_id: str, options: SpeechOptions, request: SpeechRequest, known: Sequence[str]
+) -> str | None:
+    """The model's name of the voice, for a model that can clone. None: the request's recording.
+
+    Raises:
+        InvalidRequest: the model has no such voice, or the recording is gone.
+
+    """
+    if request.voice_sample is not None:
+        if not request.voice_sample.is_file():
+            raise InvalidRequest("There is no recording of this voice.", param="voice")
+        return None
+    if not known:
+        raise InvalidRequest(
+            f"The model {model_id!r} has no voices of its own; give a cloned one.",
+            param="voice",
+        )
+    return choose_voice(model_id, options, request, known)
 
 
 def choose_language(
@@ -151,6 +184,15 @@ def cannot_speak(words: str) -> InvalidRequest:
         f"The model has no characters for {words[:40]!r}, so it cannot speak this text.",
         param="input",
     )
+
+
+def pieces_that_fit(text: str, language: str, fits: Callable[[str], bool]) -> Iterator[str]:
+    """The text, or pieces of it if the model cannot speak it at once, as numbers in words may."""
+    if len(text) < 2 or fits(text):
+        yield text
+        return
+    for piece in split_sentences(text, language, max_chars=-(-len(text) // 2)):
+        yield from pieces_that_fit(piece, language, fits)
 
 
 def primary_language(tag: str) -> str:

@@ -18,6 +18,11 @@ class SpeechOptions(Section):
     """The language of requests that name none, ISO 639-1. By default the model's first."""
     max_chars: int = Field(default=4096, ge=1, le=10_000_000)
     """Limit for one request. 4096 is OpenAI's."""
+    revision: str | None = None
+
+
+class SentenceOptions(SpeechOptions):
+    """Options of a model that speaks sentence by sentence."""
+
     sentence_chars: int = Field(default=200, ge=20, le=1000)
     """A sentence longer than this is spoken in pieces."""
-    revision: str | None = None

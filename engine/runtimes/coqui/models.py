@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import wave
-from collections import OrderedDict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,13 @@ from TTS.tts.models import xtts as xtts_module
 from TTS.tts.models.vits import Vits
 from TTS.tts.models.xtts import Xtts
 
-from engine.errors import InvalidRequest
 from engine.events import Samples, Speech
 from engine.files.pickled import load_pickled
-from engine.media.sentences import split_sentences
 from engine.process.gate import GATE
 from engine.process.randomness import draw_by_thread
 from engine.requests import SpeechRequest
-from engine.runtimes.common.speech import cannot_speak
+from engine.runtimes.common.clones import Clones
+from engine.runtimes.common.speech import cannot_speak, pieces_that_fit
 from engine.runtimes.common.speech_run import Speaker
 from engine.runtimes.common.utterance import Utterance
 from engine.runtimes.coqui.files import CoquiFiles
@@ -42,10 +41,6 @@ log = logging.getLogger(__name__)
 
 PAUSE_SAMPLES = 10_000
 """Silence after every sentence of VITS, as `PAD_SILENCE_SAMPLES` of Coqui's `Synthesizer`."""
-
-MAX_CLONES = 64
-"""Cloned voices whose latents stay in host memory, 130 KB each in XTTS v2. Beyond that, the least
-recently used voice goes."""
 
 draw_by_thread(
     "TTS.tts.models.vits",
@@ -188,7 +183,7 @@ class XttsSpeaker(Speaker):
                 ("top_p", options.top_p),
             )
         }
-        self._clones: OrderedDict[tuple[str, int, int], tuple[Any, Any]] = OrderedDict()
+        self._clones = Clones(self._hear)
         super().__init__(model, device)
 
     def check(self, utterance: Utterance) -> None:
@@ -207,7 +202,8 @@ class XttsSpeaker(Speaker):
         assert utterance.language is not None
         latents, embedding = self._voice(request, utterance)
         for sentence in utterance.sentences:
-            for text in self._fitting(sentence, utterance.language):
+            fits = partial(self._fits, utterance.language)
+            for text in pieces_that_fit(sentence, utterance.language, fits):
                 for chunk in self.module.inference_stream(
                     text,
                     utterance.language,
@@ -226,40 +222,26 @@ class XttsSpeaker(Speaker):
         """Drop the embeddings of the last prompt, which the language model keeps."""
         self.module.gpt.gpt_inference.cached_prefix_emb = None
 
-    def _fitting(self, sentence: str, language: str) -> Iterator[str]:
-        """The sentence, or pieces of it if it has too many tokens, as numbers in words may."""
+    def _fits(self, language: str, sentence: str) -> bool:
         tokens = self.module.tokenizer.encode(sentence.strip().lower(), lang=language)
-        if len(tokens) < self.module.args.gpt_max_text_tokens or len(sentence) < 2:
-            yield sentence
-            return
-        for piece in split_sentences(sentence, language, max_chars=-(-len(sentence) // 2)):
-            yield from self._fitting(piece, language)
+        return len(tokens) < int(self.module.args.gpt_max_text_tokens)
 
     def _voice(self, request: SpeechRequest, utterance: Utterance) -> tuple[Any, Any]:
         """The latents for the language model and the embedding for the vocoder."""
         if request.voice_sample is None:
             speaker = self.module.speaker_manager.speakers[utterance.voice]
             return speaker["gpt_cond_latent"], speaker["speaker_embedding"]
-        try:
-            stat = request.voice_sample.stat()
-            key = (str(request.voice_sample), stat.st_mtime_ns, stat.st_size)
-            if key not in self._clones:
-                latents, embedding = self.module.get_conditioning_latents(
-                    audio_path=str(request.voice_sample),
-                    max_ref_length=self._config.max_ref_len,
-                    gpt_cond_len=self._config.gpt_cond_len,
-                    gpt_cond_chunk_len=self._config.gpt_cond_chunk_len,
-                    sound_norm_refs=self._config.sound_norm_refs,
-                )
-                self._clones[key] = latents.cpu(), embedding.cpu()
-        except (OSError, wave.Error, EOFError) as error:
-            raise InvalidRequest(
-                "The recording of this voice cannot be read.", param="voice"
-            ) from error
-        self._clones.move_to_end(key)
-        while len(self._clones) > MAX_CLONES:
-            self._clones.popitem(last=False)
-        return self._clones[key]
+        return self._clones.get(request.voice_sample)
+
+    def _hear(self, recording: Path) -> tuple[Any, Any]:
+        latents, embedding = self.module.get_conditioning_latents(
+            audio_path=str(recording),
+            max_ref_length=self._config.max_ref_len,
+            gpt_cond_len=self._config.gpt_cond_len,
+            gpt_cond_chunk_len=self._config.gpt_cond_chunk_len,
+            sound_norm_refs=self._config.sound_norm_refs,
+        )
+        return latents.cpu(), embedding.cpu()
 
 
 def _read_wav(path: str, sample_rate: int) -> torch.Tensor:

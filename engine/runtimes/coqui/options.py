@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from engine.runtimes.common.speech_options import SpeechOptions
+from engine.runtimes.common.speech_options import SentenceOptions
 
 
-class CoquiOptions(SpeechOptions):
+class CoquiOptions(SentenceOptions):
     """Options of a VITS or XTTS model. The last five are XTTS's; None takes the checkpoint's."""
 
     stream_chunk_tokens: int = Field(default=20, ge=4)

@@ -32,6 +32,7 @@ from engine.runtimes.common.speech import (
     check_scripts,
     check_speech,
     choose_language,
+    choose_or_clone,
     choose_voice,
     prepared_speech,
     primary_language,
@@ -172,17 +173,9 @@ def _utterance(
 def _voice(
     model_id: str, options: CoquiOptions, request: SpeechRequest, files: CoquiFiles
 ) -> str | None:
-    if files.kind != "xtts":
-        check_no_clone(model_id, request)
-    if request.voice_sample is not None:
-        if not request.voice_sample.is_file():
-            raise InvalidRequest("There is no recording of this voice.", param="voice")
-        return None
-    if not files.speakers and files.kind == "xtts":
-        raise InvalidRequest(
-            f"The model {model_id!r} has no voices of its own; give a cloned one.",
-            param="voice",
-        )
+    if files.kind == "xtts":
+        return choose_or_clone(model_id, options, request, files.speakers)
+    check_no_clone(model_id, request)
     voice = choose_voice(model_id, options, request, files.speakers or (ONLY_VOICE,))
     return voice if files.speakers else None
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from math import isfinite
-
 from engine.errors import InvalidRequest
 from engine.requests import TranscriptionOperation, TranscriptionRequest
 from engine.runtimes.onnx_asr.options import ModelType, OnnxAsrOptions
@@ -25,10 +23,6 @@ def check_request(request: TranscriptionRequest) -> None:
         InvalidRequest: naming the field at fault.
 
     """
-    if not request.audio:
-        raise InvalidRequest("The file is empty.", param="file")
-    if not (isfinite(request.temperature) and 0 <= request.temperature <= 1):
-        raise InvalidRequest("temperature must be from 0 to 1.", param="temperature")
     name = echoed(request.model)
     if request.temperature > 0:
         raise InvalidRequest(

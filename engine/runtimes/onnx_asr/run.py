@@ -7,11 +7,13 @@ import zlib
 from collections.abc import Callable, Iterator
 
 from faster_whisper.vad import VadOptions, get_speech_timestamps, get_vad_model
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
 
 from engine.errors import InvalidRequest
 from engine.events import Event, Heard, Progress, Samples, Segment, Word
 from engine.media.audio_input import decode_audio
 from engine.requests import TranscriptionOperation, TranscriptionRequest
+from engine.runtimes.common.transcription import Cancelled, TranscriptionRun
 from engine.runtimes.onnx_asr.checks import CANARY, check_kind, language_of
 from engine.runtimes.onnx_asr.model import OnnxModel
 from engine.runtimes.onnx_asr.options import ModelType, OnnxAsrOptions
@@ -25,16 +27,12 @@ PAD_MS = 200
 """Kept before and after what the detector takes for speech."""
 
 
-class Cancelled(Exception):
-    """The caller cancelled the run."""
-
-
 def import_everything() -> None:
     """Load what the first run would otherwise load: the voice activity detector (2 MB)."""
     get_vad_model()
 
 
-class Run:
+class Run(TranscriptionRun):
     """One request on one model."""
 
     def __init__(
@@ -48,15 +46,11 @@ class Run:
         self._model = model
         self._kind = kind
         self._options = options
-        self._request = request
-        self._emit = emit
-        self._cancelled = False
-        self.progress = 0
-        """Number of packets and graph runs begun so far."""
+        super().__init__(request, emit)
 
     def cancel(self) -> None:
         """Make `execute` return soon, also from within a graph."""
-        self._cancelled = True
+        super().cancel()
         self._model.control.stop()  # the model has no other run before this one has ended
 
     def execute(self) -> None:
@@ -71,16 +65,11 @@ class Run:
             self._transcribe()
         except Cancelled:
             return
-        except Exception:
+        except (Fail, RuntimeException):
             if not self._cancelled:  # otherwise a graph failed because it was stopped
                 raise
         finally:
             self._model.control.end()
-
-    def _check(self) -> None:
-        self.progress += 1
-        if self._cancelled:
-            raise Cancelled
 
     def _transcribe(self) -> None:
         check_kind(self._request, self._options, self._kind)

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from engine.config import ModelConfig
 from engine.errors import (
-    EngineError,
-    InvalidRequest,
     LoadFailed,
-    OutOfDeviceMemory,
-    RuntimeFailed,
-    reason,
 )
-from engine.events import Event
 from engine.files.hub.repository import Repository
 from engine.files.hub.selection import HubSource
 from engine.memory.block import Block, Estimate
@@ -28,7 +20,12 @@ from engine.model_folder import present_folder
 from engine.requests import Request, TranscriptionRequest
 from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.common.loading import load_on_thread
-from engine.runtimes.common.thread_run import run_on_thread
+from engine.runtimes.common.thread_run import Emit, ThreadRun
+from engine.runtimes.common.transcription import (
+    USUAL_BYTES_PER_S,
+    TranscriptionModel,
+    check_transcription,
+)
 from engine.runtimes.onnx_asr.checks import check_kind, check_request
 from engine.runtimes.onnx_asr.files import (
     GRAPHS,
@@ -45,9 +42,6 @@ from engine.section import Section
 if TYPE_CHECKING:
     from engine.runtimes.onnx_asr.model import OnnxModel
 
-USUAL_BYTES_PER_S = 8000
-"""Of a compressed recording (64 kbit/s). It gives the length before the recording is decoded."""
-
 WINDOW_BYTES_PER_S = 10_000_000
 """Of a window in the encoder, at its widest place: the first convolution of NeMo's FastConformer.
 
@@ -58,7 +52,7 @@ RECORDING_BYTES_PER_S = 250_000
 """Host memory of samples while they are decoded, and while pauses are found."""
 
 
-class LoadedOnnxAsr(LoadedModel):
+class LoadedOnnxAsr(TranscriptionModel):
     """One model on a thread of its own, which runs one window at a time."""
 
     max_concurrency = 1
@@ -70,24 +64,18 @@ class LoadedOnnxAsr(LoadedModel):
         self.kind = kind
         self.options = options
         self.weights = weights
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self.threads = ThreadPoolExecutor(1, thread_name_prefix=name)
 
     def blocks(self) -> tuple[Block, ...]:
         """The weights. onnxruntime reports no sizes, and keeps them in the types of the files."""
         return (self.weights,)
 
-    async def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
-        """Transcribe; closing the generator stops it, also within a window."""
+    def make_run(self, request: TranscriptionRequest, emit: Emit) -> ThreadRun:
+        """Transcribe. A stop is heard within a window as well."""
         from engine.runtimes.onnx_asr.run import Run
 
         assert self.model is not None
-        assert isinstance(prepared.request, TranscriptionRequest)
-        make_run = partial(Run, self.model, self.kind, self.options, prepared.request)
-        # onnxruntime computes on threads of its own.
-        running = run_on_thread(self.thread, make_run, _translate, helpers=True)
-        async with aclosing(running) as events:
-            async for event in events:
-                yield event
+        return Run(self.model, self.kind, self.options, request, emit)
 
 
 class OnnxAsrRuntime(Runtime):
@@ -148,19 +136,15 @@ class OnnxAsrRuntime(Runtime):
 
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Check what can be checked without decoding. The kind counts once its file is here."""
-        if model.task != "transcribe" or not isinstance(request, TranscriptionRequest):
-            raise InvalidRequest(
-                f"The model {model.id!r} does not support {request.operation.value}.",
-                param="model",
-            )
+        asked = check_transcription(model, request)
         options = model.options_as(OnnxAsrOptions)
-        check_request(request)
+        check_request(asked)
         folder = present_folder(model.source, self.context.cache_dir, revision=options.revision)
         kind = None if folder is None else _known_type(folder, options)
         if kind is not None:
-            check_kind(request, options, kind)
-        working = self._working_bytes(options, len(request.audio))
-        return Prepared(request, None, working_bytes=working)
+            check_kind(asked, options, kind)
+        working = self._working_bytes(options, len(asked.audio))
+        return Prepared(asked, None, working_bytes=working)
 
     def _working_bytes(self, options: OnnxAsrOptions, file_bytes: int) -> int:
         seconds = min(options.max_seconds, file_bytes / USUAL_BYTES_PER_S)
@@ -209,7 +193,7 @@ class OnnxAsrRuntime(Runtime):
 
     def _drop(self, loaded: LoadedOnnxAsr) -> None:
         # For a moment after a run, its thread still holds the run, and the run the model.
-        loaded.thread.shutdown()
+        loaded.threads.shutdown()
         loaded.model = None
         self.context.device.release_cached()
 
@@ -223,11 +207,3 @@ def _known_type(folder: Path, options: OnnxAsrOptions) -> ModelType | None:
         return model_type(folder, options)
     except LoadFailed:
         return None  # a load says why
-
-
-def _translate(error: Exception) -> EngineError:
-    # onnxruntime has one exception for most failures.
-    text = str(error).lower()
-    if isinstance(error, MemoryError) or "out of memory" in text or "failed to allocate" in text:
-        return OutOfDeviceMemory(f"The device ran out of memory: {reason(error)}")
-    return RuntimeFailed(f"The model failed while running: {reason(error)}")

@@ -22,8 +22,9 @@ from engine.errors import InvalidRequest, RuntimeFailed
 from engine.events import Cut, Event, Heard, Progress, Samples, Segment, Word
 from engine.media.audio_input import decode_audio
 from engine.requests import TranscriptionOperation, TranscriptionRequest
+from engine.runtimes.common.transcription import Cancelled, TranscriptionRun
 from engine.runtimes.whisper.options import WhisperOptions
-from engine.runtimes.whisper.window_batcher import Call, Cancelled, Step, WindowBatcher
+from engine.runtimes.whisper.window_batcher import Call, Step, WindowBatcher
 
 BUSY_S = 2.0
 """How long the library's worker may take to register the end of a run."""
@@ -216,7 +217,7 @@ def import_everything() -> frozenset[str]:
     return frozenset(_LANGUAGE_CODES)
 
 
-class Run:
+class Run(TranscriptionRun):
     """One request on one model."""
 
     def __init__(
@@ -230,15 +231,7 @@ class Run:
         self._shared = model
         self._batcher = batcher
         self._options = options
-        self._request = request
-        self._emit = emit
-        self._cancelled = False
-        self.progress = 0
-        """Number of packets and windows begun so far."""
-
-    def cancel(self) -> None:
-        """Make `execute` return at the next packet or window."""
-        self._cancelled = True
+        super().__init__(request, emit)
 
     def execute(self) -> None:
         """Decode, emit what was heard, then each segment as it is known.
@@ -272,11 +265,6 @@ class Run:
             return
         finally:
             del self._model  # which holds this run, as its check
-
-    def _check(self) -> None:
-        self.progress += 1
-        if self._cancelled:
-            raise Cancelled
 
     def _check_model(self) -> None:
         """Check the language and the task, which only the loaded model shows."""

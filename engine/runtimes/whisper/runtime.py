@@ -17,25 +17,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from engine.config import ModelConfig
 from engine.errors import (
-    EngineError,
     InvalidRequest,
     LoadFailed,
     OutOfDeviceMemory,
-    RuntimeFailed,
     reason,
 )
-from engine.events import Event
 from engine.files.ctranslate2_file import Variable, read_variables, weight_bytes
 from engine.files.hub.repository import Repository
 from engine.files.hub.selection import HubSource
@@ -44,7 +39,13 @@ from engine.model_folder import PresentFolders
 from engine.requests import Request, TranscriptionRequest
 from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.common.loading import load_on_thread
-from engine.runtimes.common.thread_run import run_on_thread
+from engine.runtimes.common.thread_run import Emit, ThreadRun
+from engine.runtimes.common.transcription import (
+    USUAL_BYTES_PER_S,
+    TranscriptionModel,
+    check_transcription,
+    library_error,
+)
 from engine.runtimes.recognised import Recognised
 from engine.runtimes.whisper.options import WhisperOptions, run_compute_type, run_max_batch
 from engine.runtimes.whisper.window_batcher import WindowBatcher
@@ -69,9 +70,6 @@ TEXT_POSITIONS = 448
 LARGE = (1280, 32)
 """Width and decoder layers of the largest models, assumed as long as the files are not here."""
 
-USUAL_BYTES_PER_S = 8000
-"""Of a compressed recording (64 kbit/s). It gives the length before the recording is decoded."""
-
 FEATURE_BYTES_PER_S = 1_100_000
 """Measured host memory of samples and spectra during the making of a recording's features."""
 
@@ -79,7 +77,7 @@ BATCHED_BYTES_PER_S = 250_000
 """The same for the batched pipeline, which makes them window by window."""
 
 
-class LoadedWhisper(LoadedModel):
+class LoadedWhisper(TranscriptionModel):
     """One model, whose runs each have a thread and share the calls of a batcher."""
 
     def __init__(
@@ -111,18 +109,12 @@ class LoadedWhisper(LoadedModel):
         """Bytes that CTranslate2 keeps in host memory once the model was parked."""
         return self.weights.nbytes if self.weights.parkable else 0
 
-    async def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
-        """Transcribe; closing the generator stops it at the next window."""
+    def make_run(self, request: TranscriptionRequest, emit: Emit) -> ThreadRun:
+        """Transcribe."""
         from engine.runtimes.whisper.run import Run
 
         assert self.model is not None
-        assert isinstance(prepared.request, TranscriptionRequest)
-        make_run = partial(Run, self.model, self.batcher, self.options, prepared.request)
-        # CTranslate2 computes on threads of its own.
-        running = run_on_thread(self.threads, make_run, _translate, helpers=True)
-        async with aclosing(running) as events:
-            async for event in events:
-                yield event
+        return Run(self.model, self.batcher, self.options, request, emit)
 
 
 class WhisperRuntime(Runtime):
@@ -179,17 +171,9 @@ class WhisperRuntime(Runtime):
 
     def prepare(self, model: ModelConfig, request: Request) -> Prepared:
         """Check what can be checked without decoding; fill in the language."""
-        if model.task != "transcribe" or not isinstance(request, TranscriptionRequest):
-            raise InvalidRequest(
-                f"The model {model.id!r} does not support {request.operation.value}.",
-                param="model",
-            )
+        asked = check_transcription(model, request)
         options = model.options_as(WhisperOptions)
-        if not request.audio:
-            raise InvalidRequest("The file is empty.", param="file")
-        if not (isfinite(request.temperature) and 0 <= request.temperature <= 1):
-            raise InvalidRequest("temperature must be from 0 to 1.", param="temperature")
-        language = request.language or options.language
+        language = asked.language or options.language
         if language is not None:
             language = language.lower()
             if language not in self._languages:
@@ -198,8 +182,8 @@ class WhisperRuntime(Runtime):
                     " (ISO 639-1).",
                     param="language",
                 )
-        working = self._working_bytes(model, len(request.audio))
-        return Prepared(replace(request, language=language), None, working_bytes=working)
+        working = self._working_bytes(model, len(asked.audio))
+        return Prepared(replace(asked, language=language), None, working_bytes=working)
 
     def _working_bytes(self, model: ModelConfig, file_bytes: int) -> int:
         """The working memory of the running windows, and on a CPU of the recording as well.
@@ -316,7 +300,7 @@ class WhisperRuntime(Runtime):
         try:
             await loop.run_in_executor(self._loader, partial(library.load_model, keep_cache=True))
         except Exception as error:
-            known = _translate(error)
+            known = library_error(error)
             if isinstance(known, OutOfDeviceMemory):
                 raise known from error
             raise LoadFailed(reason(error)) from error
@@ -363,10 +347,3 @@ def _variables(folder: Path) -> dict[str, Variable]:
     if "encoder/conv1/weight" not in variables:
         raise LoadFailed(f"{folder.name}: model.bin holds no Whisper model")
     return variables
-
-
-def _translate(error: Exception) -> EngineError:
-    # CTranslate2 has one exception for everything.
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return OutOfDeviceMemory(f"The device ran out of memory: {reason(error)}")
-    return RuntimeFailed(f"The model failed while running: {reason(error)}")

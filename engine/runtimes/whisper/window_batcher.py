@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Final
 
+from engine.runtimes.common.transcription import Cancelled
+
 WEIGHT: Final = 0.3
 """Of the newest measurement in the moving average."""
 
@@ -21,10 +23,6 @@ MARGIN: Final = 0.97
 
 PROBE: Final = 24
 """Once in so many choices the worse way is taken, to measure it anew."""
-
-
-class Cancelled(Exception):
-    """The caller cancelled the run."""
 
 
 class Step(IntEnum):

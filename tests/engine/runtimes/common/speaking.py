@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import wave
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,18 @@ def speech_request(text: str = TEXT, **fields: Any) -> SpeechRequest:
     return SpeechRequest(
         **{"model": "m", "request_id": "test", "seed": SEED, "text": text, **fields}
     )
+
+
+def write_recording(path: Path) -> None:
+    """Four seconds of something like a voice: mono, 24 kHz, 16 bit."""
+    times = np.arange(4 * 24_000) / 24_000
+    voice = sum(np.sin(2 * np.pi * 140 * k * times) / k for k in range(1, 12))
+    voice = voice * (0.3 + 0.2 * np.sin(2 * np.pi * 3 * times)) * 0.5
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(24_000)
+        file.writeframes((np.asarray(voice) * 32767).astype("<i2").tobytes())
 
 
 @asynccontextmanager

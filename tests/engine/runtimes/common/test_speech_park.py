@@ -29,6 +29,7 @@ from engine.runtimes.common.torch_model import TorchModel, TorchRuntime
 from engine.runtimes.common.torch_run import WHOLE
 from engine.runtimes.coqui.runtime import CoquiRuntime
 from engine.runtimes.kokoro.runtime import KokoroRuntime
+from engine.runtimes.pocket_tts.runtime import PocketRuntime
 from tests.engine.runtimes.common.speaking import speech_model, spoken
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
@@ -37,10 +38,12 @@ KOKORO = speech_model("kokoro", "tiny-kokoro")
 VITS = speech_model("coqui", "tiny-vits")
 XTTS = speech_model("coqui", "tiny-xtts", language="en")
 BARK = speech_model("bark", "tiny-bark")
+POCKET = speech_model("pocket_tts", "tiny-pocket-tts")
 RUNTIMES: dict[str, type[TorchRuntime]] = {
     "kokoro": KokoroRuntime,
     "coqui": CoquiRuntime,
     "bark": BarkRuntime,
+    "pocket_tts": PocketRuntime,
 }
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, again and again."
@@ -109,7 +112,7 @@ def bytes_on_device(model: TorchModel[Any]) -> int:
 @pytest_asyncio.fixture(
     scope="module",
     loop_scope="session",
-    params=[KOKORO, VITS, XTTS, BARK],
+    params=[KOKORO, VITS, XTTS, BARK, POCKET],
     ids=lambda config: config.id,
 )
 async def loaded(request: pytest.FixtureRequest, cache_dir: Path) -> AsyncIterator[Loaded]:

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import wave
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from tests.engine.runtimes.common.speaking import (
     speech_model,
     speech_request,
     spoken,
+    write_recording,
 )
 
 pytestmark = [
@@ -64,16 +64,8 @@ async def runtime(cache_dir: Path) -> CoquiRuntime:
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four seconds of something like a voice: mono, 24 kHz, 16 bit."""
-    times = np.arange(4 * 24_000) / 24_000
-    voice = sum(np.sin(2 * np.pi * 140 * k * times) / k for k in range(1, 12))
-    voice = voice * (0.3 + 0.2 * np.sin(2 * np.pi * 3 * times)) * 0.5
     path = tmp_path_factory.mktemp("voices") / "sample.wav"
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(24_000)
-        file.writeframes((np.asarray(voice) * 32767).astype("<i2").tobytes())
+    write_recording(path)
     return path
 
 

@@ -284,10 +284,10 @@ async def test_unloading_frees_the_sessions(cache_dir: Path) -> None:
         events += [event async for event in run]
     assert events
     held = [weakref.ref(loaded.model), weakref.ref(loaded.model._asr._encoder._session)]
-    thread = loaded.thread
+    threads = loaded.threads
     await runtime.unload(loaded)
     assert [each() for each in held] == [None, None]
-    assert thread._shutdown
+    assert threads._shutdown
     await runtime.stop()
 
 

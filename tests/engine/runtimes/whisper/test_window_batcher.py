@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from engine.runtimes.whisper.window_batcher import Call, Cancelled, Pace, Step, WindowBatcher
+from engine.runtimes.common.transcription import Cancelled
+from engine.runtimes.whisper.window_batcher import Call, Pace, Step, WindowBatcher
 
 LIMIT_S = 10.0
 
