@@ -19,6 +19,7 @@ REGISTRY = {
     "coqui": "engine.runtimes.coqui.runtime:CoquiRuntime",
     "bark": "engine.runtimes.bark.runtime:BarkRuntime",
     "onnx_asr": "engine.runtimes.onnx_asr.runtime:OnnxAsrRuntime",
+    "sherpa_diarization": "engine.runtimes.sherpa_diarization.runtime:SherpaDiarizationRuntime",
     "whisper": "engine.runtimes.whisper.runtime:WhisperRuntime",
     "remote": "engine.runtimes.remote.runtime:RemoteRuntime",
 }

@@ -245,7 +245,7 @@ class RecordingBody(Body):
     file: AudioFile
     model: ModelName
     prompt: Prompt | None = None
-    response_format: Literal["json", "text", "srt", "vtt", "verbose_json"] = "json"
+    response_format: Literal["json", "text", "srt", "vtt", "verbose_json", "diarized_json"] = "json"
     temperature: float = Field(default=0.0, ge=0, le=1)
     # Additions of ours:
     vad: bool = False
