@@ -478,7 +478,9 @@ class Engine:
 
     def _deadline_of(self, scheduling: SchedulingOptions) -> Deadline:
         timeout_s = scheduling.timeout_s
-        return Deadline(self._clock, self.config.queue_timeout_s if timeout_s is None else timeout_s)
+        return Deadline(
+            self._clock, self.config.queue_timeout_s if timeout_s is None else timeout_s
+        )
 
     def _usual_deadline(self) -> Deadline:
         return Deadline(self._clock, self.config.queue_timeout_s)

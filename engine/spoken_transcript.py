@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from engine.engine import Engine
 from engine.errors import InvalidRequest, RuntimeFailed
-from engine.events import Segment, SpeakerTurn, Speakers
+from engine.events import Segment, Speakers, SpeakerTurn
 from engine.media.spoken import SpokenSegment, spoken_segments
 from engine.requests import DiarizationRequest, TranscriptionRequest
 from engine.scheduling.lease import Lease

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 WEB = {"fastapi", "starlette", "uvicorn"}
 NATIVE = {
     "torch", "vllm", "transformers", "diffusers", "faster_whisper", "kokoro", "TTS", "onnx_asr",
+    "sherpa_onnx",
 }  # fmt: skip
 
 LAYERS = (
@@ -45,6 +46,7 @@ LAYERS = (
     ("server.keys",),
     ("engine.jobs",),
     ("engine.simulation",),
+    ("engine.spoken_transcript",),
     ("engine.engine",),
     ("engine.dispatch",),
     ("engine.preloading", "engine.model_loras"),

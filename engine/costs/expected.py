@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.requests import (
-    DiarizationRequest,
     READING,
+    DiarizationRequest,
     ImageRequest,
     Request,
     SpeechRequest,

@@ -149,7 +149,8 @@ def _write_embedding(path: Path) -> None:
         "output_dim": PITCH_BANDS,
         "normalize_samples": 0,
     }
-    inputs, outputs = _float("feats", "batch", "time", MEL_BINS), _float("embs", "batch", PITCH_BANDS)
+    inputs = _float("feats", "batch", "time", MEL_BINS)
+    outputs = _float("embs", "batch", PITCH_BANDS)
     _save(path, nodes, inputs, outputs, weights, metadata)
 
 

@@ -22,6 +22,7 @@ NATIVE = frozenset(
         "faster_whisper",
         "kokoro",
         "onnx_asr",
+        "sherpa_onnx",
         "torch",
         "transformers",
         "vllm",

@@ -177,9 +177,7 @@ class SherpaDiarizationRuntime(Runtime):
         segmentation, embedding = self.weight_files(model)
         threads = options.cpu_threads or min(4, len(os.sched_getaffinity(0)))
         found = DiarizationModel(segmentation, embedding, threads)
-        return LoadedDiarization(
-            found, options, self._blocks((segmentation, embedding)), model.id
-        )
+        return LoadedDiarization(found, options, self._blocks((segmentation, embedding)), model.id)
 
     async def unload(self, loaded: LoadedModel) -> None:
         """Drop both models and the thread."""

@@ -61,17 +61,16 @@ class Shape:
             if len(groups) > numbers["num_classes"]:
                 break
         fits = 1 <= most <= 2 and len(groups) == numbers["num_classes"]
-        lengths = [
-            numbers[key] for key in ("window_size", "receptive_field_size", "receptive_field_shift")
-        ]
-        if not fits or min(lengths) < 1 or lengths[0] < STEPS_PER_WINDOW:
+        window = numbers["window_size"]
+        field, step = numbers["receptive_field_size"], numbers["receptive_field_shift"]
+        if not fits or min(field, step) < 1 or window < STEPS_PER_WINDOW:
             raise LoadFailed(f"{name}: the numbers of its metadata do not fit each other")
         if numbers["sample_rate"] != RATE:
             raise LoadFailed(f"{name}: it must take samples at {RATE} Hz")
         powerset = np.zeros((len(groups), speakers), np.int8)
         for index, group in enumerate(groups):
             powerset[index, list(group)] = 1
-        return cls(*lengths, powerset)
+        return cls(window, field, step, powerset)
 
     @property
     def hop(self) -> int:
@@ -85,7 +84,8 @@ class Shape:
 
     def labels(self, scores: NDArray[np.float32]) -> Labels:
         """Who speaks in each frame, by its likeliest class. `scores` is (frames, classes)."""
-        return self.powerset[scores.argmax(axis=1)]
+        found: Labels = self.powerset[scores.argmax(axis=1)]
+        return found
 
     def frame(self, window: int) -> int:
         """The first frame of a window, counted from the beginning of the recording."""
