@@ -32,6 +32,7 @@ class SpokenTranscript:
         """`begin` makes one."""
         self.request = request
         self._lease = lease
+        self._session = session
         self._turns = asyncio.create_task(_turns(session))
 
     @classmethod
@@ -86,6 +87,8 @@ class SpokenTranscript:
             await asyncio.wait([self._turns])
             if not self._turns.cancelled():
                 self._turns.exception()  # whoever joins has it too
+            # A task that was cancelled before it began has not closed it.
+            await self._session.close()
         finally:
             self._lease.release()
 
