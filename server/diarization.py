@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import InvalidRequest
 from engine.media.audio_input import decode_audio
 from engine.requests import KnownSpeaker
 from engine.spoken_transcript import DIARIZE
 from server.keys.access import Access
-from server.schemas.audio import DIARIZED, TranscriptionBody
 
 RATE = 16_000
 """Hertz of a known voice, as `KnownSpeaker` has it."""
@@ -28,22 +29,21 @@ def find_diarizer(config: EngineConfig, access: Access) -> ModelConfig:
         if model.task == DIARIZE and access.may_use(model.id):
             return model
     raise InvalidRequest(
-        f"{DIARIZED} takes a model that tells speakers apart. The configuration has none with the"
-        f" task {DIARIZE} that this request may use.",
+        "diarized_json takes a model that tells speakers apart. The configuration has none with"
+        f" the task {DIARIZE} that this request may use.",
         param="response_format",
     )
 
 
-def known_speakers(body: TranscriptionBody) -> tuple[KnownSpeaker, ...]:
-    """The speakers that the request knows, their voices decoded. Not for the event loop.
+def known_speakers(names: Sequence[str], references: Sequence[bytes]) -> tuple[KnownSpeaker, ...]:
+    """The speakers that a request knows, their recordings decoded. Not for the event loop.
 
     Raises:
         InvalidRequest: naming the reference that is no recording of the right length.
 
     """
     found = []
-    pairs = zip(body.known_speaker_names, body.known_speaker_references, strict=True)
-    for index, (name, data) in enumerate(pairs):
+    for index, (name, data) in enumerate(zip(names, references, strict=True)):
         param = f"known_speaker_references[{index}]"
         samples = decode_audio(data, rate=RATE, max_seconds=MOST_S, param=param)
         if len(samples) < LEAST_S * RATE:

@@ -62,11 +62,14 @@ def transcriptions_router(
             )
             if isinstance(body, TranscriptionBody) and body.diarizes:
                 diarizer = find_diarizer(engine.config, access_of(request))
+                known = await asyncio.to_thread(
+                    known_speakers, body.known_speaker_names, body.known_speaker_references
+                )
                 diarization = DiarizationRequest(
                     model=diarizer.id,
                     audio=body.file,
                     request_id=f"{request.state.request_id}-speakers",
-                    known_speakers=await asyncio.to_thread(known_speakers, body),
+                    known_speakers=known,
                     scheduling=scheduling,
                 )
                 send: Answer = partial(

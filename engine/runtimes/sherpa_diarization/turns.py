@@ -1,6 +1,6 @@
 """From scores of overlapping windows to turns of speakers, as sherpa-onnx and pyannote do it.
 
-These are the steps of `OfflineSpeakerDiarization` in sherpa-onnx, after pyannote's pipeline
+These are the steps of OfflineSpeakerDiarization in sherpa-onnx, after pyannote's pipeline
 (Bredin, pyannote.audio 2.1 speaker diarization pipeline, Interspeech 2023). The library has them
 in one call, which keeps the interpreter's lock from its first window to its last.
 """
