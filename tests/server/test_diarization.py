@@ -359,3 +359,22 @@ async def test_a_request_for_loaded_models_only_takes_both(
     assert answer.status_code == 409 and "speakers" in answer.text
     await engine.load("speakers")
     assert (await plain.post(TRANSCRIPTIONS, **sent)).status_code == 200
+
+
+async def test_the_timeout_of_a_request_bounds_the_wait_for_both(
+    plain: httpx.AsyncClient, engine: Engine, answers: Answers
+) -> None:
+    class Listening(Stuck):
+        async def __call__(self, request: Any) -> AsyncGenerator[Event, None]:
+            yield HEARD
+            async for event in super().__call__(request):
+                yield event
+
+    answers.transcript = Listening()
+    request = TranscriptionRequest(model="large", audio=FILE[1], request_id="a")
+    session = await engine.open(request)
+    sent: dict[str, Any] = {"data": DIARIZED, "files": {"file": FILE}}
+    answer = await plain.post(TRANSCRIPTIONS, **sent, headers={"x-roundhouse-timeout": "0.05"})
+    assert answer.status_code == 503 and "not served within" in answer.text
+    await session.close()
+    assert is_at_rest(engine)
