@@ -302,6 +302,16 @@ class Engine:
             raise QueueTimeout("The engine is still starting.", retry_after_s=5.0)
         return self._prepare(model, request)
 
+    async def check(self, request: Request) -> None:
+        """Return if a request passes every check without a loaded model. Waits for the start.
+
+        Raises:
+            EngineError: see `prepare`.
+
+        """
+        await self._wait_started(self._usual_deadline())
+        self.prepare(request)
+
     def _prepare(self, model: ModelConfig, request: Request) -> Prepared:
         return self._runtimes[model.runtime].prepare(model, request)
 
@@ -338,10 +348,7 @@ class Engine:
             self.activity.begin()
         try:
             self._dispatch.check_name(request.model)
-            timeout_s = request.scheduling.timeout_s
-            if timeout_s is None:
-                timeout_s = self.config.queue_timeout_s
-            deadline = Deadline(self._clock, timeout_s)
+            deadline = self._deadline_of(request.scheduling)
             await self._wait_started(deadline)
             session = await self._dispatch.open(request, deadline, waiting or Waiting())
         except BaseException as error:
@@ -386,8 +393,12 @@ class Engine:
 
         """
         models = self._distinct(names)
-        deadline = self._usual_deadline()
+        scheduling = scheduling or SchedulingOptions()
+        deadline = self._deadline_of(scheduling)
         await self._wait_started(deadline)
+        if scheduling.if_loaded_only:
+            for model in models:
+                await self._admission.check_loaded(model)
         for model in models:
             await self._admission.bring_files(model, deadline)
             await self._admission.know_size(model, deadline)
@@ -395,7 +406,7 @@ class Engine:
             models[0],
             request_id=request_id,
             operation="session",
-            scheduling=scheduling or SchedulingOptions(),
+            scheduling=scheduling,
             deadline=deadline,
             waiting=waiting or Waiting(),
             hold=True,
@@ -464,6 +475,12 @@ class Engine:
         if not choice.models:
             raise choice.refusal()
         return request_to(self.config.find(choice.models[0]), request)
+
+    def _deadline_of(self, scheduling: SchedulingOptions) -> Deadline:
+        timeout_s = scheduling.timeout_s
+        return Deadline(
+            self._clock, self.config.queue_timeout_s if timeout_s is None else timeout_s
+        )
 
     def _usual_deadline(self) -> Deadline:
         return Deadline(self._clock, self.config.queue_timeout_s)

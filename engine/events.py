@@ -114,6 +114,23 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeakerTurn:
+    """A span of a recording, in seconds, in which one speaker speaks. Turns may overlap."""
+
+    start_s: float
+    end_s: float
+    speaker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Speakers:
+    """All turns of a recording, by their start; the last event of a diarization run."""
+
+    duration_s: float
+    turns: tuple[SpeakerTurn, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Cut:
     """A text of the request that was longer than the model takes. It comes before any result.
 
@@ -148,9 +165,11 @@ Event: TypeAlias = (
     | Speech
     | Heard
     | Segment
+    | Speakers
     | Cut
     | WorkingMemory
 )
 """Text models give one `Document`, or one or more `Frame`s. Image and video models give any number
 of `Progress` and `PartialImage`, then the result. Speech models give `Speech`. Transcription models
-give `Heard` and any number of `Segment`."""
+give `Heard` and any number of `Segment`. Diarization models give any number of `Progress`, then
+`Speakers`."""

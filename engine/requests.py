@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from PIL.Image import Image
 
 from engine.caller import NOBODY, Caller
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Priority(IntEnum):
@@ -203,6 +207,12 @@ class TranscriptionOperation(StrEnum):
     """Into English."""
 
 
+class DiarizationOperation(StrEnum):
+    """The operations of a model that tells speakers apart."""
+
+    DIARIZATION = "diarization"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeechRequest:
     """One request to a speech model. Fields that are None take the model's defaults."""
@@ -248,8 +258,36 @@ class TranscriptionRequest:
     scheduling: SchedulingOptions = SchedulingOptions(priority=Priority.INTERACTIVE)
 
 
+@dataclass(frozen=True, slots=True)
+class KnownSpeaker:
+    """A speaker whose voice the caller knows."""
+
+    name: str
+    samples: NDArray[np.float32] = field(compare=False)
+    """Of the voice alone: mono, -1 to 1, at 16 kHz."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiarizationRequest:
+    """One request to a model that says who speaks when."""
+
+    model: str
+    audio: bytes
+    """A file in any container and codec that PyAV opens."""
+    request_id: str
+    operation: DiarizationOperation = DiarizationOperation.DIARIZATION
+    known_speakers: tuple[KnownSpeaker, ...] = ()
+    """With different names."""
+    scheduling: SchedulingOptions = SchedulingOptions(priority=Priority.INTERACTIVE)
+
+
 Request: TypeAlias = (
-    TextRequest | ImageRequest | VideoRequest | SpeechRequest | TranscriptionRequest
+    TextRequest
+    | ImageRequest
+    | VideoRequest
+    | SpeechRequest
+    | TranscriptionRequest
+    | DiarizationRequest
 )
 
 
@@ -263,5 +301,10 @@ def adapters_of(request: Request) -> tuple[str, ...]:
 
 
 Operation: TypeAlias = (
-    TextOperation | ImageOperation | VideoOperation | SpeechOperation | TranscriptionOperation
+    TextOperation
+    | ImageOperation
+    | VideoOperation
+    | SpeechOperation
+    | TranscriptionOperation
+    | DiarizationOperation
 )

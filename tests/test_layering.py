@@ -21,6 +21,7 @@ WEB = {"fastapi", "starlette", "uvicorn"}
 NATIVE = {
     "torch", "vllm", "transformers", "diffusers", "faster_whisper", "kokoro", "TTS", "onnx_asr",
     "pocket_tts",
+    "sherpa_onnx",
 }  # fmt: skip
 
 LAYERS = (
@@ -46,6 +47,7 @@ LAYERS = (
     ("server.keys",),
     ("engine.jobs",),
     ("engine.simulation",),
+    ("engine.spoken_transcript",),
     ("engine.engine",),
     ("engine.dispatch",),
     ("engine.preloading", "engine.model_loras"),

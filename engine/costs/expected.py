@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.requests import (
     READING,
+    DiarizationRequest,
     ImageRequest,
     Request,
     SpeechRequest,
@@ -89,6 +90,8 @@ def most(request: Request, context: int | None) -> Usage:
             return Usage(characters=len(request.text), spoken_s=seconds)
         case TranscriptionRequest():
             return Usage(heard_s=len(request.audio) * MOST_SECONDS_PER_BYTE)
+        case DiarizationRequest():
+            return Usage()  # the transcript of the recording counts its seconds
         case VideoRequest():
             return Usage(video_s=_video_s(request) or MOST_VIDEO_S)
 

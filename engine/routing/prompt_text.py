@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from engine.requests import Request, SpeechRequest, TextRequest, TranscriptionRequest
+from engine.requests import (
+    DiarizationRequest,
+    Request,
+    SpeechRequest,
+    TextRequest,
+    TranscriptionRequest,
+)
 
 _TEXTS = ("system", "instructions", "messages", "input", "prompt", "suffix")
 """Fields of a text request that hold words."""
@@ -23,6 +29,8 @@ def prompt_text(request: Request) -> str:
         return request.text
     if isinstance(request, TranscriptionRequest):
         return request.prompt or ""
+    if isinstance(request, DiarizationRequest):
+        return ""
     return request.prompt
 
 

@@ -20,6 +20,7 @@ REGISTRY = {
     "bark": "engine.runtimes.bark.runtime:BarkRuntime",
     "pocket_tts": "engine.runtimes.pocket_tts.runtime:PocketRuntime",
     "onnx_asr": "engine.runtimes.onnx_asr.runtime:OnnxAsrRuntime",
+    "sherpa_diarization": "engine.runtimes.sherpa_diarization.runtime:SherpaDiarizationRuntime",
     "whisper": "engine.runtimes.whisper.runtime:WhisperRuntime",
     "remote": "engine.runtimes.remote.runtime:RemoteRuntime",
 }

@@ -38,6 +38,8 @@ class Starter:
     pipeline: str
     write: Callable[[Path], None]
     library: str = "transformers"
+    weights: str = "random numbers"
+    """What they are: nobody trained any."""
 
 
 def starter_folder(name: str, cache_dir: Path) -> Path:
@@ -77,7 +79,7 @@ def _write_card(folder: Path, name: str, starter: Starter) -> None:
     (folder / "README.md").write_text(
         f"---\npipeline_tag: {starter.pipeline}\nlibrary_name: {starter.library}\n---\n\n"
         f"# {name}\n\n{starter.summary}\n\n"
-        "**The weights are random numbers: nothing was trained, and what this model answers\n"
+        f"**The weights are {starter.weights}: nothing was trained, and what this model answers\n"
         "means nothing.** It exists so that a server can be started, tried and tested with no\n"
         "download. Built by Roundhouse; delete the folder and it is built again.\n",
         encoding="utf-8",
@@ -97,9 +99,14 @@ def _write(name: str, module: str, folder: Path) -> None:
 
 
 def _starter(
-    name: str, module: str, pipeline: str, summary: str, library: str = "transformers"
+    name: str,
+    module: str,
+    pipeline: str,
+    summary: str,
+    library: str = "transformers",
+    weights: str = "random numbers",
 ) -> Starter:
-    return Starter(summary, pipeline, partial(_write, name, module), library)
+    return Starter(summary, pipeline, partial(_write, name, module), library, weights)
 
 
 LANGUAGE_STARTERS: Mapping[str, Starter] = MappingProxyType(
@@ -201,8 +208,8 @@ DIFFUSION_STARTERS: Mapping[str, Starter] = MappingProxyType(
 
 SPEECH_STARTERS: Mapping[str, Starter] = MappingProxyType(
     {
-        name: _starter(name, module, pipeline, summary, library)
-        for name, module, pipeline, summary, library in (
+        name: _starter(name, *about)
+        for name, *about in (
             (
                 "tiny-kokoro",
                 "kokoro",
@@ -259,6 +266,14 @@ SPEECH_STARTERS: Mapping[str, Starter] = MappingProxyType(
                 "automatic-speech-recognition",
                 "A Canary of NeMo in ONNX, which takes a language and translates.",
                 "onnx",
+            ),
+            (
+                "tiny-diarization",
+                "diarization",
+                "voice-activity-detection",
+                "Tells a low voice from a high one, in the files of pyannote and WeSpeaker.",
+                "onnx",
+                "filters of fixed tones",
             ),
         )
     }

@@ -368,6 +368,15 @@ SEGMENT = record(
     no_speech_prob=NUMBER,
 )
 
+SPOKEN_SEGMENT = record(
+    type={"const": "transcript.text.segment"},
+    id=STRING,
+    start=NUMBER,
+    end=NUMBER,
+    text=STRING,
+    speaker=STRING,
+)
+
 TRANSCRIPT = record(
     text=STRING,
     optional={
@@ -375,7 +384,7 @@ TRANSCRIPT = record(
         "task": STRING,
         "language": STRING,
         "duration": NUMBER,
-        "segments": {"type": "array", "items": SEGMENT},
+        "segments": {"type": "array", "items": {"anyOf": [SEGMENT, SPOKEN_SEGMENT]}},
         "words": {"type": "array", "items": WORD},
     },
 )

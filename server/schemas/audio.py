@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydantic import (
 
 from engine.events import Heard, Segment, Word
 from engine.media.audio_output import AudioFormat
+from engine.media.spoken import SpokenSegment
 from engine.media.voices import ClonedVoice
 from engine.requests import (
     SchedulingOptions,
@@ -42,6 +44,12 @@ MAX_INPUT_CHARS = 500_000
 """Some nine hours of speech. The limit of a model is its runtime's, and is lower."""
 MAX_NAME_CHARS = 256
 MAX_LANGUAGE_CHARS = 16
+
+DIARIZED = "diarized_json"
+"""The format of transcripts that say who speaks."""
+
+MAX_KNOWN_SPEAKERS = 4
+"""OpenAI's limit."""
 
 NO_USAGE = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
 """OpenAI's stream of speech ends with token counts. These models have no tokens."""
@@ -72,10 +80,28 @@ def _read_chunking(value: Any) -> bool:
     return True
 
 
+def _read_reference(value: Any) -> bytes:
+    head, comma, body = value.partition(",") if isinstance(value, str) else ("", "", "")
+    if not comma or not head.startswith("data:") or not head.endswith(";base64"):
+        raise ValueError("it is a data: URL with base64")
+    try:
+        data = base64.b64decode(body, validate=True)
+    except ValueError as error:
+        raise ValueError("it is not valid base64") from error
+    if not data:
+        raise ValueError("it is empty")
+    return data
+
+
 AudioFile: TypeAlias = Annotated[
     bytes, PlainValidator(_read_file), WithJsonSchema({"type": "string", FILE_MARK: True})
 ]
 """The bytes of an upload that is not empty."""
+
+SpeakerReference: TypeAlias = Annotated[
+    bytes, PlainValidator(_read_reference), WithJsonSchema({"type": "string", "pattern": "^data:"})
+]
+"""The bytes of a recording in a data: URL."""
 
 _NAME_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS}
 _VOICE_SCHEMA = {
@@ -245,7 +271,7 @@ class RecordingBody(Body):
     file: AudioFile
     model: ModelName
     prompt: Prompt | None = None
-    response_format: Literal["json", "text", "srt", "vtt", "verbose_json"] = "json"
+    response_format: Literal["json", "text", "srt", "vtt", "verbose_json", "diarized_json"] = "json"
     temperature: float = Field(default=0.0, ge=0, le=1)
     # Additions of ours:
     vad: bool = False
@@ -254,6 +280,11 @@ class RecordingBody(Body):
     @property
     def streams(self) -> bool:
         """Whether the answer is a stream of events."""
+        return False
+
+    @property
+    def diarizes(self) -> bool:
+        """Whether the answer says who speaks."""
         return False
 
     def to_request(self, *, request_id: str, scheduling: SchedulingOptions) -> TranscriptionRequest:
@@ -290,6 +321,8 @@ class TranslationBody(RecordingBody):
 
     operation = TranscriptionOperation.TRANSLATION
 
+    response_format: Literal["json", "text", "srt", "vtt", "verbose_json"] = "json"
+
 
 class TranscriptionBody(RecordingBody):
     """`POST /v1/audio/transcriptions`."""
@@ -312,12 +345,23 @@ class TranscriptionBody(RecordingBody):
         Field(max_length=100),
     ] = Field(default_factory=list)
     """OpenAI's newer name of `hotwords`."""
+    known_speaker_names: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]],
+        BeforeValidator(as_list),
+        Field(max_length=MAX_KNOWN_SPEAKERS),
+    ] = Field(default_factory=list)
+    known_speaker_references: Annotated[
+        list[SpeakerReference], BeforeValidator(as_list), Field(max_length=MAX_KNOWN_SPEAKERS)
+    ] = Field(default_factory=list, validate_default=True)
+    """A recording of each of these speakers alone."""
 
     @field_validator("stream")
     @classmethod
     def _events_carry_text(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("response_format") not in ("json", "text"):
-            raise ValueError("the events of a stream carry text; ask for json or text")
+        if value and info.data.get("response_format") not in ("json", "text", "diarized_json"):
+            raise ValueError(
+                "the events of a stream carry text; ask for json, text or diarized_json"
+            )
         return value
 
     @field_validator("include")
@@ -341,10 +385,37 @@ class TranscriptionBody(RecordingBody):
             raise ValueError("give keywords or hotwords, not both")
         return value
 
+    @field_validator("known_speaker_names", "known_speaker_references")
+    @classmethod
+    def _speakers_are_told_apart(cls, value: list[Any], info: ValidationInfo) -> list[Any]:
+        if value and info.data.get("response_format") != DIARIZED:
+            raise ValueError(f"response_format must be {DIARIZED}")
+        return value
+
+    @field_validator("known_speaker_names")
+    @classmethod
+    def _names_differ(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("two speakers have one name")
+        return value
+
+    @field_validator("known_speaker_references")
+    @classmethod
+    def _each_name_has_a_reference(cls, value: list[bytes], info: ValidationInfo) -> list[bytes]:
+        names = info.data.get("known_speaker_names")
+        if names is not None and len(value) != len(names):
+            raise ValueError("there is one for each of known_speaker_names")
+        return value
+
     @property
     def streams(self) -> bool:
         """Whether the answer is a stream of events."""
         return self.stream
+
+    @property
+    def diarizes(self) -> bool:
+        """Whether the answer says who speaks."""
+        return self.response_format == DIARIZED
 
     def to_request(self, *, request_id: str, scheduling: SchedulingOptions) -> TranscriptionRequest:
         """The engine's form of it."""
@@ -375,6 +446,34 @@ class TranscriptionBody(RecordingBody):
             "language": LANGUAGES.get(heard.language, heard.language),
             "usage": _usage(heard),
         }
+
+
+def diarized_document(
+    heard: Heard, segments: Sequence[Segment], spoken: Sequence[SpokenSegment]
+) -> dict[str, Any]:
+    """The answer with speakers."""
+    return {
+        "task": "transcribe",
+        "duration": heard.duration_s,
+        "text": transcript_text(segments),
+        "segments": spoken_documents(spoken),
+        "usage": _usage(heard),
+    }
+
+
+def spoken_documents(spoken: Sequence[SpokenSegment]) -> list[dict[str, Any]]:
+    """OpenAI's segments with speakers, which are its events as well."""
+    return [
+        {
+            "type": "transcript.text.segment",
+            "id": f"seg_{number:03}",
+            "start": each.start_s,
+            "end": each.end_s,
+            "text": each.text,
+            "speaker": each.speaker,
+        }
+        for number, each in enumerate(spoken, start=1)
+    ]
 
 
 def transcript_text(segments: Sequence[Segment]) -> str:

@@ -87,12 +87,12 @@ class TestModelsAreCheckedAsTheyAreRead:
             (
                 {"runtime": "vlm", "options": {"no": "matter"}},
                 "models[1].runtime: no runtime 'vlm'; there is bark, coqui, diffusers, kokoro,"
-                " onnx_asr, pocket_tts, remote, vllm, whisper",
+                " onnx_asr, pocket_tts, remote, sherpa_diarization, vllm, whisper",
             ),
             (
                 {"task": "dance"},
                 "models[1].task: it must be 'generate', 'embed', 'rerank', 'classify', 'image',"
-                " 'video', 'speech' or 'transcribe'",
+                " 'video', 'speech', 'transcribe' or 'diarize'",
             ),
             (
                 {"runtime": "remote", "options": {"model": "a", "api_key": "sk-1"}},

@@ -6,7 +6,9 @@ their transcripts.
 
 from __future__ import annotations
 
+import io
 import json
+import wave
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +33,16 @@ from tests.server.real import Server
 pytestmark = pytest.mark.slow
 
 CHAT, EMBED, HEAR, SPEAK = "smollm2-135m", "minilm-l6-v2", "whisper-base", "kokoro-82m"
+LOW, HIGH = "jm_kumo", "jf_alpha"
 TOKENS = 20
+
+SPEAKERS = {
+    "id": "speakers",
+    "runtime": "sherpa_diarization",
+    "task": "diarize",
+    "source": "starter:tiny-diarization",
+}
+"""Not trained, but it tells voices apart by their pitch."""
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +52,7 @@ def server(sample_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     document = yaml.safe_load(STARTER_CONFIG.with_name("samples.yaml").read_text())
     wanted = {*SAMPLES, "tiny-sdxl-turbo"}
     document["models"] = [model for model in document["models"] if model["id"] in wanted]
+    document["models"].append(SPEAKERS)
     (home / "config.yaml").write_text(yaml.safe_dump(document))
     server = Server(
         home, "--config", str(home / "config.yaml"), ROUNDHOUSE_CACHE_DIR=str(sample_cache)
@@ -103,6 +115,20 @@ def speak(sdk: openai.OpenAI, text: str, voice: str = "alloy") -> bytes:
     return sdk.audio.speech.create(
         model=SPEAK, voice=voice, input=text, response_format="wav"
     ).content
+
+
+def joined(wavs: Sequence[bytes], pause_s: float) -> bytes:
+    """One file of all, each with a silence behind it."""
+    pieces, found = [], io.BytesIO()
+    for wav in wavs:
+        with wave.open(io.BytesIO(wav)) as file:
+            form = file.getparams()
+            pieces.append(file.readframes(file.getnframes()))
+    silence = bytes(int(pause_s * form.framerate) * form.sampwidth * form.nchannels)
+    with wave.open(found, "wb") as file:
+        file.setparams(form._replace(nframes=0))
+        file.writeframes(b"".join(piece + silence for piece in pieces))
+    return found.getvalue()
 
 
 def hear(sdk: openai.OpenAI, wav: bytes, **more: Any) -> str:
@@ -238,6 +264,18 @@ class TestSpeech:
             for sentence, voice in zip(said, ("ash", "nova", "shimmer"), strict=True)
         ]
         assert word_error_rate(said, heard) <= 0.12, heard
+
+    def test_two_voices_in_turns_are_two_speakers(self, sdk: openai.OpenAI) -> None:
+        said = SPOKEN[2:4] * 2
+        wavs = [speak(sdk, text, voice) for text, voice in zip(said, (LOW, HIGH), strict=False)]
+        answer: Any = sdk.audio.transcriptions.create(
+            model=HEAR,
+            file=("a.wav", joined(wavs * 2, pause_s=0.5)),
+            response_format="diarized_json",
+            language="en",
+        )
+        assert [each.speaker for each in answer.segments] == ["A", "B", "A", "B"]
+        assert word_error_rate(said, [each.text for each in answer.segments]) <= 0.12, answer
 
     def test_a_voice_with_a_japanese_name_is_listed_as_english(self, server: Server) -> None:
         listed = httpx.get(f"{server.url}/v1/audio/voices", params={"model": SPEAK}).json()

@@ -23,6 +23,7 @@ NATIVE = frozenset(
         "kokoro",
         "onnx_asr",
         "pocket_tts",
+        "sherpa_onnx",
         "torch",
         "transformers",
         "vllm",

@@ -55,8 +55,6 @@ HARMLESS: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, dict[str, Any]] = {
     "/v1/audio/transcriptions": {
         "include": ["logprobs"],
-        "known_speaker_names": ["a"],
-        "known_speaker_references": ["data:audio/wav;base64,AAAA"],
         "languages": ["en", "de"],
     },
 }
@@ -140,7 +138,8 @@ ELSEWHERE = {
     "/v1/images/variations": {"stream", "partial_images", "response_format", "output_format",
                               "output_compression"},
     "/v1/audio/speech": {"response_format", "stream_format", "word_times"},
-    "/v1/audio/transcriptions": {"response_format", "stream", "timestamp_granularities"},
+    "/v1/audio/transcriptions": {"response_format", "stream", "timestamp_granularities",
+                                 "known_speaker_names", "known_speaker_references"},
     "/v1/audio/translations": {"response_format"},
     "/v1/audio/voices": {"name", "audio_sample"},
 }  # fmt: skip
