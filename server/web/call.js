@@ -274,8 +274,9 @@ export class Call {
   };
 
   onResponse({ id, status, status_details: details, output, roundhouse }) {
+    const note = status === "cancelled" ? "interrupted" : "";
     for (const item of output) {
-      if (item.type === "message") this.view.settle({ id: item.id, mine: false });
+      if (item.type === "message") this.view.settle({ id: item.id, mine: false }, note);
     }
     if (status === "failed") this.view.alarm(`No answer: ${details.error.message}`);
     const { speechEndMs, heardMs } = this.turns.get(id);

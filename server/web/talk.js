@@ -143,7 +143,8 @@ class View {
 
   /** Nothing more is to come for an entry; `note` says what became of it. */
   settle(entry, note = "") {
-    if (note) setText(this.nodeOf(entry).querySelector(".note"), note);
+    const told = this.nodeOf(entry).querySelector(".note");
+    if (!told.textContent.startsWith(note)) setText(told, note); // it may say more already
     this.log.removeAttribute("aria-busy");
   }
 
