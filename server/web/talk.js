@@ -133,18 +133,23 @@ class View {
     // Told at once, each word would be read out alone.
     this.log.setAttribute("aria-busy", "true");
     this.textOf(entry).append(delta);
-    this.log.scrollTop = this.log.scrollHeight; // the log's own: the page stays where the reader is
+    this.scroll();
   }
 
   write(entry, text) {
     setText(this.textOf(entry), text);
-    this.log.scrollTop = this.log.scrollHeight;
+    this.scroll();
+  }
+
+  scroll() {
+    this.log.scrollTop = this.log.scrollHeight; // the log's own: the page stays where the reader is
   }
 
   /** Nothing more is to come for an entry; `note` says what became of it. */
   settle(entry, note = "") {
     const told = this.nodeOf(entry).querySelector(".note");
     if (!told.textContent.startsWith(note)) setText(told, note); // it may say more already
+    this.scroll();
     this.log.removeAttribute("aria-busy");
   }
 
