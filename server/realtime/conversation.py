@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ class Item:
     """What was said, once it is known. The content has it then."""
     spoken: list[SpokenClause] = field(default_factory=list)
     """Of an answer that was spoken."""
+    heard_ms: float = math.inf
+    """How much of it was heard, if that is known."""
 
     @property
     def id(self) -> str:
@@ -48,10 +51,12 @@ class Item:
         return str(self.document["id"])
 
     def cut(self, audio_end_ms: float) -> str:
-        """Keep what was said until then, and return it.
+        """Keep what was said until then, and return it. What an earlier call cut stays away.
 
         Of the clause in which that time lies, words are kept in proportion to its audio.
         """
+        # A client may say what it heard before a response that it interrupts has ended.
+        audio_end_ms = self.heard_ms = min(self.heard_ms, audio_end_ms)
         kept: list[str] = []
         begin_ms = 0.0
         for clause in self.spoken:

@@ -47,6 +47,21 @@ export function remove(path) {
   return send("DELETE", path, {});
 }
 
+/**
+ * A WebSocket of the server. A browser sets no headers of one, so the key is a subprotocol.
+ * Throws ApiError for a key that cannot be one.
+ */
+export function openSocket(path) {
+  const url = new URL(path.slice(1), ROOT);
+  url.protocol = url.protocol.replace("http", "ws");
+  const key = currentKey();
+  try {
+    return new WebSocket(url, ["realtime", ...(key ? [`openai-insecure-api-key.${key}`] : [])]);
+  } catch {
+    throw new ApiError("A browser cannot send this key to talk: it may have letters, digits, - and _ only.", 0);
+  }
+}
+
 async function send(method, path, options) {
   const key = currentKey();
   const headers = { ...options.headers };

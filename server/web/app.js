@@ -14,6 +14,7 @@ import { showPlots } from "./plots.js";
 import { showQueue } from "./queue.js";
 import { startSpeech } from "./speech.js";
 import { startTabs } from "./tabs.js";
+import { startTalk } from "./talk.js";
 import { startTranscription } from "./transcription.js";
 import { refreshVideos, startVideos } from "./videos.js";
 
@@ -100,6 +101,7 @@ function startKeyDialog() {
 startKeyDialog();
 startFilter();
 startTabs(byId("playground-tabs"));
+startTalk();
 startChat();
 startImages();
 startVideos();

@@ -1,37 +1,20 @@
 // Text spoken.
 
-import { get, post } from "./api.js";
-import { byId, element, setText } from "./dom.js";
+import { post } from "./api.js";
+import { byId, setText } from "./dom.js";
 import { runOnSubmit } from "./run.js";
+import { startVoices } from "./voices.js";
 
 export function startSpeech() {
   const form = byId("speech-form");
   const audio = byId("speech-audio");
-  let listed = null;
-
-  async function listVoices() {
-    const model = byId("speech-model").value;
-    // Only once it is seen: to list a model's voices, its files may have to be fetched.
-    if (byId("panel-speech").hidden || !model || model === listed) return;
-    listed = model;
-    const select = byId("speech-voice");
-    select.replaceChildren(element("option", { value: "", textContent: "its usual one" }));
-    try {
-      const response = await get(`/v1/audio/voices?model=${encodeURIComponent(model)}`);
-      const { data } = await response.json();
-      if (listed !== model) return; // another one was chosen meanwhile
-      for (const { id, name, language } of data) {
-        const textContent = language === null ? name : `${name} (${language})`;
-        select.append(element("option", { value: id, textContent }));
-      }
-    } catch (error) {
-      listed = null;
-      setText(form.querySelector("[data-status]"), `No voices: ${error.message}`);
-    }
-  }
-
+  const listVoices = startVoices(
+    byId("speech-model"),
+    byId("speech-voice"),
+    () => !byId("panel-speech").hidden,
+    (text) => setText(form.querySelector("[data-status]"), text),
+  );
   byId("panel-speech").addEventListener("show", listVoices);
-  byId("speech-model").onchange = listVoices;
 
   runOnSubmit(form, async (signal, tell) => {
     const voice = byId("speech-voice").value;

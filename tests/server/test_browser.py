@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import io
 import re
 import shutil
 import struct
 import subprocess
 import sys
+import threading
 import wave
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from math import pi, sin
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 from PIL import Image
+from pydantic import SecretStr
+from websockets.sync.client import connect
 
+from engine.engine import Engine
+from engine.requests import TextRequest
+from engine.runtimes.registry import REGISTRY
+from server.app import create_app
+from server.bench.quality.recordings import clips
+from server.settings import ServerSettings
+from tests.server.fake import fake_engine, listening
 from tests.server.real import ROOT, STOP_S, Server
+from tests.server.realtime.conftest import MODELS, Voices
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, FilePayload, Locator, Page, Route
@@ -88,6 +101,38 @@ server: {{port: 0, api_keys: [user-key], admin_keys: [admin-key]}}
 models:
   - {{id: small, runtime: fake, source: none}}
 """
+
+
+MICROPHONE = """
+    () => {
+        sessionStorage.setItem("roundhouse-api-key", "user-key");
+        navigator.mediaDevices.getUserMedia = async ({ audio }) => {
+            const context = new AudioContext();
+            const stream = context.createMediaStreamDestination();
+            globalThis.microphone = { wanted: audio, track: stream.stream.getTracks()[0] };
+            globalThis.speak = async (wav) => {
+                const bytes = Uint8Array.from(atob(wav), (each) => each.charCodeAt(0));
+                const speech = await context.decodeAudioData(bytes.buffer);
+                const source = new AudioBufferSourceNode(context, { buffer: speech });
+                source.connect(stream);
+                source.start();
+            };
+            return stream.stream;
+        };
+        globalThis.played = [];
+        const { start, stop } = AudioBufferSourceNode.prototype;
+        AudioBufferSourceNode.prototype.start = function (when) {
+            const at = this.context.currentTime;
+            if (when) played.push({ node: this, when, at, seconds: this.buffer.duration });
+            return start.call(this, when);
+        };
+        AudioBufferSourceNode.prototype.stop = function () {
+            played.find(({ node }) => node === this).stopped = this.context.currentTime;
+            return stop.call(this);
+        };
+    }
+"""
+"""A microphone that hears what is given to `speak`, and a list of what the page plays."""
 
 
 @pytest.fixture(scope="module")
@@ -499,6 +544,181 @@ class TestWithKeys:
             expect(card_of(blank, "small")).to_contain_text("1 running · 2 waiting")
             assert serious_faults(blank) == []
         expect(blank.locator("#queue-summary")).to_have_text("Nobody waits.")
+
+
+class TalkServer:
+    """A server of fakes in a thread: the driver of the browser has this one's event loop."""
+
+    def __init__(self, voices: Voices, engine: Engine, settings: ServerSettings) -> None:
+        self.voices = voices
+        self.url = ""
+        self._app = create_app(engine, settings)
+        self._listens = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+
+    def __enter__(self) -> TalkServer:
+        self._thread.start()
+        assert self._listens.wait(60)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        async with listening(self._app) as self.url:
+            self._listens.set()
+            await self._stop.wait()
+
+    def told(self) -> list[dict[str, Any]]:
+        """The messages that the language model got last. What is read ahead is no answer."""
+        chats = [each for each in self.voices.requests if isinstance(each, TextRequest)]
+        messages: list[dict[str, Any]] = [
+            each.body["messages"] for each in chats if each.body["stream"]
+        ][-1]
+        return messages
+
+
+@pytest.fixture
+def talk_server(
+    monkeypatch: pytest.MonkeyPatch, unfrozen_heap: None, tmp_path: Path
+) -> Iterator[TalkServer]:
+    monkeypatch.setitem(REGISTRY, "fake", "tests.server.realtime.conftest:Voices")
+    voices = Voices()
+    large = [{"id": name, "source": "none", "options": {"nbytes": 5000}} for name in ("ox", "elk")]
+    models = [{"runtime": "fake", **model} for model in (*MODELS, *large)]
+    engine = fake_engine(voices, tmp_path, models=models)
+    settings = ServerSettings(api_keys=(SecretStr("user-key"),))
+    with TalkServer(voices, engine, settings) as server:
+        yield server
+
+
+@pytest.fixture
+def talk_page(blank: Page, talk_server: TalkServer) -> Iterator[Page]:
+    """The page of that server, with a key and a microphone."""
+    blank.add_init_script(f"({MICROPHONE})()")
+    blank.goto(talk_server.url)
+    expect(blank.locator("#talk-answers option")).to_have_count(4)
+    yield blank
+    blank.close()  # its streams would hold the server up
+
+
+@pytest.fixture
+def speech() -> str:
+    """One second of read English: base64 of a WAV file."""
+    found = clips()
+    if not found:
+        pytest.skip("scripts/setup --dev has not fetched the recordings")
+    file = io.BytesIO()
+    with wave.open(io.BytesIO(found[0].wav)) as whole, wave.open(file, "wb") as cut:
+        rate = whole.getframerate()
+        cut.setparams((1, 2, rate, 0, "NONE", ""))
+        cut.writeframes(whole.readframes(rate))
+    return base64.b64encode(file.getvalue()).decode()
+
+
+class TestTalk:
+    def test_it_hears_answers_and_is_interrupted(
+        self, talk_page: Page, talk_server: TalkServer, faults: list[str], speech: str
+    ) -> None:
+        page, voices = talk_page, talk_server.voices
+        toggle, phase = page.locator("#talk-toggle"), page.locator("#talk-phase")
+        mine, theirs = page.locator("#talk-entries .mine"), page.locator("#talk-entries .theirs")
+        toggle.press("Enter")
+        expect(page.locator("#talk-status")).to_have_text("Connected: speak, or write below.")
+        expect(phase).to_have_text("Listening")
+        assert page.evaluate("microphone.wanted.echoCancellation") is True
+
+        voices.words = [f"word{index} " for index in range(80)]  # eight seconds
+        page.evaluate("(wav) => speak(wav)", speech)
+        expect(mine.locator(".text")).to_have_text("hello there")
+        expect(theirs.locator(".text")).to_have_text("".join(voices.words).strip())
+        steps = page.locator("#talk-rows tr td")
+        expect(steps).to_have_text([re.compile(r"^\d.* m?s$")] * 4)
+        expect(phase).to_have_text("Answering")
+        # Eight seconds are long enough for the recording to interrupt them.
+        page.evaluate("(wav) => speak(wav)", speech)
+        note = theirs.first.locator(".note")
+        expect(note).to_have_text(re.compile(r"^interrupted after \d.* m?s$"))
+        unheard = theirs.first.locator("s")
+        expect(unheard).to_contain_text("word79")
+        played = page.evaluate("played.map((each) => ({ ...each, node: null }))")
+        stopped = [each for each in played if "stopped" in each]
+        assert stopped, "it went on playing"
+        late = 0
+        for piece, following in pairwise(played[: played.index(stopped[-1]) + 1]):
+            gap_s = following["when"] - piece["when"] - piece["seconds"]
+            if gap_s > 1e-6 and following["at"] > following["when"] - 0.05:
+                late += 1  # the server was slower than speech
+            else:
+                assert gap_s == pytest.approx(0, abs=1e-6)
+        assert late < len(stopped)
+
+        expect(mine).to_have_count(2)
+        expect(theirs).to_have_count(2)
+        kept = theirs.first.locator(".text").evaluate("(node) => node.firstChild.textContent")
+        assert 0 < len(kept.split()) < 80
+        told = talk_server.told()
+        assert [each["role"] for each in told] == ["user", "assistant", "user"]
+        assert told[1]["content"] == kept.strip()
+        heard_s = float(re.findall(r"[\d.]+", note.text_content() or "")[0])
+        heard_s /= 1000 if (note.text_content() or "").endswith("ms") else 1
+        assert len(kept.split()) == pytest.approx(heard_s * 10, abs=2)
+        assert heard_s <= stopped[0]["stopped"] - played[0]["when"] + 0.1
+
+        voices.words = ["Yes."]
+        page.locator("#talk-input").fill("Are you there?")
+        page.locator("#talk-input").press("Enter")
+        expect(mine.last.locator(".text")).to_have_text("Are you there?")
+        expect(theirs.last.locator(".text")).to_have_text("Yes.")
+        assert serious_faults(page) == []
+        page.set_viewport_size({"width": NARROW, "height": 640})
+        assert page.evaluate("document.documentElement.scrollWidth") <= NARROW
+
+        expect(card_of(page, "voice")).to_contain_text("kept by 1 sessions")
+        toggle.press("Enter")
+        expect(page.locator("#talk-status")).to_have_text("You hung up.")
+        expect(toggle).to_have_text("Talk")
+        assert page.evaluate("microphone.track.readyState") == "ended"
+        expect(card_of(page, "voice")).not_to_contain_text("kept by")
+        assert faults == []
+
+    def test_without_a_microphone_or_room(
+        self, talk_page: Page, talk_server: TalkServer, faults: list[str]
+    ) -> None:
+        page, voices = talk_page, talk_server.voices
+        toggle, status = page.locator("#talk-toggle"), page.locator("#talk-status")
+        alarm = page.get_by_role("alert")
+        absent = "mediaDevices.getUserMedia = async () => { throw new DOMException('', '%s') }"
+        for refuse, why in (
+            (absent % "NotFoundError", "this device has none."),
+            (absent % "NotAllowedError", "this page may not use it."),
+            ("__defineGetter__('mediaDevices', () => undefined)", "open this page by https or on"),
+        ):
+            page.evaluate(f"navigator.{refuse}; null")
+            toggle.press("Enter")
+            expect(alarm).to_have_text(re.compile(f"^No microphone: {why}.*You can write instead"))
+            expect(status).to_have_text("Connected: write below.")
+            page.locator("#talk-input").fill("Hello")
+            page.locator("#talk-input").press("Enter")
+            expect(page.locator("#talk-entries .theirs .text")).to_have_text("".join(voices.words))
+            toggle.press("Enter")
+        assert faults == []
+
+        page.locator("#talk-answers").select_option("huge")
+        toggle.press("Enter")
+        expect(status).to_contain_text("These models never fit together")
+        assert faults == []
+        page.locator("#talk-answers").select_option("ox")
+        url = talk_server.url.replace("http", "ws")
+        headers = {"authorization": "Bearer user-key"}
+        with connect(f"{url}/v1/realtime?model=elk", additional_headers=headers):
+            toggle.press("Enter")
+            expect(status).to_contain_text("There is no room for these models now: sessions")
+            expect(toggle).to_have_text("Talk")
+        # The browser's own words, which a page cannot keep away.
+        assert all(re.search("WebSocket connection to .* 503", each) for each in faults)
 
 
 class TestApiPage:

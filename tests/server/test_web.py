@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from math import pi, sin
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ FILES = {
 METHODS = {"get": "GET", "post": "POST", "remove": "DELETE"}
 """What api.js offers."""
 CALL = re.compile(rf"(?<![.\w])({'|'.join(METHODS)})\(\s*(?:([`\"])(/.*?)\2)?", re.DOTALL)
+SOCKET = re.compile(r"\bopenSocket\(\s*(?:([`\"])(/.*?)\1)?")
 LOOKUP = re.compile(r"\bbyId\((?:\"([\w-]+)\"\))?")
 IMPORT = re.compile(r"^import [^;]* from \"([^\"]*)\";$", re.MULTILINE)
 MARKUP_FROM_TEXT = re.compile(
@@ -165,7 +167,20 @@ class TestParts:
                 matches = [route.matches(scope)[0] for route in app.routes]
                 assert Match.FULL in matches, f"{name}: {METHODS[call]} {path}"
                 called.add(path)
-        assert {"/v1/engine", "/metrics", "/v1/chat/completions", "/v1/videos/x"} <= called
+            for _, template in SOCKET.findall(text):
+                assert template, f"{name}: a path that is not written out cannot be checked"
+                path = template.partition("?")[0]
+                scope = {"type": "websocket", "path": path, "headers": []}
+                matches = [route.matches(scope)[0] for route in app.routes]
+                assert Match.FULL in matches, f"{name}: {path}"
+                called.add(path)
+        assert {
+            "/v1/realtime",
+            "/v1/engine",
+            "/metrics",
+            "/v1/chat/completions",
+            "/v1/videos/x",
+        } <= called
 
     def test_every_import_exists(self) -> None:
         for name, text in SCRIPTS.items():
@@ -318,6 +333,33 @@ class TestModules:
             "told": ["Waiting: queued position 3 eta 12.4s"],
             "error": "abgebrochen – 途中で",
         }
+
+    @pytest.mark.parametrize("rate", [16_000, 24_000, 44_100, 48_000])
+    def test_the_microphone_has_24_khz(self, modules: Path, rate: int) -> None:
+        script = """
+            output = [];
+            globalThis.sampleRate = input;
+            globalThis.AudioWorkletProcessor = class {
+                port = { postMessage: (piece) => output.push(piece) };
+            };
+            globalThis.registerProcessor = (_, kind) => (globalThis.Capture = kind);
+            await import("./microphone_worklet.js");
+            const capture = new Capture();
+            const tone = (index) => 0.5 * Math.sin((2 * Math.PI * 500 * index) / input);
+            for (let begin = 0; begin < input; begin += 128) {
+                const channel = Array.from({ length: 128 }, (_, index) => tone(begin + index));
+                capture.process([[Float32Array.from(channel)]]);
+            }
+            capture.process([[]]); // nothing is connected
+            output = output.map(({ pcm, level }) => [[...new Int16Array(pcm)], level]);
+        """
+        pieces = self.run(modules, script, rate)
+        assert [len(samples) for samples, _ in pieces] == [960] * 25  # a second
+        assert all(level == pytest.approx(0.5 / 2**0.5, abs=0.01) for _, level in pieces)
+        heard = [sample / 32767 for samples, _ in pieces for sample in samples]
+        expected = [0.5 * sin(2 * pi * 500 * index / 24_000) for index in range(len(heard))]
+        # A mean lags by half the difference of the spans of two samples.
+        assert max(abs(a - b) for a, b in zip(heard, expected, strict=True)) < 0.05
 
     def test_every_import_is_exported(self, modules: Path) -> None:
         # Linking fails for a name that is not there; app.js then runs, and there is no page.

@@ -211,6 +211,25 @@ async def test_a_truncated_answer_keeps_what_was_heard(talk: Talk, voices: Voice
     assert (await talk.until("error")).error.param == "item_id"
 
 
+async def test_what_is_truncated_before_the_end_stays_away(talk: Talk, voices: Voices) -> None:
+    voices.words = ["Well, this is what I say. It is the second one. And then "]
+    voices.may_go_on.clear()
+    await talk.say("Hi")
+    await talk.connection.response.create()
+    heard_s = 0.0
+    while heard_s < 0.61:  # the first clause is whole then
+        delta = await talk.until("response.output_audio.delta")
+        heard_s += len(base64.b64decode(delta.delta)) / 2 / RATE
+    await talk.connection.conversation.item.truncate(
+        item_id=delta.item_id, content_index=0, audio_end_ms=300
+    )
+    await talk.until("conversation.item.truncated")
+    await talk.connection.response.cancel()
+    done = await talk.until("response.done")
+    assert done.response.status == "cancelled"
+    assert done.response.output[0].content[0].transcript == "Well, this is"
+
+
 @pytest.mark.parametrize(
     ("event", "param"),
     [
