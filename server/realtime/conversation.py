@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ class Item:
     """What was said, once it is known. The content has it then."""
     spoken: list[SpokenClause] = field(default_factory=list)
     """Of an answer that was spoken."""
+    cut_ms: float = math.inf
+    """What comes later of the audio was not heard."""
 
     @property
     def id(self) -> str:
@@ -48,10 +51,11 @@ class Item:
         return str(self.document["id"])
 
     def cut(self, audio_end_ms: float) -> str:
-        """Keep what was said until then, and return it.
+        """Keep what was said until then, and return it. What was cut before stays so.
 
         Of the clause in which that time lies, words are kept in proportion to its audio.
         """
+        audio_end_ms = self.cut_ms = min(self.cut_ms, audio_end_ms)
         kept: list[str] = []
         begin_ms = 0.0
         for clause in self.spoken:
