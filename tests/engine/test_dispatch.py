@@ -170,7 +170,7 @@ async def test_each_model_is_tried_once_and_the_last_error_tells_of_all(world: W
 async def test_a_busy_model_is_not_waited_for_longer_than_its_max_wait(world: World) -> None:
     busy = asyncio.Event()
     world.does["first"] = [busy]
-    first = await world.engine.open(request("first"))
+    first = await world.engine.open(request("first", max_wait_s=60))
     assert await world.ask("first") == ["of second"]
     assert [each.code for each in world.session.attempts] == ["queue_timeout"]
     busy.set()
@@ -180,7 +180,7 @@ async def test_a_busy_model_is_not_waited_for_longer_than_its_max_wait(world: Wo
 async def test_the_patience_of_a_request_goes_before_that_of_the_model(world: World) -> None:
     busy = asyncio.Event()
     world.does["first"] = [busy]
-    first = await world.engine.open(request("first"))
+    first = await world.engine.open(request("first", max_wait_s=60))
     waits = asyncio.create_task(world.ask("first", max_wait_s=60))
     await until(lambda: world.engine.status().queue, waits)
     busy.set()
@@ -193,7 +193,7 @@ async def test_a_busy_model_is_waited_for_after_all_where_no_other_can(world: Wo
     world.does["first"] = [busy]
     world.does["second"] = [RuntimeFailed("it broke")]
     world.does["third"] = [RuntimeFailed("it broke")]
-    first = await world.engine.open(request("first"))
+    first = await world.engine.open(request("first", max_wait_s=60))
     waits = asyncio.create_task(world.ask("first"))
     await until(lambda: len(world.asked) == 3 and world.engine.status().queue, waits)
     busy.set()
@@ -219,7 +219,10 @@ async def test_the_deadline_of_the_request_holds_over_all_models(world: World) -
     busy = asyncio.Event()
     for name in ("first", "second", "third"):
         world.does[name] = [busy]
-    held = [await world.engine.open(request(name)) for name in ("first", "second", "third")]
+    held = [
+        await world.engine.open(request(name, max_wait_s=60))
+        for name in ("first", "second", "third")
+    ]
     with pytest.raises(QueueTimeout, match="Tried before: first"):
         await world.ask("first", timeout_s=0.2)
     busy.set()
