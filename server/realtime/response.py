@@ -350,9 +350,9 @@ class Response:
 
     async def _end(self, status: str, details: Mapping[str, Any] | None) -> None:
         """Tell that each item and the response are done."""
-        whole = status == "completed"
         for output in self._outputs:
             document = output.item.document
+            whole = status == "completed" or (status == "incomplete" and _is_whole_call(output))
             document["status"] = "completed" if whole else "incomplete"
             if document["type"] == "message":
                 if status == "cancelled" and self._plan.speaks:
@@ -423,6 +423,16 @@ class Response:
         if status != "in_progress" and timings:
             document["roundhouse"] = timings
         return document
+
+
+def _is_whole_call(output: _Output) -> bool:
+    """Whether it is a call with all of its arguments: the tokens ran out after them."""
+    if output.item.document["type"] != "function_call":
+        return False
+    try:
+        return isinstance(json.loads(output.text), dict)
+    except ValueError:
+        return False
 
 
 def _shown_part(part: Mapping[str, Any]) -> dict[str, Any]:

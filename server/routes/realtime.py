@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import QueryParams
@@ -15,6 +16,11 @@ from server.websocket.connection import WebSocketConnection
 if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.media.voices import VoiceStore
+
+
+HANDSHAKE_S = 5.0
+"""Seconds for the models, before the connection is accepted without them. Clients built upon the
+library `websockets`, and OpenAI's is, give up a handshake after ten."""
 
 
 def realtime_router(engine: Engine, voices: VoiceStore) -> Router:
@@ -33,12 +39,19 @@ def realtime_router(engine: Engine, voices: VoiceStore) -> Router:
             default_model=model,
             transcribes_only=transcribes_only,
         )
+        beginning = asyncio.ensure_future(session.begin())
         try:
             # Before the connection is accepted, so that a lack of room has a status of its own.
-            await session.begin()
+            await asyncio.wait((beginning,), timeout=HANDSHAKE_S)
+            if beginning.done():
+                beginning.result()
             await connection.accept()
+            await beginning
             await session.run(connection.receive)
         finally:
+            if not beginning.done():
+                beginning.cancel()
+                await asyncio.wait((beginning,))
             await session.end()
 
     return router
