@@ -308,8 +308,9 @@ async def test_models_that_load_for_long_keep_no_client_from_connecting(
     monkeypatch.setattr(realtime, "HANDSHAKE_S", 0.01)
     voices.may_start.clear()
     voices.start_error = RuntimeFailed("the library is torn") if fails else None
-    async with listening(app) as url, asyncio.timeout(20):
-        async with connect(f"{url.replace('http', 'ws')}/v1/realtime?model=chat") as socket:
+    async with asyncio.timeout(20), listening(app) as url:
+        address = f"{url.replace('http', 'ws')}/v1/realtime?model=chat"
+        async with connect(address) as socket:
             voices.may_start.set()
             if not fails:
                 assert json.loads(await socket.recv())["type"] == "session.created"
@@ -342,7 +343,7 @@ async def test_what_is_no_websocket_is_told_so(url: str) -> None:
 async def let_go(engine: Engine) -> None:
     """Wait until no session holds a model and no request runs."""
     async with asyncio.timeout(5):
-        while any(model.holds or model.leases for model in engine.status().models):
+        while any(each.holds or each.leases for each in engine.status().models):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
