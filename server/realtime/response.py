@@ -238,7 +238,8 @@ class Response:
             document = {"type": "message", "role": "assistant", "content": []}
             self._message = await self._begin_item(document)
             self._message.item.document["content"].append(part)
-            await self._tell("response.content_part.added", self._message, part=part)
+            shown = _shown_part(part)
+            await self._tell("response.content_part.added", self._message, part=shown)
         message = self._message
         message.text += text
         part = message.item.document["content"][0]
@@ -300,6 +301,8 @@ class Response:
             if not any(character.isalnum() for character in clause):
                 continue
             count += 1
+            assert self._message is not None
+            spoken = self._message.item.spoken
             request = SpeechRequest(
                 model=plan.speech_model,
                 text=clause.strip(),
@@ -312,15 +315,20 @@ class Response:
             session = await self._open(request)
             try:
                 async with aclosing(session.events()) as events:
+                    end_s: float | None = None
                     async for event in events:
-                        if isinstance(event, Speech):
-                            if writer is None:
-                                writer = PcmWriter(plan.codec, event.sample_rate)
-                            await self._send_audio(writer, event)
+                        if not isinstance(event, Speech):
+                            continue
+                        if writer is None:
+                            writer = PcmWriter(plan.codec, event.sample_rate)
+                        # Before it is sent: an interruption keeps the words that were heard.
+                        if end_s is not None:
+                            spoken.pop()
+                        end_s = (end_s or self._spoken_s) + len(event.samples) / event.sample_rate
+                        spoken.append(SpokenClause(clause, end_s * 1e3))
+                        await self._send_audio(writer, event)
             finally:
                 await session.close()
-            assert self._message is not None
-            self._message.item.spoken.append(SpokenClause(clause, self._spoken_s * 1e3))
         if writer is not None:
             await self._send_bytes(await asyncio.to_thread(writer.finish))
 
@@ -342,9 +350,9 @@ class Response:
 
     async def _end(self, status: str, details: Mapping[str, Any] | None) -> None:
         """Tell that each item and the response are done."""
-        whole = status == "completed"
         for output in self._outputs:
             document = output.item.document
+            whole = status == "completed" or (status == "incomplete" and _is_whole_call(output))
             document["status"] = "completed" if whole else "incomplete"
             if document["type"] == "message":
                 if status == "cancelled" and self._plan.speaks:
@@ -375,7 +383,7 @@ class Response:
             )
         else:
             await self._tell("response.output_text.done", output, text=part["text"])
-        await self._tell("response.content_part.done", output, part=part)
+        await self._tell("response.content_part.done", output, part=_shown_part(part))
 
     async def _tell(self, kind: str, output: _Output, **more: Any) -> None:
         place = {
@@ -415,6 +423,21 @@ class Response:
         if status != "in_progress" and timings:
             document["roundhouse"] = timings
         return document
+
+
+def _is_whole_call(output: _Output) -> bool:
+    """Whether it is a call with all of its arguments: the tokens ran out after them."""
+    if output.item.document["type"] != "function_call":
+        return False
+    try:
+        return isinstance(json.loads(output.text), dict)
+    except ValueError:
+        return False
+
+
+def _shown_part(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A part as its own events name it: `audio` and `text`, as OpenAI's types say."""
+    return {**part, "type": str(part["type"]).removeprefix("output_")}
 
 
 def _usage(usage: Mapping[str, Any]) -> dict[str, Any]:

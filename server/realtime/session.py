@@ -179,11 +179,13 @@ class Conversing:
         tasks = [*self._tasks]
         for task in tasks:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-        if self._lease is not None:
-            self._lease.release()
-            self._lease = None
+        try:
+            if tasks:
+                await asyncio.wait(tasks)
+        finally:  # the wait may be cancelled, as the client has left
+            if self._lease is not None:
+                self._lease.release()
+                self._lease = None
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
     from engine.media.voices import VoiceStore
 
 
+HANDSHAKE_S = 5.0
+"""Seconds for the models, before the connection is accepted without them. Clients built upon the
+library `websockets`, and OpenAI's is, give up a handshake after ten."""
+
+
 def realtime_router(
     engine: Engine, voices: VoiceStore, secrets: ClientSecrets, settings: ServerSettings
 ) -> Router:
@@ -42,12 +48,19 @@ def realtime_router(
             find_voice=voices.find_sample,
             document=_begin(connection.query, None if secret is None else secret.session),
         )
+        beginning = asyncio.ensure_future(session.begin())
         try:
             # Before the connection is accepted, so that a lack of room has a status of its own.
-            await session.begin()
+            await asyncio.wait((beginning,), timeout=HANDSHAKE_S)
+            if beginning.done():
+                beginning.result()
             await connection.accept()
+            await beginning
             await session.run(connection.receive)
         finally:
+            if not beginning.done():
+                beginning.cancel()
+                await asyncio.wait((beginning,))
             await session.end()
 
     @router.post(f"{REALTIME_PATH}/client_secrets")

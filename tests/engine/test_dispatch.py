@@ -97,6 +97,7 @@ async def world(
     monkeypatch.setitem(REGISTRY, "fake", "tests.server.fake:FakeRuntime")
     world = World(tmp_path)
     await world.engine.start()
+    await world.engine.load("first")  # a load may take longer than its `max_wait`
     yield world
     assert world.engine.status().ledger.granted_bytes <= DEVICE_BYTES
     assert [model.leases for model in world.engine.status().models if model.leases] == []
@@ -231,6 +232,7 @@ async def test_the_deadline_of_the_request_holds_over_all_models(world: World) -
 
 
 async def test_a_loaded_fallback_serves_who_asks_for_a_loaded_model_only(world: World) -> None:
+    await world.engine.unload("first")
     await world.engine.load("second")
     assert await world.ask("first", if_loaded_only=True) == ["of second"]
 

@@ -28,6 +28,7 @@ from server.bench.quality.recordings import clips
 from server.bench.quality.sentences import PAIRS, QUESTIONS, SPOKEN
 from server.bench.quality.words import matched_words, normal_words, word_error_rate
 from server.settings import STARTER_CONFIG
+from tests.server.clients.test_programs import needs_node, run_node, run_pytest
 from tests.server.real import Server
 
 pytestmark = pytest.mark.slow
@@ -281,6 +282,18 @@ class TestSpeech:
         listed = httpx.get(f"{server.url}/v1/audio/voices", params={"model": SPEAK}).json()
         languages = {voice["id"]: voice["language"] for voice in listed["data"]}
         assert languages["jf_gongitsune"] == languages["alloy"] == "en-us"
+
+
+class TestConversation:
+    """OpenAI's clients talk: a question is answered, a story interrupted, a function called."""
+
+    @pytest.mark.parametrize("program", ["talk_openai.py", "talk_openai_agents.py"])
+    def test_python(self, server: Server, program: str) -> None:
+        run_pytest(server, program)
+
+    @needs_node
+    def test_node(self, server: Server, tmp_path: Path) -> None:
+        run_node(server, tmp_path, "talk_openai.mjs")
 
 
 @pytest.mark.skipif(not clips(), reason="scripts/setup --dev has not fetched the recordings")

@@ -2,6 +2,7 @@
 
 Each program in `programs/` is a test file for its library. It runs in the environment that
 `scripts/setup-clients` makes, with pytest or with Node.js's own test runner. All use one server.
+Those that talk, `talk_*`, need models that know something: tests/quality runs them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,21 +55,40 @@ def run(server: Server, folder: Path, *command: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("program", sorted(path.name for path in PROGRAMS.glob("with_*.py")))
-def test_python(server: Server, program: str) -> None:
+def run_pytest(server: Server, program: str) -> None:
+    """A program of tests for pytest."""
     assert PYTHON.exists(), "scripts/setup-clients makes the environment"
     options = ["-c", "pytest.ini", "-q", "-p", "no:cacheprovider", "--tb=short", "--no-header"]
     output = run(server, PROGRAMS, str(PYTHON), "-m", "pytest", *options, program)
     assert re.search(r"^[1-9]\d* passed", output, re.MULTILINE), output
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node.js")
-@pytest.mark.skipif(not NODE_MODULES.exists(), reason=".clients was made without Node.js and npm")
+def run_node(server: Server, folder: Path, program: str) -> None:
+    """A program of tests for Node.js. The folder is empty."""
+    # Node.js looks for libraries in the folders above a program.
+    (folder / "node_modules").symlink_to(NODE_MODULES)
+    for name in ("starter.mjs", program):
+        shutil.copy(PROGRAMS / name, folder)
+    output = run(server, folder, "node", "--test", "--test-reporter=tap", program)
+    assert re.search(r"^# pass [1-9]", output, re.MULTILINE), output
+
+
+def needs_node(test: Callable[..., None]) -> Callable[..., None]:
+    """Skip the test where there is no Node.js, or no library for it."""
+    for holds, reason in (
+        (shutil.which("node") is not None, "there is no Node.js"),
+        (NODE_MODULES.exists(), ".clients was made without Node.js and npm"),
+    ):
+        test = pytest.mark.skipif(not holds, reason=reason)(test)
+    return test
+
+
+@pytest.mark.parametrize("program", sorted(path.name for path in PROGRAMS.glob("with_*.py")))
+def test_python(server: Server, program: str) -> None:
+    run_pytest(server, program)
+
+
+@needs_node
 @pytest.mark.parametrize("program", sorted(path.name for path in PROGRAMS.glob("with_*.mjs")))
 def test_node(server: Server, tmp_path: Path, program: str) -> None:
-    # Node.js looks for libraries in the folders above a program.
-    (tmp_path / "node_modules").symlink_to(NODE_MODULES)
-    for name in ("starter.mjs", program):
-        shutil.copy(PROGRAMS / name, tmp_path)
-    output = run(server, tmp_path, "node", "--test", "--test-reporter=tap", program)
-    assert re.search(r"^# pass [1-9]", output, re.MULTILINE), output
+    run_node(server, tmp_path, program)

@@ -37,6 +37,9 @@ class Voices(FakeRuntime):
         self.calls: list[dict[str, Any]] = []
         self.may_go_on = asyncio.Event()
         self.may_go_on.set()
+        self.may_speak_on = asyncio.Event()
+        self.may_speak_on.set()
+        self.finish = "stop"
         self.deaf = False
         self.ended: list[str] = []
         """The kinds of runs that have ended."""
@@ -49,6 +52,7 @@ class Voices(FakeRuntime):
             elif isinstance(request, SpeechRequest):
                 count = len(request.text.split())
                 yield Speech(np.full(count * RATE // 10, 0.25, np.float32), RATE)
+                await self.may_speak_on.wait()
             elif isinstance(request, TranscriptionRequest):
                 if self.deaf:
                     raise RuntimeFailed("It is deaf.")
@@ -63,7 +67,7 @@ class Voices(FakeRuntime):
         for word in [] if self.calls else self.words:
             yield _frame({"content": word})
             await self.may_go_on.wait()
-        yield _frame({}, "tool_calls" if self.calls else "stop")
+        yield _frame({}, "tool_calls" if self.calls and self.finish == "stop" else self.finish)
         usage = {"prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11}
         yield Frame(f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n")
         yield Frame("data: [DONE]\n\n")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import json
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from websockets.asyncio.client import connect
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from engine.engine import Engine
+from engine.errors import RuntimeFailed
 from engine.requests import SpeechRequest, TextRequest, TranscriptionRequest
+from server.app import Application
+from server.routes import realtime
+from tests.server.fake import MODEL_BYTES, listening
 from tests.server.realtime.conftest import RATE, Talk, Voices, talking
 
 BY_HAND: dict[str, Any] = {"input": {"turn_detection": None, "transcription": {}}}
@@ -68,6 +74,8 @@ async def test_the_events_of_a_response_are_openais(talk: Talk) -> None:
         "response.output_item.done",
         "response.done",
     ]
+    parts = [*talk.of("response.content_part.added"), *talk.of("response.content_part.done")]
+    assert [each.part.type for each in parts] == ["audio", "audio"]
 
 
 async def test_an_answer_in_text_is_not_spoken(talk: Talk, voices: Voices) -> None:
@@ -160,6 +168,19 @@ async def test_a_function_is_called_and_its_output_is_read(talk: Talk, voices: V
     ]
 
 
+async def test_a_call_that_was_whole_when_the_tokens_ran_out(talk: Talk, voices: Voices) -> None:
+    voices.finish = "length"
+    whole, cut = '{"zone": "UTC"}', '{"zone'
+    voices.calls = [
+        {"id": each, "type": "function", "function": {"name": "clock", "arguments": arguments}}
+        for each, arguments in (("c1", whole), ("c2", cut))
+    ]
+    await talk.say("What time is it?")
+    done = await ask(talk)
+    assert done.response.status_details.reason == "max_output_tokens"
+    assert [each.status for each in done.response.output] == ["completed", "incomplete"]
+
+
 async def test_cancelling_ends_generation_and_speech(talk: Talk, voices: Voices) -> None:
     voices.may_go_on.clear()
     await talk.say("Hi")
@@ -230,6 +251,23 @@ async def test_what_is_truncated_before_the_end_stays_away(talk: Talk, voices: V
     assert done.response.output[0].content[0].transcript == "Well, this is"
 
 
+async def test_an_interrupted_clause_keeps_the_words_that_were_sent(
+    talk: Talk, voices: Voices
+) -> None:
+    voices.may_speak_on.clear()
+    await talk.say("Hi")
+    await talk.connection.response.create()
+    item_id = (await talk.until("response.output_audio.delta")).item_id
+    # A client that plays it may say first what was heard.
+    await talk.connection.conversation.item.truncate(
+        item_id=item_id, content_index=0, audio_end_ms=300
+    )
+    await talk.until("conversation.item.truncated")
+    await talk.connection.response.cancel()
+    done = await talk.until("response.done")
+    assert done.response.output[0].content[0].transcript == "Well, this is"
+
+
 @pytest.mark.parametrize(
     ("event", "param"),
     [
@@ -282,6 +320,27 @@ async def test_a_session_without_room_is_refused_before_it_is_accepted(url: str)
         assert b'"error"' in refused.value.response.body
 
 
+@pytest.mark.parametrize("fails", [False, True])
+async def test_models_that_load_for_long_keep_no_client_from_connecting(
+    app: Application, voices: Voices, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    monkeypatch.setattr(realtime, "HANDSHAKE_S", 0.01)
+    voices.may_start.clear()
+    voices.start_error = RuntimeFailed("the library is torn") if fails else None
+    async with asyncio.timeout(20), listening(app) as url:
+        address = f"{url.replace('http', 'ws')}/v1/realtime?model=chat"
+        async with connect(address) as socket:
+            voices.may_start.set()
+            if not fails:
+                assert json.loads(await socket.recv())["type"] == "session.created"
+                return
+            with pytest.raises(ConnectionClosed) as closed:
+                await socket.recv()
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1011
+    assert "the library is torn" in closed.value.rcvd.reason
+
+
 async def test_models_without_room_leave_the_session_as_it_was(talk: Talk, engine: Engine) -> None:
     error = await talk.update(type="realtime", audio={"output": {"model": "big"}})
     assert error.error.code == "insufficient_capacity"
@@ -298,3 +357,70 @@ async def test_what_is_no_websocket_is_told_so(url: str) -> None:
         async with connect(f"{url.replace('http', 'ws')}/v1/models"):
             pass
     assert refused.value.response.status_code == 405
+
+
+async def let_go(engine: Engine) -> None:
+    """Wait until no session holds a model and no request runs."""
+    async with asyncio.timeout(5):
+        while any(each.holds or each.leases for each in engine.status().models):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_a_client_that_is_cut_off_leaves_nothing_and_may_come_again(
+    url: str, engine: Engine, voices: Voices
+) -> None:
+    voices.may_go_on.clear()
+    granted_bytes = engine.status().ledger.granted_bytes
+    async with asyncio.timeout(20), talking(url) as talk:
+        assert engine.model_status("chat").holds == 1
+        await talk.say("Hi")
+        await talk.connection.response.create()
+        await talk.until("response.output_audio_transcript.delta")
+        talk.connection._connection.transport.abort()
+        await let_go(engine)
+    assert "TextRequest" in voices.ended
+    assert engine.status().ledger.granted_bytes == granted_bytes + 3 * MODEL_BYTES
+    voices.may_go_on.set()
+    async with talking(url) as talk:
+        await talk.say("Hi")
+        assert (await ask(talk)).response.status == "completed"
+
+
+async def test_audio_without_end_is_bounded(talk: Talk) -> None:
+    """Ten minutes are kept. More is refused, and the session goes on."""
+    telephone = {"input": {**BY_HAND["input"], "format": {"type": "audio/pcmu"}}}
+    await talk.update(type="realtime", audio=telephone)
+    for _ in range(11):  # of 58 seconds
+        audio = base64.b64encode(bytes(58 * 8_000)).decode()
+        await talk.connection.input_audio_buffer.append(audio=audio)
+    error = (await talk.until("error")).error
+    assert (error.param, error.type) == ("audio", "invalid_request_error")
+    await talk.connection.input_audio_buffer.clear()
+    await talk.until("input_audio_buffer.cleared")
+    await talk.connection.input_audio_buffer.append(audio=tone(0.5))
+    await talk.connection.input_audio_buffer.commit()
+    assert (await ask(talk)).response.status == "completed"
+
+
+def ten_megabytes() -> str:
+    """Two and a half minutes of audio."""
+    audio = base64.b64encode(bytes(7_500_000)).decode()
+    return json.dumps({"type": "input_audio_buffer.append", "audio": audio})
+
+
+async def test_a_message_of_ten_megabytes_is_taken(app: Application) -> None:
+    async with listening(app, max_message=16 * 2**20) as url, talking(url) as talk:
+        await talk.update(type="realtime", audio=BY_HAND)
+        await talk.connection._connection.send(ten_megabytes())
+        await talk.connection.input_audio_buffer.commit()
+        await talk.until("conversation.item.done")
+
+
+async def test_a_message_above_the_limit_ends_the_connection(url: str, engine: Engine) -> None:
+    async with talking(url) as talk:
+        with pytest.raises(ConnectionClosed) as closed:
+            await talk.connection._connection.send(ten_megabytes())
+            await talk.until("nothing")
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1009
+    await let_go(engine)
