@@ -8,8 +8,10 @@ FIRST_CHARS = 12
 """The first clause is short, as somebody waits for it. Below this it would sound broken off."""
 CLAUSE_CHARS = 60
 """Later clauses are whole sentences, unless they are longer than this: then clauses of them."""
+FIRST_MOST_CHARS = 80
+"""A first clause without any mark is cut at a space there: some five seconds of speech."""
 MOST_CHARS = 240
-"""A text without any mark is cut at a space there."""
+"""So is a later one."""
 
 _SENTENCE_END = re.compile(r"[.!?…]+[\"')\]]*(?=\s)|[。！？]|\n")
 _CLAUSE_END = re.compile(r"[,;:—–](?=\s)|[、，；：]")
@@ -52,7 +54,8 @@ class Clauses:
         for match in () if self._whole_sentences else _CLAUSE_END.finditer(self._text):
             if match.end() >= least:
                 return match.end()
-        if len(self._text) > MOST_CHARS:
-            space = self._text.rfind(" ", 0, MOST_CHARS)
-            return space + 1 if space > 0 else MOST_CHARS
+        most = MOST_CHARS if self._begun or self._whole_sentences else FIRST_MOST_CHARS
+        if len(self._text) > most:
+            space = self._text.rfind(" ", 0, most)
+            return space + 1 if space > 0 else most
         return None

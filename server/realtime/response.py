@@ -20,6 +20,7 @@ from engine.requests import Request, SpeechRequest, TextOperation, TextRequest
 from server.errors import Failure
 from server.realtime.conversation import Item, SpokenClause, messages, new_id
 from server.schemas.realtime import FunctionTool, MaxTokens, NamedFunction
+from server.websocket.connection import ClientLeft
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -169,6 +170,8 @@ class Response:
             if current is not None:
                 current.uncancel()  # the client still gets the end of the response
             status, details = "cancelled", {"type": "cancelled", "reason": self.cancel_reason}
+        except ClientLeft:
+            raise  # nobody is there to be told
         except Exception as error:
             expected = isinstance(error, EngineError)
             logger.error("response %s failed: %s", self.id, error, exc_info=not expected)
@@ -182,9 +185,10 @@ class Response:
                     "message": failure.message,
                 },
             }
-        if speaking is not None and not speaking.done():
-            speaking.cancel()
-            await asyncio.wait((speaking,))
+        finally:
+            if speaking is not None and not speaking.done():
+                speaking.cancel()
+                await asyncio.wait((speaking,))
         await self._end(status, details)
 
     def left_to_hear_ms(self) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.errors import EngineError, InvalidRequest
 from engine.media.voice_activity import VoiceActivity
+from engine.memory.malloc import trim
 from engine.requests import (
     Priority,
     SchedulingOptions,
@@ -49,6 +50,9 @@ logger = logging.getLogger(__name__)
 
 MAX_SESSION_S = 3_600
 """OpenAI's limit."""
+MUCH_AUDIO_BYTES = 8 * 2**20
+"""Audio of a session after which the C library is asked to give its free memory back. Otherwise it
+grows by some 40 MB with each client that fills its buffer."""
 MAX_BESIDE = 4
 """Responses outside the conversation at a time."""
 
@@ -85,6 +89,7 @@ class Conversing:
         self._request_id = request_id
         self._find_voice = find_voice
         self._count = 0
+        self._audio_bytes = 0
         self.id = new_id("sess")
         self._expires_at = int(time.time()) + MAX_SESSION_S
         self._reader = SessionReader(engine.config, access)
@@ -186,6 +191,8 @@ class Conversing:
             if self._lease is not None:
                 self._lease.release()
                 self._lease = None
+            if self._audio_bytes > MUCH_AUDIO_BYTES:
+                asyncio.get_running_loop().run_in_executor(None, trim)
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)
@@ -265,6 +272,7 @@ class Conversing:
             data = base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError) as error:
             raise InvalidRequest("It is no base64.", param="audio") from error
+        self._audio_bytes += len(data)
         await self._turns.append(data)
 
     async def _on_commit(self, _event: Mapping[str, Any]) -> None:
