@@ -12,7 +12,7 @@ from engine.errors import InvalidRequest, RuntimeFailed
 from engine.events import Segment, Speakers, SpeakerTurn
 from engine.media.spoken import SpokenSegment, spoken_segments
 from engine.requests import DiarizationRequest, TranscriptionRequest
-from engine.scheduling.lease import Lease
+from engine.scheduling.lease import Lease, LeaseTimings
 from engine.session import Session
 
 DIARIZE = "diarize"
@@ -66,6 +66,11 @@ class SpokenTranscript:
         except BaseException:
             lease.release()
             raise
+
+    @property
+    def waited(self) -> LeaseTimings:
+        """The wait for both models."""
+        return self._lease.timings
 
     async def join(self, segments: Sequence[Segment]) -> list[SpokenSegment]:
         """What each speaker said, from the whole transcript. The models are let go before.

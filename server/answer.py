@@ -17,7 +17,7 @@ from engine.events import Document, Event, Frame
 from engine.requests import Request
 from engine.scheduling.waiting import Stage, Waiting, WaitStatus
 from server.errors import Failure
-from server.headers import HEADER_PREFIX, answer_headers
+from server.headers import HEADER_PREFIX, HeldModels, answer_headers
 from server.sse import EventStream
 
 if TYPE_CHECKING:
@@ -39,8 +39,12 @@ Render: TypeAlias = Callable[[Sequence[Event]], Awaitable[Response]]
 """Makes the response from all events of a session."""
 
 
-async def whole_answer(engine: Engine, request: Request, render: Render) -> Response:
+async def whole_answer(
+    engine: Engine, request: Request, render: Render, *, held: HeldModels | None = None
+) -> Response:
     """Run the request to its end and make the response from its events.
+
+    `held` says what the caller waited for before, to keep the models on the device.
 
     Raises:
         Exception: the error of the request, or of `render`.
@@ -53,18 +57,25 @@ async def whole_answer(engine: Engine, request: Request, render: Render) -> Resp
     ran_ms = (time.perf_counter() - began_s) * 1e3
     # The session ended with its events: the device is free while the response is made.
     response = await render(events)
-    response.headers.update(answer_headers(session, ran_ms))
+    response.headers.update(answer_headers(session, ran_ms, held))
     return response
 
 
 async def stream_answer(
-    engine: Engine, request: Request, frames: Frames, send: Send, *, shows_wait: bool = True
+    engine: Engine,
+    request: Request,
+    frames: Frames,
+    send: Send,
+    *,
+    shows_wait: bool = True,
+    held: HeldModels | None = None,
 ) -> Response | None:
     """Open a session for the request and send the frames of its answer.
 
     The response begins with the first frame. If the request still waits for its grant after
     `GRACE_S`, the response begins with comments: its position and its ETA. Clients skip comments.
-    `shows_wait` is False for a client that may not expect them. An error after the response has
+    `shows_wait` is False for a client that may not expect them. `held` is as in `whole_answer`. An
+    error after the response has
     begun is logged, and sent as the last event.
 
     Returns:
@@ -82,7 +93,8 @@ async def stream_answer(
         async with shown:
             session = await engine.open(request, waiting)
         try:
-            response = await _send_answer(session, frames, stream)
+            headers = answer_headers(session, held=held)
+            response = await _send_answer(session, frames, stream, headers)
         finally:
             # Before the last piece is sent: see run_while_connected.
             await session.close()
@@ -100,11 +112,12 @@ async def stream_answer(
     return None
 
 
-async def _send_answer(session: Session, frames: Frames, stream: EventStream) -> Response | None:
+async def _send_answer(
+    session: Session, frames: Frames, stream: EventStream, headers: Mapping[str, str]
+) -> Response | None:
     """Send what the session gives, or return it as a response."""
-    headers = answer_headers(session)
     if isinstance(session.first, Document) and not stream.begun:
-        return Response(session.first.body, headers=headers, media_type="application/json")
+        return Response(session.first.body, headers=dict(headers), media_type="application/json")
     if stream.begun:
         await stream.send(_granted_comment(headers))
     if isinstance(session.first, Document):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.files.source import Source
 
 if TYPE_CHECKING:
+    from engine.scheduling.lease import LeaseTimings
     from engine.session import Session
 
 HEADER_PREFIX = "x-roundhouse-"
@@ -41,18 +43,34 @@ ANSWER_HEADERS = tuple(
 """All that `answer_headers` and the response cache may give."""
 
 
-def answer_headers(session: Session, ran_ms: float = 0.0) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class HeldModels:
+    """What kept the models of an answer on the device before its session began."""
+
+    timings: LeaseTimings
+    random_weights: bool
+    """Whether one of them has such weights."""
+
+
+def answer_headers(
+    session: Session, ran_ms: float = 0.0, held: HeldModels | None = None
+) -> dict[str, str]:
     """The headers of a session. `ran_ms` is how long it ran beyond its first event.
 
     A stream's headers are sent at its first event. So they have the run up to that, no peak and no
     cost.
     """
     timings = session.timings
+    queue_ms, load_ms, tier = timings.queue_ms, timings.load_ms, timings.tier
+    if held is not None:  # the session itself found its model ready
+        load_ms += held.timings.load_s * 1e3
+        queue_ms += (held.timings.queued_s - held.timings.load_s) * 1e3
+        tier = held.timings.tier
     headers = {
-        f"{HEADER_PREFIX}queue-ms": f"{timings.queue_ms:.1f}",
-        f"{HEADER_PREFIX}load-ms": f"{timings.load_ms:.1f}",
+        f"{HEADER_PREFIX}queue-ms": f"{queue_ms:.1f}",
+        f"{HEADER_PREFIX}load-ms": f"{load_ms:.1f}",
         f"{HEADER_PREFIX}run-ms": f"{timings.run_ms + ran_ms:.1f}",
-        f"{HEADER_PREFIX}tier": timings.tier,
+        f"{HEADER_PREFIX}tier": tier,
         SERVED_BY_HEADER: session.model.id,
     }
     if session.attempts:
@@ -74,6 +92,8 @@ def answer_headers(session: Session, ran_ms: float = 0.0) -> dict[str, str]:
         headers[f"{HEADER_PREFIX}cost"] = cost
         headers[f"{HEADER_PREFIX}device-ms"] = f"{session.charge.device_s * 1e3:.1f}"
     headers.update(weights_header(session.model.source))
+    if held is not None and held.random_weights:
+        headers[f"{HEADER_PREFIX}weights"] = "random"
     return headers
 
 

@@ -30,6 +30,7 @@ class SessionReader:
         Raises:
             InvalidRequest: naming the wrong field; or the configuration lacks a model.
             ModelForbidden: the key may not use one of the models.
+            ModelNotFound: there is no such model.
 
         """
         session: Session
@@ -41,6 +42,7 @@ class SessionReader:
         names = self._further_names if unnamed and model_later else self.names
         for name in names(session):
             self._access.check_model(name)
+            self._config.find(name)
         return session
 
     def names(self, session: Session) -> tuple[str, ...]:

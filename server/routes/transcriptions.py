@@ -14,12 +14,14 @@ from starlette.types import Send
 
 from engine.errors import RuntimeFailed
 from engine.events import Event, Frame, Heard, Segment
+from engine.files.source import Source
 from engine.requests import DiarizationRequest, Priority, TranscriptionRequest
 from engine.spoken_transcript import SpokenTranscript
 from server.answer import stream_answer, whole_answer
 from server.connection import ConnectedResponse
 from server.diarization import find_diarizer, known_speakers
 from server.forms import read_fields
+from server.headers import HeldModels
 from server.keys.access import access_of
 from server.response_cache.cache import Answer, ResponseCache, cached
 from server.router import Router
@@ -109,11 +111,13 @@ async def _diarized(
     """
     transcript = await SpokenTranscript.begin(engine, request, diarization)
     try:
+        diarizer = engine.config.find(diarization.model)
+        held = HeldModels(transcript.waited, Source(diarizer.source).random_weights)
         if streams:
             frames = partial(_spoken_deltas, transcript)
-            return await stream_answer(engine, transcript.request, frames, send)
+            return await stream_answer(engine, transcript.request, frames, send, held=held)
         render = partial(_render_spoken, transcript)
-        return await whole_answer(engine, transcript.request, render)
+        return await whole_answer(engine, transcript.request, render, held=held)
     finally:
         await transcript.end()
 

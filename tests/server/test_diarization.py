@@ -95,14 +95,19 @@ def runtime(answers: Answers) -> FakeRuntime:
 
 MODELS = (
     {"id": "small", "aliases": ["gpt-4o-transcribe-diarize"], "task": "transcribe"},
-    {"id": "speakers", "task": "diarize", "options": {"nbytes": 4 * MODEL_BYTES}},
+    {
+        "id": "speakers",
+        "task": "diarize",
+        "source": "starter:none",
+        "options": {"nbytes": 4 * MODEL_BYTES},
+    },
     {"id": "large", "task": "transcribe", "options": {"nbytes": DEVICE_BYTES - MODEL_BYTES}},
 )
 
 
 def engine_of(runtime: FakeRuntime, folder: Path, ids: str) -> Engine:
     models = [
-        {**each, "source": "none", "runtime": "fake"}
+        {"source": "none", "runtime": "fake", **each}
         for each in MODELS
         if each["id"] in ids.split()
     ]
@@ -171,6 +176,10 @@ async def test_who_said_what(
     parsed: Any = raw.parse()
     assert [each.speaker for each in parsed.segments] == ["A", "anna"]
     assert raw.headers["x-roundhouse-served-by"] == "small"
+    # The wait was that of both, before the transcription began.
+    assert raw.headers["x-roundhouse-tier"] == "disk"
+    assert float(raw.headers["x-roundhouse-load-ms"]) > 0
+    assert raw.headers["x-roundhouse-weights"] == "random"  # those that tell the speakers apart
     assert held == [(1, 1)] and is_at_rest(engine)
     (diarized,) = (each for each in runtime.requests if isinstance(each, DiarizationRequest))
     (heard,) = (each for each in runtime.requests if isinstance(each, TranscriptionRequest))

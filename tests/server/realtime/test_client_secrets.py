@@ -108,6 +108,14 @@ async def test_what_is_wrong_is_named(url: str, body: dict[str, Any], param: str
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
+async def test_a_model_that_nobody_has_is_refused(url: str) -> None:
+    async with httpx.AsyncClient(base_url=url) as client:
+        answer = await client.post(
+            "/v1/realtime/client_secrets", json={"session": {"model": "nobody"}}
+        )
+    assert (answer.status_code, answer.json()["error"]["param"]) == (404, "model")
+
+
 class TestKeys:
     @pytest.fixture
     def app(self, app: Application) -> Application:
