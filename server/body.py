@@ -88,14 +88,24 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
     """
     chunks = [chunk async for chunk in stream_body(request, max_bytes)]
     raw = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    return parse_object(raw.removeprefix(_BOM), "body")
+
+
+def parse_object(data: str | bytes, what: str) -> dict[str, Any]:
+    """A JSON object. `what` it is, a body or a message, stands in errors.
+
+    Raises:
+        InvalidRequest: it is not JSON, or not an object.
+
+    """
     try:
         # Unlike `json`, this refuses NaN and lone surrogates, which no tokenizer takes. It also
         # refuses more than 200 levels, which would exhaust the stack here or later.
-        document = from_json(raw.removeprefix(_BOM), allow_inf_nan=False)
+        document = from_json(data, allow_inf_nan=False)
     except ValueError as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.") from error
+        raise InvalidRequest(f"The {what} is not valid JSON: {error}.") from error
     if not isinstance(document, dict):
-        raise InvalidRequest("The body must be a JSON object.")
+        raise InvalidRequest(f"The {what} must be a JSON object.")
     return document
 
 

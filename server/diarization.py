@@ -17,6 +17,9 @@ RATE = 16_000
 LEAST_S, MOST_S = 2.0, 10.0
 """The length of a known voice: OpenAI's bounds."""
 
+SILENT = 1e-3
+"""A recording whose samples are all below has no voice: 60 dB under the loudest."""
+
 
 def find_diarizer(config: EngineConfig, access: Access) -> ModelConfig:
     """The first model of the configuration that tells speakers apart and that the key may use.
@@ -52,5 +55,7 @@ def known_speakers(names: Sequence[str], references: Sequence[bytes]) -> tuple[K
                 f" {len(samples) / RATE:.1f}.",
                 param=param,
             )
+        if float(abs(samples).max()) < SILENT:
+            raise InvalidRequest("A reference has a voice; this one is silent.", param=param)
         found.append(KnownSpeaker(name, samples))
     return tuple(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,8 @@ from engine.errors import InvalidRequest
 from server.schemas.realtime import MAX_CONTENT, MAX_TEXT_CHARS
 
 MAX_ITEMS = 10_000
+MAX_BYTES = 64 * 2**20
+"""Of the JSON of all items that a client may send: four of the largest messages."""
 MAX_CALL_ID_CHARS = 256
 
 _ROLES = {"user": ("input_text", "input_audio", "input_image"), "system": ("input_text",)}
@@ -44,6 +47,8 @@ class Item:
     """Of an answer that was spoken."""
     heard_ms: float = math.inf
     """How much of it was heard, if that is known."""
+    nbytes: int = 0
+    """Of its JSON, if the client sent it."""
 
     @property
     def id(self) -> str:
@@ -98,6 +103,20 @@ class Conversation:
             if item.id == item_id:
                 return item
         raise InvalidRequest("There is no item with this id in the conversation.", param=param)
+
+    def check_room(self, item: Item) -> None:
+        """Count an item that the client sends.
+
+        Raises:
+            InvalidRequest: all items together would be too large.
+
+        """
+        item.nbytes = len(json.dumps(item.document))
+        if sum(each.nbytes for each in (*self.items, item)) > MAX_BYTES:
+            raise InvalidRequest(
+                f"The items of a conversation have {MAX_BYTES // 2**20} MiB of JSON at most.",
+                param="item",
+            )
 
     def add(self, item: Item, previous_item_id: str | None = None) -> str | None:
         """Put an item at the end, or behind another. Returns the id of the one before it.
@@ -179,7 +198,9 @@ def _text(document: Mapping[str, Any], name: str, param: str) -> str:
     if name == "call_id" and (not isinstance(value, str) or len(value) > MAX_CALL_ID_CHARS):
         raise InvalidRequest("A call has an id, a short text.", param=f"{param}.{name}")
     if not isinstance(value, str) or len(value) > MAX_TEXT_CHARS:
-        raise InvalidRequest("It is a text.", param=f"{param}.{name}")
+        raise InvalidRequest(
+            f"It is a text of at most {MAX_TEXT_CHARS} characters.", param=f"{param}.{name}"
+        )
     return value
 
 

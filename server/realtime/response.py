@@ -58,6 +58,20 @@ class ResponsePlan:
     request_id: str
     conversation_id: str | None
 
+    def check_choice(self) -> None:
+        """Whether the function that must be called is there.
+
+        Raises:
+            InvalidRequest: it is not.
+
+        """
+        names = {tool.name for tool in self.tools}
+        choice = self.tool_choice
+        if choice == "required" and not names:
+            raise InvalidRequest("No tools are given.", param="tool_choice")
+        if isinstance(choice, NamedFunction) and choice.name not in names:
+            raise InvalidRequest(f"No tool has the name {choice.name!r}.", param="tool_choice")
+
     def chat_body(self, items: Sequence[Item]) -> dict[str, Any]:
         """The body of the chat that generates the response."""
         body: dict[str, Any] = {
@@ -147,7 +161,8 @@ class Response:
         self._clauses = Clauses()
         self._to_speak: asyncio.Queue[str | None] = asyncio.Queue()
         self._spoken_s = 0.0
-        self.cancel_reason = "client_cancelled"
+        self._cancel_reason: str | None = None
+        self._begun = False
 
     async def run(self, items: Callable[[], Awaitable[Sequence[Item]]]) -> None:
         """Make the response, and tell the client all of it. `items` waits for what is said."""
@@ -155,7 +170,10 @@ class Response:
         status = "completed"
         details: dict[str, Any] | None = None
         speaking: asyncio.Task[None] | None = None
+        self._begun = True
         try:
+            if self._cancel_reason is not None:
+                raise asyncio.CancelledError
             given = await items()
             speaking = asyncio.create_task(self._speak()) if self._plan.speaks else None
             await self._generate(given, speaking)
@@ -169,7 +187,10 @@ class Response:
             current = asyncio.current_task()
             if current is not None:
                 current.uncancel()  # the client still gets the end of the response
-            status, details = "cancelled", {"type": "cancelled", "reason": self.cancel_reason}
+            status, details = (
+                "cancelled",
+                {"type": "cancelled", "reason": self._cancel_reason or "client_cancelled"},
+            )
         except ClientLeft:
             raise  # nobody is there to be told
         except Exception as error:
@@ -190,6 +211,12 @@ class Response:
                 speaking.cancel()
                 await asyncio.wait((speaking,))
         await self._end(status, details)
+
+    def cancel(self, task: asyncio.Task[None], reason: str) -> None:
+        """End the response, which `task` runs. The client gets its begin and its end."""
+        self._cancel_reason = reason
+        if self._begun:  # otherwise it ends as soon as it begins
+            task.cancel()
 
     def left_to_hear_ms(self) -> int:
         """Milliseconds of the audio that a client which plays it cannot have played yet."""

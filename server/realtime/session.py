@@ -25,6 +25,7 @@ from engine.requests import (
     TextOperation,
     TextRequest,
 )
+from server.body import parse_object
 from server.errors import Failure
 from server.keys.access import Access
 from server.realtime.conversation import Conversation, Item, messages, new_id, read_item
@@ -212,12 +213,7 @@ class Conversing:
     async def _on_message(self, text: str | bytes) -> None:
         event_id = None
         try:
-            try:
-                event = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise InvalidRequest("An event is a JSON object.") from error
-            if not isinstance(event, dict):
-                raise InvalidRequest("An event is a JSON object.")
+            event = parse_object(text, "event")
             event_id = event.get("event_id")
             if event_id is not None and not (isinstance(event_id, str) and len(event_id) <= 512):
                 event_id = None
@@ -286,7 +282,9 @@ class Conversing:
         previous = event.get("previous_item_id")
         if previous is not None and not isinstance(previous, str):
             raise InvalidRequest("It is an id.", param="previous_item_id")
-        await self._add(read_item(event.get("item")), previous)
+        item = read_item(event.get("item"))
+        self._conversation.check_room(item)
+        await self._add(item, previous)
 
     async def _add(self, item: Item, previous: str | None = None) -> None:
         before = self._conversation.add(item, previous)
@@ -348,7 +346,7 @@ class Conversing:
         under_way = [each for each in (self._active, *self._beside.values()) if each is not None]
         for response, task in under_way:
             if response.id == response_id:
-                task.cancel()
+                response.cancel(task, "client_cancelled")
                 return
         raise InvalidRequest("No response of this id is under way.", param="response_id")
 
@@ -444,6 +442,7 @@ class Conversing:
             given = [self._given(each, n) for n, each in enumerate(options.input)]
         within = options.conversation == "auto"
         plan = self._plan(options)
+        plan.check_choice()
         response = Response(
             self._engine.open, self._emit, plan, marks, self._kept if within else _not_kept
         )
@@ -483,8 +482,7 @@ class Conversing:
         """Cancel the response under way. The next may begin at once."""
         if self._active is not None:
             (response, task), self._active = self._active, None
-            response.cancel_reason = reason
-            task.cancel()
+            response.cancel(task, reason)
 
 
 def _not_kept(_item: Item) -> None:

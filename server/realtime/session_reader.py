@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 BodyT = TypeVar("BodyT", bound=Body)
 
+_ANSWERS = "session.model"
+_HEARS = "session.audio.input.transcription.model"
+_SPEAKS = "session.audio.output.model"
+
 
 class SessionReader:
     """Knows the models of the configuration, and what one key may use of them."""
@@ -38,24 +42,27 @@ class SessionReader:
             session = within("session", TranscriptionSession, document)
         else:
             session = within("session", RealtimeSession, document)
-        unnamed = isinstance(session, RealtimeSession) and session.model is None
-        names = self._further_names if unnamed and model_later else self.names
-        for name in names(session):
+        for name, task, param in self._needs(session, model_later=model_later):
             self._access.check_model(name)
-            self._config.find(name)
+            if self._config.find(name).task != task:
+                raise InvalidRequest(f"{name!r} is no model with the task {task}.", param=param)
         return session
 
     def names(self, session: Session) -> tuple[str, ...]:
         """The models that the session needs, the language model first."""
-        if isinstance(session, TranscriptionSession):
-            return self._further_names(session)
-        return (language_model(session), *self._further_names(session))
+        return tuple(name for name, _, _ in self._needs(session))
 
-    def _further_names(self, session: Session) -> tuple[str, ...]:
-        hears = self.hearing_model(session)
-        if isinstance(session, TranscriptionSession) or "audio" not in session.output_modalities:
-            return (hears,)
-        return (hears, self.speech_model(session))
+    def _needs(self, session: Session, *, model_later: bool = False) -> list[tuple[str, str, str]]:
+        """Each model, the task that it must have, and the field that names it."""
+        hears = (self.hearing_model(session), "transcribe", _HEARS)
+        if isinstance(session, TranscriptionSession):
+            return [hears]
+        needs = [hears]
+        if session.model is not None or not model_later:
+            needs.insert(0, (language_model(session), "generate", _ANSWERS))
+        if "audio" in session.output_modalities:
+            needs.append((self.speech_model(session), "speech", _SPEAKS))
+        return needs
 
     def hearing_model(self, session: Session) -> str:
         """The model that transcribes.
@@ -66,7 +73,7 @@ class SessionReader:
         """
         transcription = session.audio.input.transcription
         named = None if transcription is None else transcription.model
-        return named or self.first("transcribe", "session.audio.input.transcription.model")
+        return named or self.first("transcribe", _HEARS)
 
     def speech_model(self, session: RealtimeSession) -> str:
         """The model that speaks.
@@ -75,7 +82,7 @@ class SessionReader:
             InvalidRequest: none is named, and the configuration has none for the key.
 
         """
-        return session.audio.output.model or self.first("speech", "session.audio.output.model")
+        return session.audio.output.model or self.first("speech", _SPEAKS)
 
     def first(self, task: str, param: str) -> str:
         """The first model of a task that the key may use.
@@ -112,7 +119,7 @@ def language_model(session: RealtimeSession) -> str:
 
     """
     if session.model is None:
-        raise InvalidRequest(MODEL_MISSING, param="session.model")
+        raise InvalidRequest(MODEL_MISSING, param=_ANSWERS)
     return session.model
 
 

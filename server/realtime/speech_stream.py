@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import EngineError, InvalidRequest, Overloaded, QueueTimeout
 from engine.media.clauses import Clauses
 from engine.requests import Priority, SchedulingOptions, SpeechRequest
+from server.body import parse_object
 from server.encoded_speech import encoded_speech
 from server.errors import Failure
 from server.forms import Fields
@@ -175,12 +176,7 @@ class SpeechStream:
     async def _on_message(self, text: str | bytes) -> bool:
         """Whether the session goes on."""
         try:
-            try:
-                event = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise InvalidRequest("A message is a JSON object.") from error
-            if not isinstance(event, dict):
-                raise InvalidRequest("A message is a JSON object.")
+            event = parse_object(text, "message")
             match event.get("type"):
                 case "session.config":
                     await self._on_config(event)
@@ -189,6 +185,8 @@ class SpeechStream:
                 case "input.done":
                     await self._on_done()
                 case "session.close":
+                    if self._text is not None:
+                        await self._on_done()
                     return False
                 case _:
                     raise InvalidRequest(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from server.schemas.audio import HeardLanguage, VoiceName
 from server.schemas.fields import Body
@@ -28,6 +28,12 @@ class AudioFormat(Body):
 
     type: Literal["audio/pcm", "audio/pcmu", "audio/pcma"] = "audio/pcm"
     rate: Literal[24_000, 8_000] | None = None
+
+    @model_validator(mode="after")
+    def _check_rate(self) -> AudioFormat:
+        if self.rate not in (None, 24_000 if self.type == "audio/pcm" else 8_000):
+            raise ValueError(f"{self.type} has another rate")
+        return self
 
     @property
     def codec(self) -> Literal["pcm", "pcmu", "pcma"]:

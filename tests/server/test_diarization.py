@@ -133,8 +133,8 @@ async def plain(url: str) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-def reference(seconds: float, kind: str = "wav") -> str:
-    data = encode(np.resize(voice(2), int(seconds * RATE)).astype(np.float32), kind)
+def reference(seconds: float, kind: str = "wav", level: float = 1.0) -> str:
+    data = encode(level * np.resize(voice(2), int(seconds * RATE)).astype(np.float32), kind)
     return f"data:audio/{kind};base64,{base64.b64encode(data).decode()}"
 
 
@@ -252,6 +252,7 @@ REFERENCES = {"known_speaker_names[]": ["a"], "known_speaker_references[]": [ref
                 "data:audio/wav;base64,AAAA",
                 reference(1.9),
                 reference(10.5),
+                reference(3, level=0),
             )
         ),
         ({"timestamp_granularities[]": ["word"]}, "timestamp_granularities"),

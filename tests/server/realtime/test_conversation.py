@@ -17,6 +17,7 @@ from engine.engine import Engine
 from engine.errors import RuntimeFailed
 from engine.requests import SpeechRequest, TextRequest, TranscriptionRequest
 from server.app import Application
+from server.realtime import conversation
 from server.routes import realtime
 from tests.server.fake import MODEL_BYTES, listening
 from tests.server.realtime.conftest import RATE, Talk, Voices, talking
@@ -168,6 +169,43 @@ async def test_a_function_is_called_and_its_output_is_read(talk: Talk, voices: V
     ]
 
 
+async def test_a_response_that_is_cancelled_at_once_has_a_begin_and_an_end(talk: Talk) -> None:
+    await talk.say("Hi")
+    for _ in range(2):
+        await talk.connection.response.create()
+        await talk.connection.response.cancel()
+    await talk.connection.response.create(response={"output_modalities": ["text"]})
+    for status in ("cancelled", "cancelled", "completed"):
+        await talk.until("response.created")
+        assert (await talk.until("response.done")).response.status == status
+
+
+async def test_what_no_tokenizer_and_no_parser_takes_ends_nothing(talk: Talk) -> None:
+    content = '[{"type": "input_text", "text": "\\ud800"}]'
+    item = f'{{"type": "message", "role": "user", "content": {content}}}'
+    await talk.connection.send_raw(f'{{"type": "conversation.item.create", "item": {item}}}')
+    assert "valid JSON" in (await talk.until("error")).error.message
+    deep = '{"a":' * 300 + "1" + "}" * 300
+    tool = f'{{"type": "function", "name": "f", "parameters": {deep}}}'
+    session = f'{{"type": "realtime", "tools": [{tool}]}}'
+    await talk.connection.send_raw(f'{{"type": "session.update", "session": {session}}}')
+    assert "valid JSON" in (await talk.until("error")).error.message
+    await talk.say("Hi")
+    assert (await ask(talk)).response.status == "completed"
+
+
+async def test_a_conversation_has_a_size(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation, "MAX_BYTES", 2_000)
+    await talk.say("x" * 1_500)
+    item = {
+        "type": "message",
+        "role": "user",
+        "content": [{"type": "input_text", "text": "x" * 500}],
+    }
+    await talk.connection.conversation.item.create(item=item)  # type: ignore[arg-type]
+    assert (await talk.until("error")).error.param == "item"
+
+
 async def test_a_call_that_was_whole_when_the_tokens_ran_out(talk: Talk, voices: Voices) -> None:
     voices.finish = "length"
     whole, cut = '{"zone": "UTC"}', '{"zone'
@@ -288,6 +326,33 @@ async def test_an_interrupted_clause_keeps_the_words_that_were_sent(
         ({"type": "conversation.item.delete", "item_id": {}}, "item_id"),
         ({"type": "response.create", "response": {"modalities": []}}, "response.modalities"),
         ({"type": "response.cancel", "response_id": "no"}, "response_id"),
+        ({"type": "response.create", "response": {"tool_choice": "required"}}, "tool_choice"),
+        (
+            {
+                "type": "response.create",
+                "response": {"tool_choice": {"type": "function", "name": "no"}},
+            },
+            "tool_choice",
+        ),
+        ({"type": "session.update", "session": {"model": "ears"}}, "session.model"),
+        (
+            {"type": "session.update", "session": {"audio": {"output": {"model": "ears"}}}},
+            "session.audio.output.model",
+        ),
+        (
+            {
+                "type": "session.update",
+                "session": {"audio": {"input": {"transcription": {"model": "voice"}}}},
+            },
+            "session.audio.input.transcription.model",
+        ),
+        (
+            {
+                "type": "session.update",
+                "session": {"audio": {"output": {"format": {"type": "audio/pcmu", "rate": 24000}}}},
+            },
+            "session.audio.output.format",
+        ),
     ],
 )
 async def test_a_wrong_event_is_answered_and_nothing_else_changes(

@@ -150,6 +150,15 @@ async def test_utterances_follow_one_another_until_the_client_closes(
     await nobody_holds(engine)
 
 
+async def test_what_is_left_is_spoken_when_the_client_closes(url: str, voices: Voices) -> None:
+    async with speaking(url, model="voice") as speaker:
+        await speaker.send("input.text", text="Hello there, my friend. How are you")
+        await speaker.send("session.close")
+        assert (await speaker.until("session.done"))["total_sentences"] == len(spoken(voices))
+        assert await speaker.close_code() == 1000
+    assert spoken(voices)[-1] == "How are you"
+
+
 async def test_audio_may_come_while_it_is_made(url: str, voices: Voices) -> None:
     go_on = asyncio.Event()
     once = voices.react
