@@ -255,8 +255,9 @@ class TestEmbeddings:
 
 class TestSpeech:
     def test_what_is_spoken_is_heard(self, sdk: openai.OpenAI) -> None:
-        heard = [hear(sdk, speak(sdk, sentence)) for sentence in SPOKEN]
-        assert word_error_rate(SPOKEN, heard) <= 0.12, heard
+        said = SPOKEN[:5]
+        heard = [hear(sdk, speak(sdk, sentence)) for sentence in said]
+        assert word_error_rate(said, heard) <= 0.12, heard
 
     def test_so_it_is_with_the_other_voices(self, sdk: openai.OpenAI) -> None:
         said = SPOKEN[2:5]

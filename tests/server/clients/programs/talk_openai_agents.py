@@ -78,7 +78,9 @@ async def test_a_question_is_answered_and_interrupts_a_story() -> None:
         # The SDK says how much of it was heard, and asks what is kept.
         events = []
         truncated = await until(session, events, "conversation.item.truncated")
-        assert (truncated["item_id"], truncated["audio_end_ms"]) == (story.item_id, 300)
+        assert truncated["item_id"] == story.item_id
+        # It says no more than has come by then.
+        assert 0 < truncated["audio_end_ms"] <= 300
         kept = (await until(session, events, "conversation.item.retrieved"))["item"]
         assert kept["id"] == story.item_id
         assert len(words(kept["content"][0]["transcript"])) < 6
