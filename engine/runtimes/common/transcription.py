@@ -1,4 +1,4 @@
-"""Shared by the runtimes that transcribe: checks, a model with threads, and one request on it.
+"""Shared by the runtimes that hear recordings: checks, a model with threads, one request on it.
 
 Nothing here imports a library. Those libraries compute on threads of their own, and have one
 exception for most failures.
@@ -29,8 +29,8 @@ from engine.runtimes.common.thread_run import Emit, ThreadRun, run_on_thread
 USUAL_BYTES_PER_S = 8000
 """Of a compressed recording (64 kbit/s). It gives the length before the recording is decoded."""
 
-SHORTAGES = ("out of memory", "failed to allocate")
-"""What CTranslate2 and onnxruntime say of a lack of memory."""
+SHORTAGES = ("out of memory", "failed to allocate", "bad_alloc")
+"""What CTranslate2, onnxruntime and sherpa-onnx say of a lack of memory."""
 
 
 class Cancelled(Exception):
@@ -74,11 +74,10 @@ class TranscriptionModel(LoadedModel):
                 yield event
 
 
-class TranscriptionRun(ABC):
-    """One request on one model."""
+class RecordingRun(ABC):
+    """One recording on one model."""
 
-    def __init__(self, request: TranscriptionRequest, emit: Emit) -> None:
-        self._request = request
+    def __init__(self, emit: Emit) -> None:
         self._emit = emit
         self._cancelled = False
         self.progress = 0
@@ -90,7 +89,7 @@ class TranscriptionRun(ABC):
 
     @abstractmethod
     def execute(self) -> None:
-        """Decode, emit what was heard, then each segment as it is known.
+        """Decode, and emit what is found.
 
         Raises:
             InvalidRequest: the file is not audio, or the model cannot serve the request.
@@ -101,6 +100,14 @@ class TranscriptionRun(ABC):
         self.progress += 1
         if self._cancelled:
             raise Cancelled
+
+
+class TranscriptionRun(RecordingRun):
+    """One request for a transcript."""
+
+    def __init__(self, request: TranscriptionRequest, emit: Emit) -> None:
+        super().__init__(emit)
+        self._request = request
 
 
 def library_error(error: Exception) -> EngineError:

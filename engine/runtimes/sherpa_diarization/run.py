@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from engine.events import Event, Progress, Samples, Speakers
+from engine.events import Progress, Samples, Speakers
 from engine.media.audio_input import decode_audio
 from engine.requests import DiarizationRequest
+from engine.runtimes.common.thread_run import Emit
+from engine.runtimes.common.transcription import Cancelled, RecordingRun
 from engine.runtimes.sherpa_diarization.files import RATE
 from engine.runtimes.sherpa_diarization.model import DiarizationModel
 from engine.runtimes.sherpa_diarization.options import SherpaDiarizationOptions
@@ -23,11 +25,7 @@ from engine.runtimes.sherpa_diarization.turns import (
 )
 
 
-class Cancelled(Exception):
-    """The caller cancelled the run."""
-
-
-class Run:
+class Run(RecordingRun):
     """One request on one model."""
 
     def __init__(
@@ -35,19 +33,16 @@ class Run:
         model: DiarizationModel,
         options: SherpaDiarizationOptions,
         request: DiarizationRequest,
-        emit: Callable[[Event], None],
+        emit: Emit,
     ) -> None:
+        super().__init__(emit)
         self._model = model
         self._options = options
         self._request = request
-        self._emit = emit
-        self._cancelled = False
-        self.progress = 0
-        """Number of packets, windows and voices begun so far."""
 
     def cancel(self) -> None:
         """Make `execute` return soon, also from within a window."""
-        self._cancelled = True
+        super().cancel()
         self._model.stop()  # the model has no other run before this one has ended
 
     def execute(self) -> None:
@@ -65,11 +60,6 @@ class Run:
         except Exception:
             if not self._cancelled:  # otherwise the graph failed because it was stopped
                 raise
-
-    def _check(self) -> None:
-        self.progress += 1
-        if self._cancelled:
-            raise Cancelled
 
     def _diarize(self) -> None:
         samples = decode_audio(

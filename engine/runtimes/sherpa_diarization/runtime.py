@@ -12,13 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from engine.config import ModelConfig
-from engine.errors import (
-    EngineError,
-    InvalidRequest,
-    OutOfDeviceMemory,
-    RuntimeFailed,
-    reason,
-)
+from engine.errors import InvalidRequest
 from engine.events import Event
 from engine.files.hub.selection import HubSource
 from engine.memory.block import Block, Estimate
@@ -26,15 +20,13 @@ from engine.requests import DiarizationRequest, Request
 from engine.runtimes.base import LoadedModel, Prepared, Runtime, RuntimeContext
 from engine.runtimes.common.loading import load_on_thread
 from engine.runtimes.common.thread_run import run_on_thread
+from engine.runtimes.common.transcription import USUAL_BYTES_PER_S, library_error
 from engine.runtimes.sherpa_diarization.files import check_file, hub_sources
 from engine.runtimes.sherpa_diarization.options import SherpaDiarizationOptions
 from engine.section import Section
 
 if TYPE_CHECKING:
     from engine.runtimes.sherpa_diarization.model import DiarizationModel
-
-USUAL_BYTES_PER_S = 8000
-"""Of a compressed recording (64 kbit/s). It gives the length before the recording is decoded."""
 
 WINDOW_BYTES = 120_000_000
 """Of ten seconds in either model, at the widest place: the first layers of a ResNet34.
@@ -78,7 +70,7 @@ class LoadedDiarization(LoadedModel):
         assert isinstance(prepared.request, DiarizationRequest)
         make_run = partial(Run, self.model, self.options, prepared.request)
         # Both libraries compute on threads of their own.
-        running = run_on_thread(self.thread, make_run, _translate, helpers=True)
+        running = run_on_thread(self.thread, make_run, library_error, helpers=True)
         async with aclosing(running) as events:
             async for event in events:
                 yield event
@@ -193,10 +185,3 @@ class SherpaDiarizationRuntime(Runtime):
     async def stop(self) -> None:
         """End the loading thread."""
         self._loader.shutdown()
-
-
-def _translate(error: Exception) -> EngineError:
-    text = str(error).lower()
-    if isinstance(error, MemoryError) or "bad_alloc" in text or "failed to allocate" in text:
-        return OutOfDeviceMemory(f"The device ran out of memory: {reason(error)}")
-    return RuntimeFailed(f"The model failed while running: {reason(error)}")

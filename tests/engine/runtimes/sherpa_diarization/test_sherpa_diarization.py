@@ -176,7 +176,7 @@ async def test_known_speakers_have_their_names(
     known = {"Anna": tone(220, 3), "Ben": tone(112, 3)}
     found = await told_apart(engine, dialogue(), known)
     assert [each[2] for each in found] == ["Ben", "Anna", "Ben", "Anna", "Ben"]
-    # In one window too, whose speakers the model tells apart by itself.
+    # A single window also works: the model itself tells its speakers apart.
     short = dialogue()[: 8 * RATE]
     with monkeypatch.context() as patched:
         patched.setattr(DiarizationModel, "cluster", None)
